@@ -1,0 +1,78 @@
+"""A data folder appears whole or not at all: filled beside its place, flushed to disk, then renamed into it.
+
+One process at a time works on a folder; a second one waits and finds it ready. What a killed process leaves is a
+hidden `.partial` folder that the next one clears, or, in the instant between two renames, the good old folder as
+`.old`, which the next one puts back.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_configs.command_line import UserError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def building(folder: Path, fingerprint: str) -> Iterator[Path | None]:
+    """An empty folder to fill in the `with` block, which becomes `folder` at its end; None if that is up to date.
+
+    Raises:
+        UserError: `folder` holds something else than data made here, which must not be replaced.
+    """
+    from filelock import FileLock
+
+    folder = folder.absolute()
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if is_current(folder, fingerprint):
+            yield None
+            return
+        if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} was not made by data_prep and is left alone; give another data_dir=FOLDER")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for path in [*partial.iterdir(), partial]:
+                _flush(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def is_current(folder: Path, fingerprint: str) -> bool:
+    """Whether `folder` was made from the same things and its split files are as long as they were then."""
+    try:
+        manifest = read_manifest(folder)
+        return manifest["fingerprint"] == fingerprint and all(
+            (folder / f"{name}.jsonl").stat().st_size == split["bytes"] for name, split in manifest["splits"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # not there, or not ours to understand: made anew
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return manifest
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,45 @@
+"""A bar for work that takes longer than two seconds, on stderr; plain lines where that is no terminal."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PATIENCE = 2.0  # seconds before anything is shown
+LINE_EVERY = 15.0  # seconds between lines in a log file
+
+
+class Progress:
+    """`with Progress("Reading", total) as progress: ... progress.at(done)`; `total` in any unit, bytes or rows."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total = label, max(total, 1)
+        self._show_at = time.monotonic() + PATIENCE
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def at(self, done: int) -> None:
+        """Tell how far the work is, in all. Cheap; call it some hundred times a second at most."""
+        now = time.monotonic()
+        if now < self._show_at:
+            return
+        if not sys.stderr.isatty():
+            print(f"{self._label}: {min(100 * done // self._total, 100)} %", file=sys.stderr, flush=True)
+            self._show_at = now + LINE_EVERY
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._task = self._bar.add_task(self._label, total=self._total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,1 @@
+"""One OmegaConf tree: task × model × peft × trainer, and an optional experiment on top."""

@@ -1,0 +1,76 @@
+"""From the words of a command line to one resolved configuration, or to a sentence that says what is wrong.
+
+Every command (`python -m data_prep`, `training`, `evaluation`, `converters`) takes Hydra overrides such as
+`task=slang model=gemma-2-2b task.train.epochs=5 +experiment=attempt2`, so a run is described the same way
+everywhere.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+CONFIG_DIR = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """A mistake of the user's or of the machine's: its text says what, where and what to do."""
+
+
+def names(group: str) -> list[str]:
+    """The names a config group knows, e.g. `names("task")` → `["slang", ...]`."""
+    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+
+
+def load_config(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose `config.yaml` with `overrides` and resolve every interpolation.
+
+    `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
+
+    Raises:
+        UserError: an unknown name or key, a malformed override, or a value that is missing.
+    """
+    words = list(overrides)
+    if not any(word.startswith("trainer=") for word in words):
+        words.append(f"trainer={_device()}")
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", overrides=words)
+        OmegaConf.resolve(config)
+    except MissingConfigException as error:
+        group, _, name = (error.missing_cfg_file or "").rpartition("/")
+        raise UserError(f"unknown {group} '{name}'. Known: {', '.join(names(group))}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"configuration: {error}") from None
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        raise UserError(f"configuration: no value for {', '.join(sorted(missing))}")
+    return config
+
+
+def _device() -> str:
+    # Most commands need no tensor: do not wait seconds for torch where no NVIDIA driver is loaded.
+    if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/nvidiactl").exists():
+        return "cpu"
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Call `main(sys.argv[1:])` and exit: 0 when done, 2 on a `UserError`, 130 on Ctrl-C. No traceback for those."""
+    # The hub client and tokenizers say much that helps nobody here.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

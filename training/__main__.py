@@ -1,0 +1,292 @@
+"""From a table to a fine-tuned Gemma: the whole recipe, top to bottom.
+
+    python -m training task=slang                              (what `make train TASK=slang` calls)
+    python -m training task=slang task.data.source=mine.csv seed=1
+    python -m training task=slang +experiment=attempt2
+
+A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
+only shows one that is finished; anything changed starts another.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.prepare import prepare
+from nemo_configs.command_line import UserError, load_config, run
+from training.base_model import describe, ensure_base_model, lock_is_held
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from training.batches import Batches
+    from training.gemma_lora import GemmaLoRA
+
+CHECKPOINTS_PER_RUN = 20
+
+
+def main(words: list[str]) -> None:
+    config = load_config(words)
+    print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
+          f"{config.trainer.accelerator.upper()}")  # fmt: skip
+    base_folder = ensure_base_model(config.model)
+    data_folder = prepare(config, base_folder / "tokenizer.json")
+    run_folder = name_run(config, base_folder, data_folder)
+    if (run_folder / "report.html").exists():
+        print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
+              f"example ARGS=seed=1, to train another")  # fmt: skip
+        show_result(run_folder)
+        return
+    run_folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_folder / ".lock")
+    if lock_is_held(lock):
+        raise UserError(f"another process is training {run_folder}. Wait for it, or stop it")
+    with lock:
+        train(config, base_folder, data_folder, run_folder)
+    show_result(run_folder)
+
+
+def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
+    """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    # Where files lie and how much memory a step may take do not change the result.
+    for key in ("runs_dir", "data_dir"):
+        plain.pop(key)
+    plain["model"] = describe(base_folder)["sha256"]
+    plain["data"] = json.loads((data_folder / "manifest.json").read_text())["fingerprint"]
+    plain["task"].pop("data")
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+    parts = [config.model.name, config.peft.name, config.experiment_name, digest]
+    return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
+
+
+def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+    """Fill `run_folder`; each file appears whole or not at all."""
+    print("Loading NeMo (some seconds)", flush=True)
+    quiet_libraries()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from converters.nemo_file import read_nemo
+    from data_prep.prompt import Prompt
+    from evaluation import report
+    from evaluation.compare import measure
+    from training.batches import Batches, tokenize
+    from training.gemma_lora import weights_dtype
+
+    began = time.time()
+    OmegaConf.save(config, run_folder / "config.yaml")
+    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
+    (run_folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    prompt = Prompt(**OmegaConf.to_container(config.task.prompt, resolve=True))  # type: ignore[arg-type]
+    splits: dict[str, Any] = {}
+    for name in ("training", "validation", "test"):
+        rows, too_long = tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
+                                  cache=data_folder / ".tokens")  # fmt: skip
+        splits[name] = rows
+        if too_long:
+            print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
+    held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
+    questions = [prompt.write_instruction()] + [row["input"] for row in first_rows(data_folder / "test.jsonl", 3)]
+    sampling = config.task.generate
+
+    before_file = run_folder / "before.json"
+    if not before_file.exists():
+        print("Asking the base model first", flush=True)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=weights_dtype()).to(device).eval()
+        write_json(before_file, measure(base, tokenizer, prompt, held_out, questions, sampling, config.seed))
+        del base
+    before = json.loads(before_file.read_text())
+    print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
+    print(indent(before["answers"][0]), flush=True)
+
+    archive = run_folder / f"{config.task.name}.nemo"
+    if not archive.exists():
+        seconds = fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
+        write_json(run_folder / "training.json", {"seconds_of_last_session": seconds})
+
+    print("Asking the fine-tuned model", flush=True)
+    model, tokenizer = read_nemo(archive).load_onto(base_folder)
+    after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
+    write_json(run_folder / "evaluation.json", {
+        "held_out_rows": len(splits["test"]), "questions": questions, "before": before, "after": after,
+        "seconds": round(time.time() - began, 1),
+    })  # fmt: skip
+    report.write(run_folder)
+
+
+def fit(config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path) -> float:
+    """Train, or go on from the newest whole checkpoint, and write `archive`. Returns the seconds it took."""
+    import torch
+    from lightning.pytorch import Trainer, seed_everything
+    from nemo.utils.exp_manager import exp_manager
+
+    from training.batches import Batches
+    from training.gemma_lora import GemmaLoRA, weights_dtype
+    from training.progress import RunProgress
+
+    seed_everything(config.seed, verbose=False)
+    settings = config.task.train
+    trainer = Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        max_epochs=settings.epochs,
+        callbacks=[RunProgress(run_folder / "metrics.jsonl")],
+        logger=False,  # exp_manager makes the logger and the checkpoints
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+    )
+    rank = {"rank": trainer.global_rank, "world_size": trainer.world_size}
+    budget = config.trainer.micro_batch_tokens
+    batches = Batches(rows, settings.batch_size, budget, config.seed, taken=lambda: trainer.global_step, **rank)
+    validation = Batches(validation_rows, settings.batch_size, budget, None, **rank)
+    steps = len(batches) * settings.epochs
+    checkpoints = run_folder / "checkpoints"
+    resume_from = newest_checkpoint(checkpoints)
+    if resume_from:
+        print(f"Going on from {resume_from.name} of {steps} steps")
+    exp_manager(trainer, {
+        "explicit_log_dir": str(run_folder / "tensorboard"),
+        "name": config.task.name,
+        "resume_if_exists": True,
+        "resume_ignore_no_checkpoint": True,
+        "resume_from_checkpoint": str(resume_from) if resume_from else None,
+        "log_step_timing": False,
+        "log_tflops_per_sec_per_gpu": False,
+        "checkpoint_callback_params": {
+            "dirpath": str(checkpoints),
+            "filename": "{step:06d}",
+            "monitor": "step",
+            "mode": "max",
+            "save_top_k": 2,
+            "save_last": False,
+            "every_n_epochs": None,
+            "every_n_train_steps": max(1, steps // CHECKPOINTS_PER_RUN),
+            "save_nemo_on_train_end": False,
+        },
+    })  # fmt: skip
+    model = GemmaLoRA(
+        OmegaConf.create({
+            "base_folder": str(base_folder),
+            "base": describe(base_folder),
+            "dtype": str(weights_dtype()).removeprefix("torch."),
+            "peft": config.peft,
+            "prompt": config.task.prompt,
+            "seed": config.seed,
+            "clip": settings.clip,
+            "optim": {
+                "name": "adamw",
+                "lr": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
+                "betas": [0.9, 0.999],
+                "sched": {
+                    "name": "CosineAnnealing",
+                    "max_steps": steps,
+                    "warmup_steps": math.ceil(settings.warmup_ratio * steps),
+                    "min_lr": 0.0,
+                },
+            },
+        }),
+        trainer,
+    )  # fmt: skip
+    began = time.time()
+    trainer.fit(model, batches, validation, ckpt_path=trainer.ckpt_path)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    partial = archive.with_suffix(".partial.nemo")
+    model.save_to(str(partial))
+    partial.rename(archive)
+    return round(time.time() - began, 1)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The last one written whole: NeMo marks a checkpoint while it is being written."""
+    from nemo.utils.callbacks import NeMoModelCheckpoint
+
+    whole = [path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    return max(whole, key=lambda path: path.name, default=None)
+
+
+def show_result(run_folder: Path) -> None:
+    result = json.loads((run_folder / "evaluation.json").read_text())
+    before, after = result["before"], result["after"]
+    print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
+    print(f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
+          f"{after['perplexity']:.2f} after")  # fmt: skip
+    print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions and hardware, for the report and for whoever wants the same result again."""
+    import platform
+
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    packages = ["torch", "nemo-toolkit", "lightning", "transformers", "peft", "datasets", "omegaconf"]
+    return {
+        "command": " ".join(["python -m training", *sys.argv[1:]]),
+        "commit": commit,
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in packages},
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def quiet_libraries() -> None:
+    """Their start-up remarks hide what a user needs to read."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+
+
+def first_rows(file: Path, count: int) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
+
+
+def write_json(file: Path, value: Any) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(file)
+
+
+def indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    run(main)
