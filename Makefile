@@ -3,10 +3,72 @@
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
 PEFT   ?= lora
+TO     ?= adapter
 PYTHON ?= python3
+
+# Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
+export SOURCE CONTEXT CONDITION
+
+# A name that does not exist is answered before anything is installed.
+known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
+check = $(if $(filter $2,$(call known,$1)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
+$(call check,task,$(TASK),TASK)
+$(call check,model,$(MODEL),MODEL)
+$(call check,peft,$(PEFT),PEFT)
+$(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
+
+RUN := .venv/bin/python -m
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.source='$$SOURCE'") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+
+# --- the way of the data -----------------------------------------------------------------------------------------
+.PHONY: train data base generate report convert attempts
+train: .venv/train.stamp  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
+	@$(RUN) training $(CONFIG)
+
+data: .venv/train.stamp  ## only prepare the data of TASK                              SOURCE=my.csv
+	@$(RUN) data_prep $(CONFIG)
+
+base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones
+	@$(RUN) training.base_model model=$(MODEL) $(ARGS)
+
+generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..."
+	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(ARGS)
+
+report: .venv/train.stamp  ## write the newest run's report again
+	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
+
+convert: .venv/train.stamp  ## newest run to Hugging Face format, proven               TO=adapter or merged
+	@$(RUN) converters "$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)" --to $(TO) $(ARGS)
+
+attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
+	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source='$$SOURCE'") $(ARGS)
+
+# --- the developer's house ----------------------------------------------------------------------------------------
+.PHONY: test test-quick lint lock clean help
+test: .venv/dev.stamp  ## the whole test suite, real 270M model included
+	@$(RUN) pytest $(ARGS)
+
+test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
+	@$(RUN) pytest -m "not slow" $(ARGS)
+
+lint: .venv/dev.stamp  ## ruff and mypy
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
+	for extra in train serve; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
+	.venv/bin/uv pip compile -q --upgrade --extra dev -c train.lock pyproject.toml -o dev.lock
+
+clean:  ## remove environments and caches; data, models and runs stay
+	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@echo "TASK:  $(call known,task)"
+	@echo "MODEL: $(call known,model)"
+	@echo "PEFT:  $(call known,peft)"
 
 # --- environments ---------------------------------------------------------------------------------------------
 # A stamp file per lock file: a second run starts at once, a renewed lock is installed.
@@ -41,13 +103,3 @@ endef
 
 .venv-serve/serve.stamp: serve.lock
 	$(install_environment)
-
-.PHONY: lock
-lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
-	cd $(CURDIR) && for extra in train serve; do \
-		.venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
-	.venv/bin/uv pip compile -q --upgrade --extra dev -c train.lock pyproject.toml -o dev.lock
-
-.PHONY: help
-help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20

@@ -77,7 +77,15 @@ def read_nemo(path: Path) -> NemoFile:
         adapter = torch.load(io.BytesIO(parts[1]), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (tarfile.TarError, KeyError, EOFError, OSError, yaml.YAMLError, RuntimeError, pickle.UnpicklingError) as error:
+    except (
+        tarfile.TarError,
+        KeyError,
+        EOFError,
+        OSError,
+        yaml.YAMLError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
         raise UserError(f"{path} is not a whole .nemo of this project ({type(error).__name__}: {error})") from None
     missing = {"base", "peft", "prompt", "dtype"} - set(config or {})
     if missing:

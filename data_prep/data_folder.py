@@ -25,12 +25,10 @@ def building(folder: Path, fingerprint: str) -> Iterator[Path | None]:
     Raises:
         UserError: `folder` holds something else than data made here, which must not be replaced.
     """
-    from filelock import FileLock
-
-    folder = folder.absolute()
+    folder = folder.resolve()  # where it is a link, what it points to is replaced
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with _alone(folder):
         if old.exists() and not folder.exists():
             old.rename(folder)
         if is_current(folder, fingerprint):
@@ -52,6 +50,22 @@ def building(folder: Path, fingerprint: str) -> Iterator[Path | None]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"Waiting for another process that is preparing {folder}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def is_current(folder: Path, fingerprint: str) -> bool:

@@ -13,7 +13,6 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,73 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
 from data_prep.progress import Progress
-from data_prep.prompt import Prompt
 from data_prep.read_table import Table, open_table
 from data_prep.row_store import BATCH, Drop, Entry, RowStore
-from data_prep.split import hash_of, ranges
+from data_prep.split import hash_of
+from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 from nemo_configs.command_line import UserError
 
 FORMAT = 1  # raise it when the same source would come out otherwise: folders made before are then made anew
 DATABASE = "rows.sqlite"
-NEAR = "near-duplicate of a held-out row"
-
-
-@dataclass(frozen=True)
-class Task:
-    """What `prepare` asks of a task's YAML, checked."""
-
-    name: str
-    source: Path
-    columns: dict[str, list[str]]
-    required: list[str]
-    key: str
-    split: dict[str, tuple[int, int]]
-    max_chars: int
-    drop_explicit: bool
-    train_fields: list[str]
-    train_rows: int | None
-    prompt: Prompt
-    seed: int
-
-    @classmethod
-    def of(cls, config: DictConfig) -> "Task":
-        """Raises UserError: a field that is no column, shares that leave no training rows, a prompt without response."""
-        data: dict[str, Any] = OmegaConf.to_container(config.task.data)  # type: ignore[assignment]
-        columns, share = data["columns"], data["split"]
-        train_fields = data["train_fields"] or list(columns)
-        for option, fields in {
-            "required": data["required"],
-            "key": [data["key"]],
-            "train_fields": train_fields,
-        }.items():
-            if unknown := [field for field in fields if field not in columns]:
-                raise UserError(f"task.data.{option} names {', '.join(unknown)}; the columns are {', '.join(columns)}")
-        required = list(dict.fromkeys([data["key"], *data["required"]]))
-        if lacking := [field for field in required if field not in train_fields]:
-            raise UserError(f"task.data.train_fields leaves out {', '.join(lacking)}, which every row needs")
-        if not (0 < share["validation"] and 0 < share["test"] and share["validation"] + share["test"] < 1):
-            raise UserError(f"task.data.split: validation and test must be above 0 and below 1 together, not {share}")
-        if data["train_rows"] is not None and data["train_rows"] < 1:
-            raise UserError(f"task.data.train_rows must be 1 or more, not {data['train_rows']}")
-        try:
-            prompt = Prompt(**OmegaConf.to_container(config.task.prompt))  # type: ignore[arg-type]
-        except ValueError as error:
-            raise UserError(f"task.prompt: {error}") from None
-        return cls(
-            name=config.task.name,
-            source=Path(data["source"]).expanduser(),
-            columns=columns,
-            required=required,
-            key=data["key"],
-            split=ranges(share["validation"], share["test"]),
-            max_chars=data["max_chars"],
-            drop_explicit=data["drop_explicit"],
-            train_fields=train_fields,
-            train_rows=data["train_rows"],
-            prompt=prompt,
-            seed=config.seed,
-        )
 
 
 def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
@@ -116,14 +57,14 @@ def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
             "tokenizer": _hash(tokenizer_file) if tokenizer_file else None,
         }
         options = OmegaConf.to_container(config.task.data) | {"source": task.source.name}  # type: ignore[operator]
-        made_of = [FORMAT, hashes, options, OmegaConf.to_container(config.task.prompt), task.seed]
+        made_of = [FORMAT, task.name, hashes, options, OmegaConf.to_container(config.task.prompt), task.seed]
         fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         with building(folder, fingerprint) as partial:
             if partial is None:
                 splits = read_manifest(folder)["splits"]
                 print(f"{folder} is up to date: {' / '.join(str(split['rows']) for split in splits.values())} rows")
                 return folder
-            manifest = {"task": task.name, "fingerprint": fingerprint}
+            manifest: dict[str, Any] = {"task": task.name, "fingerprint": fingerprint}
             manifest |= _fill(partial, task, hashes["source"], tokenizer_file)
             manifest |= {"seed": task.seed, "tokenizer_sha256": hashes["tokenizer"]}
             text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
@@ -135,22 +76,30 @@ def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file, Progress(f"Hashing {path.name}", path.stat().st_size) as progress:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            progress.at(file.tell())
+    return digest.hexdigest()
 
 
 def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Path | None) -> dict[str, Any]:
     """Write all files but the manifest into `partial`; the manifest's middle part."""
-    table = open_table(task.source, task.columns, task.required)
+    # With numpy and RapidFuzz, for which a folder that is up to date need not wait.
+    from data_prep.same_rows import merge_repeated, part_near_duplicates
+
+    table = open_table(task.source, task.data.columns, task.data.required)
     store = RowStore(partial / DATABASE)
     try:
         read, repaired = _read(table, task, store)
         store.index()
-        merged = _merge_repeated(task, store)
-        _part_near_duplicates(task, store)
-        if task.train_rows is not None:
-            for batch in store.beyond(*task.split["training"], task.train_rows):
-                store.drop([Drop(entry.row, f"beyond train_rows: {task.train_rows}", entry.key) for entry in batch])
+        merged = merge_repeated(task, store, read)
+        part_near_duplicates(task, store)
+        if task.data.train_rows is not None:
+            beyond = f"beyond train_rows: {task.data.train_rows}"
+            for batch in store.beyond(*task.split["training"], task.data.train_rows):
+                store.drop([Drop(entry.row, beyond, entry.key) for entry in batch])
         _check_sizes(task, store)
         splits = _write(partial, task, store, tokenizer_file)
         dropped = store.drop_counts()
@@ -180,8 +129,8 @@ def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Pa
 
 def _read(table: Table, task: Task, store: RowStore) -> tuple[int, int]:
     """Every row into `store`, cleaned, or dropped. Returns the rows read and the cells repaired."""
-    fields = list(task.columns)
-    key_place, required = fields.index(task.key), [fields.index(field) for field in task.required]
+    fields = list(task.data.columns)
+    key_place, required = fields.index(task.data.key), [fields.index(field) for field in task.data.required]
     number = repaired = 0
     entries: list[tuple[int, Entry]] = []
     drops: list[Drop] = []
@@ -212,77 +161,11 @@ def _unusable(task: Task, cells: list[str], fields: list[str], required: list[in
     for place in required:
         if not cells[place]:
             return f"no {fields[place]}"
-    if sum(map(len, cells)) > task.max_chars:
-        return f"longer than {task.max_chars} characters"
-    if task.drop_explicit and is_explicit(" ".join(cells)):
+    if sum(map(len, cells)) > task.data.max_chars:
+        return f"longer than {task.data.max_chars} characters"
+    if task.data.drop_explicit and is_explicit(" ".join(cells)):
         return "explicit term"
     return ""
-
-
-# --- rows that say the same -----------------------------------------------------------------------------------
-
-
-def _merge_repeated(task: Task, store: RowStore) -> int:
-    """One row per key: the first, with its gaps filled from those that say the same; how many went into others.
-
-    A row which gives the key another meaning is dropped, as its example and context are about that one.
-    """
-    from data_prep.near_duplicates import SAME_TEXT, Wording
-    from rapidfuzz import fuzz
-
-    fields = list(task.columns)
-    rest = [fields.index(field) for field in task.required if field != task.key]
-    other = f"repeated {task.key}, another {' or '.join(fields[place] for place in rest)}"
-    merged = 0
-    for first, *later in store.repeated():
-        meaning, cells = Wording.of(first.cells, first.key, rest).rest, list(first.cells)
-        same, drops = [], []
-        for entry in later:
-            if fuzz.ratio(meaning, Wording.of(entry.cells, entry.key, rest).rest) < SAME_TEXT:
-                drops.append(Drop(entry.row, other, entry.key, of=first.row))
-            else:
-                same.append(entry.row)
-                cells = [mine or theirs for mine, theirs in zip(cells, entry.cells, strict=True)]
-        store.drop(drops)
-        store.remove(same)
-        merged += len(same)
-        if cells != first.cells:
-            store.update(first._replace(cells=cells))
-    return merged
-
-
-def _part_near_duplicates(task: Task, store: RowStore) -> None:
-    """Held-out wins: training rows near a held-out one, and validation rows near a test one, are dropped."""
-    from data_prep.near_duplicates import Candidates, Wording, are_near
-
-    fields = list(task.columns)
-    rest = [fields.index(field) for field in task.required if field != task.key]
-
-    def wordings(entries: list[Entry]) -> list[Wording]:
-        return [Wording.of(entry.cells, entry.key, rest) for entry in entries]
-
-    def texts(entries: list[Entry]) -> tuple[list[str], list[int]]:
-        pairs = [
-            (text, entry.row) for entry, said in zip(entries, wordings(entries), strict=True) for text in said.texts()
-        ]
-        return [text for text, _ in pairs], [row for _, row in pairs]
-
-    held_out = Candidates()
-    done, total = 0, store.count(0, task.split["training"][1])
-    with Progress("Comparing with held-out rows", total) as progress:
-        for held, asking in (("test", "validation"), ("validation", "training")):
-            for batch in store.batches(*task.split[held]):
-                held_out.add(*texts(batch))
-            for batch in store.batches(*task.split[asking]):
-                pairs = held_out.of(*texts(batch))
-                mine = {entry.row: entry for entry in batch}
-                theirs = store.get(sorted(set(pairs[:, 1].tolist())))
-                one = wordings([mine[row] for row in pairs[:, 0].tolist()])
-                other = wordings([theirs[row] for row in pairs[:, 1].tolist()])
-                near = dict(reversed(pairs[are_near(one, other)].tolist()))
-                store.drop([Drop(row, NEAR, mine[row].key, of=of) for row, of in near.items()])
-                done += len(batch)
-                progress.at(done)
 
 
 # --- write ----------------------------------------------------------------------------------------------------
@@ -296,14 +179,14 @@ def _check_sizes(task: Task, store: RowStore) -> None:
         return
     why = "".join(f"\n  {count} dropped: {reason}" for reason, count in store.drop_counts().items())
     if not usable:
-        raise UserError(f"{task.source} has no usable row{':' if why else ''}{why}")
+        raise UserError(f"{task.source} has no {'usable row:' + why if why else 'row below its header'}")
     shares = [end - first for first, end in task.split.values()]
     needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty once in 100 times
     seed = _seed_that_fills(task, store) if usable <= 1000 else None
     raise UserError(
         f"too few rows: {usable} of {task.source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
-        f"Rows are dealt by a hash of {task.key}, so that none moves when others are added: about {needed} rows fill "
-        f"all splits.\nAdd rows, raise the shares in task.data.split"
+        f"Rows are dealt by a hash of {task.data.key}, so that none moves when others are added: about {needed} rows "
+        f"fill all splits.\nAdd rows, raise the shares in task.data.split"
         + (f", or deal these rows another way: seed={seed}" if seed is not None else "")
     )
 
@@ -319,7 +202,7 @@ def _seed_that_fills(task: Task, store: RowStore) -> int | None:
 
 def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, dict[str, Any]]:
     """The split files and `dropped.jsonl`; the manifest's part on each split."""
-    writer = SplitWriter(task.name, task.columns, task.prompt, tokenizer_file)
+    writer = SplitWriter(task.name, task.data.columns, task.prompt, tokenizer_file)
     splits: dict[str, dict[str, Any]] = {}
     done = 0
     with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:
@@ -332,8 +215,8 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
                 progress.at(done)
 
         for split in task.split:
-            fields = task.train_fields if split == "training" else list(task.columns)
-            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields)
+            fields = task.data.train_fields if split == "training" else None
+            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields or task.data.columns)
     with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
         for drop in store.drops():
             known = {name: value for name, value in drop._asdict().items() if value is not None}
@@ -347,7 +230,7 @@ def _report(folder: Path, task: Task, manifest: dict[str, Any]) -> None:
     sizes = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
     print(f"{folder}: {manifest['rows_in']:,} rows in, {manifest['rows_out']:,} out: {sizes}")
     if manifest["merged"]:
-        print(f"  {manifest['merged']:,} merged into an earlier row of the same {task.key}")
+        print(f"  {manifest['merged']:,} merged into an earlier row of the same {task.data.key}")
     if manifest["repaired"]:
         print(f"  {manifest['repaired']:,} cells repaired (encoding, quotes, control characters)")
     if dropped:

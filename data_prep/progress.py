@@ -31,10 +31,11 @@ class Progress:
             return
         if self._bar is None:
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress as Bar
 
             self._bar = Bar(console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self._label, total=self._total)
+            self._task = self._bar.add_task(escape(self._label), total=self._total)
             self._bar.start()
         self._bar.update(self._task, completed=done)
 

@@ -52,20 +52,23 @@ class Prompt:
 
     def read_response(self, text: str) -> dict[str, str]:
         """The fields of a generated response, the inverse of `write_response`; those not found are left out."""
-        labels = {
-            line.split("{")[0].strip(): _FIELD.findall(line)[0] for line in self.response.split("\n") if "{" in line
-        }
+        labels = self.labels()
         found: dict[str, str] = {}
         current = None
         for line in text.split("\n"):
-            label = next((label for label in labels if label and line.startswith(label)), None)
-            if label and labels[label] in found:
+            named = next((name for name, label in labels.items() if label and line.startswith(label)), None)
+            if named in found:
                 break  # the model has begun a second answer
-            if label:
-                current, line = labels[label], line[len(label) :]
+            if named:
+                current, line = named, line[len(labels[named]) :]
             if current:
                 found[current] = f"{found.get(current, '')}\n{line}".strip()
         return found
+
+    def labels(self) -> dict[str, str]:
+        """Field → the label before it in a response, e.g. `{"description": "Definition:"}`."""
+        lines = [line for line in self.response.split("\n") if _FIELD.search(line)]
+        return {_FIELD.findall(line)[0]: line.split("{")[0].strip() for line in lines}
 
     def save(self, folder: Path) -> None:
         (folder / PROMPT_FILE).write_text(

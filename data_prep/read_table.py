@@ -5,48 +5,28 @@ size does not matter. A line that cannot be read costs that one row, with a reas
 all raises a `UserError` which says what was found instead.
 """
 
-import codecs
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BufferedReader, TextIOWrapper
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.clean_text import clean
+from data_prep.text_encoding import encoding_of
 from nemo_configs.command_line import UserError
 
 MAX_LINE = 1_000_000  # characters; a longer line is no row, and must not fill the memory
-SAMPLE = 65_536  # bytes
 OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
 TOO_LONG = "a line or cell too long to read"
 TOO_MANY = "more cells than columns"
 TOO_FEW = "fewer cells than columns"
 NOT_TEXT = "a value that is not text"
-
-# What people hand over in place of a table, by its first bytes.
-_BINARY = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"%PDF": "a PDF",
-    b"PK\x03\x04": "a zip archive or an Excel workbook (save the sheet as CSV UTF-8)",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook (save the sheet as CSV UTF-8)",
-    b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "a gzip archive (unpack it with gunzip)",
-    b"SQLite format 3": "an SQLite database",
-    b"\x7fELF": "a program",
-}
-_BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
 
 
 class Row(NamedTuple):
@@ -82,7 +62,8 @@ class Table:
 
     @property
     def bytes_read(self) -> int:
-        return self._file.buffer.tell()
+        """How far into the file the reading is, give or take a buffer."""
+        return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
 
     def close(self) -> None:
         self._file.close()
@@ -98,7 +79,7 @@ def open_table(path: Path, names: Mapping[str, Sequence[str]], required: Sequenc
     Raises:
         UserError: no such file, not a text file, empty, no header that the task knows, a line that is not JSON.
     """
-    encoding, errors = _encoding(path)
+    encoding, errors = encoding_of(path)
     file = path.open(encoding=encoding, errors=errors, newline="")
     try:
         lines = _Lines(file)
@@ -111,78 +92,6 @@ def open_table(path: Path, names: Mapping[str, Sequence[str]], required: Sequenc
         file.close()
         raise
     return Table(encoding, columns, rows, file)
-
-
-# --- encodings ------------------------------------------------------------------------------------------------
-
-
-def _encoding(path: Path) -> tuple[str, str]:
-    """The codec of a file and what to do with bytes that do not fit it."""
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a CSV, TSV or JSONL file in it")
-    with path.open("rb") as file:
-        head = file.read(SAMPLE)
-        if not head.strip():
-            raise UserError(f"{path} is empty")
-        for mark, encoding in _BOMS.items():
-            if head.startswith(mark):
-                return encoding, "replace"
-        for magic, kind in _BINARY.items():
-            if head.startswith(magic):
-                raise UserError(f"{path} is {kind}, not a CSV, TSV or JSONL file")
-        odd = len(head.translate(None, bytes(range(32, 256)) + b"\t\n\v\f\r\x00"))
-        if odd > len(head) / 50:
-            raise UserError(f"{path} looks like a binary file, not a CSV, TSV or JSONL file")
-        bad = _first_byte_not_utf8(head, file)
-        if bad is None:
-            return "utf-8", "strict"
-        file.seek(max(0, bad - SAMPLE // 2))
-        return _guess(file.read(SAMPLE), path)
-
-
-def _first_byte_not_utf8(head: bytes, file: BufferedReader) -> int | None:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position, chunk = 0, head
-    while chunk:
-        waiting = len(decoder.getstate()[0])  # the first bytes of a character cut by the chunk's end
-        try:
-            decoder.decode(chunk)
-        except UnicodeDecodeError as error:
-            return position - waiting + error.start
-        position += len(chunk)
-        chunk = file.read(1 << 20)
-    return position if decoder.getstate()[0] else None
-
-
-def _guess(sample: bytes, path: Path) -> tuple[str, str]:
-    text = sample.decode("utf-8", "surrogateescape")
-    strays = sum("\udc80" <= char <= "\udcff" for char in text)
-    if sum(char > "\x7f" for char in text) > 3 * strays:
-        return "utf-8", CP1252_STRAYS  # UTF-8 into which a few bytes of a Windows file were pasted
-    from charset_normalizer import from_bytes
-
-    found = from_bytes(sample)
-    best = found.best()
-    if best is None:
-        raise UserError(f"cannot tell the encoding of {path}. Save it as UTF-8")
-    # A few accents fit a dozen code pages equally well; of these, cp1252 is what Windows and Excel write.
-    clean = min(match.chaos for match in found)
-    western = any(match.encoding == "cp1252" and match.chaos <= clean + 0.02 for match in found)
-    return ("cp1252" if western else best.encoding), "replace"
-
-
-CP1252_STRAYS = "data_prep.cp1252_strays"
-
-
-def _decode_strays(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
-
-
-codecs.register_error(CP1252_STRAYS, _decode_strays)
 
 
 # --- lines ----------------------------------------------------------------------------------------------------
@@ -262,7 +171,7 @@ def _check_columns(
     missing = [field for field in required if field not in found]
     if not missing:
         return
-    listed = [header.strip()[:40] for header in headers if header.strip()]
+    listed = [clean(header)[0][:40] for header in headers if header.strip()]
     columns = ", ".join(f"'{header}'" for header in listed[:20]) + (", ..." if len(listed) > 20 else "")
     wanted = "\n".join(f"  {field}: {', '.join(names[field])}" for field in missing)
     hint = ""
@@ -282,7 +191,7 @@ def _csv_rows(
     lines: _Lines, first: str, path: Path, names: Mapping[str, Sequence[str]], required: Sequence[str]
 ) -> tuple[dict[str, str], Iterator[Row]]:
     # The delimiter is the one under which the header holds the most names that the task knows.
-    splits = {delimiter: next(csv.reader([first], delimiter=delimiter), []) for delimiter in ",;\t|"}
+    splits = {delimiter: first.split(delimiter) for delimiter in ",;\t|"}
     delimiter = max(splits, key=lambda d: (len(_find_columns(splits[d], names)), len(splits[d])))
     records = _csv_records(lines, delimiter)
     headers = next((cells for _, cells, _ in records if cells), [])
@@ -292,7 +201,7 @@ def _csv_rows(
     while width and not headers[width - 1].strip():
         width -= 1  # a spreadsheet's empty columns at the right
     places = [found.get(field, -1) for field in names]
-    return {field: headers[place].strip() for field, place in found.items()}, _fit(records, width, places)
+    return {field: clean(headers[place])[0] for field, place in found.items()}, _fit(records, width, places)
 
 
 def _csv_records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
@@ -319,10 +228,13 @@ def _csv_records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str]
             problem = _problem(str(error), len(lines.record))
             lines.give_back(len(lines.record) - 1)
             reader = parse(lines)
+            # `"Woke" ,"aware"` is the one slip whose meaning is beyond doubt.
+            tidy = space_after_quote.sub('"', lines.record[0])
             try:
-                # `"Woke" ,"aware"` is the one slip whose meaning is beyond doubt.
-                cells = next(parse([space_after_quote.sub('"', lines.record[0])]))
+                cells = next(parse([tidy])) if problem == STRAY_QUOTE else []
             except csv.Error:
+                cells = []
+            if not cells:
                 yield start, [], problem
                 continue
         if len(cells) > 1 or (cells and cells[0].strip()):
@@ -369,7 +281,7 @@ def _json_rows(
             else:
                 yield Row(number, line, ["" if value is None else str(value) for value in values], "")
 
-    return columns, rows()
+    return {field: clean(header)[0] for field, header in columns.items()}, rows()
 
 
 def _json_objects(lines: _Lines, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
@@ -381,12 +293,14 @@ def _json_objects(lines: _Lines, path: Path) -> Iterator[tuple[int, dict[str, ob
                 continue
             try:
                 item = json.loads(text, strict=False)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # ValueError also where a number has 5,000 digits
                 item = None
             if not isinstance(item, dict):
                 shown = text if len(text) <= 60 else f"{text[:60]}..."
-                hint = f"\nOne list of objects? jq -c '.[]' {path.name} > rows.jsonl" if text.startswith("[") else ""
-                raise UserError(f"{path}, line {lines.number} is not a JSON object: {shown}{hint}")
+                raise UserError(
+                    f"{path}, line {lines.number} is not a JSON object: {clean(shown)[0]}\n"
+                    f"Write one object a line; from a list of objects: jq -c '.[]' {path.name} > rows.jsonl"
+                )
             yield lines.number, item
     except csv.Error:
         raise UserError(f"{path}, line {lines.number} has over {MAX_LINE:,} characters") from None

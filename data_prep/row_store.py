@@ -85,13 +85,22 @@ class RowStore:
             yield batch
             last = batch[-1].row
 
-    def repeated(self) -> Iterator[list[Entry]]:
-        """The rows of every key that stands more than once, first row first."""
-        hashes = self._db.execute("SELECT hash FROM rows GROUP BY hash HAVING count(*) > 1 ORDER BY hash").fetchall()
-        for (hashed,) in hashes:
-            same = self._entries("SELECT row, key, cells FROM rows WHERE hash = ? ORDER BY row", (hashed,))
-            # Two keys of one hash are not to be expected in a billion rows, and would only be taken for one.
-            yield [entry for entry in same if entry.key == same[0].key]
+    def repeated(self) -> Iterator[tuple[Entry, Iterator[list[Entry]]]]:
+        """For every key that stands more than once its first row and, in batches, the others; those may be dropped."""
+        query = "SELECT hash FROM rows WHERE hash > ? GROUP BY hash HAVING count(*) > 1 ORDER BY hash LIMIT ?"
+        last = -1
+        while hashes := [hashed for (hashed,) in self._db.execute(query, (last, BATCH))]:
+            for last in hashes:
+                [first] = self._entries("SELECT row, key, cells FROM rows WHERE hash = ? ORDER BY row LIMIT 1", (last,))
+                yield first, self._others(last, first)
+
+    def _others(self, hashed: int, first: Entry) -> Iterator[list[Entry]]:
+        query = "SELECT row, key, cells FROM rows WHERE hash = ? AND row > ? ORDER BY row LIMIT ?"
+        last = first.row
+        while batch := self._entries(query, (hashed, last, BATCH)):
+            last = batch[-1].row
+            # Two keys of one hash are not to be expected in a billion rows; they are not the same all the same.
+            yield [entry for entry in batch if entry.key == first.key]
 
     def beyond(self, first: int, end: int, most: int) -> Iterator[list[Entry]]:
         """The rows of `[first, end)` after the `most` with the smallest hashes; drop each batch to get the next."""
@@ -99,13 +108,12 @@ class RowStore:
         while batch := self._entries(query, (first, end, BATCH, most)):
             yield batch
 
-    def get(self, rows: Sequence[int]) -> dict[int, Entry]:
-        found: dict[int, Entry] = {}
+    def get(self, rows: Sequence[int]) -> Iterator[Entry]:
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
-            query = f"SELECT row, key, cells FROM rows WHERE row IN ({','.join('?' * len(some))})"
-            found.update((entry.row, entry) for entry in self._entries(query, some))
-        return found
+            yield from self._entries(
+                f"SELECT row, key, cells FROM rows WHERE row IN ({','.join('?' * len(some))})", some
+            )
 
     def drop_counts(self) -> dict[str, int]:
         return dict(

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.prompt import Prompt
-from data_prep.row_store import BATCH, Entry
+from data_prep.row_store import Entry
 
 COUNTED_ROWS = 20_000  # of each split, for the token counts: enough for a mean, and done in seconds
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 RowFields = Callable[[Mapping[str, str], Prompt], Mapping[str, str]]
 
 
 def row_fields_of(task: str) -> RowFields:
-    """How the columns of a row become the fields of the prompt: `row_fields` of `data_prep/<task>.py`, else as they are."""
-    if find_spec(f"data_prep.{task}"):
-        written: RowFields = import_module(f"data_prep.{task}").row_fields
-        return written
-    return lambda fields, prompt: fields
+    """How a row's columns become the prompt's fields: `row_fields` of `data_prep/<task>.py`, else as they are."""
+    if task.isidentifier() and find_spec(f"data_prep.{task}"):
+        return getattr(import_module(f"data_prep.{task}"), "row_fields", _columns_as_they_are)
+    return _columns_as_they_are
+
+
+def _columns_as_they_are(fields: Mapping[str, str], prompt: Prompt) -> Mapping[str, str]:
+    return fields
 
 
 class SplitWriter:
@@ -51,7 +55,7 @@ class SplitWriter:
         with path.open("wb") as file:
             for batch in batches:
                 written = [self._row(entry, kept) for entry in batch]
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written).encode()
+                lines = "".join(_to_json(row) + "\n" for row in written).encode()
                 file.write(lines)
                 digest.update(lines)
                 size += len(lines)

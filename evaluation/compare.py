@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     instruction: str,
-    sampling: DictConfig,
+    sampling: dict[str, Any],
     seed: int,
 ) -> str:
     """One sampled response to `instruction`; the same seed gives the same text on the same kind of machine."""
@@ -41,7 +40,7 @@ def measure(
     prompt: Prompt,
     held_out: Batches,
     instructions: Sequence[str],
-    sampling: DictConfig,
+    sampling: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
     """`{"loss", "perplexity", "answers"}` of a model: mean cross-entropy per response token, and its answers."""

@@ -7,8 +7,10 @@ everywhere.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException
@@ -53,6 +55,11 @@ def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     return config
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A section of the configuration as an ordinary dictionary."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+
 def _device() -> str:
     # Most commands need no tensor: do not wait seconds for torch where no NVIDIA driver is loaded.
     if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/nvidiactl").exists():
@@ -64,8 +71,11 @@ def _device() -> str:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Call `main(sys.argv[1:])` and exit: 0 when done, 2 on a `UserError`, 130 on Ctrl-C. No traceback for those."""
-    # The hub client and tokenizers say much that helps nobody here.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Libraries' remarks about their own future, and progress bars in a log file, hide what a user needs to read.
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

@@ -12,26 +12,21 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-import time
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
-from nemo_configs.command_line import UserError, load_config, run
+from nemo_configs.command_line import UserError, load_config, plain, run
 from training.base_model import describe, ensure_base_model, lock_is_held
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-    from training.batches import Batches
-    from training.gemma_lora import GemmaLoRA
 
 CHECKPOINTS_PER_RUN = 20
 
@@ -59,15 +54,16 @@ def main(words: list[str]) -> None:
 
 def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
+    identity = plain(config)
     # Where files lie and how much memory a step may take do not change the result.
     for key in ("runs_dir", "data_dir"):
-        plain.pop(key)
-    plain["model"] = describe(base_folder)["sha256"]
-    plain["data"] = json.loads((data_folder / "manifest.json").read_text())["fingerprint"]
-    plain["task"].pop("data")
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+        identity.pop(key)
+    identity["trainer"].pop("micro_batch_tokens")
+    identity["model"] = describe(base_folder)["sha256"]
+    manifest = json.loads((data_folder / "manifest.json").read_text())
+    identity["data"] = {name: split["sha256"] for name, split in manifest["splits"].items()}
+    identity["task"].pop("data")
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     parts = [config.model.name, config.peft.name, config.experiment_name, digest]
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
@@ -86,13 +82,12 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     from training.batches import Batches, tokenize
     from training.gemma_lora import weights_dtype
 
-    began = time.time()
     OmegaConf.save(config, run_folder / "config.yaml")
     shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
     (run_folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    prompt = Prompt(**OmegaConf.to_container(config.task.prompt, resolve=True))  # type: ignore[arg-type]
+    prompt = Prompt(**plain(config.task.prompt))
     splits: dict[str, Any] = {}
     for name in ("training", "validation", "test"):
         rows, too_long = tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
@@ -101,8 +96,8 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
         if too_long:
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
     held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
-    questions = [prompt.write_instruction()] + [row["input"] for row in first_rows(data_folder / "test.jsonl", 3)]
-    sampling = config.task.generate
+    questions = [prompt.write_instruction()] + [row["input"] for row in first_rows(data_folder / "test.jsonl", 2)]
+    sampling = plain(config.task.generate)
 
     before_file = run_folder / "before.json"
     if not before_file.exists():
@@ -117,22 +112,22 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
 
     archive = run_folder / f"{config.task.name}.nemo"
     if not archive.exists():
-        seconds = fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
-        write_json(run_folder / "training.json", {"seconds_of_last_session": seconds})
+        fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
 
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder)
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]), "questions": questions, "before": before, "after": after,
-        "seconds": round(time.time() - began, 1),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)
 
 
-def fit(config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path) -> float:
-    """Train, or go on from the newest whole checkpoint, and write `archive`. Returns the seconds it took."""
-    import torch
+def fit(
+    config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path
+) -> None:
+    """Train, or go on from the newest whole checkpoint, and write `archive`."""
     from lightning.pytorch import Trainer, seed_everything
     from nemo.utils.exp_manager import exp_manager
 
@@ -156,10 +151,14 @@ def fit(config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, 
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
-    rank = {"rank": trainer.global_rank, "world_size": trainer.world_size}
-    budget = config.trainer.micro_batch_tokens
-    batches = Batches(rows, settings.batch_size, budget, config.seed, taken=lambda: trainer.global_step, **rank)
-    validation = Batches(validation_rows, settings.batch_size, budget, None, **rank)
+    size, budget, rank, world = (
+        settings.batch_size,
+        config.trainer.micro_batch_tokens,
+        trainer.global_rank,
+        trainer.world_size,
+    )
+    batches = Batches(rows, size, budget, config.seed, lambda: trainer.global_step, rank, world)
+    validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
     steps = len(batches) * settings.epochs
     checkpoints = run_folder / "checkpoints"
     resume_from = newest_checkpoint(checkpoints)
@@ -175,6 +174,7 @@ def fit(config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, 
         "log_tflops_per_sec_per_gpu": False,
         "checkpoint_callback_params": {
             "dirpath": str(checkpoints),
+            "verbose": False,
             "filename": "{step:06d}",
             "monitor": "step",
             "mode": "max",
@@ -209,14 +209,12 @@ def fit(config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, 
         }),
         trainer,
     )  # fmt: skip
-    began = time.time()
     trainer.fit(model, batches, validation, ckpt_path=trainer.ckpt_path)
     if trainer.interrupted:
         raise KeyboardInterrupt
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))
     partial.rename(archive)
-    return round(time.time() - began, 1)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -249,7 +247,7 @@ def describe_environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     packages = ["torch", "nemo-toolkit", "lightning", "transformers", "peft", "datasets", "omegaconf"]
     return {
-        "command": " ".join(["python -m training", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "training", *sys.argv[1:]]),
         "commit": commit,
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
@@ -261,15 +259,15 @@ def describe_environment() -> dict[str, Any]:
 
 
 def quiet_libraries() -> None:
-    """Their start-up remarks hide what a user needs to read."""
+    """NeMo, Lightning and its telemetry hook start with remarks that hide what a user needs to read."""
     import logging
-    import warnings
 
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
+    import lightning.pytorch
     from nemo.utils import logging as nemo_logging
 
+    for name in (lightning.pytorch.__name__, "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(logging.ERROR)
 
 

@@ -57,7 +57,7 @@ def ensure_base_model(model: DictConfig) -> Path:
         partial = folder.parent / f".{model.name}.partial"  # stays after a kill: a download resumes
         partial.mkdir(exist_ok=True)
         origin = _build_embedded(partial) if model.embedded else _download(model, partial)
-        perplexity = _self_check(partial, model.max_perplexity)
+        perplexity = self_check(partial, model.max_perplexity)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
         record = {"name": model.name, **origin, "self_check_perplexity": perplexity, "files": files}
         record["sizes"] = {name: (partial / name).stat().st_size for name in files}
@@ -113,6 +113,7 @@ def _build_embedded(folder: Path) -> dict[str, str]:
 
 
 def _download(model: DictConfig, folder: Path) -> dict[str, str]:
+    import httpx2  # what huggingface_hub speaks through
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -140,23 +141,58 @@ def _download(model: DictConfig, folder: Path) -> dict[str, str]:
         status = getattr(error.response, "status_code", "?")
         hint = "check that the token can read this repository" if status in (401, 403) else "try again later"
         raise UserError(f"the hub answered {status} for {page} ({have_token}): {hint}") from None
-    except (LocalEntryNotFoundError, OSError, _http_error()) as error:
+    except (LocalEntryNotFoundError, OSError, httpx2.HTTPError) as error:
         raise UserError(
             f"{model.name} is not in {folder.parent}, and {page} cannot be reached ({type(error).__name__}). Connect "
             f"this machine, or copy a downloaded folder here and give it by ARGS=model.path=/that/folder. "
             f"MODEL=gemma-3-270m needs no network. What has arrived is kept: the same command goes on from there."
         ) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
+    keep_text_model(folder)
     return {"source": page, "revision": revision or ""}
 
 
-def _http_error() -> type[Exception]:
-    import httpx
+def keep_text_model(folder: Path) -> None:
+    """Cut a Gemma 3 checkpoint that also sees images (4B and larger) to its text model, in place, a shard at a time.
 
-    return httpx.HTTPError
+    Its tensors `language_model.model.*` become `model.*`, as in the text-only sizes; the rest is dropped.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "text_config"):
+        return
+    weight_map: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            names = {name: _text_name(name) for name in shard.keys()}  # noqa: SIM118
+            tensors = {new: shard.get_tensor(name) for name, new in names.items() if new}
+        path.unlink()
+        if tensors:
+            save_file(tensors, path, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2) + "\n")
+    text = config.text_config
+    text.architectures = ["Gemma3ForCausalLM"]
+    text.tie_word_embeddings = True
+    text.dtype = config.dtype
+    text.save_pretrained(folder)
 
 
-def _self_check(folder: Path, max_perplexity: float) -> float:
+def _text_name(name: str) -> str | None:
+    for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return None
+
+
+def self_check(folder: Path, max_perplexity: float) -> float:
+    """The perplexity of `SELF_CHECK_TEXT`; a `UserError` where it is not below `max_perplexity`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,10 +37,10 @@ class MicroBatch:
     tokens: int
 
     def to(self, device: torch.device) -> "MicroBatch":
-        move = {"device": device, "non_blocking": True}
-        return MicroBatch(
-            self.input_ids.to(**move), self.sources.to(**move), self.targets.to(**move), self.tokens
-        )  # fmt: skip
+        ids, sources, targets = (
+            part.to(device, non_blocking=True) for part in (self.input_ids, self.sources, self.targets)
+        )
+        return MicroBatch(ids, sources, targets, self.tokens)
 
 
 @dataclass
@@ -65,6 +65,8 @@ def tokenize(
     Raises:
         UserError: no row is left.
     """
+    if file.stat().st_size < 50e6:  # done in a second or two
+        disable_progress_bars()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:

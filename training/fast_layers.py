@@ -6,6 +6,7 @@ what its backward pass needs. Formulas are those of transformers and peft; tests
 """
 
 import types
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ def speed_up(model: PeftModel) -> None:
 
     Layers this does not hold for (dropout, DoRA, quantized or biased base, several adapters) keep peft's own.
     """
+    module: Any
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, LoraLinear) and _is_plain(module):
@@ -100,7 +102,7 @@ class _RMSNorm(torch.autograd.Function):
         return scaled.mul_(inverse).sub_(x * along).to(grad.dtype), None, None
 
 
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(_GatedGelu.apply(self.gate_proj(x), self.up_proj(x)))
 
 

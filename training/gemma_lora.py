@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_classes
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
 from training.fast_layers import speed_up
@@ -37,8 +37,9 @@ def weights_dtype() -> torch.dtype:
 class GemmaLoRA(ModelPT):
     """
     Args:
-        cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype`, `peft` (LoraConfig keys),
-            `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (gradient norm), `seed`.
+        cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype` of its weights, `peft`
+            (LoraConfig keys), `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient
+            norm), `seed`.
         trainer: a Lightning trainer, or None to answer prompts only.
 
     Raises:
@@ -57,10 +58,10 @@ class GemmaLoRA(ModelPT):
             )
         torch.manual_seed(cfg.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.prompt = Prompt(**OmegaConf.to_container(cfg.prompt, resolve=True))
+        self.prompt = Prompt(**plain(cfg.prompt))
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, cfg.dtype))
         base.config.use_cache = False
-        lora = OmegaConf.to_container(cfg.peft, resolve=True)
+        lora = plain(cfg.peft)
         lora.pop("name")
         try:
             # Adapters of a bfloat16 model are kept in float32: an update is often smaller than bfloat16 can hold.
@@ -142,4 +143,3 @@ class GemmaLoRA(ModelPT):
     @classmethod
     def list_available_models(cls) -> list[Any]:
         return []
-

@@ -15,21 +15,19 @@ from training.batches import Step
 class RunProgress(Callback):
     """Loss, tokens per second and time left over the whole run, epochs included.
 
-    `metrics.jsonl` gets `{"step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_second"}` a step
-    and `{"step", "epoch", "val_loss"}` a validation. A resumed run drops the lines of steps it takes again.
+    `metrics.jsonl` gets `{"step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"}`
+    a step and `{"step", "epoch", "val_loss"}` a validation. A resumed run drops the lines of steps it takes again.
     """
 
     def __init__(self, metrics_file: Path) -> None:
         self.metrics_file = metrics_file
         self.last_said = 0.0
 
-    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= trainer.global_step]
             self.metrics_file.write_text("".join(f"{line}\n" for line in kept))
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -51,8 +49,9 @@ class RunProgress(Callback):
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "learning_rate", "grad_norm")}
         tokens = sum(part.tokens for part in batch.micro_batches) * trainer.world_size
-        speed = tokens / (time.monotonic() - self.step_began)
-        self._write(trainer, {**values, "tokens_per_second": round(speed, 1)})
+        seconds = time.monotonic() - self.step_began
+        speed = tokens / seconds
+        self._write(trainer, {**values, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 4)})
         facts = f"loss {values['train_loss']:.3f}  {speed:,.0f} tokens/s"
         self.bar.update(self.task, completed=trainer.global_step, facts=facts)
         if not sys.stderr.isatty() and time.monotonic() - self.last_said > 15:

@@ -1,0 +1,65 @@
+"""Ask the base model and the fine-tuned one the same thing, side by side.
+
+    python -m evaluation.generate task=slang context="You missed the last bus home." seed=3
+    (what `make generate TASK=slang CONTEXT="…" CONDITION="…"` calls)
+
+`name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or +run=FOLDER.
+"""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from evaluation.runs import newest_run
+from nemo_configs.command_line import UserError, load_config, plain, run
+
+
+def main(words: list[str]) -> None:
+    given, overrides = {}, []
+    fields = load_config([word for word in words if word.startswith("task=")]).task.prompt.fields
+    for word in words:  # a prompt field may hold any text, so it does not go through the override grammar
+        name, _, text = word.partition("=")
+        if name in fields:
+            given[name] = text
+        else:
+            overrides.append(word)
+    config = load_config(overrides)
+    run_folder = newest_run(config)
+    print(f"Asking {run_folder.name}", flush=True)
+
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console = Console()
+    with console.status("loading"):
+        from converters.nemo_file import read_nemo
+        from evaluation.compare import answer, without_adapter
+
+        trained = OmegaConf.load(run_folder / "config.yaml")
+        nemo = read_nemo(run_folder / f"{trained.task.name}.nemo")
+        base_folder = Path(config.model.path or Path(trained.model.models_dir) / nemo.base["name"])
+        if not (base_folder / "config.json").exists():
+            raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
+                            f"MODEL={nemo.base['name']}")  # fmt: skip
+        model, tokenizer = nemo.load_onto(base_folder)
+    instruction = nemo.prompt.write_instruction(**given)
+    sampling = plain(config.task.generate)
+    with console.status("asking the fine-tuned model"):
+        tuned = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)
+    with console.status("asking the base model"), without_adapter(model):
+        base = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)
+    console.print(Text(instruction), style="dim")
+    side = max(30, (console.width - 2) // 2)
+    console.print(Columns([
+        Panel(Text(base), title=f"{nemo.base['name']}, before", width=side),
+        Panel(Text(tuned), title=f"fine-tuned, seed {config.seed}", width=side, border_style="green"),
+    ], padding=(0, 1)))  # fmt: skip
+    labels = nemo.prompt.labels()
+    for name, text in nemo.prompt.read_response(tuned).items():
+        console.print(Text.assemble((f"{labels[name]} ", "bold"), text))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from nemo_configs.command_line import load_config
+from training.base_model import ensure_base_model
+
+ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ("gemma", "gemma2", "gemma3_text")
+# Small enough for a test, large enough that every mechanism of its family is at work: grouped queries, a sliding
+# window shorter than the rows, soft-capping.
+TINY = {
+    "vocab_size": 262_144, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16,
+    "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+TINY_FAMILY = {
+    "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
+    "gemma2": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16,
+    },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    """The embedded Gemma 3 270M, built on first use."""
+    return ensure_base_model(load_config().model).resolve()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(base_folder)
+
+
+def tiny_gemma(family: str, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
+    """A random Gemma of `family`, with weights of a trained model's spread, so that its outputs are not all alike."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**TINY, **TINY_FAMILY[family], **options})
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if "norm" in name else 0.15)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a tiny random Gemma 3, with a tokenizer of 600 entries that begins rows with <bos>."""
+    folder = tmp_path_factory.mktemp("tiny-base")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<pad>", "<eos>", "<bos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train([str(ROOT / "data_prep/samples/slang.csv")], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    ).save_pretrained(folder)
+    tiny_gemma("gemma3_text", torch.bfloat16, vocab_size=600).save_pretrained(folder)
+    return folder

@@ -1,0 +1,116 @@
+"""A base model is whole and sane, or there is a sentence that says what to do."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, tiny_gemma
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
+
+from nemo_configs.command_line import UserError, load_config, names
+from training.base_model import describe, ensure_base_model, keep_text_model, self_check
+
+EXPECTED = {
+    *(f"gemma-{size}{kind}" for size in ("2b", "7b") for kind in ("", "-it")),
+    *(f"gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")),
+    *(f"gemma-3-{size}{kind}" for size in ("270m", "1b", "4b", "12b", "27b") for kind in ("", "-it")),
+}
+
+
+def test_every_gemma_has_a_pinned_config() -> None:
+    assert set(names("model")) == EXPECTED
+    for name in EXPECTED:
+        model = load_config([f"model={name}"]).model
+        assert model.name == name and model.repo.startswith("google/gemma")
+        assert len(model.revision) == 40 and int(model.revision, 16)
+
+
+def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
+    # Port 9 of this machine answers nobody: the hub is out of reach whatever the network.
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    result = subprocess.run(
+        [sys.executable, "-m", "training.base_model", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "cannot be reached" in result.stderr and "model.path=" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "gemma-2-2b").exists()
+
+
+def test_a_folder_of_ones_own_must_be_a_model(tmp_path: Path) -> None:
+    config = load_config([f"model.path={tmp_path}"]).model
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        ensure_base_model(config)
+
+
+def test_a_truncated_file_is_noticed_on_the_next_start(base_folder: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(base_folder, models / "gemma-3-270m", copy_function=os.link)
+    config = load_config([f"model.models_dir={models}"]).model
+    assert ensure_base_model(config) == models / "gemma-3-270m"
+    damaged = models / "gemma-3-270m" / "tokenizer.json"
+    text = damaged.read_bytes()
+    damaged.unlink()  # the link, not the base's own file
+    damaged.write_bytes(text[:1000])
+    with pytest.raises(UserError, match=r"tokenizer\.json is missing or not"):
+        ensure_base_model(config)
+
+
+def test_random_weights_fail_the_self_check(tiny_base: Path) -> None:
+    with pytest.raises(UserError, match="fails its self-check: perplexity"):
+        self_check(tiny_base, max_perplexity=60)
+
+
+def test_the_hash_follows_the_weights_and_not_the_folder(tiny_base: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_base, tmp_path / "elsewhere")
+    assert describe(copy)["sha256"] == describe(tiny_base)["sha256"]
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert describe(copy)["sha256"] != describe(tiny_base)["sha256"]
+
+
+def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = tiny_gemma("gemma3_text").config.to_dict()
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    whole.eval().save_pretrained(tmp_path)
+    tokens = torch.tensor([tokenizer("The train left the station.").input_ids])
+    with torch.inference_mode():
+        expected = whole(input_ids=tokens).logits
+    keep_text_model(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    assert not any("vision" in name for name in load_file(tmp_path / "model.safetensors"))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(tokens).logits, expected)
+
+
+@pytest.mark.slow
+def test_killed_and_doubled_builds_end_in_one_good_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "training.base_model", f"model.models_dir={tmp_path}"]
+    killed = subprocess.Popen(command, cwd=ROOT)
+    while not list(tmp_path.glob(".gemma-3-270m.partial/*.gguf")):
+        time.sleep(0.1)
+        assert killed.poll() is None
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "gemma-3-270m").exists()
+
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("is ready: perplexity" in text for text in said) == 1
+    assert sum("Waiting for another process" in text for text in said) == 1
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["gemma-3-270m"]

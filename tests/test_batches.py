@@ -1,0 +1,93 @@
+"""Which tokens are learned, and that no way of cutting a step changes what it learns."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_gemma
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import UserError
+from training.batches import Batches, held_out_loss, learned_loss, tokenize
+
+PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "Slang: {slang}")
+ROWS = [{"input": "word " * (n % 7 + 1), "output": f"Slang: {'yes ' * (n % 5 + 1)}".strip()} for n in range(23)]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Path:
+    file = tmp_path / "training.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+@pytest.fixture
+def rows(split: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path):  # type: ignore[no-untyped-def]
+    return tokenize(split, tokenizer, PROMPT, 512, tmp_path / "cache")[0]
+
+
+def test_the_response_and_its_end_are_learned_and_the_prompt_is_not(
+    rows,
+    tokenizer: PreTrainedTokenizerBase,  # type: ignore[no-untyped-def]
+) -> None:
+    (step,) = Batches(rows.select([3]), 1, 10_000, seed=None)
+    (batch,) = step.micro_batches
+    assert tokenizer.decode(batch.targets) == "Slang: yes yes yes yes<eos>"
+    asked = batch.input_ids[0, : batch.sources[0] + 1]
+    assert asked.tolist() == tokenizer(PROMPT.wrap(ROWS[3]["input"])).input_ids
+    assert asked[0] == tokenizer.bos_token_id and (asked == tokenizer.bos_token_id).sum() == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_gemma(family)
+    expected, learned = 0.0, 0
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            labels = ids.clone()
+            labels[0, : row["prompt_length"]] = -100
+            count = int((labels != -100).sum())
+            expected += model(ids, labels=labels).loss.item() * count
+            learned += count
+        for budget in (1, 60, 10_000):  # one row at a time, a few, all padded together
+            steps = list(Batches(rows, 8, budget, seed=0))
+            assert sum(step.learned for step in steps) == learned
+            total = sum(learned_loss(model, batch).item() for step in steps for batch in step.micro_batches)
+            assert total == pytest.approx(expected, rel=1e-5)
+    assert held_out_loss(model, Batches(rows, 8, 100, seed=None)) == pytest.approx(expected / learned, rel=1e-5)
+
+
+def test_every_epoch_has_every_row_once_in_another_order(rows) -> None:  # type: ignore[no-untyped-def]
+    taken = 0
+    batches = Batches(rows, 4, 10_000, seed=0, taken=lambda: taken)
+    first = [step.micro_batches[0].input_ids.tolist() for step in batches]
+    taken = len(batches)
+    second = [step.micro_batches[0].input_ids.tolist() for step in batches]
+    assert len(first) == len(second) == 6 and first != second
+    assert sum(len(ids) for ids in first) == sum(len(ids) for ids in second) == len(ROWS)
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped(rows) -> None:  # type: ignore[no-untyped-def]
+    whole = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0)]
+    rest = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, taken=lambda: 4)]
+    assert rest == whole[4:]
+
+
+def test_processes_share_a_step_without_overlap(rows) -> None:  # type: ignore[no-untyped-def]
+    alone = list(Batches(rows, 8, 10_000, seed=0))
+    parts = [list(Batches(rows, 8, 10_000, seed=0, rank=rank, world_size=2)) for rank in (0, 1)]
+    for step, left, right in zip(alone, *parts, strict=True):
+        assert left.learned == right.learned == step.learned
+        assert sum(len(b.targets) for part in (left, right) for b in part.micro_batches) == step.learned
+
+
+def test_rows_over_the_limit_are_counted_and_an_empty_rest_is_an_error(
+    split: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    fitting, too_long = tokenize(split, tokenizer, PROMPT, 20, tmp_path / "cache")
+    assert 0 < len(fitting) < len(ROWS) and len(fitting) + too_long == len(ROWS)
+    with pytest.raises(UserError, match="max_length"):
+        tokenize(split, tokenizer, PROMPT, 5, tmp_path / "cache")

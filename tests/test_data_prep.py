@@ -1,0 +1,914 @@
+"""A table of rows becomes training data: what is read, repaired, merged, split and left out, and what goes wrong."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+from rapidfuzz import fuzz, process
+
+from data_prep import progress
+from data_prep.clean_text import clean, is_explicit, key_of
+from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
+from data_prep.prepare import prepare
+from data_prep.prompt import Prompt
+from data_prep.read_table import Row, open_table
+from data_prep.same_rows import NEAR
+from data_prep.split import hash_of, ranges
+from nemo_configs.command_line import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = ROOT.parent / "shared" / "data"
+TASK = OmegaConf.load(ROOT / "nemo_configs" / "task" / "slang.yaml")
+HEADER = ["Slang", "Description", "Example", "Context"]
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).exists():
+        pytest.skip(f"needs the real file {REAL / name}")
+    return REAL / name
+
+
+def config_for(folder: Path, source: Path, *options: str, seed: int = 0) -> DictConfig:
+    """The part of the configuration that data preparation uses; `options` as on the command line."""
+    task = {name: TASK[name] for name in ("name", "data", "prompt")}
+    base = OmegaConf.create({"task": task, "seed": seed, "data_dir": str(folder)})
+    given = OmegaConf.from_dotlist([f"task.data.source={source}", *(f"task.data.{option}" for option in options)])
+    config = OmegaConf.merge(base, given)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def made_up(count: int, seed: int = 0) -> list[list[str]]:
+    """Rows that have nothing in common: words of random letters."""
+    letters = random.Random(seed)
+
+    def words(number: int) -> str:
+        return " ".join("".join(letters.choices("abcdefghijklmnoprstuvwyz", k=6)) for _ in range(number))
+
+    return [[words(1), words(5), words(6), words(6)] for _ in range(count)]
+
+
+def read_split(folder: Path, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def read_all(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return {split: read_split(folder, split) for split in ("training", "validation", "test")}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def drops_of(folder: Path) -> list[dict[str, Any]]:
+    return read_split(folder, "dropped")
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Path]:
+    """`make(rows, *options)` prepares a table of four columns and gives its folder."""
+
+    def prepared(rows: Iterable[Sequence[str]], *options: str, seed: int = 0) -> Path:
+        source = write_csv(tmp_path / "rows.csv", rows)
+        return prepare(config_for(tmp_path / "data", source, *options, seed=seed), None)
+
+    return prepared
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    columns = OmegaConf.to_container(TASK.data.columns)
+    assert isinstance(columns, dict)
+    table = open_table(path, columns, ["slang", "description"])
+    rows = list(table.rows)
+    table.close()
+    return rows
+
+
+CURLY = "Slang;Description\r\nnaïve;“crème brûlée” isn’t café\r\nΩ;omega\r\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_delimiters_and_unicode_encodings_are_found(tmp_path: Path, encoding: str, delimiter: str) -> None:
+    (tmp_path / "a.csv").write_bytes(CURLY.replace(";", delimiter).encode(encoding))
+    assert [row.cells for row in read_rows(tmp_path / "a.csv")] == [
+        ["naïve", "“crème brûlée” isn’t café", "", ""],
+        ["Ω", "omega", "", ""],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "term", "meaning"),
+    [
+        ("cp1252", "café", "“cosy” place, isn’t it"),
+        ("cp1251", "кринж", "чувство стыда за других людей, когда они делают что-то нелепое"),
+        ("shift_jis", "エモい", "感情が動かされる様子を表す若者言葉"),
+        ("gb18030", "内卷", "过度的内部竞争使人疲惫不堪"),
+    ],
+)
+def test_other_encodings_are_guessed(tmp_path: Path, encoding: str, term: str, meaning: str) -> None:
+    (tmp_path / "a.csv").write_bytes(f"term;meaning\n{term};{meaning}\n".encode(encoding) * 3)
+    assert read_rows(tmp_path / "a.csv")[0].cells == [term, meaning, "", ""]
+
+
+def test_a_few_windows_bytes_in_a_utf8_file_are_read_as_such(tmp_path: Path) -> None:
+    lines = ["term,meaning", *(f"naïve{i},crème brûlée" for i in range(50))]
+    (tmp_path / "a.csv").write_bytes("\n".join(lines).encode() + b"\nlast,it\x92s caf\xe9\n")
+    rows = read_rows(tmp_path / "a.csv")
+    assert rows[0].cells == ["naïve0", "crème brûlée", "", ""]
+    assert rows[-1].cells == ["last", "it’s café", "", ""]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "slang,description",
+        " Description , SLANG ",
+        "\ufeffKeyword,Definition",
+        "id,SLANG/Acronym,Meaning",
+        "Term,_meaning_",
+    ],
+)
+def test_columns_are_known_by_any_of_their_names(tmp_path: Path, header: str) -> None:
+    names = [name.strip().lower() for name in header.split(",")]
+    row = ",".join("what it means" if "mean" in name or "descr" in name or "defin" in name else "W" for name in names)
+    (tmp_path / "a.csv").write_text(f"{header}\n{row}\n", encoding="utf-8")
+    assert read_rows(tmp_path / "a.csv")[0].cells == ["W", "what it means", "", ""]
+
+
+def test_the_first_of_a_field_s_names_wins(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("word,term,definition\nsecond,first,x\n")
+    assert read_rows(tmp_path / "a.csv")[0].cells == ["first", "x", "", ""]
+
+
+def test_a_quote_that_is_never_closed_costs_only_its_own_row(tmp_path: Path) -> None:
+    good = [f'w{i},"a, quoted meaning {i}"' for i in range(5)]
+    lines = ["slang,description", *good[:2], 'bad,"never closed', *good[2:], 'worse,"at the end']
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    rows = read_rows(tmp_path / "a.csv")
+    assert [row.cells[0] for row in rows if row.cells] == [f"w{i}" for i in range(5)]
+    assert [(row.number, row.line, row.problem) for row in rows if row.problem] == [
+        (3, 4, "a quote that is never closed"),
+        (7, 8, "a quote that is never closed"),
+    ]
+
+
+def test_lines_that_do_not_fit_cost_only_themselves(tmp_path: Path) -> None:
+    text = (
+        "slang,description,example\n"
+        "a,one,x\n"
+        "b,two\n"
+        "c,three,x,y\n"
+        "d,four,x,,,\n"
+        "\n"
+        'e,"he said "five" to me",x\n'
+        '"f" , "six, or so" ,x\n'
+        'g,"seven\nin two lines",x\n'
+        "h,\x00eig\x00ht,x\n"
+        f"i,{'9' * 200_000},x\n"
+        f"j,{'10,' * 500_000},x\n"
+        "k,eleven,x\n"
+    )
+    (tmp_path / "a.csv").write_text(text)
+    rows = read_rows(tmp_path / "a.csv")
+    assert [(row.cells or [row.problem])[0] for row in rows] == [
+        "a",
+        "fewer cells than columns",
+        "more cells than columns",
+        "d",
+        "quotes out of place",
+        "f",
+        "g",
+        "h",
+        "a line or cell too long to read",
+        "a line or cell too long to read",
+        "k",
+    ]
+    assert [row.line for row in rows] == [2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14]
+    assert rows[6].cells == ["g", "seven\nin two lines", "x", ""]
+    assert rows[5].cells == ["f", "six, or so", "x", ""]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    lines = ['{"Term": "W", "meaning": "win"}', "", '{"meaning": 7, "Term": "seven", "usage": null, "id": [1]}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"Term": ["L"], "meaning": "loss"}']))
+    rows = read_rows(tmp_path / "a.jsonl")
+    assert [row.cells for row in rows] == [["W", "win", "", ""], ["seven", "7", "", ""], None]
+    assert (rows[2].line, rows[2].problem) == (4, "a value that is not text")
+
+
+# --- cleaning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "text", "repaired"),
+    [
+        ("plain", "plain", False),
+        ("  many \t spaces\r\n", "many spaces", False),
+        ("Whatâ€™s passÃ©", "What's passé", True),
+        ("â€œBRBâ€\x9d", '"BRB"', True),
+        ("â€œBRBâ€ she said", '"BRB" she said', True),
+        ("it’s “fine”", 'it\'s "fine"', True),
+        ("a\x00b\x07c\x1b", "abc", True),
+        ("e\u0301te\u0301", "été", True),
+        ("zero\u200bwidth\ufeff", "zerowidth", True),
+        ("half \ud83d emoji", "half \ufffd emoji", True),
+        ("Tom &amp; Jerry", "Tom & Jerry", True),
+        ("👨\u200d👩\u200d👧 naïve", "👨\u200d👩\u200d👧 naïve", False),
+    ],
+)
+def test_a_cell_is_cleaned(cell: str, text: str, repaired: bool) -> None:
+    assert clean(cell) == (text, repaired)
+    assert clean(text) == (text, False)
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        ["G.O.A.T", "goat", "GOAT.", "G O A T"],
+        ["Glow-up", "glow up", "GLOWUP", "glow_up!"],
+        ["Bussin'", "bussin", '"Bussin"'],
+        ["A/S/L", "asl"],
+        ["ﬁre", "FIRE"],
+        ["L+ratio", "L + Ratio"],
+        ["❤️", "❤"],
+        ["A.F.", "af"],
+    ],
+)
+def test_spellings_of_one_term(spellings: list[str]) -> None:
+    assert len({key_of(spelling) for spelling in spellings}) == 1
+
+
+def test_terms_that_differ_in_their_signs_alone_stay_apart() -> None:
+    terms = [
+        "L",
+        "L+ratio",
+        ":)",
+        ":(",
+        ":D",
+        "D",
+        "C",
+        "C++",
+        "C#",
+        "9/11",
+        "911",
+        "<3",
+        "3",
+        "w/",
+        "w",
+        "?",
+        "!",
+        "...",
+    ]
+    assert len({key_of(term) for term in terms}) == len(terms)
+    assert all(key_of(term) for term in terms)
+
+
+def test_explicit_terms_are_whole_words() -> None:
+    assert all(is_explicit(text) for text in ("What the FUCK", "motherfuckers", "an asshole.", "(porn)"))
+    assert not any(is_explicit(text) for text in ("a classic assassin", "Scunthorpe", "cocktail", "grape", "no cap"))
+
+
+# --- splits ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_never_moves_when_others_come_or_go(make: Callable[..., Path]) -> None:
+    rows = made_up(400)
+    before = {row["slang"]: split for split, found in read_all(make(rows[:200])).items() for row in found}
+    random.Random(5).shuffle(rows)
+    after = {row["slang"]: split for split, found in read_all(make(rows)).items() for row in found}
+    assert before.items() <= after.items()
+
+
+def test_shares_are_as_asked_and_a_seed_deals_anew() -> None:
+    cut = ranges(0.2, 0.1)
+    hashes = [[hash_of(f"key {number}", seed) for number in range(50_000)] for seed in (0, 1)]
+    for split, share in {"training": 0.7, "validation": 0.2, "test": 0.1}.items():
+        first, end = cut[split]
+        assert abs(sum(first <= hashed < end for hashed in hashes[0]) / 50_000 - share) < 0.01
+    assert not set(hashes[0]) & set(hashes[1])
+
+
+def test_a_larger_validation_share_takes_from_training_alone(make: Callable[..., Path]) -> None:
+    rows = made_up(200)
+    small, large = (
+        {
+            split: {row["slang"] for row in found}
+            for split, found in read_all(make(rows, f"split.validation={v}")).items()
+        }
+        for v in (0.1, 0.3)
+    )
+    assert small["test"] == large["test"]
+    assert small["validation"] < large["validation"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.95, -0.1])
+def test_shares_that_leave_a_split_empty_are_refused(make: Callable[..., Path], share: float) -> None:
+    with pytest.raises(UserError, match="above 0 and below 1 together"):
+        make(made_up(50), f"split.validation={share}")
+
+
+def test_twenty_rows_fill_every_split_or_the_error_names_a_seed_that_does(make: Callable[..., Path]) -> None:
+    rows = made_up(20)
+    failed = 0
+    for seed in range(30):
+        try:
+            splits = read_all(make(rows, seed=seed))
+        except UserError as error:
+            failed += 1
+            assert "20 of" in str(error) and "about 47 rows fill all splits" in str(error)
+            named = int(str(error).rsplit("seed=", 1)[1])
+            splits = read_all(make(rows, seed=named))
+        assert all(splits.values()) and sum(map(len, splits.values())) == 20
+    assert 0 < failed < 15
+
+
+# --- repeated and near-duplicate rows -------------------------------------------------------------------------
+
+
+def wording(term: str, meaning: str, example: str = "", context: str = "") -> Wording:
+    cells = [clean(cell)[0] for cell in (term, meaning, example, context)]
+    return Wording.of(cells, key_of(term), [1])
+
+
+NEAR_PAIRS = [
+    # terms and definitions nearly the same, whatever the rest
+    (("LOL", "Laughing out loud", "That cat, LOL!"), ("LOLZ", "Laughing out loud.", "He fell over again, lolz")),
+    (("bussin", "Really tasty food"), ("Bussing", "really tasty food!")),
+    (("EZ", "Easy"), ("EZY", "Easy")),
+    (("кринж", "Чувство стыда за других"), ("кринжж", "чувство стыда за других!")),
+    # everything but the term the same
+    (
+        ("ROFL", "Laughing hard", "That had me on the floor", "Chats"),
+        ("LMAO", "Laughing hard", "That had me on the floor", "Chats"),
+    ),
+    (
+        ("mom", "A person one looks up to so much that one wants to be adopted"),
+        ("dad", "A person one looks up to so much that one wants to be adopted"),
+    ),
+    # a word put differently in a long row
+    (
+        ("drip", "A very good outfit", "He walked in wearing that coat and the whole room saw the drip"),
+        ("dripp", "A very good outfit", "He walked in wearing that coat and the entire room saw the drip"),
+    ),
+]
+DISTINCT_PAIRS = [
+    # one definition, terms that are not alike, rows of their own
+    (("LOL", "Laughing out loud", "That cat video!"), ("KEK", "Laughing out loud", "He fell off his chair again")),
+    (("FOMO", "Fear of missing out"), ("JOMO", "Joy of missing out")),
+    (("GN", "Good night"), ("GM", "Good morning")),
+    (("W", "A win"), ("L", "A loss")),
+    ((":)", "A happy face"), (":(", "A sad face")),
+    (("cap", "A lie"), ("no cap", "Not a lie")),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), NEAR_PAIRS)
+def test_pairs_that_are_near(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert are_near([wording(*one)], [wording(*other)]).all()
+
+
+@pytest.mark.parametrize(("one", "other"), DISTINCT_PAIRS)
+def test_pairs_that_are_not(one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    assert not are_near([wording(*one)], [wording(*other)]).any()
+
+
+def near_pairs(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The rule again, on every pair and without an index."""
+    said = [[wording(*(row[name.lower()] for name in HEADER)) for row in rows] for rows in (some, others)]
+
+    def same(field: str, threshold: int) -> Any:
+        texts = [[getattr(each, field) for each in wordings] for wordings in said]
+        return process.cdist(*texts, scorer=fuzz.ratio, score_cutoff=threshold) >= threshold
+
+    near = same("whole", SAME_TEXT) | (same("key", SAME_KEY) & same("rest", SAME_TEXT))
+    return [(some[one]["slang"], others[other]["slang"]) for one, other in zip(*near.nonzero(), strict=True)]
+
+
+def test_held_out_wins_over_planted_near_duplicates(make: Callable[..., Path]) -> None:
+    cut = ranges(0.1, 0.1)
+    rows = made_up(600)
+    planted = []
+    for term, *rest in rows:
+        first, end = cut["training"]
+        twin = next((t for t in (f"{term}{x}" for x in "szxqy") if first <= hash_of(t, 0) < end), None)
+        if twin and not first <= hash_of(term, 0) < end:
+            planted.append([twin, rest[0], f"an example of its own about {twin} {rest[2][::-1]}", ""])
+    assert len(planted) > 80
+    folder = make([*rows, *planted])
+    dropped = {drop["row"]: drop for drop in drops_of(folder) if drop["reason"] == NEAR}
+    assert set(dropped) == set(range(601, 601 + len(planted)))
+    assert all(planted[row - 601][0].startswith(rows[drop["of"] - 1][0]) for row, drop in dropped.items())
+
+
+@pytest.mark.parametrize("name", ["all_slangs.csv", "genz_slang.csv"])
+def test_no_row_of_a_real_table_is_near_one_in_another_split(tmp_path: Path, name: str) -> None:
+    splits = read_all(prepare(config_for(tmp_path / "data", real(name)), None))
+    rows = [row["row"] for found in splits.values() for row in found]
+    keys = [key_of(row["slang"]) for found in splits.values() for row in found]
+    assert len(set(rows)) == len(rows) and len(set(keys)) == len(keys)
+    held_out = splits["validation"] + splits["test"]
+    assert near_pairs(held_out, held_out), "the rule finds at least each row itself"
+    assert not near_pairs(splits["training"], held_out)
+    assert not near_pairs(splits["validation"], splits["test"])
+
+
+def test_candidates_are_found_among_many() -> None:
+    texts = [" ".join(row) for row in made_up(20_000, seed=3)]
+    changed = []
+    for text in texts[:500]:
+        words = text.split()
+        words[7] = "other"
+        changed.append(" ".join(words))
+    index = Candidates()
+    index.add(texts[:10_000], range(10_000))
+    index.add(texts[10_000:], range(10_000, 20_000))
+    asker, owner = index.of(changed, range(500))
+    assert set(asker[asker == owner]) == set(range(500))
+    assert len(asker) < 600, "little else should have to be compared"
+
+
+def test_a_phrase_that_all_rows_share_does_not_slow_the_search() -> None:
+    texts = [f"used when someone is very very happy about a thing {number}" for number in range(20_000)]
+    index = Candidates()
+    index.add(texts, range(20_000))
+    started = time.perf_counter()
+    asker, _ = index.of(texts[:2000], range(2000))
+    assert len(asker) <= 2000 * 8
+    assert time.perf_counter() - started < 5
+
+
+def test_repeated_terms_are_merged(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    term, meaning, example, context = rows[0]
+    folder = make(
+        [
+            [term, meaning, "", context],
+            *rows[1:],
+            [term.upper() + ".", meaning.upper(), example, "not this one"],
+            [term, "something else entirely", "an example of that", ""],
+            [f" {term} ", meaning, "too late", ""],
+        ]
+    )
+    kept = [row for found in read_all(folder).values() for row in found if key_of(row["slang"]) == key_of(term)]
+    assert [(row["row"], row["slang"], row["example"], row["context"]) for row in kept] == [(1, term, example, context)]
+    manifest = manifest_of(folder)
+    assert manifest["merged"] == 2
+    assert manifest["dropped"]["repeated slang, another description"] == 1
+    assert {"row": 62, "reason": "repeated slang, another description", "key": term, "of": 1} in drops_of(folder)
+
+
+def test_a_term_that_thousands_of_rows_repeat_is_one_row(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    folder = make([*rows, *([rows[0][0], rows[0][1] if i % 2 else f"meaning {i}", "", ""] for i in range(10_000))])
+    manifest = manifest_of(folder)
+    assert manifest["merged"] == 5000
+    assert manifest["dropped"] == {"repeated slang, another description": 5000}
+    assert account(manifest) == (10_060, 10_060)
+
+
+# --- what comes out -------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_written_as_nemo_reads_it(make: Callable[..., Path]) -> None:
+    rows = [["G.O.A.T", "the greatest of all time", "He is the GOAT", "Talking about sports"], *made_up(60)]
+    row = next(row for found in read_all(make(rows)).values() for row in found if row["row"] == 1)
+    tag, condition = (TASK.prompt.fields[name] for name in ("tag", "condition"))
+    assert row == {
+        "input": f"{tag}Talking about sports.{condition}",
+        "output": "Slang: G.O.A.T\nDefinition: The greatest of all time.\nExample: He is the GOAT",
+        "row": 1,
+        "slang": "G.O.A.T",
+        "description": "the greatest of all time",
+        "example": "He is the GOAT",
+        "context": "Talking about sports",
+    }
+
+
+def test_a_two_column_table_asks_for_no_example(tmp_path: Path) -> None:
+    source = write_csv(tmp_path / "a.csv", [row[:2] for row in made_up(80)], ["keyword", "description"])
+    for split in read_all(prepare(config_for(tmp_path / "data", source), None)).values():
+        for row in split:
+            assert row["input"].endswith("fusion dishes.You should suggest new slang and its definition.")
+            assert "Example" not in row["output"]
+            assert (row["example"], row["context"]) == ("", "")
+
+
+def test_split_files_load_in_one_line_and_have_one_form(make: Callable[..., Path]) -> None:
+    import datasets
+
+    folder = make([*made_up(100), ["only two", "no example here", "", ""]])
+    files = {split: str(folder / f"{split}.jsonl") for split in ("training", "validation", "test")}
+    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(folder.parent / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {
+        k: v["rows"] for k, v in manifest_of(folder)["splits"].items()
+    }
+    for rows in read_all(folder).values():
+        for row in rows:
+            assert list(row) == ["input", "output", "row", "slang", "description", "example", "context"]
+            assert {name: type(value) for name, value in row.items() if type(value) is not str} == {"row": int}
+
+
+def account(manifest: dict[str, Any]) -> tuple[int, int]:
+    return manifest["rows_in"], manifest["rows_out"] + sum(manifest["dropped"].values()) + manifest["merged"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows_in", "columns"),
+    [
+        (
+            "all_slangs.csv",
+            1779,
+            {"slang": "Slang", "description": "Description", "example": "Example", "context": "Context"},
+        ),
+        ("genz_slang.csv", 145, {"slang": "keyword", "description": "description"}),
+    ],
+)
+def test_real_tables_go_through_whole(tmp_path: Path, name: str, rows_in: int, columns: dict[str, str]) -> None:
+    folder = prepare(config_for(tmp_path / "data", real(name)), None)
+    manifest = manifest_of(folder)
+    assert manifest["source"]["columns"] == columns
+    assert manifest["rows_in"] == rows_in
+    assert manifest["rows_out"] > 0.85 * rows_in
+    first, second = account(manifest)
+    assert first == second
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.jsonl"))
+    assert not [sign for sign in ("â€", "Ã", "’", "“", "\\u", "  ") if sign in text]
+    for drop in drops_of(folder):
+        assert drop["reason"] in manifest["dropped"] and 1 <= drop["row"] <= rows_in
+    for split, about in manifest["splits"].items():
+        data = (folder / f"{split}.jsonl").read_bytes()
+        assert about == {"rows": data.count(b"\n"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_every_row_of_the_sample_is_usable(tmp_path: Path) -> None:
+    manifest = manifest_of(prepare(config_for(tmp_path / "data", ROOT / "data_prep" / "samples" / "slang.csv"), None))
+    assert manifest["rows_out"] == manifest["rows_in"] >= 300
+    assert not manifest["dropped"]
+
+
+def test_every_drop_is_counted_and_named(make: Callable[..., Path]) -> None:
+    rows = made_up(80)
+    rows[10][1] = ""
+    rows[20][0] = "  "
+    rows[30][2] = "x" * 100_000
+    rows[40][3] = "some porn site"
+    rows[50].append("a fifth cell")
+    folder = make(rows, "drop_explicit=true")
+    manifest = manifest_of(folder)
+    assert manifest["dropped"] == {
+        "explicit term": 1,
+        "longer than 4000 characters": 1,
+        "more cells than columns": 1,
+        "no description": 1,
+        "no slang": 1,
+    }
+    assert [drop["row"] for drop in drops_of(folder)] == [11, 21, 31, 41, 51]
+    assert [drop["key"] for drop in drops_of(folder)] == [rows[10][0], "", rows[30][0], rows[40][0], ""]
+    assert account(manifest) == (80, 80)
+
+
+def test_explicit_rows_stay_unless_asked(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    rows[5][1] = "as fuck"
+    assert manifest_of(make(rows))["rows_out"] == 60
+
+
+def test_training_from_some_columns_leaves_held_out_rows_whole(make: Callable[..., Path]) -> None:
+    splits = read_all(make(made_up(80), "train_fields=[slang,description]"))
+    assert all(row["example"] == row["context"] == "" and "Example" not in row["output"] for row in splits["training"])
+    assert all(row["context"] in row["input"] and row["example"] in row["output"] for row in splits["test"])
+
+
+def test_training_from_some_rows_takes_the_same_ones_first(make: Callable[..., Path]) -> None:
+    rows = made_up(100)
+    few, more = (read_all(make(rows, f"train_rows={count}")) for count in (10, 30))
+    assert (len(few["training"]), len(more["training"])) == (10, 30)
+    assert {row["row"] for row in few["training"]} < {row["row"] for row in more["training"]}
+    assert few["test"] == more["test"] and few["validation"] == more["validation"]
+    folder = make(rows, "train_rows=10")
+    manifest = manifest_of(folder)
+    assert manifest["dropped"] == {"beyond train_rows: 10": 100 - manifest["rows_out"]}
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("train_fields=[slang]", "train_fields leaves out description"),
+        ("train_fields=[slang,description,tone]", "train_fields names tone; the columns are slang, description"),
+        ("key=term", "task.data.required names term"),
+        ("train_rows=0", "must be 1 or more"),
+        ("max_chars=many", "task.data.max_chars: Value 'many'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_named(make: Callable[..., Path], option: str, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        make(made_up(60), option)
+
+
+def test_a_task_without_a_module_uses_its_columns_as_they_are(tmp_path: Path) -> None:
+    task = {
+        "name": "capitals",
+        "data": {
+            "source": str(write_csv(tmp_path / "a.csv", [row[:2] for row in made_up(80)], ["Country", "Capital City"])),
+            "columns": {"country": ["country"], "capital": ["capital city"]},
+            "required": ["country", "capital"],
+            "key": "country",
+            "split": {"validation": 0.1, "test": 0.1},
+            "max_chars": 1000,
+        },
+        "prompt": {
+            "template": "{instruction}\n{response}",
+            "instruction": "What is the capital of {country}?",
+            "response": "{capital}",
+            "fields": {},
+        },
+    }
+    config = OmegaConf.create({"task": task, "seed": 0, "data_dir": str(tmp_path / "data")})
+    rows = read_split(prepare(config, None), "training")
+    assert all(row["input"] == f"What is the capital of {row['country']}?" for row in rows)
+    assert all(row["output"] == row["capital"] for row in rows)
+
+
+@pytest.fixture
+def tokenizer_file(tmp_path: Path) -> Path:
+    """A tokenizer with one token a word or sign."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_tokens_are_counted_of_what_the_model_will_read(tmp_path: Path, tokenizer_file: Path) -> None:
+    from tokenizers import Tokenizer
+
+    source = write_csv(tmp_path / "a.csv", made_up(80))
+    folder = prepare(config_for(tmp_path / "data", source), tokenizer_file)
+    manifest, tokenizer = manifest_of(folder), Tokenizer.from_file(str(tokenizer_file))
+    prompt = Prompt(**OmegaConf.to_container(TASK.prompt))  # type: ignore[arg-type]
+    assert manifest["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
+    for split, rows in read_all(folder).items():
+        lengths = [len(tokenizer.encode(prompt.wrap(row["input"]) + row["output"]).ids) for row in rows]
+        assert manifest["splits"][split]["tokens"] == {
+            "total": sum(lengths),
+            "mean": round(sum(lengths) / len(lengths), 1),
+            "max": max(lengths),
+            "counted_rows": len(rows),
+        }
+
+
+# --- again ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_made_once_and_anew_when_anything_changes(
+    tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = made_up(80)
+    source, data = write_csv(tmp_path / "a.csv", rows), tmp_path / "data"
+
+    def is_made(*options: str, seed: int = 0, tokenizer: Path | None = None) -> bool:
+        prepare(config_for(data, source, *options, seed=seed), tokenizer)
+        return "is up to date: " not in capsys.readouterr().out
+
+    assert is_made()
+    first = digest(data)
+    assert not is_made()
+    assert digest(data) == first
+    assert is_made("max_chars=3000") and is_made() and not is_made()
+    assert is_made(seed=1) and is_made(seed=0)
+    assert digest(data) == first
+    assert is_made(tokenizer=tokenizer_file) and is_made()
+    write_csv(source, [*rows, ["one", "more row", "", ""]])
+    assert is_made() and not is_made()
+    with (data / "test.jsonl").open("a") as file:
+        file.write("{}\n")
+    assert is_made() and not is_made()
+    (data / "manifest.json").write_text("[]")
+    assert is_made() and not is_made()
+
+
+def test_small_tables_take_no_time(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "data", real("all_slangs.csv"))
+    prepare(config_for(tmp_path / "warm", real("genz_slang.csv")), None)  # imports
+    started = time.perf_counter()
+    prepare(config, None)
+    made = time.perf_counter() - started
+    prepare(config, None)
+    assert made < 1.5
+    assert time.perf_counter() - started - made < 0.2
+
+
+def test_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    with progress.Progress("Reading a.csv", 200) as shown:
+        shown.at(50)
+        shown.at(60)
+    assert capsys.readouterr().err == "Reading a.csv: 25 %\n", "a line now and then where stderr is no terminal"
+    monkeypatch.setattr(progress, "PATIENCE", 60.0)
+    with progress.Progress("Reading a.csv", 200) as shown:
+        shown.at(199)
+    assert capsys.readouterr().err == "", "nothing for what is soon done"
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------
+
+RUN = """
+import sys
+from omegaconf import OmegaConf
+from data_prep.prepare import prepare
+from nemo_configs.command_line import run
+run(lambda words: prepare(OmegaConf.load(words[0]), None) and None)
+"""
+
+
+def start(config: DictConfig, folder: Path) -> subprocess.Popen[str]:
+    """`prepare` in a process of its own, as the command line runs it."""
+    OmegaConf.save(config, folder / "config.yaml")
+    command = [sys.executable, "-c", RUN, str(folder / "config.yaml")]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+ROW = "slang,description\nW,win\n"
+BAD = {
+    "no such file": (None, "no such file: "),
+    "a folder": ("folder", "is a folder; name a CSV, TSV or JSONL file in it"),
+    "empty": (b"", "is empty"),
+    "blank": (b"\xef\xbb\xbf \r\n\r\n\t\n", "is empty"),
+    "header only": (b"slang,description\n", "has no row below its header"),
+    "a png": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is a PNG image, not a CSV, TSV or JSONL file"),
+    "a workbook": (b"PK\x03\x04" + bytes(range(256)), "an Excel workbook (save the sheet as CSV UTF-8)"),
+    "parquet": (b"PAR1" + bytes(range(256)), "is a Parquet file"),
+    "noise": (random.Random(1).randbytes(5000), "looks like a binary file"),
+    "nul bytes alone": (b"\x00" * 5000, "is empty"),
+    "no header": (b"W,win\nL,loss\n", "If its first line is already a row, put a line of column names above it"),
+    "other columns": (b"id,review\n1,good\n", "Columns found: 'id', 'review'"),
+    "a column missing": (b"slang,origin\nW,x\n", "has no column for description"),
+    "one endless line": (b"slang,description," * 100_000, "begins with a line of over 1,000,000 characters"),
+    "one endless cell": (b"x" * 500_000, "has no column for slang or description"),
+    "an open quote": (b'slang,description\nW,"win\nL,loss\n', "1 dropped: a quote that is never closed"),
+    "nothing usable": (b"slang,description\n,win\nL,\n", "1 dropped: no description"),
+    "too few rows": (ROW.encode(), "too few rows: 1 of"),
+    "a JSON list.json": (b'[{"slang": "W"}]', "line 1 is not a JSON object: [{"),
+    "a JSON number.jsonl": (b'{"slang": "W", "description": "win"}\n\n7\n', "line 3 is not a JSON object: 7"),
+    "cut JSON.jsonl": (b'{"slang": "W", "description": "win"}\n{"slang": "L', "line 2 is not a JSON object"),
+    "endless number.jsonl": (b'{"slang": ' + b"7" * 5000 + b"}", "line 1 is not a JSON object"),
+    "deep JSON.jsonl": (b"[" * 100_000, "line 1 is not a JSON object"),
+}
+
+
+@pytest.fixture(scope="module")
+def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    return prepare(config_for(folder / "data", write_csv(folder / "good.csv", made_up(60))), None)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_source_is_an_error_in_words_and_changes_nothing(good_folder: Path, tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    source = tmp_path / (name if "." in name else f"{name}.csv")
+    if content == "folder":
+        source.mkdir()
+    elif isinstance(content, bytes):
+        source.write_bytes(content)
+    before = digest(good_folder)
+    with pytest.raises(UserError) as error:
+        prepare(config_for(good_folder, source), None)
+    assert message in str(error.value)
+    assert str(source) in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert digest(good_folder) == before
+    assert sorted(path.name for path in good_folder.parent.iterdir()) == [".data.lock", "data", "good.csv"]
+
+
+def test_the_command_line_ends_with_2_and_no_traceback(good_folder: Path, tmp_path: Path) -> None:
+    before = digest(good_folder)
+    process = start(config_for(good_folder, write_csv(tmp_path / "a.csv", [["x"]], ["nothing known"])), tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.startswith("error: ") and "has no column for slang or description" in err
+    assert "Traceback" not in out + err
+    assert digest(good_folder) == before
+
+
+def test_make_data_s_command(tmp_path: Path, tokenizer_file: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    tokenizer_file.rename(base / "tokenizer.json")
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").touch()
+    source = write_csv(tmp_path / "a.csv", made_up(80))
+    words = ["task=slang", f"task.data.source={source}", f"data_dir={tmp_path / 'data'}", f"model.path={base}"]
+    command = [sys.executable, "-m", "data_prep", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "80 rows in, 80 out" in done.stdout
+    assert done.stdout.count("| Instruction:") == 2 and "Example 1 of" in done.stdout
+    assert "tokens of a training row" in done.stdout
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert again.returncode == 0 and "is up to date" in again.stdout
+
+
+def test_no_room_to_write_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot prepare"):
+        prepare(config_for(tmp_path / "file" / "data", write_csv(tmp_path / "a.csv", made_up(60))), None)
+
+
+def test_a_folder_that_was_not_made_here_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("mine")
+    source = write_csv(tmp_path / "a.csv", made_up(60))
+    with pytest.raises(UserError, match="was not made by data_prep"):
+        prepare(config_for(tmp_path / "precious", source), None)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_source_in_its_own_data_folder_is_refused(good_folder: Path) -> None:
+    with pytest.raises(UserError, match="lies in"):
+        prepare(config_for(good_folder, good_folder / "training.jsonl"), None)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_stopped_in_the_middle_leaves_the_good_folder(tmp_path: Path, how: signal.Signals) -> None:
+    source = write_csv(tmp_path / "a.csv", made_up(60))
+    data, partial = tmp_path / "data", tmp_path / ".data.partial"
+    prepare(config_for(data, source), None)
+    before = digest(data)
+    big = write_csv(tmp_path / "big.csv", made_up(20_000))
+    process = start(config_for(data, big), tmp_path)
+    wait_for(lambda: partial.exists() and sum(path.stat().st_size for path in partial.iterdir()) > 100_000)
+    os.kill(process.pid, how)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert "Traceback" not in out + err
+    assert digest(data) == before
+    assert partial.exists() == (how == signal.SIGKILL)
+    prepare(config_for(data, write_csv(source, made_up(70))), None)
+    assert manifest_of(data)["rows_in"] == 70
+    assert not partial.exists()
+
+
+def test_a_kill_between_the_two_renames_is_put_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_for(tmp_path / "data", write_csv(tmp_path / "a.csv", made_up(60)))
+    before = digest(prepare(config, None))
+    (tmp_path / "data").rename(tmp_path / ".data.old")
+    assert digest(prepare(config, None)) == before
+    assert "is up to date" in capsys.readouterr().out
+
+
+def test_two_processes_at_once_make_one_good_folder(tmp_path: Path) -> None:
+    config = config_for(tmp_path / "data", write_csv(tmp_path / "a.csv", made_up(8000)))
+    both = [start(config, tmp_path) for _ in range(2)]
+    outs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    assert sorted("is up to date" in out for out, _ in outs) == [False, True]
+    assert account(manifest_of(tmp_path / "data")) == (8000, 8000)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_table(tmp_path: Path) -> None:
+    rows = made_up(50_000, seed=7)
+    with (tmp_path / "big.csv").open("w") as file:
+        file.write("slang,description,example,context\n")
+        for number in range(400_000):  # 50 MB
+            term, *rest = rows[number % len(rows)]
+            file.write(f"{term}{number},{','.join(text[::-1] if number % 2 else text for text in rest)}\n")
+    process = start(config_for(tmp_path / "data", tmp_path / "big.csv"), tmp_path)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss < 600 * 1024, f"{usage.ru_maxrss / 1024:.0f} MiB at the peak"
+    assert account(manifest_of(tmp_path / "data")) == (400_000, 400_000)

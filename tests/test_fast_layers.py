@@ -1,0 +1,63 @@
+"""The faster layers compute what transformers and peft compute, for every Gemma family."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_gemma
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+
+from training.fast_layers import speed_up
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def with_lora(family: str, **options: object) -> PeftModel:
+    torch.manual_seed(1)
+    model = get_peft_model(
+        tiny_gemma(family, vocab_size=1000), LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, **options)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: the adapter would not be at work
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def outputs_and_gradients(model: PeftModel, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+    (hidden.square() * torch.linspace(0, 1, hidden.shape[-1])).mean().backward()
+    return hidden.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_outputs_and_adapter_gradients(family: str) -> None:
+    model = with_lora(family)
+    ids = torch.randint(1000, (2, 40))  # longer than the sliding window
+    plain, plain_gradients = outputs_and_gradients(model, ids)
+    speed_up(model)
+    changed = [module for module in model.modules() if "forward" in vars(module)]
+    fast, fast_gradients = outputs_and_gradients(model, ids)
+
+    norms_per_layer = {"gemma": 2, "gemma2": 4, "gemma3_text": 6}[family]
+    assert len(changed) == 3 * (7 + 1 + norms_per_layer) + 1, "a layer was left slow"
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    assert fast_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_a_disabled_adapter_leaves_the_base() -> None:
+    model = with_lora("gemma3_text")
+    ids = torch.randint(1000, (1, 12))
+    with model.disable_adapter(), torch.inference_mode():
+        plain = model(ids).logits
+    speed_up(model)
+    with model.disable_adapter(), torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_what_the_fast_path_cannot_do_stays_with_peft(options: dict[str, object]) -> None:
+    model = with_lora("gemma3_text", **options)
+    speed_up(model)
+    assert not [name for name, module in model.named_modules() if "forward" in vars(module) and name.endswith("_proj")]

@@ -1,0 +1,176 @@
+"""The recipe as a user runs it, on a tiny random Gemma: results, resume, and what is said when it cannot go on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from converters.nemo_file import read_nemo
+
+COLUMNS = ("Slang", "Description", "Example", "Context")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 rows whose every field differs in its words."""
+    file = tmp_path_factory.mktemp("source") / "tiny.csv"
+    words = [f"{a}{b}" for a in ("lum", "dor", "vex", "quan", "bri", "zol") for b in ("ami", "eto", "ix", "or", "usk")]
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(COLUMNS)
+        for n in range(60):
+            one, two, three = (words[(n * k + n // 30) % 30] for k in (1, 7, 11))
+            rows.writerow(
+                [f"{one}{n}", f"To {two} a {three} {n} times.", f"I {one}{n} {three} {two}.", f"At {two} {n}."]
+            )
+    return file
+
+
+def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "training", f"task.data.source={source}", f"model.path={tiny_base}",
+        f"data_dir={folder}/data", f"runs_dir={folder}/runs", "task.train.epochs=3", "task.train.batch_size=4",
+        "task.train.learning_rate=1e-2", "task.generate.max_new_tokens=4", *more,
+    ]  # fmt: skip
+
+
+def train(words: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)  # type: ignore[call-overload]
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs" / "slang").iterdir()
+    return run
+
+
+def metrics(run: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = train(command(source, tiny_base, folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_run_folder_holds_what_the_next_stage_needs(finished: Path) -> None:
+    run = only_run(finished)
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "data_manifest.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "report.html",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    nemo = read_nemo(run / "slang.nemo")
+    assert nemo.prompt.instruction == "{tag}{context}{condition}"
+    assert nemo.base["sha256"] and len(nemo.adapter) == 2 * 7 * 3
+    assert all(tensor.dtype == torch.float32 for tensor in nemo.adapter.values())
+    losses = metrics(run, "train_loss")
+    assert losses[-1] < losses[0] - 0.5
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert evaluation["after"]["perplexity"] < evaluation["before"]["perplexity"]
+
+
+def test_nemo_restores_its_own_archive(finished: Path) -> None:
+    from training.gemma_lora import GemmaLoRA
+
+    archive = only_run(finished) / "slang.nemo"
+    model = GemmaLoRA.restore_from(str(archive), map_location="cpu")
+    restored, saved = model.state_dict(), read_nemo(archive).adapter
+    assert restored.keys() == saved.keys()
+    assert all(torch.equal(restored[name], saved[name]) for name in saved)
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished: Path, source: Path, tiny_base: Path) -> None:
+    archive = only_run(finished) / "slang.nemo"
+    written = archive.stat().st_mtime_ns
+    began = time.monotonic()
+    result = train(command(source, tiny_base, finished))
+    assert time.monotonic() - began < 3
+    assert result.returncode == 0 and "is finished" in result.stdout and str(archive) in result.stdout
+    assert archive.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_where_the_undisturbed_one_ended(
+    stop: signal.Signals, finished: Path, source: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    words = command(source, tiny_base, tmp_path)
+    process = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.glob("runs/slang/*/metrics.jsonl")) or len(metrics(only_run(tmp_path), "train_loss")) < 17:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    process.send_signal(stop)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode != 0 and "Traceback" not in said
+    assert not (only_run(tmp_path) / "slang.nemo").exists()
+
+    result = train(words)
+    assert result.returncode == 0, result.stderr
+    assert "Going on from step" in result.stdout
+    assert metrics(only_run(tmp_path), "train_loss") == pytest.approx(
+        metrics(only_run(finished), "train_loss"), abs=1e-3
+    )
+    one, other = (read_nemo(only_run(folder) / "slang.nemo").adapter for folder in (finished, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one), "the adapters differ"
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_a_number_stops_the_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
+    result = train(command(source, tiny_base, tmp_path, "task.train.learning_rate=1e30", "task.train.clip=1e30"))
+    assert result.returncode == 2
+    assert "the loss became" in result.stderr and "learning_rate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (only_run(tmp_path) / "slang.nemo").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_train_one_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
+    words = command(source, tiny_base, tmp_path)
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/slang/*/environment.json")):
+        assert first.poll() is None
+        time.sleep(0.1)
+    second = train(words)
+    assert second.returncode == 2 and "another process is training" in second.stderr
+    assert first.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("task=nosuch", "unknown task 'nosuch'. Known: slang"),
+        ("model=gemma-9-1b", "unknown model 'gemma-9-1b'"),
+        ("task.train.epoch=3", "epoch"),
+        ("task.data.source=/no/such.csv", "/no/such.csv"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
+    result = train([sys.executable, "-m", "training", f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word])
+    assert result.returncode == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("word", "known"), [("TASK=nosuch", "slang"), ("MODEL=gemma", "gemma-3-270m"), ("PEFT=x", "lora")]
+)
+def test_make_names_what_it_knows_before_anything_is_installed(word: str, known: str) -> None:
+    result = subprocess.run(["make", "train", word], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
+    assert result.returncode == 2
+    assert f"{word} is unknown. Known:" in result.stderr and known in result.stderr
