@@ -25,7 +25,6 @@ OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
 TOO_LONG = "a line or cell too long to read"
 TOO_MANY = "more cells than columns"
-TOO_FEW = "fewer cells than columns"
 NOT_TEXT = "a value that is not text"
 
 
@@ -250,10 +249,9 @@ def _problem(error: str, lines: int) -> str:
 def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list[int]) -> Iterator[Row]:
     for number, (line, cells, problem) in enumerate(records, 1):
         if not problem and len(cells) != width:
-            if len(cells) < width:
-                problem = TOO_FEW
-            elif any(cell.strip() for cell in cells[width:]):
+            if any(cell.strip() for cell in cells[width:]):
                 problem = TOO_MANY
+            cells += [""] * (width - len(cells))  # by hand, people leave out the commas of empty cells at the end
         if problem:
             yield Row(number, line, None, problem)
         else:

@@ -198,7 +198,7 @@ def test_lines_that_do_not_fit_cost_only_themselves(tmp_path: Path) -> None:
     rows = read_rows(tmp_path / "a.csv")
     assert [(row.cells or [row.problem])[0] for row in rows] == [
         "a",
-        "fewer cells than columns",
+        "b",
         "more cells than columns",
         "d",
         "quotes out of place",

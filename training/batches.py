@@ -1,8 +1,8 @@
 """Rows become optimizer steps.
 
 A step is `batch_size` rows drawn by chance; inside it the rows are sorted by length and cut into micro-batches of
-at most `micro_batch_tokens` padded tokens. So padding stays small while which rows share a step stays random, and
-the loss of a step is a mean over all its learned tokens however it was cut.
+at most `micro_batch_tokens` padded tokens. So padding stays small and shapes few, while which rows share a step stays
+random, and the loss of a step is a mean over all its learned tokens however it was cut.
 """
 
 from collections.abc import Callable, Iterator
@@ -128,7 +128,7 @@ class Batches:
     def _cut(self, chosen: list[int]) -> Iterator[list[int]]:
         part: list[int] = []
         for index in chosen:  # by growing length: the newest row is the longest
-            if part and self.lengths[index] * (len(part) + 1) > self.micro_batch_tokens:
+            if part and _rounded(self.lengths[index]) * (len(part) + 1) > self.micro_batch_tokens:
                 yield part
                 part = []
             part.append(index)
@@ -136,7 +136,7 @@ class Batches:
             yield part
 
     def _pad(self, part: list[int]) -> MicroBatch:
-        length = self.lengths[part[-1]]
+        length = _rounded(self.lengths[part[-1]])
         input_ids = torch.zeros(len(part), length, dtype=torch.int64)
         sources, targets = [], []
         for place, index in enumerate(part):
@@ -147,6 +147,12 @@ class Batches:
             sources.append(torch.arange(first - 1, len(ids) - 1) + place * length)
             targets.append(ids[first:])
         return MicroBatch(input_ids, torch.cat(sources), torch.cat(targets), sum(self.lengths[i] for i in part))
+
+
+def _rounded(length: int) -> int:
+    """Up to a multiple of 16. oneDNN builds and keeps a kernel for every new shape of a product: rows of any length
+    cost half the speed, and memory without end."""
+    return -(-length // 16) * 16
 
 
 def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
