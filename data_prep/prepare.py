@@ -29,7 +29,7 @@ from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 from nemo_configs.command_line import UserError
 
-FORMAT = 1  # raise it when the same source would come out otherwise: folders made before are then made anew
+FORMAT = 2  # raise it when the same source would come out otherwise: folders made before are then made anew
 DATABASE = "rows.sqlite"
 
 

@@ -71,8 +71,8 @@ class SplitWriter:
 
     def _row(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
         cells = {name: cell if name in kept else "" for name, cell in zip(self._columns, entry.cells, strict=True)}
-        # Without the empty ones: for those the prompt has its defaults.
-        values = {name: text for name, text in self._row_fields(cells, self._prompt).items() if text}
+        # A column without text stays empty: the prompt's own context is for asking, not for rows that have none.
+        values = self._row_fields(cells, self._prompt)
         wanted = {"input": self._prompt.write_instruction(**values), "output": self._prompt.write_response(**values)}
         return {**wanted, "row": entry.row, **cells}
 

@@ -514,7 +514,7 @@ def test_a_two_column_table_asks_for_no_example(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "a.csv", [row[:2] for row in made_up(80)], ["keyword", "description"])
     for split in read_all(prepare(config_for(tmp_path / "data", source), None)).values():
         for row in split:
-            assert row["input"].endswith("fusion dishes.You should suggest new slang and its definition.")
+            assert row["input"].endswith("conversation:\n\nYou should suggest new slang and its definition.")
             assert "Example" not in row["output"]
             assert (row["example"], row["context"]) == ("", "")
 

@@ -79,6 +79,7 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     from data_prep.prompt import Prompt
     from evaluation import report
     from evaluation.compare import measure
+    from evaluation.runs import read_metrics
     from training.batches import Batches, tokenize
     from training.gemma_lora import weights_dtype
 
@@ -119,6 +120,8 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]), "questions": questions, "before": before, "after": after,
+        "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
+        "peak_memory_gib": round(peak_memory_gib(), 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)
@@ -209,9 +212,12 @@ def fit(
         }),
         trainer,
     )  # fmt: skip
-    trainer.fit(model, batches, validation, ckpt_path=trainer.ckpt_path)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(model, batches, validation, ckpt_path=trainer.ckpt_path)
+    except SystemExit:  # Lightning's way out after Ctrl-C and SIGTERM
+        raise UserError(
+            f"stopped after step {trainer.global_step} of {steps}. The same command goes on from the last checkpoint"
+        ) from None
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))
     partial.rename(archive)
@@ -230,7 +236,8 @@ def show_result(run_folder: Path) -> None:
     before, after = result["before"], result["after"]
     print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
     print(f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
-          f"{after['perplexity']:.2f} after")  # fmt: skip
+          f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
+          f"{result['peak_memory_gib']:.1f} GiB of memory")  # fmt: skip
     print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
 
 
@@ -256,6 +263,17 @@ def describe_environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held: on the GPU where there is one, else in main memory."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def quiet_libraries() -> None:

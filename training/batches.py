@@ -54,7 +54,7 @@ class Step:
 def tokenize(
     file: Path, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int, cache: Path
 ) -> tuple[Dataset, int]:
-    """Read a split and tokenize it to `input_ids` and `prompt_length` (the tokens before the response).
+    """Read a split and tokenize it to `input_ids`, their `length`, and `prompt_length` (tokens before the response).
 
     The prompt is tokenized by itself, as it is when a served model is asked, and the response ends in EOS, so that
     the model learns to stop.
@@ -73,12 +73,14 @@ def tokenize(
         prompts = tokenizer([prompt.wrap(text) for text in batch["input"]]).input_ids
         responses = tokenizer(batch["output"], add_special_tokens=False).input_ids
         rows = [[*p, *r, tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
-        return {"input_ids": rows, "prompt_length": [len(p) for p in prompts]}
+        return {
+            "input_ids": rows, "length": [len(ids) for ids in rows], "prompt_length": [len(p) for p in prompts]
+        }  # fmt: skip
 
     rows = rows.map(
         encode, batched=True, remove_columns=rows.column_names, keep_in_memory=len(rows) < 100_000, desc=file.name
     )  # fmt: skip
-    fitting = rows.filter(lambda row: len(row["input_ids"]) <= max_length, keep_in_memory=len(rows) < 100_000)
+    fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=len(rows) < 100_000)
     if not len(fitting):
         raise UserError(
             f"{file} has no row of at most {max_length} tokens ({len(rows)} longer ones). Raise task.train.max_length"
@@ -105,7 +107,7 @@ class Batches:
     ) -> None:
         """`seed=None` keeps the rows in order, for evaluation. `rank` and `world_size` deal out a step's rows."""
         self.rows = rows
-        self.lengths = [len(ids) for ids in rows["input_ids"]]
+        self.lengths = list(rows["length"])
         self.learned = [n - p for n, p in zip(self.lengths, rows["prompt_length"], strict=True)]
         self.batch_size, self.micro_batch_tokens, self.seed = batch_size, micro_batch_tokens, seed
         self.taken, self.rank, self.world_size = taken, rank, world_size
