@@ -16,16 +16,16 @@ PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}",
 ROWS = [{"input": "word " * (n % 7 + 1), "output": f"Slang: {'yes ' * (n % 5 + 1)}".strip()} for n in range(23)]
 
 
-@pytest.fixture
-def split(tmp_path: Path) -> Path:
-    file = tmp_path / "training.jsonl"
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("split") / "training.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return file
 
 
-@pytest.fixture
-def rows(split: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path):  # type: ignore[no-untyped-def]
-    return tokenize(split, tokenizer, PROMPT, 512, tmp_path / "cache")[0]
+@pytest.fixture(scope="module")
+def rows(split: Path, tokenizer: PreTrainedTokenizerBase):  # type: ignore[no-untyped-def]
+    return tokenize(split, tokenizer, PROMPT, 512, split.parent / "cache")[0]
 
 
 def test_the_response_and_its_end_are_learned_and_the_prompt_is_not(

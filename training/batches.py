@@ -5,6 +5,7 @@ at most `micro_batch_tokens` padded tokens. So padding stays small and shapes fe
 random, and the loss of a step is a mean over all its learned tokens however it was cut.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,10 +78,13 @@ def tokenize(
             "input_ids": rows, "length": [len(ids) for ids in rows], "prompt_length": [len(p) for p in prompts]
         }  # fmt: skip
 
-    rows = rows.map(
-        encode, batched=True, remove_columns=rows.column_names, keep_in_memory=len(rows) < 100_000, desc=file.name
-    )  # fmt: skip
-    fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=len(rows) < 100_000)
+    # Named here, as `datasets` would otherwise pickle the tokenizer to name it, for seconds: `cache` lies in the data
+    # folder, which is made anew with another tokenizer or prompt.
+    name = hashlib.sha256(f"{file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
+    small = len(rows) < 100_000
+    rows = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=small, desc=file.name,
+                    new_fingerprint=name)  # fmt: skip
+    fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=small)
     if not len(fitting):
         raise UserError(
             f"{file} has no row of at most {max_length} tokens ({len(rows)} longer ones). Raise task.train.max_length"
