@@ -7,7 +7,9 @@ TO     ?= adapter
 PYTHON ?= python3
 
 # Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
-export SOURCE CONTEXT CONDITION
+export override SOURCE := $(value SOURCE)
+export override CONTEXT := $(value CONTEXT)
+export override CONDITION := $(value CONDITION)
 
 # A name that does not exist is answered before anything is installed.
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
@@ -18,7 +20,7 @@ $(call check,peft,$(PEFT),PEFT)
 $(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
 
 RUN := .venv/bin/python -m
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.source='$$SOURCE'") $(ARGS)
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -41,10 +43,12 @@ report: .venv/train.stamp  ## write the newest run's report again
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
 
 convert: .venv/train.stamp  ## newest run to Hugging Face format, proven               TO=adapter or merged
-	@$(RUN) converters "$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)" --to $(TO) $(ARGS)
+	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
+	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
+	$(RUN) converters "$$nemo" --to $(TO) $(ARGS)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
-	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source='$$SOURCE'") $(ARGS)
+	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
@@ -100,6 +104,9 @@ endef
 .venv/dev.stamp: dev.lock .venv/train.stamp
 	@.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --require-hashes -r $<
 	@touch $@
+
+.PHONY: serve-env
+serve-env: .venv-serve/serve.stamp  ## only install the serving environment (Triton)
 
 .venv-serve/serve.stamp: serve.lock
 	$(install_environment)

@@ -62,7 +62,7 @@ def convert(source: Path, kind: str, target: Path, base_folder: Path | None = No
         proof = prove(kind, nemo, base_folder, partial)
         packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
         write_record(partial, {"source": source.name, "source_sha256": digest, "to": kind, "base": nemo.base,
-                               "proof": proof, "packages": packages})  # fmt: skip
+                               "dtype": nemo.dtype, "proof": proof, "packages": packages})  # fmt: skip
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

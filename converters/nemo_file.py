@@ -44,8 +44,8 @@ class NemoFile:
     def lora_config(self) -> LoraConfig:
         return LoraConfig(task_type="CAUSAL_LM", **self.peft)
 
-    def load_onto(self, base_folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """The adapted model, by plain transformers and peft, on the GPU if there is one.
+    def load_onto(self, base_folder: Path, device: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The adapted model, by plain transformers and peft, on `device` (default: the GPU if there is one).
 
         Raises:
             UserError: `base_folder` holds other weights than the adapter was trained on.
@@ -54,13 +54,13 @@ class NemoFile:
         if found["sha256"] != self.base["sha256"]:
             raise UserError(
                 f"this adapter was trained on {self.base['name']} with weights {self.base['sha256'][:12]}; "
-                f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Give the right base: "
-                f"model.path=/its/folder"
+                f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Name the folder of the "
+                f"right base: model.path=FOLDER, or --base FOLDER when converting"
             )
         base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, self.dtype))
         model = get_peft_model(base, self.lora_config())
         set_peft_model_state_dict(model, self.adapter)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval(), AutoTokenizer.from_pretrained(base_folder)
 
 

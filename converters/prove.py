@@ -42,14 +42,15 @@ def prove(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> dict[st
         UserError: a tensor is not finite, or a difference is beyond its limit.
     """
     check_tensors(folder)
-    source, tokenizer = nemo.load_onto(base_folder)
+    # Both sides on the CPU, where a model of any size fits and the same sum has the same bits.
+    source, tokenizer = nemo.load_onto(base_folder, "cpu")
     probes = [nemo.prompt.wrap(nemo.prompt.write_instruction()), *PROBES]
     # Both sides in float32: the comparison is to show the conversion's rounding, not that of the products.
     expected = logits(source.float(), tokenizer, probes)
     with source.disable_adapter():
         base = logits(source, tokenizer, probes)
     del source
-    found = logits(reopen(kind, base_folder, folder).float(), AutoTokenizer.from_pretrained(
+    found = logits(reopen(kind, nemo, base_folder, folder).float(), AutoTokenizer.from_pretrained(
         base_folder if kind == "adapter" else folder), probes)  # fmt: skip
     trained = divergence(expected, base)
     result = {
@@ -72,10 +73,11 @@ def prove(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> dict[st
     return {**result, "limits": limits}
 
 
-def reopen(kind: str, base_folder: Path, folder: Path) -> PreTrainedModel | PeftModel:
+def reopen(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> PreTrainedModel | PeftModel:
     if kind == "merged":
         return AutoModelForCausalLM.from_pretrained(folder).eval()
-    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    # In the dtype of training, which need not be that of the files.
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, nemo.dtype))
     return PeftModel.from_pretrained(base, folder).eval()
 
 

@@ -37,7 +37,7 @@ def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
     """Make the data folder `config.data_dir` of `config.task`, or find it up to date.
 
     Args:
-        config: the resolved tree; `task`, `seed` and `data_dir` are used.
+        config: the resolved tree; `task` and `data_dir` are used.
         tokenizer_file: a `tokenizer.json` to count tokens with; None leaves the counts out.
 
     Returns:
@@ -187,7 +187,7 @@ def _check_sizes(task: Task, store: RowStore) -> None:
         f"too few rows: {usable} of {task.source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
         f"Rows are dealt by a hash of {task.data.key}, so that none moves when others are added: about {needed} rows "
         f"fill all splits.\nAdd rows, raise the shares in task.data.split"
-        + (f", or deal these rows another way: seed={seed}" if seed is not None else "")
+        + (f", or deal these rows another way: task.data.split.seed={seed}" if seed is not None else "")
     )
 
 

@@ -9,13 +9,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.prompt import Prompt
 from data_prep.split import ranges
-from nemo_configs.command_line import UserError
+from nemo_configs.command_line import UserError, plain
 
 
 @dataclass
 class Shares:
     validation: float = MISSING
     test: float = MISSING
+    seed: int = 0
 
 
 @dataclass
@@ -75,10 +76,10 @@ class Task:
         if data.train_rows is not None and data.train_rows < 1:
             raise UserError(f"task.data.train_rows must be 1 or more, not {data.train_rows}")
         try:
-            prompt = Prompt(**OmegaConf.to_container(config.task.prompt))  # type: ignore[arg-type]
+            prompt = Prompt(**plain(config.task.prompt))
         except ValueError as error:
             raise UserError(f"task.prompt: {error}") from None
-        return cls(config.task.name, data, ranges(*shares), prompt, config.seed)
+        return cls(config.task.name, data, ranges(*shares), prompt, data.split.seed)
 
 
 def _read_data(given: DictConfig) -> Data:

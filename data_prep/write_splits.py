@@ -74,7 +74,7 @@ class SplitWriter:
         # A column without text stays empty: the prompt's own context is for asking, not for rows that have none.
         values = self._row_fields(cells, self._prompt)
         wanted = {"input": self._prompt.write_instruction(**values), "output": self._prompt.write_response(**values)}
-        return {**wanted, "row": entry.row, **cells}
+        return {**wanted, "row": entry.row, **cells, **wanted}  # a column may be called input or output too
 
     def _count(self, rows: list[dict[str, Any]]) -> list[int]:
         texts = [self._prompt.wrap(row["input"]) + row["output"] for row in rows]

@@ -23,6 +23,7 @@ TARGET = Path("docs/attempts.md")
 
 
 def main(words: list[str]) -> None:
+    TARGET.parent.mkdir(exist_ok=True)
     results = []
     for attempt in ATTEMPTS:
         # A limit of rows is for the attempts that take all of them; the first has its own, of 150.
@@ -87,7 +88,7 @@ def write(results: list[dict[str, Any]], words: list[str]) -> str:
             quoted = "\n".join(f"> {line}" for line in texts[number].splitlines())
             samples.append(f"{name}:\n\n{quoted}\n")
     source = first["manifest"]["source"]
-    more = [word for word in words if not word.startswith("task.data.source=")]
+    more = [word for word in words if not word.startswith(("task.data.source=", "model="))]
     arguments = f' ARGS="{" ".join(more)}"' if more else ""
     return "\n".join([
         "# The three attempts, measured",

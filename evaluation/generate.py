@@ -39,7 +39,9 @@ def main(words: list[str]) -> None:
 
         trained = OmegaConf.load(run_folder / "config.yaml")
         nemo = read_nemo(run_folder / f"{trained.task.name}.nemo")
-        base_folder = Path(config.model.path or Path(trained.model.models_dir) / nemo.base["name"])
+        base_folder = Path(
+            config.model.path or trained.model.path or Path(trained.model.models_dir) / nemo.base["name"]
+        )
         if not (base_folder / "config.json").exists():
             raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
                             f"MODEL={nemo.base['name']}")  # fmt: skip

@@ -17,6 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
 CONFIG_DIR = Path(__file__).resolve().parent
 
 
@@ -37,7 +38,7 @@ def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: an unknown name or key, a malformed override, or a value that is missing.
     """
-    words = list(overrides)
+    words = [_quoted(word) for word in overrides]
     if not any(word.startswith("trainer=") for word in words):
         words.append(f"trainer={_device()}")
     try:
@@ -53,6 +54,14 @@ def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     if missing:
         raise UserError(f"configuration: no value for {', '.join(sorted(missing))}")
     return config
+
+
+def _quoted(word: str) -> str:
+    """A path may hold signs that mean something in an override."""
+    name, is_assignment, value = word.partition("=")
+    if not is_assignment or name.lstrip("+") not in PATHS or value[:1] in ("'", '"'):
+        return word
+    return "{}='{}'".format(name, value.replace("\\", "\\\\").replace("'", "\\'"))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def real(name: str) -> Path:
 def config_for(folder: Path, source: Path, *options: str, seed: int = 0) -> DictConfig:
     """The part of the configuration that data preparation uses; `options` as on the command line."""
     task = {name: TASK[name] for name in ("name", "data", "prompt")}
-    base = OmegaConf.create({"task": task, "seed": seed, "data_dir": str(folder)})
-    given = OmegaConf.from_dotlist([f"task.data.source={source}", *(f"task.data.{option}" for option in options)])
+    base = OmegaConf.create({"task": task, "data_dir": str(folder)})
+    options = (f"source={source}", f"split.seed={seed}", *options)
+    given = OmegaConf.from_dotlist([f"task.data.{option}" for option in options])
     config = OmegaConf.merge(base, given)
     assert isinstance(config, DictConfig)
     return config

@@ -21,12 +21,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
-from training.base_model import describe, ensure_base_model, lock_is_held
+from training.base_model import describe, ensure_base_model
 
 CHECKPOINTS_PER_RUN = 20
 
@@ -35,6 +35,8 @@ def main(words: list[str]) -> None:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
+    if config.trainer.devices * config.trainer.num_nodes != 1:
+        raise UserError("training with several devices is not built yet: set trainer.devices=1 trainer.num_nodes=1")
     base_folder = ensure_base_model(config.model)
     data_folder = prepare(config, base_folder / "tokenizer.json")
     run_folder = name_run(config, base_folder, data_folder)
@@ -44,11 +46,11 @@ def main(words: list[str]) -> None:
         show_result(run_folder)
         return
     run_folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run_folder / ".lock")
-    if lock_is_held(lock):
-        raise UserError(f"another process is training {run_folder}. Wait for it, or stop it")
-    with lock:
-        train(config, base_folder, data_folder, run_folder)
+    try:
+        with FileLock(run_folder / ".lock", timeout=0):
+            train(config, base_folder, data_folder, run_folder)
+    except Timeout:
+        raise UserError(f"another process is training {run_folder}. Wait for it, or stop it") from None
     show_result(run_folder)
 
 
@@ -64,7 +66,7 @@ def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     identity["data"] = {name: split["sha256"] for name, split in manifest["splits"].items()}
     identity["task"].pop("data")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    parts = [config.model.name, config.peft.name, config.experiment_name, digest]
+    parts = [describe(base_folder)["name"], config.peft.name, config.experiment_name, digest]
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
@@ -85,15 +87,16 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
 
     OmegaConf.save(config, run_folder / "config.yaml")
     shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
-    (run_folder / "environment.json").write_text(json.dumps(describe_environment(), indent=2) + "\n")
+    write_json(run_folder / "environment.json", describe_environment())
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     splits: dict[str, Any] = {}
+    left_out: dict[str, int] = {}
     for name in ("training", "validation", "test"):
         rows, too_long = tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
                                   cache=data_folder / ".tokens")  # fmt: skip
-        splits[name] = rows
+        splits[name], left_out[name] = rows, too_long
         if too_long:
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
     held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
@@ -119,7 +122,8 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     model, tokenizer = read_nemo(archive).load_onto(base_folder)
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
     write_json(run_folder / "evaluation.json", {
-        "held_out_rows": len(splits["test"]), "questions": questions, "before": before, "after": after,
+        "held_out_rows": len(splits["test"]),
+        "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
         "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -164,7 +168,7 @@ def fit(
     validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
     steps = len(batches) * settings.epochs
     checkpoints = run_folder / "checkpoints"
-    resume_from = newest_checkpoint(checkpoints)
+    resume_from = newest_checkpoint(checkpoints, len(batches))
     if resume_from:
         print(f"Going on from {resume_from.name} of {steps} steps")
     exp_manager(trainer, {
@@ -181,7 +185,7 @@ def fit(
             "filename": "{step:06d}",
             "monitor": "step",
             "mode": "max",
-            "save_top_k": 2,
+            "save_top_k": 3,
             "save_last": False,
             "every_n_epochs": None,
             "every_n_train_steps": max(1, steps // CHECKPOINTS_PER_RUN),
@@ -223,12 +227,22 @@ def fit(
     partial.rename(archive)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The last one written whole: NeMo marks a checkpoint while it is being written."""
+def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Path | None:
+    """The last one written whole (NeMo marks a checkpoint while it is being written); later ones are removed.
+
+    Those of an epoch's last two steps are passed over where there is another: Lightning leaves out the validation of
+    an epoch that is resumed with no row, or with one prefetched step, to go.
+    """
     from nemo.utils.callbacks import NeMoModelCheckpoint
 
-    whole = [path for path in folder.glob("*.ckpt") if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
-    return max(whole, key=lambda path: path.name, default=None)
+    whole = [path for path in sorted(folder.glob("*.ckpt")) if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+    steps = {path: int(path.stem.partition("=")[2].partition("-")[0]) for path in whole}
+    inside = [path for path in whole if 0 < steps[path] % steps_per_epoch < steps_per_epoch - 1]
+    chosen = (inside or whole or [None])[-1]
+    for path in whole:
+        if chosen and path.name > chosen.name:
+            path.unlink()
+    return chosen
 
 
 def show_result(run_folder: Path) -> None:
@@ -251,7 +265,11 @@ def describe_environment() -> dict[str, Any]:
     if Path("/proc/cpuinfo").exists():
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = models[0].partition(":")[2].strip() if models else cpu
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a container may have no git
+        commit = ""
     packages = ["torch", "nemo-toolkit", "lightning", "transformers", "peft", "datasets", "omegaconf"]
     return {
         "command": shlex.join(["python", "-m", "training", *sys.argv[1:]]),

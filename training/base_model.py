@@ -230,6 +230,10 @@ def _local_folder(folder: Path) -> Path:
     for name, there in needed:
         if not there():
             raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
+    if "text_config" in json.loads((folder / "config.json").read_text()):
+        raise UserError(
+            f"{folder} holds a model that also sees images; only text models can be trained: take it by MODEL"
+        )
     return folder
 
 

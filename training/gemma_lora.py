@@ -123,6 +123,12 @@ class GemmaLoRA(ModelPT):
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Checkpoints are written between a step's end and Lightning's counting of it, which would make a resumed epoch
+        # one step too long for the rows that are left.
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        batches["completed"] = batches["ready"]
+
     # The state of this model is its adapter: the base is named by hash, not copied.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.model)
