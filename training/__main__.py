@@ -238,7 +238,7 @@ def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Path | None:
     whole = [path for path in sorted(folder.glob("*.ckpt")) if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
     steps = {path: int(path.stem.partition("=")[2].partition("-")[0]) for path in whole}
     inside = [path for path in whole if 0 < steps[path] % steps_per_epoch < steps_per_epoch - 1]
-    chosen = (inside or whole or [None])[-1]
+    chosen = (inside or whole)[-1] if whole else None
     for path in whole:
         if chosen and path.name > chosen.name:
             path.unlink()
