@@ -128,8 +128,10 @@ class Batches:
         for step in range(first, len(self)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             chosen.sort(key=self.lengths.__getitem__)
-            mine = chosen[self.rank :: self.world_size]
-            yield Step([self._pad(part) for part in self._cut(mine)], sum(self.learned[i] for i in chosen))
+            shares = [list(self._cut(chosen[rank :: self.world_size])) for rank in range(self.world_size)]
+            # Processes exchange tensors in every micro-batch, so all take equally many; the last may be empty.
+            mine = shares[self.rank] + [[]] * (max(map(len, shares)) - len(shares[self.rank]))
+            yield Step([self._pad(part) for part in mine], sum(self.learned[i] for i in chosen))
 
     def _cut(self, chosen: list[int]) -> Iterator[list[int]]:
         part: list[int] = []
@@ -142,9 +144,9 @@ class Batches:
             yield part
 
     def _pad(self, part: list[int]) -> MicroBatch:
-        length = _rounded(self.lengths[part[-1]])
-        input_ids = torch.zeros(len(part), length, dtype=torch.int64)
-        sources, targets = [], []
+        length = _rounded(self.lengths[part[-1]]) if part else 16
+        input_ids = torch.zeros(max(1, len(part)), length, dtype=torch.int64)
+        sources, targets = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
         for place, index in enumerate(part):
             row = self.rows[index]
             ids = torch.tensor(row["input_ids"])
