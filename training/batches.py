@@ -1,13 +1,14 @@
 """Rows become optimizer steps.
 
-A step is `batch_size` rows drawn by chance; inside it the rows are sorted by length and cut into micro-batches of
-at most `micro_batch_tokens` padded tokens. So padding stays small and shapes few, while which rows share a step stays
-random, and the loss of a step is a mean over all its learned tokens however it was cut.
+A step is `batch_size` rows drawn by chance. Inside it the rows are sorted, so that those with a common beginning are
+neighbours, and packed into micro-batches of at most `micro_batch_tokens` tokens. The loss of a step is a mean over all
+its learned tokens however it was cut.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from training.cross_entropy import linear_cross_entropy
+from training.packing import Layout, pack, shared_prefixes, use_packed_attention
 
 
 @dataclass
 class MicroBatch:
-    """Some rows, padded on the right: with causal attention no real token ever sees the padding.
+    """Some rows, packed (training/packing.py).
 
     Attributes:
-        input_ids: [rows, length], int64.
-        sources: [learned], int64: flat positions in `input_ids` whose next token is learned.
+        input_ids: [1, tokens], int64. The last token of a row predicts nothing and is left out.
+        layout: where the rows lie in it.
+        sources: [learned], int64: flat positions in `input_ids` whose next token is learned; one may stand here more
+            than once, where rows with the same prompt share it.
         targets: [learned], int64: those next tokens.
-        tokens: real (unpadded) tokens in it.
+        tokens: tokens of its rows, as many as without packing.
     """
 
     input_ids: Tensor
+    layout: Layout
     sources: Tensor
     targets: Tensor
     tokens: int
@@ -41,7 +46,7 @@ class MicroBatch:
         ids, sources, targets = (
             part.to(device, non_blocking=True) for part in (self.input_ids, self.sources, self.targets)
         )
-        return MicroBatch(ids, sources, targets, self.tokens)
+        return MicroBatch(ids, self.layout.to(device), sources, targets, self.tokens)
 
 
 @dataclass
@@ -130,45 +135,49 @@ class Batches:
             chosen.sort(key=self.lengths.__getitem__)
             shares = [list(self._cut(chosen[rank :: self.world_size])) for rank in range(self.world_size)]
             # Processes exchange tensors in every micro-batch, so all take equally many; the last may be empty.
-            mine = shares[self.rank] + [[]] * (max(map(len, shares)) - len(shares[self.rank]))
-            yield Step([self._pad(part) for part in mine], sum(self.learned[i] for i in chosen))
+            missing = max(map(len, shares)) - len(shares[self.rank])
+            mine = shares[self.rank] + [_micro_batch([]) for _ in range(missing)]
+            yield Step(mine, sum(self.learned[i] for i in chosen))
 
-    def _cut(self, chosen: list[int]) -> Iterator[list[int]]:
-        part: list[int] = []
-        for index in chosen:  # by growing length: the newest row is the longest
-            if part and _rounded(self.lengths[index]) * (len(part) + 1) > self.micro_batch_tokens:
-                yield part
+    def _cut(self, chosen: list[int]) -> Iterator[MicroBatch]:
+        """Rows sorted by their tokens, as many to a micro-batch as fit."""
+        rows = {index: self.rows[index] for index in chosen}
+        part: list[Any] = []
+        for row in sorted(rows.values(), key=lambda row: row["input_ids"]):
+            if part and _unique_tokens([*part, row]) > self.micro_batch_tokens:
+                yield _micro_batch(part)
                 part = []
-            part.append(index)
+            part.append(row)
         if part:
-            yield part
-
-    def _pad(self, part: list[int]) -> MicroBatch:
-        length = _rounded(self.lengths[part[-1]]) if part else 16
-        input_ids = torch.zeros(max(1, len(part)), length, dtype=torch.int64)
-        sources, targets = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
-        for place, index in enumerate(part):
-            row = self.rows[index]
-            ids = torch.tensor(row["input_ids"])
-            input_ids[place, : len(ids)] = ids
-            first = row["prompt_length"]
-            sources.append(torch.arange(first - 1, len(ids) - 1) + place * length)
-            targets.append(ids[first:])
-        return MicroBatch(input_ids, torch.cat(sources), torch.cat(targets), sum(self.lengths[i] for i in part))
+            yield _micro_batch(part)
 
 
-def _rounded(length: int) -> int:
-    """Up to a multiple of 16. oneDNN builds and keeps a kernel for every new shape of a product: rows of any length
-    cost half the speed, and memory without end."""
-    return -(-length // 16) * 16
+def _unique_tokens(rows: list[Any]) -> int:
+    """Tokens of `rows` with what neighbours share counted once."""
+    ids = [row["input_ids"][:-1] for row in rows]
+    shared = sum(length * (len(members) - 1) for length, members in shared_prefixes(ids))
+    return sum(map(len, ids)) - shared
+
+
+def _micro_batch(rows: list[Any]) -> MicroBatch:
+    packed = pack([row["input_ids"][:-1] for row in rows])
+    sources, targets = [], []
+    for row, prefix, rest in zip(rows, packed.prefixes, packed.rests, strict=True):
+        sources += [*prefix, *rest][row["prompt_length"] - 1 :]
+        targets += row["input_ids"][row["prompt_length"] :]
+    as_int64 = partial(torch.tensor, dtype=torch.int64)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), tokens)
 
 
 def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
     """Sum of the cross-entropy over the learned tokens of `batch`, a float32 scalar.
 
-    Only the hidden states that predict a learned token reach the output layer.
+    Only the hidden states that predict a learned token reach the output layer. `gemma` uses packed attention.
     """
-    hidden = gemma.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = gemma.model(
+        input_ids=batch.input_ids, position_ids=batch.layout.positions, layout=batch.layout, use_cache=False
+    ).last_hidden_state
     learned = hidden.flatten(0, 1).index_select(0, batch.sources)
     softcap = getattr(gemma.config, "final_logit_softcapping", None)
     return linear_cross_entropy(learned, gemma.lm_head.weight, batch.targets, softcap)
@@ -177,9 +186,11 @@ def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
 def held_out_loss(gemma: PreTrainedModel, batches: Batches) -> float:
     """Mean cross-entropy per learned token over `batches`; its exponential is the perplexity."""
     loss, tokens = 0.0, 0
+    usual_attention = use_packed_attention(gemma)
     with torch.inference_mode():
         for step in batches:
             for batch in step.micro_batches:
                 loss += learned_loss(gemma, batch.to(gemma.device)).item()
                 tokens += len(batch.targets)
+    gemma.set_attn_implementation(usual_attention)
     return loss / tokens

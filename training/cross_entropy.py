@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Vocabulary entries at a time. 512 to 4096 measure alike on two quiet cores; on busy ones fewer, larger blocks wait
-# less for each other's threads.
-BLOCK = 4096
-ROUND = 128  # tokens are padded to a multiple: few shapes, few kernels for oneDNN to build and keep
+BLOCK = 2048  # vocabulary entries at a time: with 4096, the second product takes twice as long on two cores
+ROUND = 64  # tokens are padded to a multiple: few shapes, few kernels for oneDNN to build and keep
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
@@ -40,23 +38,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tokens, features = hidden.shape
         maximum = hidden.new_full((tokens, 1), float("-inf"), dtype=torch.float32)
         total = hidden.new_zeros(tokens, 1, dtype=torch.float32)
-        mean_weight = hidden.new_zeros(
-            tokens, features, dtype=torch.float32
-        )  # Σ_v p(v)·weight[v], the softmax side of the gradient
+        # Σ_v p(v)·weight[v], the softmax side of the gradient
+        mean_weight = hidden.new_zeros(tokens, features, dtype=torch.float32)
+        # Made once: fresh memory for every block would cost as much as the arithmetic.
+        block_size = min(BLOCK, weight.shape[0])
+        logits_of = hidden.new_empty(tokens, block_size)
+        rounded_of = torch.empty_like(logits_of)
+        probability_of = hidden.new_empty(tokens, block_size, dtype=torch.float32)
+        part = torch.empty_like(hidden)
         for start in range(0, weight.shape[0], BLOCK):
             block = weight[start : start + BLOCK]
-            logits = hidden @ block.T
+            logits, rounded, probability = (of[:, : len(block)] for of in (logits_of, rounded_of, probability_of))
+            torch.mm(hidden, block.T, out=logits)
             slope = None
             if softcap:
                 tanh = logits.float().div_(softcap).tanh_()
                 logits, slope = tanh * softcap, 1 - tanh.square()
             new_maximum = torch.maximum(maximum, logits.amax(-1, keepdim=True).float())
-            probability = (logits - new_maximum).exp_()  # float32, as new_maximum is
+            torch.sub(logits, new_maximum, out=probability).exp_()
             rescale = torch.exp(maximum - new_maximum)
             total.mul_(rescale).add_(probability.sum(-1, keepdim=True))
             if slope is not None:
                 probability.mul_(slope)
-            mean_weight.mul_(rescale).add_(probability.to(hidden.dtype) @ block)
+            mean_weight.mul_(rescale).add_(torch.mm(rounded.copy_(probability), block, out=part))
             maximum = new_maximum
         target_weight = weight[targets]
         target_logit = (hidden.float() * target_weight.float()).sum(-1, keepdim=True)

@@ -22,6 +22,7 @@ from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
 from training.fast_layers import speed_up
+from training.packing import use_packed_attention
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
@@ -69,6 +70,8 @@ class GemmaLoRA(ModelPT):
         except ValueError as error:
             raise UserError(f"peft.target_modules={lora['target_modules']}: {error}") from None
         speed_up(self.model)
+        if trainer:
+            use_packed_attention(base)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return learned_loss(self.model.get_base_model(), batch)
