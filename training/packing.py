@@ -5,10 +5,9 @@ common is computed once, as a segment of its own, and each row's remainder atten
 through the layers are neither padding nor repetition, and yet every hidden state is the one that its row alone has.
 """
 
-import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +94,7 @@ def shared_prefixes(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, range]
     first, prefix = 0, list(rows[0]) if rows else []
     for index in range(1, len(rows) + 1):
         if index < len(rows):
-            common = len(os.path.commonprefix([prefix, list(rows[index])]))
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, rows[index], strict=False)))
             together = index - first
             if common >= SHORTEST_PREFIX and together * common >= (together - 1) * len(prefix):
                 prefix = prefix[:common]
@@ -155,7 +154,7 @@ def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     def capped(score: Tensor, *place: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     attend = torch.compile(flex_attention) if query.is_cuda else flex_attention
     out = attend(query, key, value, score_mod=capped if softcap else None, block_mask=layout.block_mask(window),
