@@ -5,7 +5,7 @@ to end.
 """
 
 import random
-from itertools import chain, cycle, islice
+from itertools import accumulate, chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,9 @@ def read_rows(config: DictConfig, base_folder: Path, length: int | None, count: 
         raise UserError(
             f"length={length} is longer than all held-out rows together. Give more rows, or a shorter length"
         )
-    enough = max(1, HELD_OUT_TOKENS // (length or 64))
-    return list(islice(cycle(training), count)), held_out[:enough]
+    ends = accumulate(len(row["input_ids"]) for row in held_out)
+    enough = sum(end <= HELD_OUT_TOKENS for end in ends)
+    return list(islice(cycle(training), count)), held_out[: max(1, enough)]
 
 
 def pieces(rows: list[Row], length: int) -> list[Row]:

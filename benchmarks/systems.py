@@ -154,7 +154,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-# --- peers on Hugging Face's Trainer -----------------------------------------------------------------------------------
+# --- peers on Hugging Face's Trainer --------------------------------------------------------------------------------
 def hugging_face(job: Job, gate: Gate, weights: torch.dtype, autocast: bool) -> dict[str, Tensor]:
     """Trainer and peft as their documentation has them: rows padded to the longest of a batch, full logits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
