@@ -119,8 +119,10 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from benchmarks import ceiling
     from benchmarks.rows import read_rows
     from benchmarks.systems import Job
-    from training.__main__ import describe_environment
+    from training.__main__ import describe_environment, quiet_libraries
     from training.flops import flops_of
+
+    quiet_libraries()
     from training.gemma_lora import weights_dtype
 
     on_gpu, settings = config.trainer.accelerator == "gpu", config.task.train
