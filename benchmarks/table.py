@@ -16,7 +16,8 @@ OURS, OTHERS = "#2a7f62", "#9aa5b1"
 
 def header(result: dict[str, Any]) -> list[str]:
     ceiling = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 ceiling"
-    return ["system", "tokens/s", "response tokens/s", *(f"× {name}" for name in REFERENCES), ceiling,
+    ratios = [f"× {name.replace('-autocast', ' autocast')}" for name in REFERENCES]
+    return ["system", "tokens/s", "response tokens/s", *ratios, ceiling,
             "peak memory, GiB", f"× {REFERENCES[0]}'s memory", "held-out loss"]  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def show(result: dict[str, Any]) -> None:
 
     table = Table(title=f"{result['model']} on {result['machine']}")
     for number, title in enumerate(header(result)):
-        table.add_column(title, justify="right" if number else "left", overflow="fold")
+        table.add_column(title, justify="right" if number else "left", no_wrap=not number)
     unable = []
     for cells in lines(result):
         if len(cells) == 2:
@@ -99,6 +100,7 @@ def show(result: dict[str, Any]) -> None:
         else:
             table.add_row(*cells)
     console = Console()
+    console.width = max(console.width, 120)  # rather a wide table in a log file than a torn one
     console.print(table)
     for line in [*unable, *facts(result)]:
         console.print(line, markup=False, highlight=False)

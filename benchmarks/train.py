@@ -173,11 +173,11 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
     rates = ceiling.measure(gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths)))
     environment = describe_environment()
+    cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, "
-        f"{environment['cores']} cores",
+        "machine": environment["gpus"][0] if environment["gpus"] else f"{cpu}, {environment['cores']} cores",
         "environment": {key: environment[key] for key in ("commit", "python", "cpu", "cores", "memory_gib", "gpus")},
         "versions": versions,
         "model": f"{own.random} (random weights)" if own.random else describe(base_folder)["name"],
