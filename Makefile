@@ -50,6 +50,15 @@ convert: .venv/train.stamp  ## newest run to Hugging Face format, proven        
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
 	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
+# --- speed --------------------------------------------------------------------------------------------------------
+.PHONY: bench
+bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks.md      SOURCE=my.csv ARGS="rows=128"
+	@$(MAKE) --no-print-directory .venv-bench/bench.stamp || echo "The peers of bench.lock could not be installed: going on without them"
+	@$(RUN) benchmarks.train $(CONFIG)
+
+.venv-bench/bench.stamp: bench.lock
+	$(install_environment)
+
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
@@ -63,10 +72,10 @@ lint: .venv/dev.stamp  ## ruff and mypy
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
 	for extra in train serve; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
-	.venv/bin/uv pip compile -q --upgrade --extra dev -c train.lock pyproject.toml -o dev.lock
+	for extra in dev bench; do .venv/bin/uv pip compile -q --upgrade --extra $$extra -c train.lock pyproject.toml -o $$extra.lock || exit 1; done
 
 clean:  ## remove environments and caches; data, models and runs stay
-	rm -rf .venv .venv-serve .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-serve .venv-bench .pytest_cache .ruff_cache .mypy_cache
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20

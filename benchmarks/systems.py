@@ -1,0 +1,367 @@
+"""The systems that are measured, each in a process of its own: peak memory is then true, and packages may differ.
+
+    python -m benchmarks.systems NAME JOB.json       (started by benchmarks.train, never by hand)
+
+A process loads its model and begins its own training loop, untouched; a `Gate` in the loop's callbacks holds it between
+rounds, so that one system computes at a time. One JSON object a line:
+
+    it says   {"ready": {package: version}}                               the loop stands before its first step
+    it reads  "go"
+    it says   {"seconds", "tokens", "learned"}                            a round is done; the next waits for "go"
+    it says   {"adapter": FILE, "peak_gib"} or {"failed": REASON}         the end
+
+To add a peer, write its function and its line in SYSTEMS.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every system is given.
+
+    Attributes:
+        base_folder: a Hugging Face folder.
+        dtype: of the frozen weights where a system follows the machine ("bfloat16" or "float32").
+        lora: peft.LoraConfig keys.
+        initial: safetensors with the adapter to begin with, under peft's names.
+        rows: JSON file with `[{"input_ids", "prompt_length"}, …]`, in the order of training.
+        steps: optimizer steps of each round; the first is the warm-up.
+        batch: rows of an optimizer step.
+        micro_batch: rows that a peer takes at once.
+        micro_batch_tokens: tokens that this project takes at once.
+        pack_tokens: tokens of a peer's packed row.
+        prompt: data_prep.prompt.Prompt keys, for this project's archive.
+        adapter: file to write.
+    """
+
+    base_folder: str
+    dtype: str
+    lora: dict[str, Any]
+    initial: str
+    rows: str
+    steps: list[int]
+    batch: int
+    micro_batch: int
+    micro_batch_tokens: int
+    pack_tokens: int
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    seed: int
+    prompt: dict[str, Any]
+    adapter: str
+
+    def read_rows(self) -> list[dict[str, Any]]:
+        return json.loads(Path(self.rows).read_text())
+
+
+class Gate:
+    """Holds a training loop before its first step and after each round, and counts what the model has seen."""
+
+    def __init__(self, steps: list[int], say: Callable[[dict[str, Any]], None]) -> None:
+        self.steps, self.say = list(steps), say
+        self.tokens: Tensor | int = 0
+        self.learned: Tensor | int = 0
+
+    def begin(self) -> None:
+        names = ("torch", "transformers", "peft", "accelerate", "trl", "unsloth", "lightning", "nemo-toolkit")
+        self.say({"ready": {name: found for name in names if (found := _version(name))}})
+        self._wait()
+
+    def count(self, tokens: Tensor | int, learned: Tensor | int) -> None:
+        """Tokens that the model is given, padding left out; tensors are read at the end of the round only."""
+        self.tokens, self.learned = self.tokens + tokens, self.learned + learned
+
+    def step_done(self) -> None:
+        self.left -= 1
+        if self.left:
+            return
+        _finish_device_work()
+        seconds = time.perf_counter() - self.began
+        self.say({"seconds": seconds, "tokens": int(self.tokens), "learned": int(self.learned)})
+        self.tokens = self.learned = 0
+        if self.steps:
+            self._wait()
+
+    def _wait(self) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the systems share a GPU; each keeps its weights only while it waits
+        if sys.stdin.readline() != "go\n":
+            os._exit(1)  # the benchmark was stopped
+        self.left = self.steps.pop(0)
+        self.began = time.perf_counter()
+
+
+# --- this project ---------------------------------------------------------------------------------------------------
+def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
+    """GemmaLoRA in Lightning's loop, as training/fit.py has it, without its checkpoints and logs."""
+    from training.__main__ import quiet_libraries
+
+    quiet_libraries()
+    from datasets import Dataset
+    from lightning.pytorch import Callback, Trainer
+    from omegaconf import OmegaConf
+    from safetensors.torch import load_file
+
+    from training.base_model import describe
+    from training.batches import Batches
+    from training.gemma_lora import GemmaLoRA
+
+    class Hold(Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            gate.begin()
+
+        def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            gate.count(sum(part.tokens for part in batch.micro_batches), batch.learned)
+            gate.step_done()
+
+    trainer = Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=1, max_epochs=1, callbacks=[Hold()],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    folder = Path(job.base_folder)
+    model = GemmaLoRA(
+        OmegaConf.create({
+            "base_folder": str(folder), "base": describe(folder), "dtype": job.dtype, "peft": {"name": "", **job.lora},
+            "prompt": job.prompt, "seed": job.seed, "clip": job.clip,
+            "optim": {
+                "name": "adamw", "lr": job.learning_rate, "weight_decay": job.weight_decay, "betas": [0.9, 0.999],
+                # Constant, as at the peers': cosine schedules differ by a step between libraries.
+                "sched": {"name": "CosineAnnealing", "max_steps": sum(job.steps) + 1, "warmup_steps": 0,
+                          "min_lr": job.learning_rate},
+            },
+        }),
+        trainer,
+    )  # fmt: skip
+    model.load_state_dict(load_file(job.initial))
+    rows = Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in job.read_rows()])
+    trainer.fit(model, Batches(rows, job.batch, job.micro_batch_tokens, seed=None))
+    return model.state_dict()
+
+
+# --- peers on Hugging Face's Trainer --------------------------------------------------------------------------------
+def hugging_face(job: Job, gate: Gate, weights: torch.dtype, autocast: bool) -> dict[str, Tensor]:
+    """Trainer and peft as their documentation has them: rows padded to the longest of a batch, full logits."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    model = _adapted(AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=weights), job)
+    arguments = TrainingArguments(
+        per_device_train_batch_size=job.micro_batch,
+        gradient_accumulation_steps=job.batch // job.micro_batch,
+        train_sampling_strategy="sequential",  # the same rows in the same step as ours
+        bf16=autocast,
+        remove_unused_columns=False,
+        **_arguments(job),
+    )
+    collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(job.base_folder))
+    return _train(Trainer(model, arguments, collator, _labelled(job), callbacks=[_hold(gate)]), gate)
+
+
+def trl_packing(job: Job, gate: Gate) -> dict[str, Tensor]:
+    from transformers import AutoModelForCausalLM
+
+    return _sft(_adapted(AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=torch.bfloat16), job), job, gate)
+
+
+def unsloth(job: Job, gate: Gate) -> dict[str, Tensor]:
+    from unsloth import FastLanguageModel  # before trl, which it patches
+
+    model, _ = FastLanguageModel.from_pretrained(
+        job.base_folder, max_seq_length=job.pack_tokens, load_in_4bit=False, dtype=torch.bfloat16
+    )
+    lora = {key: job.lora[key] for key in ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")}
+    model = FastLanguageModel.get_peft_model(model, **lora, use_gradient_checkpointing=False, random_state=job.seed)
+    return _sft(_begin_with(model, job), job, gate)
+
+
+def _sft(model: Any, job: Job, gate: Gate) -> dict[str, Tensor]:
+    """TRL's SFTTrainer with packing: rows are dealt anew to packed ones, so a step has other rows than ours."""
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    rows = _labelled(job)
+    per_step = sum(map(len, rows["input_ids"])) / sum(job.steps)
+    config = SFTConfig(
+        packing=True,
+        max_length=job.pack_tokens,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=max(1, round(per_step / job.pack_tokens)),
+        gradient_checkpointing=False,
+        bf16=True,
+        **_arguments(job),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(job.base_folder)
+    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[_hold(gate)])
+    # Packing decides the number of steps: the warm-up and the rounds get the same shares of them as ours have.
+    steps = -(-len(trainer.train_dataset) // config.gradient_accumulation_steps)
+    warmup = min(job.steps[0], steps // 2)
+    rounds = len(job.steps) - 1
+    if steps - warmup < rounds:
+        raise ValueError(f"only {steps} packed steps for {rounds} rounds: give more rows")
+    gate.steps = [warmup, *[(steps - warmup) // rounds] * rounds]
+    gate.steps[-1] += (steps - warmup) % rounds
+    return _train(trainer, gate)
+
+
+def _adapted(model: Any, job: Job) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return _begin_with(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **job.lora)), job)
+
+
+def _begin_with(model: Any, job: Job) -> Any:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    missing = set_peft_model_state_dict(model, load_file(job.initial)).unexpected_keys
+    if missing:
+        raise ValueError(f"the initial adapter does not fit: {missing[:2]}")
+    return model
+
+
+def _labelled(job: Job) -> Any:
+    """Rows as a Trainer takes them: the same tokens are learned as ours, the prompt is masked."""
+    from datasets import Dataset
+
+    rows = job.read_rows()
+    return Dataset.from_dict({
+        "input_ids": [row["input_ids"] for row in rows],
+        "labels": [[-100] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :] for row in rows],
+    })  # fmt: skip
+
+
+def _arguments(job: Job) -> dict[str, Any]:
+    return {
+        "output_dir": str(Path(job.adapter).parent), "num_train_epochs": 1, "seed": job.seed,
+        "learning_rate": job.learning_rate, "lr_scheduler_type": "constant", "weight_decay": job.weight_decay,
+        "max_grad_norm": job.clip, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "logging_strategy": "no", "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def _hold(gate: Gate) -> Any:
+    from transformers import TrainerCallback
+
+    class Hold(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            gate.begin()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            gate.step_done()
+
+    return Hold()
+
+
+def _train(trainer: Any, gate: Gate) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    def look(module: Any, _: Any, given: dict[str, Tensor]) -> None:
+        mask, ids = given.get("attention_mask"), given["input_ids"]
+        gate.count(ids.numel() if mask is None else mask.sum(), (given["labels"][..., 1:] != -100).sum())
+
+    trainer.model.register_forward_pre_hook(look, with_kwargs=True)
+    trainer.train()
+    return get_peft_model_state_dict(trainer.model)
+
+
+# --- all of them ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class System:
+    """
+    Attributes:
+        train: trains on a job's rows, held by the gate, and returns the adapter; None: not run by this benchmark.
+        environment: folder of the virtual environment that has `package`.
+        package: what must be importable there.
+        needs_cuda: whether it runs on NVIDIA GPUs only.
+        reason: why it is not run.
+    """
+
+    train: Callable[[Job, Gate], dict[str, Tensor]] | None
+    environment: str = ".venv"
+    package: str = "peft"
+    needs_cuda: bool = False
+    reason: str = ""
+
+
+SYSTEMS = {
+    "ours": System(ours, package="nemo"),
+    "hf-fp32": System(lambda job, gate: hugging_face(job, gate, torch.float32, autocast=False)),
+    "hf-bf16-autocast": System(lambda job, gate: hugging_face(job, gate, torch.float32, autocast=True)),
+    "hf-bf16-weights": System(lambda job, gate: hugging_face(job, gate, torch.bfloat16, autocast=False)),
+    "trl-packing": System(trl_packing, ".venv-bench", "trl"),
+    "unsloth": System(unsloth, ".venv-bench", "unsloth", needs_cuda=True),
+    # Its recipe runs by torchrun in .venv-automodel (ENGINE=automodel); `train` has to call it with a gate.
+    "automodel": System(
+        None, ".venv-automodel", "nemo_automodel", reason="no function drives its recipe by rounds yet"
+    ),
+    "litgpt": System(None, reason="its recipe tokenizes text itself and takes no rows of token ids"),
+}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _finish_device_work() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(name: str, job_file: str) -> None:
+    # What libraries print must not get between the lines of the protocol.
+    protocol = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        protocol.write(json.dumps(message) + "\n")
+
+    # Where memory runs out, this is the process to end, and the benchmark goes on without it.
+    if (score := Path("/proc/self/oom_score_adj")).exists():
+        score.write_text("1000")
+    job = Job(**json.loads(Path(job_file).read_text()))
+    train = SYSTEMS[name].train
+    assert train is not None
+    try:
+        torch.manual_seed(job.seed)
+        adapter = train(job, Gate(job.steps, say))
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        say({"failed": "out of memory"})
+        raise
+    except Exception as error:
+        say({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"})
+        raise
+    from safetensors.torch import save_file
+
+    save_file({key: value.float().cpu().contiguous() for key, value in adapter.items()}, job.adapter)
+    say({"adapter": job.adapter, "peak_gib": _peak_memory_gib()})
+
+
+def _peak_memory_gib() -> float:
+    """As training.__main__.peak_memory_gib, which a peer's environment cannot import."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    held = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+    return int(held) / 2**20
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,174 @@
+"""What a benchmark found, as a table in the terminal and as docs/benchmarks.md and docs/benchmarks.png.
+
+The documents are made anew from all files of benchmarks/results: a measurement made again replaces its section.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+REFERENCES = ("hf-fp32", "hf-bf16-autocast")
+DOCS = Path("docs/benchmarks.md")
+PLOT = Path("docs/benchmarks.png")
+OURS, OTHERS = "#2a7f62", "#9aa5b1"
+
+
+def header(result: dict[str, Any]) -> list[str]:
+    ceiling = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 ceiling"
+    ratios = [f"× {name.replace('-autocast', ' autocast')}" for name in REFERENCES]
+    return ["system", "tokens/s", "response tokens/s", *ratios, ceiling,
+            "peak memory, GiB", f"× {REFERENCES[0]}'s memory", "held-out loss"]  # fmt: skip
+
+
+def lines(result: dict[str, Any]) -> list[list[str]]:
+    """A line a system, its cells as `header` names them; a system that was not run has its reason in the second."""
+    found = []
+    for name, system in result["systems"].items():
+        if "not_run" in system:
+            found.append([name, f"not run: {system['not_run']}"])
+            continue
+        memory = result["systems"].get(REFERENCES[0], {}).get("peak_gib")
+        found.append([
+            name,
+            f"{system['tokens_per_second']:,.0f}",
+            f"{system['learned_per_second']:,.0f}",
+            *(_times(speedup(result, name, reference)) for reference in REFERENCES),
+            f"{used_fraction(result, name):.1%}",
+            f"{system['peak_gib']:.2f}",
+            _times(system["peak_gib"] / memory if memory else None),
+            f"{system['held_out_loss']:.4f}",
+        ])  # fmt: skip
+    return found
+
+
+def speedup(result: dict[str, Any], name: str, reference: str) -> float | None:
+    """Median over rounds of the ratio of tokens per second: both had their round at nearly the same time."""
+    rounds = [result["systems"].get(one, {}).get("rounds") for one in (name, reference)]
+    if not all(rounds):
+        return None
+    rates = [[one["tokens"] / one["seconds"] for one in system] for system in rounds]
+    return statistics.median(a / b for a, b in zip(*rates, strict=True))
+
+
+def used_fraction(result: dict[str, Any], name: str) -> float:
+    """Of the GPU's peak (MFU), else of the speed at which this machine's bfloat16 products alone would go."""
+    speed, tokens = result["systems"][name]["tokens_per_second"], result["data"]["tokens"]
+    if peak := result["ceiling"]["gpu_peak"]:
+        return float(speed * result["flops"]["total"] / tokens / peak)
+    return float(speed * result["seconds_at_ceiling"]["bfloat16"] / tokens)
+
+
+def _times(ratio: float | None) -> str:
+    return f"{ratio:.2f}" if ratio else ""
+
+
+def facts(result: dict[str, Any]) -> list[str]:
+    """Sentences on what was measured, and on the ceiling."""
+    data, settings, flops, rates = (result[key] for key in ("data", "settings", "flops", "ceiling"))
+    rows = f"rows of {data['length']} tokens" if data["length"] else f"rows of at most {data['longest']} tokens"
+    tera = {dtype: {part: rate / 1e12 for part, rate in rates[dtype].items()} for dtype in ("bfloat16", "float32")}
+    best = result["seconds_at_ceiling"]
+    least = "; ".join(
+        f"{dtype} {tera[dtype]['layers']:.2f} TFLOP/s in the layers' shapes and {tera[dtype]['output']:.2f} in the "
+        f"output layer's: {best[dtype]:.2f} s, {data['tokens'] / best[dtype]:,.0f} tokens/s"
+        for dtype in ("bfloat16", "float32")
+    )
+    peak = f" The GPU's peak is {rates['gpu_peak'] / 1e12:,.0f} TFLOP/s." if rates["gpu_peak"] else ""
+    return [
+        f"{data['source']}: {data['rows']} {rows}, {data['tokens']:,} tokens, {data['learned']:,} of them learned. "
+        f"LoRA rank {settings['lora']['r']}, {settings['rows_per_step']} rows a step; peers take "
+        f"{settings['peer_rows_at_once']} at once.",
+        f"These rows need {flops['total'] / 1e12:.2f} TFLOP ({flops['layers'] / flops['total']:.0%} frozen layers, "
+        f"{flops['adapters'] / flops['total']:.0%} adapters, {flops['attention'] / flops['total']:.0%} attention, "
+        f"{flops['output'] / flops['total']:.0%} output layer). Matrix products alone reach here: {least}.{peak}",
+        f"Held-out loss before training: {result['held_out_loss_before']:.4f}, on {data['held_out_rows']} rows.",
+    ]
+
+
+def show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{result['model']} on {result['machine']}")
+    for number, title in enumerate(header(result)):
+        table.add_column(title, justify="right" if number else "left", no_wrap=not number)
+    unable = []
+    for cells in lines(result):
+        if len(cells) == 2:
+            unable.append(": ".join(cells))
+        else:
+            table.add_row(*cells)
+    console = Console()
+    console.width = max(console.width, 120)  # rather a wide table in a log file than a torn one
+    console.print(table)
+    for line in [*unable, *facts(result)]:
+        console.print(line, markup=False, highlight=False)
+
+
+def write_docs(results: Path) -> Path:
+    """docs/benchmarks.md and its plot, from every `*.json` in `results`."""
+    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
+    text = [
+        "# Training speed beside other stacks",
+        "",
+        "Made by `make bench` (`python -m benchmarks.train`), a section for each machine, model and data set. Every "
+        "system runs its own training loop in a process of its own, on the same token ids, from the same adapter. "
+        "Rounds take turns; figures are medians of the rounds, loading and warm-up left out. Held-out loss is measured "
+        "by one evaluator after equally many tokens: a speed that costs quality shows there.",
+        "",
+        "![Tokens a second of each system](benchmarks.png)",
+        "",
+    ]
+    for result in found:
+        titles, columns = header(result), len(header(result))
+        text += [
+            f"## {_title(result)}", "", f"`{result['command']}`", "", *(f"{fact}\n" for fact in facts(result)),
+            f"| {' | '.join(titles)} |", f"|{'---|' * columns}",
+            *(f"| {' | '.join(cells)} {'| ' * (columns - len(cells))}|" for cells in lines(result)), "",
+            _made_with(result), "",
+        ]  # fmt: skip
+    DOCS.parent.mkdir(exist_ok=True)
+    _plot(found)
+    partial = DOCS.with_suffix(".partial")
+    partial.write_text("\n".join(text), encoding="utf-8")
+    partial.rename(DOCS)
+    return DOCS
+
+
+def _title(result: dict[str, Any]) -> str:
+    length = f", rows of {result['data']['length']}" if result["data"]["length"] else ""
+    return f"{result['model']}, {result['data']['source']}{length}, {result['machine']}"
+
+
+def _made_with(result: dict[str, Any]) -> str:
+    systems = "; ".join(
+        f"{name}: {', '.join(f'{package} {number}' for package, number in packages.items())}"
+        for name, packages in result["versions"].items()
+        if name in result["systems"]
+    )
+    return f"{result['finished'][:10]}, commit {result['environment']['commit'][:12]}. Versions: {systems}."
+
+
+def _plot(found: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(len(found), 1, figsize=(8, 2.6 * len(found)), squeeze=False)
+    for axes, result in zip(all_axes[:, 0], found, strict=True):
+        speeds = {name: one["tokens_per_second"] for name, one in result["systems"].items() if "rounds" in one}
+        names = sorted(speeds, key=speeds.__getitem__)
+        colors = [OURS if name == "ours" else OTHERS for name in names]
+        axes.bar_label(axes.barh(names, [speeds[name] for name in names], color=colors), fmt="{:,.0f}", padding=3)
+        axes.set_title(_title(result), fontsize=9, loc="left")
+        axes.set_xlabel("tokens/s", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    partial = PLOT.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    partial.rename(PLOT)
+    plt.close(figure)

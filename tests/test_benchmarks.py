@@ -1,0 +1,145 @@
+"""The benchmark gives every system the same work and tells their results apart."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, TINY, tiny_gemma
+from peft import LoraConfig, get_peft_model
+from test_training import ENVIRONMENT
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from benchmarks import table
+from benchmarks.rows import pieces
+from benchmarks.systems import Job
+from benchmarks.train import Evaluator, run_rounds
+from training.flops import flops_of
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "target_modules": TARGETS}
+
+
+def benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.train", f"task.data.source={ROOT}/data_prep/samples/slang.csv", *words]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_that_torch_counts(family: str) -> None:
+    """In a plain step over one row: attention there is of all pairs, and the first layer's inputs get no gradient."""
+    length = 48  # longer than the window
+    model = get_peft_model(tiny_gemma(family, attn_implementation="eager"), LoraConfig(**LORA))
+    model.train()
+    ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    flops = flops_of(model.config, [length], length, LORA["r"], TARGETS)
+    width = TINY["num_attention_heads"] * TINY["head_dim"]
+    attention_of_all_pairs = 12 * length**2 * width * TINY["num_hidden_layers"]
+    keys = 2 * TINY["num_key_value_heads"] * TINY["head_dim"]
+    not_needed = 2 * length * (TINY["hidden_size"] * (width + keys) + 3 * LORA["r"] * TINY["hidden_size"])
+    # Rotary embeddings' outer products are the small rest.
+    assert counter.get_total_flops() == pytest.approx(
+        flops.layers + flops.adapters + flops.output + attention_of_all_pairs - not_needed, rel=1e-4
+    )
+    windows = {"gemma": 0, "gemma2": 2, "gemma3_text": 2}[family]
+    full, seen = length * (length + 1) // 2, sum(min(at + 1, TINY["sliding_window"]) for at in range(length))
+    assert flops.attention == 12 * width * (windows * seen + (3 - windows) * full)
+
+
+def test_pieces_have_one_length_and_the_rows_own_share_of_learned_tokens() -> None:
+    rows = [{"input_ids": [2, *range(10 * n, 10 * n + 9)], "prompt_length": 6} for n in range(1, 30)]
+    cut = pieces(rows, 32)
+    assert {len(row["input_ids"]) for row in cut} == {32} and len(cut) == 29 * 9 // 31
+    assert all(row["input_ids"][0] == 2 and row["prompt_length"] == round(32 * 0.6) for row in cut)
+    stream = [token for row in rows for token in row["input_ids"][1:]]
+    assert [token for row in cut for token in row["input_ids"][1:]] == stream[: len(cut) * 31]
+    assert pieces(rows, 1000) == []
+
+
+@pytest.mark.slow
+def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This project and Hugging Face's Trainer in float32: same tokens, same loss, though cut otherwise."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(24):
+        length = int(torch.randint(8, 60, (), generator=generator))
+        ids = [2, *torch.randint(3, 40, (length - 1,), generator=generator).tolist()]
+        rows.append({"input_ids": ids, "prompt_length": int(torch.randint(1, length, (), generator=generator))})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    base = tmp_path / "base"  # as it is on disk, float32 for both
+    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).save_pretrained(base)
+    for file in tiny_base.glob("tokenizer*"):
+        (base / file.name).write_bytes(file.read_bytes())
+    evaluator = Evaluator(base, LORA, rows, 1024)
+    before = evaluator.begin(0, tmp_path / "initial.safetensors")
+    jobs = {
+        name: Job(
+            base_folder=str(base), dtype="float32", lora=LORA, initial=str(tmp_path / "initial.safetensors"),
+            rows=str(tmp_path / "rows.json"), steps=[1, 1, 1], batch=8, micro_batch=4, micro_batch_tokens=128,
+            pack_tokens=64, learning_rate=1e-2, weight_decay=0.01, clip=1.0, seed=0,
+            prompt={"template": "{instruction}{response}", "instruction": "", "response": ""},
+            adapter=str(tmp_path / f"{name}.safetensors"),
+        )
+        for name in ("ours", "hf-fp32", "litgpt")
+    }  # fmt: skip
+    found = run_rounds(jobs, tmp_path)
+    assert "token ids" in found["litgpt"]["not_run"]
+    seen = {name: [(one["tokens"], one["learned"]) for one in found[name]["rounds"]] for name in ("ours", "hf-fp32")}
+    assert seen["ours"] == seen["hf-fp32"] and len(seen["ours"]) == 2
+    assert seen["ours"][1][0] == sum(len(row["input_ids"]) for row in rows[16:])
+    after = {name: evaluator.loss(tmp_path / f"{name}.safetensors") for name in seen}
+    assert after["ours"] < before - 0.05
+    assert after["ours"] == pytest.approx(after["hf-fp32"], abs=2e-3)
+    assert all(0.1 < found[name]["peak_gib"] < 8 for name in seen)
+
+
+@pytest.mark.slow
+def test_the_command_writes_one_table_from_what_it_measured(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.path={tiny_base}", "systems=hf-fp32,hf-bf16-weights,automodel", "rows=16", "rounds=2", "warmup=1",
+             "length=64", "task.train.learning_rate=1e-3"]  # fmt: skip
+    result = benchmark(tmp_path, *words)
+    assert result.returncode == 0, result.stderr
+    (file,) = (tmp_path / "benchmarks/results").glob("*.json")
+    found = json.loads(file.read_text())
+    assert str(tmp_path) not in file.read_text() and "source=slang.csv" in found["command"]
+    assert found["systems"]["automodel"]["not_run"]
+    assert (
+        found["data"]["tokens"]
+        == 64 * found["data"]["rows"]
+        == sum(one["tokens"] for one in found["systems"]["hf-fp32"]["rounds"])
+    )
+    assert len(found["systems"]["hf-bf16-weights"]["rounds"]) == 2
+    assert found["versions"]["hf-fp32"]["torch"] == torch.__version__
+    text = (tmp_path / "docs/benchmarks.md").read_text()
+    assert text.count("\n## ") == 1 and "| automodel | not run: " in text
+    assert f"| {found['systems']['hf-fp32']['tokens_per_second']:,.0f} |" in text
+    table.write_docs(tmp_path / "benchmarks/results")  # again: its section is replaced, not added
+    assert (tmp_path / "docs/benchmarks.md").read_text() == text
+    assert (tmp_path / "docs/benchmarks.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("systems=ours,hf", "unknown system hf. Known: ours, hf-fp32"),
+        ("rows=few", "rows=few: rows is a whole number"),
+        ("random=gemma-9", "random=gemma-9 is unknown. Known: gemma-2b"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tiny_base: Path, tmp_path: Path) -> None:
+    result = benchmark(tmp_path, f"model.path={tiny_base}", word)
+    assert result.returncode == 2
+    assert says in result.stderr and "Traceback" not in result.stderr
