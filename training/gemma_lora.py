@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim import PagedAdamW32bit
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_classes
+from nemo.core.config.optimizers import AdamWParams
+from nemo.core.optim.optimizers import register_optimizer
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
@@ -25,6 +29,8 @@ from training.fast_layers import speed_up
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
+register_optimizer("paged_adamw_32bit", PagedAdamW32bit, AdamWParams)
+OPTIMIZERS = ("adamw", "paged_adamw_32bit")
 
 
 def weights_dtype() -> torch.dtype:
@@ -34,12 +40,72 @@ def weights_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def load_base(
+    folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None, device: torch.device
+) -> PreTrainedModel:
+    """The base model in `dtype`; with `quantization` (BitsAndBytesConfig keys) its linear layers in 4 bits on `device`.
+
+    peft's `prepare_model_for_kbit_training` is left out. It turns all that is not 4-bit into float32, which for Gemma
+    is mostly the embedding of 262,144 tokens, and with it every activation. What that is for holds here without it:
+    Gemma's norms and our loss compute in float32 inside, adapters are float32, and the base is frozen by peft.
+
+    Raises:
+        UserError: unknown keys or values in `quantization`.
+    """
+    if not quantization:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    try:
+        settings = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization)
+        base = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=settings, device_map={"": device}
+        )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"peft.quantization={quantization}: {error}") from None
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            # On a CPU, bitsandbytes repacks weights in the first validation for a kernel that has no backward pass.
+            layer.support_avx512bf16_for_cpu = False
+    return base
+
+
+def add_lora(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
+    """`base` frozen, with adapters of `settings` (LoraConfig keys) in float32, also where the base is bfloat16: an
+    update is often smaller than bfloat16 can hold.
+
+    Raises:
+        UserError: a target that the model does not have, or a value that peft does not take.
+    """
+    layers = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and "lm_head" not in name]
+    targets = settings["target_modules"]
+    if not isinstance(targets, str):  # a text is a pattern, or "all-linear"
+        unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+        if unknown or not targets:
+            known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+            raise UserError(
+                f"peft.target_modules: this model has no {', '.join(unknown) or 'layer in []'}. Known: {known}"
+            )
+    try:
+        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"peft: {error}") from None
+
+
+def optimizer_here(name: str, accelerator: str) -> str:
+    """NeMo's name of the optimizer `task.train.optimizer` asks for, or of what takes its place on this machine."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"task.train.optimizer={name} is unknown. Known: {', '.join(OPTIMIZERS)}")
+    if name.startswith("paged") and accelerator == "cpu":
+        print("Optimizer: adamw with 32-bit state; pages of paged_adamw_32bit are between a GPU and main memory")
+        return "adamw"
+    return name
+
+
 class GemmaLoRA(ModelPT):
     """
     Args:
         cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype` of its weights, `peft`
-            (LoraConfig keys), `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient
-            norm), `seed`.
+            (LoraConfig keys), `quantization` (BitsAndBytesConfig keys or None), `gradient_checkpointing`, `prompt`
+            (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient norm), `seed`.
         trainer: a Lightning trainer, or None to answer prompts only.
 
     Raises:
@@ -59,15 +125,18 @@ class GemmaLoRA(ModelPT):
         torch.manual_seed(cfg.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompt = Prompt(**plain(cfg.prompt))
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, cfg.dtype))
+        device = (
+            trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        base = load_base(
+            folder, getattr(torch, cfg.dtype), plain(cfg.quantization) if cfg.get("quantization") else None, device
+        )
         base.config.use_cache = False
         lora = plain(cfg.peft)
         lora.pop("name")
-        try:
-            # Adapters of a bfloat16 model are kept in float32: an update is often smaller than bfloat16 can hold.
-            self.model: PeftModel = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
-        except ValueError as error:
-            raise UserError(f"peft.target_modules={lora['target_modules']}: {error}") from None
+        self.model = add_lora(base, lora)
+        if cfg.get("gradient_checkpointing"):
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         speed_up(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
