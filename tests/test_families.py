@@ -22,7 +22,8 @@ from nemo_configs.command_line import UserError, load_config, names, plain
 from training.base_model import describe
 from training.batches import Batches, learned_loss, tokenize
 from training.fit import fit
-from training.gemma_lora import GemmaLoRA, add_lora
+from training.gemma_lora import GemmaLoRA
+from training.load_model import add_lora
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template

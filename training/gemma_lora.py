@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import PagedAdamW32bit
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
@@ -17,15 +16,16 @@ from nemo.core.classes import common as nemo_classes
 from nemo.core.config.optimizers import AdamWParams
 from nemo.core.optim.optimizers import register_optimizer
 from omegaconf import DictConfig
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoTokenizer
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
 from training.fast_layers import speed_up
+from training.load_model import add_lora, load_base
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
@@ -38,56 +38,6 @@ def weights_dtype() -> torch.dtype:
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def load_base(
-    folder: Path, dtype: torch.dtype, quantization: dict[str, Any] | None, device: torch.device
-) -> PreTrainedModel:
-    """The base model in `dtype`; with `quantization` (BitsAndBytesConfig keys) its linear layers in 4 bits on `device`.
-
-    peft's `prepare_model_for_kbit_training` is left out. It turns all that is not 4-bit into float32, which for Gemma
-    is mostly the embedding of 262,144 tokens, and with it every activation. What that is for holds here without it:
-    Gemma's norms and our loss compute in float32 inside, adapters are float32, and the base is frozen by peft.
-
-    Raises:
-        UserError: unknown keys or values in `quantization`.
-    """
-    if not quantization:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    try:
-        settings = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization)
-        base = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, quantization_config=settings, device_map={"": device}
-        )
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"peft.quantization={quantization}: {error}") from None
-    for layer in base.modules():
-        if isinstance(layer, Linear4bit):
-            # On a CPU, bitsandbytes repacks weights in the first validation for a kernel that has no backward pass.
-            layer.support_avx512bf16_for_cpu = False
-    return base
-
-
-def add_lora(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
-    """`base` frozen, with adapters of `settings` (LoraConfig keys) in float32, also where the base is bfloat16: an
-    update is often smaller than bfloat16 can hold.
-
-    Raises:
-        UserError: a target that the model does not have, or a value that peft does not take.
-    """
-    layers = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear) and "lm_head" not in name]
-    targets = settings["target_modules"]
-    if not isinstance(targets, str):  # a text is a pattern, or "all-linear"
-        unknown = [name for name in targets if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-        if unknown or not targets:
-            known = ", ".join(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-            raise UserError(
-                f"peft.target_modules: this model has no {', '.join(unknown) or 'layer in []'}. Known: {known}"
-            )
-    try:
-        return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UserError(f"peft: {error}") from None
 
 
 def optimizer_here(name: str, accelerator: str) -> str:
@@ -137,6 +87,7 @@ class GemmaLoRA(ModelPT):
         self.model = add_lora(base, lora)
         if cfg.get("gradient_checkpointing"):
             base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
         speed_up(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
