@@ -25,6 +25,7 @@ from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
 from training.fast_layers import speed_up
+from training.four_bit import speed_up_4bit
 from training.load_model import add_lora, load_base
 
 # NeMo restores only classes of known packages; this one is ours.
@@ -89,6 +90,7 @@ class GemmaLoRA(ModelPT):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
         speed_up(self.model)
+        speed_up_4bit(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return learned_loss(self.model.get_base_model(), batch)

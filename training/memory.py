@@ -2,7 +2,7 @@
 
 Parameters are counted exactly, on the model built without memory (torch's meta device). Activations are the tensors
 that a layer keeps for its backward pass, summed over the architecture; they grow with the tokens in memory at once.
-Two constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests/test_memory.py.
+Three constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests/test_memory.py.
 """
 
 from dataclasses import asdict, dataclass
@@ -25,10 +25,10 @@ from training.load_model import add_lora
 
 GIB = 2**30
 PROCESS = 1.25 * GIB  # Python, NeMo, oneDNN and the heap that asking the base model leaves; a GPU holds none of it
-BACKWARD = 1.3  # gradients and temporary results over what is kept, and gaps in the heap
-FOUR_BITS = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes a weight: 4 bits, an 8-bit scale for 64, a 32-bit one for 256 of those
+# Over what is kept: gradients and temporary results, which in peft's own layers are float32, and gaps in the heap.
+BACKWARD, BACKWARD_OF_PEFT = 1.3, 2.0
+# Bytes a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 of those.
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass
@@ -103,7 +103,8 @@ def estimate(
     model = add_lora(base, settings)
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers = architecture.num_hidden_layers
-    kept = layer_bytes(architecture, model, dtype, bool(config.peft.quantization), longest)
+    ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
+    kept = layer_bytes(architecture, model, dtype, ours, longest) * (BACKWARD if ours else BACKWARD_OF_PEFT)
     if config.task.train.gradient_checkpointing:  # every layer's input, and one layer whole
         kept = kept + (layers - 1) * architecture.hidden_size * dtype.itemsize
     else:
@@ -113,13 +114,13 @@ def estimate(
         weights=weights,
         adapter=8 * adapter,
         optimizer=8 * adapter,
-        activations=BACKWARD * tokens * kept,
+        activations=tokens * kept,
         logits=learned * (BLOCK * (8 + dtype.itemsize) + 4 * architecture.hidden_size),
     )
 
 
 def layer_bytes(
-    architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, quantized: bool, longest: int
+    architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, ours: bool, longest: int
 ) -> float:
     """What the backward pass of one layer keeps, in bytes a token; see training/fast_layers.py."""
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
@@ -135,13 +136,12 @@ def layer_bytes(
         elements += 2 * (queries - keys)  # the scores after tanh, after softmax in float32, and rounded
         bytes_kept += architecture.num_attention_heads * longest * (2 * dtype.itemsize + 4)
     config: Any = model.peft_config["default"]
-    plain_lora = not (quantized or config.use_dora or config.lora_dropout)
     shared = set()
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer) or ".layers.0." not in name:
             continue
         kind = name.rpartition(".")[2]
-        if plain_lora:  # the input as it is, kept once for layers that share it
+        if ours:  # the input as it is, kept once for layers that share it
             group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}.get(
                 kind, kind
             )
