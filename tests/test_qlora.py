@@ -130,7 +130,8 @@ def test_a_run_learns_on_4_bit_weights_and_its_adapter_leaves_with_it(
 def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(family: str, tmp_path: Path) -> None:
     tiny_gemma(family, vocab_size=200).save_pretrained(tmp_path)
     ids = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(0))
-    results = []
+    results: list[Any] = []
+    weights: dict[str, torch.Tensor] = {}
     for kind in ("ours", "peft", "whole"):
         quantization = None if kind == "whole" else QUANTIZATION
         base = load_base(tmp_path, torch.float32, quantization, torch.device("cpu"))

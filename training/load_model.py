@@ -26,6 +26,8 @@ def load_base(
     """
     if not quantization:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if quantization.get("bnb_4bit_quant_type", "fp4") not in ("nf4", "fp4"):  # transformers finds out layer by layer
+        raise UserError(f"peft.quantization.bnb_4bit_quant_type={quantization['bnb_4bit_quant_type']}. Known: nf4, fp4")
     try:
         settings = BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **quantization)
         base = AutoModelForCausalLM.from_pretrained(
