@@ -100,7 +100,8 @@ def estimate(
     }
     if config.peft.quantization:
         weights += linear * (FOUR_BITS - dtype.itemsize)
-    model = add_lora(base, settings)
+    with torch.device("meta"):
+        model = add_lora(base, settings)
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers = architecture.num_hidden_layers
     ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
