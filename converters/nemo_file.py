@@ -14,11 +14,12 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from training.base_model import describe
+from training.load_model import load_base
 
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 
@@ -33,6 +34,7 @@ class NemoFile:
         prompt: the wording it was trained with.
         adapter: peft's tensor names → float32 tensors, `lora_A` [r, in] and `lora_B` [out, r].
         dtype: the dtype of the base model in training, e.g. "bfloat16".
+        quantization: BitsAndBytesConfig keys of a base that was in 4 bits in training, else None.
     """
 
     base: dict[str, str]
@@ -40,12 +42,17 @@ class NemoFile:
     prompt: Prompt
     adapter: dict[str, Tensor]
     dtype: str
+    quantization: dict[str, Any] | None = None
 
     def lora_config(self) -> LoraConfig:
         return LoraConfig(task_type="CAUSAL_LM", **self.peft)
 
-    def load_onto(self, base_folder: Path, device: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    def load_onto(
+        self, base_folder: Path, device: str | None = None, as_trained: bool = False
+    ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """The adapted model, by plain transformers and peft, on `device` (default: the GPU if there is one).
+
+        An adapter of QLoRA goes on the whole base, as its users will put it, or `as_trained`, on the base in 4 bits.
 
         Raises:
             UserError: `base_folder` holds other weights than the adapter was trained on.
@@ -57,10 +64,11 @@ class NemoFile:
                 f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Name the folder of the "
                 f"right base: model.path=FOLDER, or --base FOLDER when converting"
             )
-        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, self.dtype))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        quantization = self.quantization if as_trained else None
+        base = load_base(base_folder, getattr(torch, self.dtype), quantization, torch.device(device))
         model = get_peft_model(base, self.lora_config())
         set_peft_model_state_dict(model, self.adapter)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval(), AutoTokenizer.from_pretrained(base_folder)
 
 
@@ -91,4 +99,5 @@ def read_nemo(path: Path) -> NemoFile:
     if missing:
         raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
     peft = {key: value for key, value in config["peft"].items() if key != "name"}
-    return NemoFile(config["base"], peft, Prompt(**config["prompt"]), adapter, config["dtype"])
+    prompt = Prompt(**config["prompt"])
+    return NemoFile(config["base"], peft, prompt, adapter, config["dtype"], config.get("quantization"))

@@ -1,10 +1,12 @@
 """`.nemo` → merged Hugging Face folder: the adapter folded into the base, W' = W + (alpha / r) · B A.
 
-The sum is taken in float32 and rounded to the base's dtype once. Tensors go through one shard at a time, and files
-that hold no weights are taken over as they are.
+With DoRA (Liu et al., 2024, equation 5) each row of W' is brought to its learned length m: m · W' / ‖W'‖. All is summed
+in float32 and rounded to the base's dtype once. Tensors go through one shard at a time, and files that hold no weights
+are taken over as they are.
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,16 +19,25 @@ from nemo_configs.command_line import UserError
 from training.base_model import RECORD
 
 
+@dataclass
+class Update:
+    """What an adapter does to one matrix [out, in]: A [r, in], B [out, r], alpha / r, and DoRA's lengths m [out]."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    lengths: Tensor | None
+
+
 def write_merged(nemo: NemoFile, base_folder: Path, folder: Path) -> None:
     """Fill `folder` with the merged model under the base's own file names, tensor names and dtype.
 
     Raises:
         UserError: the adapter has a kind of layer that does not fold into one matrix, or misses its layer.
     """
-    unknown = [name for name in ("use_dora", "bias") if nemo.peft.get(name) not in (None, False, "none")]
-    if unknown:
-        raise UserError(f"merging adapters with {', '.join(unknown)} is not supported; export --to adapter instead")
-    updates = low_rank_pairs(nemo)
+    if nemo.peft.get("bias", "none") != "none":
+        raise UserError("merging adapters with biases is not supported; export --to adapter instead")
+    updates = read_updates(nemo)
     for path in sorted(base_folder.iterdir()):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as shard:
@@ -39,22 +50,24 @@ def write_merged(nemo: NemoFile, base_folder: Path, folder: Path) -> None:
     nemo.prompt.save(folder)
 
 
-def low_rank_pairs(nemo: NemoFile) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Base tensor name → (A [r, in], B [out, r], alpha / r)."""
+def read_updates(nemo: NemoFile) -> dict[str, Update]:
+    """Base tensor name → its update."""
     rank, alpha = nemo.peft["r"], nemo.peft["lora_alpha"]
     scale = alpha / rank**0.5 if nemo.peft.get("use_rslora") else alpha / rank
-    pairs = {}
+    updates = {}
     for name, tensor in nemo.adapter.items():
-        layer, part, _ = name.rsplit(".", 2)  # base_model.model.<layer>.lora_A.weight
-        if part == "lora_A":
-            weight = f"{layer.removeprefix('base_model.model.')}.weight"
-            pairs[weight] = (tensor, nemo.adapter[name.replace("lora_A", "lora_B")], scale)
-    return pairs
+        if name.endswith(".lora_A.weight"):
+            layer = name.removesuffix(".lora_A.weight")  # base_model.model.<layer>
+            lora_b, lengths = nemo.adapter[f"{layer}.lora_B.weight"], nemo.adapter.get(f"{layer}.lora_magnitude_vector")
+            updates[f"{layer.removeprefix('base_model.model.')}.weight"] = Update(tensor, lora_b, scale, lengths)
+    return updates
 
 
-def merge(weight: Tensor, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
+def merge(weight: Tensor, update: Update | None) -> Tensor:
     """`weight` [out, in] with its update folded in, in the dtype of `weight`."""
     if update is None:
         return weight
-    lora_a, lora_b, scale = update
-    return torch.addmm(weight.float(), lora_b.float(), lora_a.float(), alpha=scale).to(weight.dtype)
+    merged = torch.addmm(weight.float(), update.lora_b.float(), update.lora_a.float(), alpha=update.scale)
+    if update.lengths is not None:
+        merged *= (update.lengths.float() / merged.norm(dim=1)).unsqueeze(1)
+    return merged.to(weight.dtype)

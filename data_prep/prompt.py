@@ -9,9 +9,11 @@ import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
 _FIELD = re.compile(r"\{(\w+)\}")
+_END = re.compile(r"(<\w+>)?")  # what may follow {response}: one token of the model's own
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Prompt:
     """A task's wording.
 
     Attributes:
-        template: the whole text of a row, with `{instruction}` and, at its end, `{response}`.
+        template: the whole text of a row, with `{instruction}` and, at its end, `{response}`. One token of the model's
+            may follow, such as `<end_of_turn>`: it is learned as the end of a response in place of EOS.
         instruction: how the fields of a row make an instruction, e.g. `{tag}{context}{condition}`.
         response: how the fields of a row make a response, one `Label: {field}` a line.
         fields: values for the fields that a row or a caller leaves out.
@@ -31,9 +34,11 @@ class Prompt:
     fields: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.template.count("{instruction}") != 1 or not self.template.endswith("{response}"):
+        before, _, end = self.template.partition("{response}")
+        if before.count("{instruction}") != 1 or "{response}" not in self.template or not _END.fullmatch(end):
             raise ValueError(
-                f"prompt template must hold {{instruction}} once and end in {{response}}: {self.template!r}"
+                f"prompt template must hold {{instruction}} once and end in {{response}}, or in {{response}} and one "
+                f"token such as <end_of_turn>: {self.template!r}"
             )
 
     def write_instruction(self, **values: str) -> str:
@@ -48,7 +53,21 @@ class Prompt:
 
     def wrap(self, instruction: str) -> str:
         """Everything the model is given before it answers."""
-        return self._fill(self.template.removesuffix("{response}"), {"instruction": instruction})
+        return self._fill(self.template.partition("{response}")[0], {"instruction": instruction})
+
+    def end_id(self, tokenizer: Any) -> int:
+        """The token after which a response is over, of a Hugging Face tokenizer.
+
+        Raises:
+            ValueError: the tokenizer has no such token.
+        """
+        end = self.template.partition("{response}")[2]
+        if not end:
+            return int(tokenizer.eos_token_id)
+        ids = tokenizer(end, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ValueError(f"task.prompt.template ends in {end}, which is no token of this model")
+        return int(ids[0])
 
     def read_response(self, text: str) -> dict[str, str]:
         """The fields of a generated response, the inverse of `write_response`; those not found are left out."""

@@ -30,7 +30,9 @@ def answer(
     torch.manual_seed(seed)
     with torch.inference_mode():
         # A batch of one has no padding; the id only stops transformers from warning.
-        output = model.generate(**tokens, do_sample=True, pad_token_id=tokenizer.pad_token_id or 0, **sampling)
+        ends = [tokenizer.eos_token_id, prompt.end_id(tokenizer)]
+        padding = tokenizer.pad_token_id or 0
+        output = model.generate(**tokens, do_sample=True, pad_token_id=padding, eos_token_id=ends, **sampling)
     return tokenizer.decode(output[0, tokens.input_ids.shape[1] :], skip_special_tokens=True).strip()
 
 

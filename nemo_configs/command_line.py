@@ -5,6 +5,7 @@ Every command (`python -m data_prep`, `training`, `evaluation`, `converters`) ta
 everywhere.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -83,6 +84,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     # Libraries' remarks about their own future, and progress bars in a log file, hide what a user needs to read.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:

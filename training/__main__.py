@@ -72,7 +72,7 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from converters.nemo_file import read_nemo
     from data_prep.prompt import Prompt
@@ -82,6 +82,8 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     from training.batches import Batches, tokenize
     from training.fit import fit
     from training.gemma_lora import weights_dtype
+    from training.load_model import load_base
+    from training.memory import check_memory
 
     OmegaConf.save(config, run_folder / "config.yaml")
     shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
@@ -97,6 +99,7 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
         splits[name], left_out[name] = rows, too_long
         if too_long:
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
+    need = check_memory(config, base_folder, splits["training"], weights_dtype())
     held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
     questions = [prompt.write_instruction()] + [row["input"] for row in first_rows(data_folder / "test.jsonl", 2)]
     sampling = plain(config.task.generate)
@@ -104,8 +107,8 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     before_file = run_folder / "before.json"
     if not before_file.exists():
         print("Asking the base model first", flush=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=weights_dtype()).to(device).eval()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = load_base(base_folder, weights_dtype(), plain(config.peft)["quantization"], device).to(device).eval()
         write_json(before_file, measure(base, tokenizer, prompt, held_out, questions, sampling, config.seed))
         del base
     before = json.loads(before_file.read_text())
@@ -117,13 +120,14 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
 
     print("Asking the fine-tuned model", flush=True)
-    model, tokenizer = read_nemo(archive).load_onto(base_folder)
+    model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]),
         "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
         "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
         "peak_memory_gib": round(peak_memory_gib(), 2),
+        "memory_estimate_gib": round(need, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)
@@ -135,7 +139,7 @@ def show_result(run_folder: Path) -> None:
     print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
     print(f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
           f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
-          f"{result['peak_memory_gib']:.1f} GiB of memory")  # fmt: skip
+          f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)")  # fmt: skip
     print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
 
 

@@ -62,15 +62,19 @@ def tokenize(
 ) -> tuple[Dataset, int]:
     """Read a split and tokenize it to `input_ids`, their `length`, and `prompt_length` (tokens before the response).
 
-    The prompt is tokenized by itself, as it is when a served model is asked, and the response ends in EOS, so that
-    the model learns to stop.
+    The prompt is tokenized by itself, as it is when a served model is asked, and the response ends in EOS or in the
+    template's own end, so that the model learns to stop.
 
     Returns:
         The rows of at most `max_length` tokens, and the number of longer ones that were left out.
 
     Raises:
-        UserError: no row is left.
+        UserError: no row is left, or the template's end is no token of the model.
     """
+    try:
+        end = prompt.end_id(tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if file.stat().st_size < 50e6:  # done in a second or two
         disable_progress_bars()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
@@ -78,7 +82,7 @@ def tokenize(
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
         prompts = tokenizer([prompt.wrap(text) for text in batch["input"]]).input_ids
         responses = tokenizer(batch["output"], add_special_tokens=False).input_ids
-        rows = [[*p, *r, tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
+        rows = [[*p, *r, end] for p, r in zip(prompts, responses, strict=True)]
         return {
             "input_ids": rows, "length": [len(ids) for ids in rows], "prompt_length": [len(p) for p in prompts]
         }  # fmt: skip

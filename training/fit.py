@@ -9,10 +9,10 @@ from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_configs.command_line import UserError
+from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import Batches
-from training.gemma_lora import GemmaLoRA, weights_dtype
+from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
 from training.progress import RunProgress
 
 CHECKPOINTS_PER_RUN = 20
@@ -36,10 +36,10 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=1,
+        log_every_n_steps=settings.log_every,
     )
     size, budget, rank, world = (
-        settings.batch_size,
+        settings.batch_size * settings.accumulation,
         config.trainer.micro_batch_tokens,
         trainer.global_rank,
         trainer.world_size,
@@ -47,6 +47,8 @@ def fit(
     batches = Batches(rows, size, budget, config.seed, lambda: trainer.global_step, rank, world)
     validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
     steps = len(batches) * settings.epochs
+    if settings.evaluate_every:
+        trainer.check_val_every_n_epoch, trainer.val_check_interval = None, min(settings.evaluate_every, steps)
     checkpoints = run_folder / "checkpoints"
     resume_from = newest_checkpoint(checkpoints, len(batches))
     if resume_from:
@@ -72,22 +74,27 @@ def fit(
             "save_nemo_on_train_end": False,
         },
     })  # fmt: skip
+    peft = plain(config.peft)
+    quantization = peft.pop("quantization")
+    peft.pop("optimizer")  # task.train.optimizer says it
     model = GemmaLoRA(
         OmegaConf.create({
             "base_folder": str(base_folder),
             "base": describe(base_folder),
             "dtype": str(weights_dtype()).removeprefix("torch."),
-            "peft": config.peft,
+            "peft": peft,
+            "quantization": quantization,
+            "gradient_checkpointing": settings.gradient_checkpointing,
             "prompt": config.task.prompt,
             "seed": config.seed,
             "clip": settings.clip,
             "optim": {
-                "name": "adamw",
+                "name": optimizer_here(settings.optimizer, config.trainer.accelerator),
                 "lr": settings.learning_rate,
                 "weight_decay": settings.weight_decay,
                 "betas": [0.9, 0.999],
                 "sched": {
-                    "name": "CosineAnnealing",
+                    "name": settings.schedule,
                     "max_steps": steps,
                     "warmup_steps": math.ceil(settings.warmup_ratio * steps),
                     "min_lr": 0.0,

@@ -9,23 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim import PagedAdamW32bit
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_classes
+from nemo.core.config.optimizers import AdamWParams
+from nemo.core.optim.optimizers import register_optimizer
 from omegaconf import DictConfig
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
 from training.fast_layers import speed_up
+from training.four_bit import speed_up_4bit
+from training.load_model import add_lora, load_base
 from training.packing import use_packed_attention
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
+register_optimizer("paged_adamw_32bit", PagedAdamW32bit, AdamWParams)
+OPTIMIZERS = ("adamw", "paged_adamw_32bit")
 
 
 def weights_dtype() -> torch.dtype:
@@ -35,12 +42,22 @@ def weights_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def optimizer_here(name: str, accelerator: str) -> str:
+    """NeMo's name of the optimizer `task.train.optimizer` asks for, or of what takes its place on this machine."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"task.train.optimizer={name} is unknown. Known: {', '.join(OPTIMIZERS)}")
+    if name.startswith("paged") and accelerator == "cpu":
+        print("Optimizer: adamw with 32-bit state; pages of paged_adamw_32bit are between a GPU and main memory")
+        return "adamw"
+    return name
+
+
 class GemmaLoRA(ModelPT):
     """
     Args:
         cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype` of its weights, `peft`
-            (LoraConfig keys), `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient
-            norm), `seed`.
+            (LoraConfig keys), `quantization` (BitsAndBytesConfig keys or None), `gradient_checkpointing`, `prompt`
+            (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient norm), `seed`.
         trainer: a Lightning trainer, or None to answer prompts only.
 
     Raises:
@@ -60,18 +77,23 @@ class GemmaLoRA(ModelPT):
         torch.manual_seed(cfg.seed)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompt = Prompt(**plain(cfg.prompt))
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, cfg.dtype))
+        device = (
+            trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
+        base = load_base(
+            folder, getattr(torch, cfg.dtype), plain(cfg.quantization) if cfg.get("quantization") else None, device
+        )
         base.config.use_cache = False
         lora = plain(cfg.peft)
         lora.pop("name")
-        try:
-            # Adapters of a bfloat16 model are kept in float32: an update is often smaller than bfloat16 can hold.
-            self.model: PeftModel = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
-        except ValueError as error:
-            raise UserError(f"peft.target_modules={lora['target_modules']}: {error}") from None
+        self.model = add_lora(base, lora)
+        if cfg.get("gradient_checkpointing"):
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
         speed_up(self.model)
         if trainer:
             use_packed_attention(base)
+        speed_up_4bit(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
         return learned_loss(self.model.get_base_model(), batch)

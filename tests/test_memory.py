@@ -1,0 +1,94 @@
+"""What a run will need is said before it starts, and is what it then takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, tiny_gemma
+
+from nemo_configs.command_line import load_config, plain
+from training.load_model import add_lora, load_base
+from training.memory import estimate, free_memory
+
+EIGHT = 8 * 2**30
+
+
+@pytest.mark.parametrize("peft", ["lora", "qlora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Path) -> None:
+    tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
+    config = load_config([f"peft={peft}"])
+    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500, longest=50)
+    settings = plain(config.peft)
+    quantization = settings.pop("quantization")
+    base = load_base(tmp_path, torch.bfloat16, quantization, torch.device("cpu"))
+    weights = 0
+    for parameter in base.parameters():
+        weights += parameter.nbytes
+        if state := getattr(parameter, "quant_state", None):
+            weights += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert need.weights == pytest.approx(weights, rel=0.01)
+    model = add_lora(base, {key: settings[key] for key in ("r", "lora_alpha", "target_modules")})
+    adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    assert need.adapter == 2 * adapter and need.optimizer == 2 * adapter
+
+
+def test_advice_is_worth_following(base_folder: Path) -> None:
+    def total(*words: str, tokens: int = 4000) -> float:
+        return estimate(load_config(words), base_folder, torch.bfloat16, tokens, tokens // 3, 150).total
+
+    assert total("peft=qlora") < total()
+    assert total("task.train.gradient_checkpointing=true") < 0.6 * total()
+    assert total(tokens=1000) < 0.6 * total()
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, EIGHT),
+        ({"memory.max": "max", "memory.current": "1000"}, EIGHT),
+        ({"memory.max": "5000000", "memory.current": "1000000"}, 4_000_000),
+        ({"memory/memory.limit_in_bytes": "5000000", "memory/memory.usage_in_bytes": "1000000"}, 4_000_000),
+        ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1000000"}, EIGHT),
+    ],
+)
+def test_the_smaller_of_machine_and_control_group_counts(files: dict[str, str], free: int, tmp_path: Path) -> None:
+    held = 1024 * 1024
+    for name, text in {
+        "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {EIGHT // 1024} kB\n", "proc/self/status": "VmRSS:\t1024 kB\n",
+        **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory("cpu", tmp_path) == free + held
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "training", f"data_dir={folder}/data", f"runs_dir={folder}/runs",
+         "task.train.epochs=1", "task.generate.max_new_tokens=4", *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, f"model.path={tiny_base}", "peft.r=16000000")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "training would need" in result.stderr and "are free" in result.stderr
+    for advice in ("PEFT=qlora", "task.train.gradient_checkpointing=true", "trainer.micro_batch_tokens="):
+        assert advice in result.stderr
+    assert "Asking the base model" not in result.stdout
+
+
+@pytest.mark.slow
+def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, f"model.path={base_folder}", "task.data.train_rows=32", "task.train.batch_size=32")
+    assert result.returncode == 0, result.stderr
+    (file,) = tmp_path.glob("runs/slang/*/evaluation.json")
+    figures = json.loads(file.read_text())
+    assert figures["memory_estimate_gib"] == pytest.approx(figures["peak_memory_gib"], rel=0.2)

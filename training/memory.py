@@ -1,0 +1,179 @@
+"""What a training run will need, said before it starts: a refusal with advice costs less than a run that dies.
+
+Parameters are counted exactly, on the model built without memory (torch's meta device). Activations are the tensors
+that a layer keeps for its backward pass, summed over the architecture; they grow with the tokens in memory at once.
+Three constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests/test_memory.py.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from nemo_configs.command_line import UserError, plain
+from training.batches import Batches
+from training.cross_entropy import BLOCK
+from training.load_model import add_lora
+
+GIB = 2**30
+PROCESS = 1.25 * GIB  # Python, NeMo, oneDNN and the heap that asking the base model leaves; a GPU holds none of it
+# Over what is kept: gradients and temporary results, which in peft's own layers are float32, and gaps in the heap.
+BACKWARD, BACKWARD_OF_PEFT = 1.3, 2.0
+# Bytes a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 of those.
+FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass
+class Estimate:
+    """Bytes at the peak of a training step."""
+
+    process: float
+    weights: float
+    adapter: float  # float32, with its gradient
+    optimizer: float  # two moments in float32
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in asdict(self).items() if size)
+        return f"{self.total / GIB:.1f} GiB ({parts})"
+
+
+def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: torch.dtype) -> float:
+    """Say what training will need, in GiB, and return it.
+
+    Raises:
+        UserError: it is more than the machine has free, or `config.peft` does not fit the model.
+    """
+    settings, budget = config.task.train, config.trainer.micro_batch_tokens
+    world = config.trainer.devices * config.trainer.num_nodes
+    batches = Batches(rows, settings.batch_size * settings.accumulation, budget, config.seed, world_size=world)
+    parts = [part for step in islice(batches, 50) for part in step.micro_batches]  # rows are drawn by chance: enough
+    tokens, learned = max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
+    need = estimate(config, base_folder, dtype, tokens, learned, max(rows["length"]))
+    free = free_memory(config.trainer.accelerator)
+    print(f"Memory: training needs about {need}; {free / GIB:.1f} GiB are free", flush=True)
+    if need.total > free:
+        advice = []
+        if not config.peft.quantization:
+            advice.append("PEFT=qlora")
+        if not settings.gradient_checkpointing:
+            advice.append('ARGS="task.train.gradient_checkpointing=true"')
+        advice.append(f'ARGS="trainer.micro_batch_tokens={max(max(rows["length"]), tokens // 4)}"')
+        raise UserError(f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
+                        f"{', '.join(advice)} or a smaller MODEL; then give the command again")  # fmt: skip
+    return need.total / GIB
+
+
+def estimate(
+    config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: int, learned: int, longest: int
+) -> Estimate:
+    """
+    Args:
+        dtype: of the base model's weights.
+        tokens, learned: in one micro-batch, padding included.
+        longest: tokens of the longest row.
+
+    Raises:
+        UserError: `config.peft` does not fit the model.
+    """
+    architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+    linear = sum(layer.weight.numel() for name, layer in base.named_modules()
+                 if isinstance(layer, nn.Linear) and name != "lm_head")  # fmt: skip
+    weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
+    settings = {
+        key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")
+    }
+    if config.peft.quantization:
+        weights += linear * (FOUR_BITS - dtype.itemsize)
+    with torch.device("meta"):
+        model = add_lora(base, settings)
+    adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    layers = architecture.num_hidden_layers
+    ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
+    kept = layer_bytes(architecture, model, dtype, ours, longest) * (BACKWARD if ours else BACKWARD_OF_PEFT)
+    if config.task.train.gradient_checkpointing:  # every layer's input, and one layer whole
+        kept = kept + (layers - 1) * architecture.hidden_size * dtype.itemsize
+    else:
+        kept = kept * layers
+    return Estimate(
+        process=PROCESS if config.trainer.accelerator == "cpu" else 0,
+        weights=weights,
+        adapter=8 * adapter,
+        optimizer=8 * adapter,
+        activations=tokens * kept,
+        logits=learned * (BLOCK * (8 + dtype.itemsize) + 4 * architecture.hidden_size),
+    )
+
+
+def layer_bytes(
+    architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, ours: bool, longest: int
+) -> float:
+    """What the backward pass of one layer keeps, in bytes a token; see training/fast_layers.py."""
+    hidden, inner = architecture.hidden_size, architecture.intermediate_size
+    queries = architecture.num_attention_heads * architecture.head_dim
+    keys = architecture.num_key_value_heads * architecture.head_dim
+    family = architecture.model_type
+    norms = (2 if family == "gemma" else 4) * hidden + (queries + keys if family.startswith("gemma3") else 0)
+    attention = 2 * queries + 2 * keys  # rotated queries and keys, values, output
+    gated = 2 * inner  # gate and up; their product is the input of down_proj
+    elements = norms + attention + gated
+    bytes_kept = 0.0
+    if getattr(architecture, "attn_logit_softcapping", None):  # no fused attention: keys and values repeated, and
+        elements += 2 * (queries - keys)  # the scores after tanh, after softmax in float32, and rounded
+        bytes_kept += architecture.num_attention_heads * longest * (2 * dtype.itemsize + 4)
+    config: Any = model.peft_config["default"]
+    shared = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or ".layers.0." not in name:
+            continue
+        kind = name.rpartition(".")[2]
+        if ours:  # the input as it is, kept once for layers that share it
+            group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}.get(
+                kind, kind
+            )
+            if group not in shared and kind != "o_proj":  # whose input is the output of attention
+                elements += layer.in_features
+            shared.add(group)
+        else:  # peft's own: its input in float32 for each layer, dropout's mask, DoRA's two summands
+            bytes_kept += layer.in_features * (4 + (1 if config.lora_dropout else 0))
+            bytes_kept += layer.out_features * (4 + dtype.itemsize) if config.use_dora else 0
+    return bytes_kept + elements * dtype.itemsize
+
+
+def free_memory(accelerator: str, root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the GPU; of main memory and of the control group's limit the smaller,
+    with what the process already holds, since the estimate counts that too."""
+    if accelerator != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    available = _field(root / "proc/meminfo", "MemAvailable:")
+    limits = []
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:  # version 2, version 1; in a container its own group is at the root
+            limits.append(
+                int((root / "sys/fs/cgroup" / limit).read_text()) - int((root / "sys/fs/cgroup" / used).read_text())
+            )
+        except (OSError, ValueError):  # no such version; "max"
+            continue
+    return min([available, *limits]) + _field(root / "proc/self/status", "VmRSS:")
+
+
+def _field(file: Path, name: str) -> int:
+    return int(file.read_text().partition(name)[2].split()[0]) * 1024
