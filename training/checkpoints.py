@@ -50,7 +50,7 @@ class Checkpoints(Checkpoint):
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"] = _counters(trainer.global_step) | {"is_last_batch": False}
         loops["epoch_loop.val_loop.batch_progress"] = _counters(0) | {"is_last_batch": False}
-        loops["epoch_progress"] = _counters(0)
+        loops["epoch_progress"] = _counters(0, begun=1)  # the one epoch is under way
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
         checkpoint["made_of"] = self.made_of
         checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_KEY, None)  # config.yaml holds them; these are Python objects
@@ -197,6 +197,7 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _counters(done: int) -> dict[str, Any]:
-    counts = dict.fromkeys(("ready", "started", "processed", "completed"), done)
+def _counters(done: int, begun: int | None = None) -> dict[str, Any]:
+    begun = done if begun is None else begun
+    counts = {"ready": begun, "started": begun, "processed": done, "completed": done}
     return {"total": counts, "current": dict(counts)}

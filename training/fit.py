@@ -54,7 +54,7 @@ def fit(
     course = AllEpochs(batches, settings.epochs)
     steps = len(course)
     checkpoints = run_folder / "checkpoints"
-    progress = RunProgress(run_folder / "metrics.jsonl", len(batches), steps, config.trainer.log_every_n_steps)
+    progress = RunProgress(run_folder / "metrics.jsonl", len(batches), steps, settings.log_every)
     callbacks: list[Callback] = [progress]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss", patience=settings.early_stopping, check_on_train_epoch_end=False))
@@ -131,12 +131,12 @@ def fit(
 
 
 def steps_per_validation(settings: DictConfig, rows: Dataset, steps_per_epoch: int) -> int:
-    """`validate_every_steps`, or the steps that hold about `validate_every_tokens`, or those of an epoch."""
-    if settings.validate_every_steps and settings.validate_every_tokens:
-        raise UserError("give one of task.train.validate_every_steps and task.train.validate_every_tokens, not both")
-    if settings.validate_every_tokens:
-        return max(1, round(settings.validate_every_tokens * steps_per_epoch / sum(rows["length"])))
-    return settings.validate_every_steps or steps_per_epoch
+    """`evaluate_every` steps, or those that hold about `evaluate_every_tokens`, or those of an epoch."""
+    if settings.evaluate_every and settings.evaluate_every_tokens:
+        raise UserError("give one of task.train.evaluate_every and task.train.evaluate_every_tokens, not both")
+    if settings.evaluate_every_tokens:
+        return max(1, round(settings.evaluate_every_tokens * steps_per_epoch / sum(rows["length"])))
+    return settings.evaluate_every or steps_per_epoch
 
 
 def wandb_settings(config: DictConfig, run_folder: Path) -> dict[str, Any]:

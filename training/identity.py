@@ -11,8 +11,12 @@ from omegaconf import DictConfig
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 
-# Where files lie, how much memory a step may take and who watches do not change the result.
-WITHOUT_EFFECT = ("runs_dir", "data_dir", "trainer.micro_batch_tokens", "trainer.log_every_n_steps", "trainer.wandb")
+# Where files lie, how many processes share a step, how much memory it may take and who watches do not change the
+# result, beyond rounding: a run that was stopped may go on with others.
+WITHOUT_EFFECT = (
+    "runs_dir", "data_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.micro_batch_tokens",
+    "trainer.wandb", "task.train.log_every",
+)  # fmt: skip
 
 
 def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[str, Any]:

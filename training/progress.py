@@ -15,7 +15,7 @@ from training.checkpoints import check_finite
 
 
 class RunProgress(Callback):
-    """Writes what is measured, each `trainer.log_every_n_steps` steps and after each validation.
+    """Writes what is measured, each `task.train.log_every` steps and after each validation.
 
     `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same figures. A line of training is `{"step",
     "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step, and over the `"steps"` since the line before:
