@@ -61,12 +61,14 @@ def main(words: list[str]) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except (OSError, RuntimeError) as error:
+        # torch's own writer, which NeMo's archives go through, knows no errno.
+        if getattr(error, "errno", None) not in NO_ROOM and "PytorchStreamWriter failed" not in str(error):
             raise
+        why = getattr(error, "strerror", error)
         raise UserError(
-            f"no room to write in {run_folder}: {error.strerror}. The checkpoint before is kept whole. Make room; the "
-            "same command goes on"
+            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same command "
+            "goes on"
         ) from None
     show_result(run_folder)
     return 0

@@ -111,13 +111,12 @@ class Checkpoints(Checkpoint):
     def _write(self, trainer: Trainer, prefix: str, keep: int) -> None:
         partial = self.folder / "writing.partial"
         trainer.save_checkpoint(partial, weights_only=False)
-        if not trainer.is_global_zero:
-            return
-        partial.rename(self.folder / f"{prefix}{_name(trainer.global_step)}-{_hash(partial)}.ckpt")
-        _sync(self.folder)
-        written = sorted(self.folder.glob(f"{prefix}step=*.ckpt"), key=step_of)
-        for old in written[:-keep]:
-            old.unlink()
+        if trainer.is_global_zero:
+            partial.rename(self.folder / f"{prefix}{_name(trainer.global_step)}-{_hash(partial)}.ckpt")
+            _sync(self.folder)
+            for old in sorted(self.folder.glob(f"{prefix}step=*.ckpt"), key=step_of)[:-keep]:
+                old.unlink()
+        trainer.strategy.barrier()
 
 
 def check_finite(trainer: Trainer) -> None:

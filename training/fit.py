@@ -20,7 +20,7 @@ from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoin
 from training.gemma_lora import GemmaLoRA, weights_dtype
 from training.identity import refuse_other
 from training.progress import RunProgress
-from training.stopping import StopSignals
+from training.stopping import Stopped, StopSignals
 
 
 class AllEpochs:
@@ -125,6 +125,8 @@ def fit(
     finally:
         signals.in_training = False
         signals.listen()
+    if signals.received:
+        raise Stopped(f"after step {trainer.global_step}, the last; checkpoint written", signals.received)
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))
     partial.rename(archive)

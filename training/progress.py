@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from training.batches import Step
 from training.checkpoints import check_finite
+from training.flops import bf16_peak, flops_of, layer_shapes
 
 
 class RunProgress(Callback):
@@ -19,8 +20,9 @@ class RunProgress(Callback):
 
     `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same figures. A line of training is `{"step",
     "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step, and over the `"steps"` since the line before:
-    `"seconds"`, `"tokens_per_second"` (real tokens), `"padding"` (its share of what is computed), `"memory_gib"`. A
-    line of validation is `{"step", "epoch", "val_loss"}`. A resumed run drops the lines of what it does again.
+    `"seconds"`, `"tokens_per_second"` (real tokens), `"padding"` (its share of what is computed), `"memory_gib"`, and
+    on a GPU whose peak is known `"mfu"`, model FLOPs utilisation. A line of validation is `{"step", "epoch",
+    "val_loss"}`. A resumed run drops the lines of what it does again.
     """
 
     def __init__(self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int) -> None:
@@ -42,12 +44,14 @@ class RunProgress(Callback):
         self.first_step = trainer.global_step
         self.bar.start()
         self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, facts="")
+        self.peak = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         self.began = time.monotonic()
         self._begin_line()
 
     def _begin_line(self) -> None:
         self.line_began = time.monotonic()
         self.line_steps = self.tokens = self.computed = 0
+        self.flops = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, batch_idx: int
@@ -55,6 +59,8 @@ class RunProgress(Callback):
         self.line_steps += 1
         self.tokens += sum(part.tokens for part in batch.micro_batches)
         self.computed += sum(part.input_ids.numel() for part in batch.micro_batches)
+        if self.peak:
+            self.flops += _flops(module, batch)
         step = trainer.global_step
         if step % self.every and step != self.steps:
             return
@@ -70,6 +76,8 @@ class RunProgress(Callback):
             "padding": round(1 - self.tokens / self.computed, 4),
             "memory_gib": round(memory_gib(), 3),
         }
+        if self.peak:
+            measured["mfu"] = round(self.flops / seconds / self.peak, 4)
         self._write(trainer, {**values, **measured, "steps": self.line_steps, "seconds": round(seconds, 4)})
         facts = f"loss {values['train_loss']:.3f}  {speed:,.0f} tokens/s"
         self.bar.update(self.task, completed=step, facts=facts)
@@ -105,6 +113,19 @@ class RunProgress(Callback):
             file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
+
+
+def _flops(module: Any, batch: Step) -> float:
+    """Of this process's share of a step, its rows taken as equally long in each micro-batch."""
+    config, lora = module.model.get_base_model().config, module.model.peft_config["default"]
+    targets = set(layer_shapes(config))
+    if not isinstance(lora.target_modules, str):
+        targets &= set(lora.target_modules)
+    flops = 0.0
+    for part in batch.micro_batches:
+        rows = len(part.input_ids)
+        flops += flops_of(config, [part.tokens // rows] * rows, len(part.targets), lora.r, targets).total
+    return flops
 
 
 def memory_gib() -> float:
