@@ -67,8 +67,8 @@ def main(words: list[str]) -> int:
             raise
         why = getattr(error, "strerror", error)
         raise UserError(
-            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same command "
-            "goes on"
+            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same "
+            "command goes on"
         ) from None
     show_result(run_folder)
     return 0
