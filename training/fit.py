@@ -91,6 +91,7 @@ def fit(
         "name": config.task.name,
         "summary_writer_kwargs": {"purge_step": first + 1},  # what a stopped run logged after its checkpoint
         "create_checkpoint_callback": False,  # Checkpoints writes each whole or not at all
+        "disable_validation_on_resume": False,  # the validation that was due when the run was stopped
         "log_step_timing": False,
         "log_tflops_per_sec_per_gpu": False,
         **wandb_settings(config, run_folder),
