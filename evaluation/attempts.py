@@ -17,6 +17,7 @@ from evaluation.runs import read_metrics
 from nemo_configs.command_line import UserError, load_config, run
 from training.__main__ import name_run
 from training.base_model import ensure_base_model
+from training.identity import made_of
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 TARGET = Path("docs/attempts.md")
@@ -35,7 +36,7 @@ def main(words: list[str]) -> None:
         config = load_config(overrides)
         base_folder = ensure_base_model(config.model)
         data_folder = prepare(config, base_folder / "tokenizer.json")
-        results.append(read_run(name_run(config, base_folder, data_folder)))
+        results.append(read_run(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
     held_out = {result["manifest"]["splits"]["test"]["sha256"] for result in results}
     if len(held_out) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")

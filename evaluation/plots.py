@@ -40,6 +40,7 @@ def draw(
             "perplexity": _perplexity(evaluation),
             "loss": _loss(steps, validations),
             "learning_rate": _curve("Learning rate", "learning rate", steps, "learning_rate"),
+            "gradient": _curve("Gradient norm", "before clipping", steps, "grad_norm"),
             "speed": _curve("Speed", "tokens per second", steps, "tokens_per_second"),
             "splits": _splits(manifest),
             "lengths": _lengths(manifest),

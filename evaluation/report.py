@@ -53,10 +53,14 @@ def write(run_folder: Path) -> Path:
         base=_read_base(archive),
         archive_name=archive.name,
         archive_bytes=archive.stat().st_size if archive.exists() else 0,
-        steps=len(steps),
+        steps=steps[-1]["step"] if steps else 0,
         train_seconds=sum(step.get("seconds", 0) for step in steps),
-        step_seconds=_median(steps, "seconds"),
+        step_seconds=_median(
+            [{"seconds": line["seconds"] / line.get("steps", 1)} for line in steps if "seconds" in line], "seconds"
+        ),
         speed=_median(steps, "tokens_per_second"),
+        padding=_median(steps, "padding"),
+        mfu=_median(steps, "mfu"),
         best=min(validations, key=lambda line: line["val_loss"], default=None),
         last=validations[-1] if validations else None,
         plots=draw(evaluation, steps, validations, manifest),

@@ -1,5 +1,6 @@
 """Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,19 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     tiny_gemma("gemma3_text", torch.bfloat16, vocab_size=600).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 rows whose every field differs in its words."""
+    file = tmp_path_factory.mktemp("source") / "tiny.csv"
+    words = [f"{a}{b}" for a in ("lum", "dor", "vex", "quan", "bri", "zol") for b in ("ami", "eto", "ix", "or", "usk")]
+    with file.open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(("Slang", "Description", "Example", "Context"))
+        for n in range(60):
+            one, two, three = (words[(n * k + n // 30) % 30] for k in (1, 7, 11))
+            rows.writerow(
+                [f"{one}{n}", f"To {two} a {three} {n} times.", f"I {one}{n} {three} {two}.", f"At {two} {n}."]
+            )
+    return file

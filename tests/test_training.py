@@ -1,9 +1,7 @@
-"""The recipe as a user runs it, on a tiny random Gemma: results, resume, and what is said when it cannot go on."""
+"""The recipe as a user runs it, on a tiny random Gemma: results, and what is said when it cannot go on."""
 
-import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,24 +12,6 @@ import torch
 from conftest import ROOT
 
 from converters.nemo_file import read_nemo
-
-COLUMNS = ("Slang", "Description", "Example", "Context")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 rows whose every field differs in its words."""
-    file = tmp_path_factory.mktemp("source") / "tiny.csv"
-    words = [f"{a}{b}" for a in ("lum", "dor", "vex", "quan", "bri", "zol") for b in ("ami", "eto", "ix", "or", "usk")]
-    with file.open("w", newline="") as out:
-        rows = csv.writer(out)
-        rows.writerow(COLUMNS)
-        for n in range(60):
-            one, two, three = (words[(n * k + n // 30) % 30] for k in (1, 7, 11))
-            rows.writerow(
-                [f"{one}{n}", f"To {two} a {three} {n} times.", f"I {one}{n} {three} {two}.", f"At {two} {n}."]
-            )
-    return file
 
 
 def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
@@ -116,36 +96,6 @@ def test_a_finished_run_is_shown_and_not_repeated(finished: Path, source: Path, 
     assert time.monotonic() - began < 3
     assert result.returncode == 0 and "is finished" in result.stdout and str(archive) in result.stdout
     assert archive.stat().st_mtime_ns == written
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stop", "epochs"), [(signal.SIGKILL, 1.5), (signal.SIGKILL, 2), (signal.SIGTERM, 1), (signal.SIGINT, 0.3)]
-)
-def test_a_stopped_run_ends_where_the_undisturbed_one_ended(
-    stop: signal.Signals, epochs: float, finished: Path, source: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    words = command(source, tiny_base, tmp_path)
-    steps = int(epochs * len(metrics(only_run(finished), "train_loss")) / 3)
-    process = subprocess.Popen(
-        words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT
-    )
-    while (
-        not list(tmp_path.glob("runs/slang/*/metrics.jsonl")) or len(metrics(only_run(tmp_path), "train_loss")) < steps
-    ):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.02)
-    process.send_signal(stop)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode != 0 and "Traceback" not in said
-    assert not (only_run(tmp_path) / "slang.nemo").exists()
-
-    result = train(words)
-    assert result.returncode == 0, result.stderr
-    assert "Going on from step" in result.stdout
-    assert course(only_run(tmp_path)) == course(only_run(finished))
-    one, other = (read_nemo(only_run(folder) / "slang.nemo").adapter for folder in (finished, tmp_path))
-    assert all(torch.equal(one[name], other[name]) for name in one), "the adapters differ"
 
 
 @pytest.mark.slow

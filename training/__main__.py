@@ -5,9 +5,11 @@
     python -m training task=slang +experiment=attempt2
 
 A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
-only shows one that is finished; anything changed starts another.
+only shows one that is finished; anything changed starts another. Told to stop by SIGTERM or SIGUSR1, it writes a
+checkpoint and leaves with code 75: a scheduler may start the same command again.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,9 +28,13 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
 from training.base_model import describe, ensure_base_model
+from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
+from training.stopping import Stopped, StopSignals
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def main(words: list[str]) -> None:
+def main(words: list[str]) -> int:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
@@ -36,38 +42,49 @@ def main(words: list[str]) -> None:
         raise UserError("training with several devices is not built yet: set trainer.devices=1 trainer.num_nodes=1")
     base_folder = ensure_base_model(config.model)
     data_folder = prepare(config, base_folder / "tokenizer.json")
-    run_folder = name_run(config, base_folder, data_folder)
+    identity = made_of(config, base_folder, data_folder)
+    run_folder = name_run(config, base_folder, identity)
     if (run_folder / "report.html").exists():
         print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
               f"example ARGS=seed=1, to train another")  # fmt: skip
         show_result(run_folder)
-        return
+        return 0
+    refuse_changed_records(run_folder, identity)
+    if other := unfinished_neighbour(run_folder, identity):
+        print(other)
     run_folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_folder / ".lock", timeout=0):
-            train(config, base_folder, data_folder, run_folder)
+            train(config, base_folder, data_folder, run_folder, identity, StopSignals())
     except Timeout:
         raise UserError(f"another process is training {run_folder}. Wait for it, or stop it") from None
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except (OSError, RuntimeError) as error:
+        # torch's own writer, which NeMo's archives go through, knows no errno.
+        if getattr(error, "errno", None) not in NO_ROOM and "PytorchStreamWriter failed" not in str(error):
+            raise
+        why = getattr(error, "strerror", error)
+        raise UserError(
+            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same "
+            "command goes on"
+        ) from None
     show_result(run_folder)
+    return 0
 
 
-def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
+def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) -> Path:
     """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
-    identity = plain(config)
-    # Where files lie and how much memory a step may take do not change the result.
-    for key in ("runs_dir", "data_dir"):
-        identity.pop(key)
-    identity["trainer"].pop("micro_batch_tokens")
-    identity["model"] = describe(base_folder)["sha256"]
-    manifest = json.loads((data_folder / "manifest.json").read_text())
-    identity["data"] = {name: split["sha256"] for name, split in manifest["splits"].items()}
-    identity["task"].pop("data")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     parts = [describe(base_folder)["name"], config.peft.name, config.experiment_name, digest]
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
-def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+def train(
+    config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, identity: dict[str, Any],
+    signals: StopSignals,
+) -> None:  # fmt: skip
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
@@ -84,10 +101,9 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     from training.gemma_lora import weights_dtype
     from training.load_model import load_base
     from training.memory import check_memory
+    from training.progress import peak_memory_gib
 
-    OmegaConf.save(config, run_folder / "config.yaml")
-    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
-    write_json(run_folder / "environment.json", describe_environment())
+    record(config, base_folder, data_folder, run_folder)
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
@@ -117,7 +133,7 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
 
     archive = run_folder / f"{config.task.name}.nemo"
     if not archive.exists():
-        fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
+        fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive, identity, signals)
 
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
@@ -131,6 +147,24 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)
+
+
+def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+    """Write down what the run is made of; say what is no longer as it was when the run began."""
+    file = run_folder / "environment.json"
+    environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
+    if file.exists():
+        then = json.loads(file.read_text())
+        was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))
+        if changes := differences(was, now):
+            print(f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
+                  "digits may not be those of a run that was never stopped")  # fmt: skip
+    partial = run_folder / "config.partial"
+    OmegaConf.save(config, partial)
+    partial.rename(run_folder / "config.yaml")
+    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.partial")
+    (run_folder / "data_manifest.partial").rename(run_folder / "data_manifest.json")
+    write_json(file, environment)
 
 
 def show_result(run_folder: Path) -> None:
@@ -169,17 +203,6 @@ def describe_environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def peak_memory_gib() -> float:
-    """The most that this process has held: on the GPU where there is one, else in main memory."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / 2**30
-    # Not getrusage's ru_maxrss: that begins at what the process that started this one held.
-    held = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
-    return int(held) / 2**20
 
 
 def quiet_libraries() -> None:

@@ -1,78 +1,100 @@
 """One run's training: a Lightning trainer with NeMo's exp_manager around `GemmaLoRA`, resumed where it stopped."""
 
+import importlib.util
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
-from lightning.pytorch import Trainer, seed_everything
-from nemo.utils.callbacks import NeMoModelCheckpoint
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
-from training.batches import Batches
+from training.batches import Batches, Step
+from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
+from training.identity import refuse_other
 from training.progress import RunProgress
+from training.stopping import Stopped, StopSignals
 
-CHECKPOINTS_PER_RUN = 20
+
+class AllEpochs:
+    """The steps of a whole run as one epoch of Lightning's, which cannot resume exactly between two."""
+
+    def __init__(self, batches: Batches, epochs: int) -> None:
+        self.batches, self.epochs = batches, epochs
+
+    def __len__(self) -> int:
+        return len(self.batches) * self.epochs
+
+    def __iter__(self) -> Iterator[Step]:
+        for _ in range(self.epochs):  # fewer are left when resumed; Lightning counts
+            yield from self.batches
 
 
 def fit(
-    config: DictConfig, base_folder: Path, rows: Dataset, validation_rows: Dataset, run_folder: Path, archive: Path
-) -> None:
-    """Train, or go on from the newest whole checkpoint, and write `archive`."""
+    config: DictConfig, base_folder: Path, rows: Dataset, validation_rows: Dataset, run_folder: Path, archive: Path,
+    made_of: dict[str, Any], signals: StopSignals,
+) -> None:  # fmt: skip
+    """Train, or go on from the newest whole checkpoint, and write `archive`: the last weights, or with early stopping
+    those of the lowest validation loss.
+
+    Raises:
+        Stopped: by a signal, after a step; its checkpoint is written.
+        UserError: a checkpoint of another run, a loss that is no number, W&B that is not set up.
+    """
     seed_everything(config.seed, verbose=False)
     settings = config.task.train
+    size, budget = settings.batch_size * settings.accumulation, config.trainer.micro_batch_tokens
+    batches = Batches(rows, size, budget, config.seed)
+    course = AllEpochs(batches, settings.epochs)
+    steps = len(course)
+    checkpoints = run_folder / "checkpoints"
+    progress = RunProgress(run_folder / "metrics.jsonl", len(batches), steps, settings.log_every)
+    callbacks: list[Callback] = [progress]
+    if settings.early_stopping is not None:
+        callbacks.append(EarlyStopping("val_loss", patience=settings.early_stopping, check_on_train_epoch_end=False))
+    callbacks.append(Checkpoints(checkpoints, steps, made_of, signals, keep_best=settings.early_stopping is not None))
     trainer = Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        max_epochs=settings.epochs,
-        callbacks=[RunProgress(run_folder / "metrics.jsonl")],
-        logger=False,  # exp_manager makes the logger and the checkpoints
-        enable_checkpointing=False,
+        max_epochs=1,  # see AllEpochs
+        val_check_interval=min(steps, steps_per_validation(settings, rows, len(batches))),
+        check_val_every_n_epoch=None,
+        callbacks=callbacks,
+        plugins=[SafeCheckpointIO()],
+        logger=False,  # exp_manager makes the loggers
+        enable_checkpointing=True,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=settings.log_every,
     )
-    size, budget, rank, world = (
-        settings.batch_size * settings.accumulation,
-        config.trainer.micro_batch_tokens,
-        trainer.global_rank,
-        trainer.world_size,
-    )
-    batches = Batches(rows, size, budget, config.seed, lambda: trainer.global_step, rank, world)
-    validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
-    steps = len(batches) * settings.epochs
-    if settings.evaluate_every:
-        trainer.check_val_every_n_epoch, trainer.val_check_interval = None, min(settings.evaluate_every, steps)
-    checkpoints = run_folder / "checkpoints"
-    resume_from = newest_checkpoint(checkpoints, len(batches))
+    batches.taken = lambda: trainer.global_step
+    batches.rank, batches.world_size = trainer.global_rank, trainer.world_size
+    validation = Batches(validation_rows, size, budget, None, rank=trainer.global_rank, world_size=trainer.world_size)
+    resume_from = newest_checkpoint(checkpoints, say=trainer.is_global_zero)
+    first = 0
     if resume_from:
-        print(f"Going on from {resume_from.name} of {steps} steps")
+        refuse_other(resume_from, made_of)
+        first = step_of(resume_from)
+        if trainer.is_global_zero:
+            print(f"Going on from step {first} of {steps}")
     exp_manager(trainer, {
         "explicit_log_dir": str(run_folder / "tensorboard"),
         "name": config.task.name,
-        "resume_if_exists": True,
-        "resume_ignore_no_checkpoint": True,
-        "resume_from_checkpoint": str(resume_from) if resume_from else None,
+        "summary_writer_kwargs": {"purge_step": first + 1},  # what a stopped run logged after its checkpoint
+        "create_checkpoint_callback": False,  # Checkpoints writes each whole or not at all
+        "disable_validation_on_resume": False,  # the validation that was due when the run was stopped
         "log_step_timing": False,
         "log_tflops_per_sec_per_gpu": False,
-        "checkpoint_callback_params": {
-            "dirpath": str(checkpoints),
-            "verbose": False,
-            "filename": "{step:06d}",
-            "monitor": "step",
-            "mode": "max",
-            "save_top_k": 3,
-            "save_last": False,
-            "every_n_epochs": None,
-            "every_n_train_steps": max(1, steps // CHECKPOINTS_PER_RUN),
-            "save_nemo_on_train_end": False,
-        },
+        **wandb_settings(config, run_folder),
     })  # fmt: skip
     peft = plain(config.peft)
     quantization = peft.pop("quantization")
@@ -103,28 +125,39 @@ def fit(
         }),
         trainer,
     )  # fmt: skip
+    signals.in_training = True
     try:
-        trainer.fit(model, batches, validation, ckpt_path=trainer.ckpt_path)
-    except SystemExit:  # Lightning's way out after Ctrl-C and SIGTERM
-        raise UserError(
-            f"stopped after step {trainer.global_step} of {steps}. The same command goes on from the last checkpoint"
-        ) from None
+        trainer.fit(model, course, validation, ckpt_path=resume_from)
+    finally:
+        signals.in_training = False
+        signals.listen()
+    if signals.received:
+        raise Stopped(f"after step {trainer.global_step}, the last; checkpoint written", signals.received)
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))
     partial.rename(archive)
 
 
-def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Path | None:
-    """The last one written whole (NeMo marks a checkpoint while it is being written); later ones are removed.
+def steps_per_validation(settings: DictConfig, rows: Dataset, steps_per_epoch: int) -> int:
+    """`evaluate_every` steps, or those that hold about `evaluate_every_tokens`, or those of an epoch."""
+    if settings.evaluate_every and settings.evaluate_every_tokens:
+        raise UserError("give one of task.train.evaluate_every and task.train.evaluate_every_tokens, not both")
+    if settings.evaluate_every_tokens:
+        return max(1, round(settings.evaluate_every_tokens * steps_per_epoch / sum(rows["length"])))
+    return settings.evaluate_every or steps_per_epoch
 
-    Those of an epoch's last two steps are passed over where there is another: Lightning leaves out the validation of
-    an epoch that is resumed with no row, or with one prefetched step, to go.
-    """
-    whole = [path for path in sorted(folder.glob("*.ckpt")) if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
-    steps = {path: int(path.stem.partition("=")[2].partition("-")[0]) for path in whole}
-    inside = [path for path in whole if 0 < steps[path] % steps_per_epoch < steps_per_epoch - 1]
-    chosen = (inside or whole)[-1] if whole else None
-    for path in whole:
-        if chosen and path.name > chosen.name:
-            path.unlink()
-    return chosen
+
+def wandb_settings(config: DictConfig, run_folder: Path) -> dict[str, Any]:
+    """What exp_manager is told about Weights & Biases, which nothing is sent to unless `trainer.wandb=true`."""
+    if not config.trainer.wandb:
+        return {}
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("trainer.wandb=true needs the wandb package: .venv/bin/uv pip install --python .venv wandb")
+    if os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_API_KEY"):
+        raise UserError(
+            "trainer.wandb=true needs your key in the environment: export WANDB_API_KEY=… (from wandb.ai/authorize), "
+            "or WANDB_MODE=offline to log into the run folder"
+        )
+    name = run_folder.name
+    kwargs = {"project": f"{config.task.name}-gemma", "name": name, "id": name, "resume": "allow"}
+    return {"create_wandb_logger": True, "wandb_logger_kwargs": kwargs}

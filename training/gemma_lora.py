@@ -4,7 +4,6 @@
 NeMo's own models. Its state is the adapter alone, under peft's names, in checkpoints and in the archive.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +111,13 @@ class GemmaLoRA(ModelPT):
             else:
                 self.manual_backward(loss)
             total += loss.detach()
-        if not math.isfinite(total):
-            raise UserError(
-                f"the loss became {total.item()} at step {self.global_step + 1}. The last checkpoint is good; lower "
-                f"task.train.learning_rate (now {self.cfg.optim.lr}) and train again"
-            )
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), self.cfg.clip)
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
         optimizer.zero_grad()
         self.lr_schedulers().step()
         values = {"train_loss": total, "grad_norm": norm, "learning_rate": rate}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
+        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, logger=False)  # RunProgress tells the loggers
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sum = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -136,7 +130,7 @@ class GemmaLoRA(ModelPT):
 
     def on_validation_epoch_end(self) -> None:
         loss, tokens = self.trainer.strategy.reduce(self._validation_sum, reduce_op="sum")
-        self.log("val_loss", (loss / tokens).float(), rank_zero_only=True)
+        self.log("val_loss", (loss / tokens).float(), logger=False)
 
     def transfer_batch_to_device(self, step: Step, device: torch.device, dataloader_idx: int) -> Step:
         return Step([batch.to(device) for batch in step.micro_batches], step.learned)
@@ -147,12 +141,6 @@ class GemmaLoRA(ModelPT):
 
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Checkpoints are written between a step's end and Lightning's counting of it, which would make a resumed epoch
-        # one step too long for the rows that are left.
-        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        batches["completed"] = batches["ready"]
 
     # The state of this model is its adapter: the base is named by hash, not copied.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a person and a plot see of a run: a live line in the terminal, a line a step in `metrics.jsonl`."""
+"""What a person and a plot see of a run: a live line in the terminal, a line a step in `metrics.jsonl`, TensorBoard."""
 
 import json
 import sys
@@ -6,66 +6,98 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from training.batches import Step
+from training.checkpoints import check_finite
+from training.flops import bf16_peak, flops_of, layer_shapes
 
 
 class RunProgress(Callback):
-    """Loss, tokens per second and time left over the whole run, epochs included.
+    """Writes what is measured, each `task.train.log_every` steps and after each validation.
 
-    `metrics.jsonl` gets `{"step", "epoch", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds"}`
-    a step and `{"step", "epoch", "val_loss"}` a validation. A resumed run drops the lines of steps it takes again.
+    `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same figures. A line of training is `{"step",
+    "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step, and over the `"steps"` since the line before:
+    `"seconds"`, `"tokens_per_second"` (real tokens), `"padding"` (its share of what is computed), `"memory_gib"`, and
+    on a GPU whose peak is known `"mfu"`, model FLOPs utilisation. A line of validation is `{"step", "epoch",
+    "val_loss"}`. A resumed run drops the lines of what it does again.
     """
 
-    def __init__(self, metrics_file: Path) -> None:
-        self.metrics_file = metrics_file
+    def __init__(self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int) -> None:
+        self.metrics_file, self.steps_per_epoch, self.steps, self.every = metrics_file, steps_per_epoch, steps, every
         self.last_said = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= trainer.global_step]
-            self.metrics_file.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in lines if _goes_before(line, trainer.global_step)]
+            partial = self.metrics_file.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.rename(self.metrics_file)
         self.bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
         )  # fmt: skip
-        self.total_steps = int(trainer.estimated_stepping_batches)
         self.first_step = trainer.global_step
         self.bar.start()
-        self.task = self.bar.add_task("", total=self.total_steps, completed=trainer.global_step, facts="")
-        self.began = self.step_began = time.monotonic()
+        self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, facts="")
+        self.peak = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        self.began = time.monotonic()
+        self._begin_line()
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Step, batch_idx: int) -> None:
-        self.step_began = time.monotonic()
+    def _begin_line(self) -> None:
+        self.line_began = time.monotonic()
+        self.line_steps = self.tokens = self.computed = 0
+        self.flops = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, batch_idx: int
     ) -> None:
+        self.line_steps += 1
+        self.tokens += sum(part.tokens for part in batch.micro_batches)
+        self.computed += sum(part.input_ids.numel() for part in batch.micro_batches)
+        if self.peak:
+            self.flops += _flops(module, batch)
+        step = trainer.global_step
+        if step % self.every and step != self.steps:
+            return
+        check_finite(trainer)
         if not trainer.is_global_zero:
+            self._begin_line()
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "learning_rate", "grad_norm")}
-        tokens = sum(part.tokens for part in batch.micro_batches) * trainer.world_size
-        seconds = time.monotonic() - self.step_began
-        speed = tokens / seconds
-        self._write(trainer, {**values, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 4)})
+        seconds = time.monotonic() - self.line_began
+        speed = self.tokens * trainer.world_size / seconds
+        measured = {
+            "tokens_per_second": round(speed, 1),
+            "padding": round(1 - self.tokens / self.computed, 4),
+            "memory_gib": round(memory_gib(), 3),
+        }
+        if self.peak:
+            measured["mfu"] = round(self.flops / seconds / self.peak, 4)
+        self._write(trainer, {**values, **measured, "steps": self.line_steps, "seconds": round(seconds, 4)})
         facts = f"loss {values['train_loss']:.3f}  {speed:,.0f} tokens/s"
-        self.bar.update(self.task, completed=trainer.global_step, facts=facts)
+        self.bar.update(self.task, completed=step, facts=facts)
         if not sys.stderr.isatty() and time.monotonic() - self.last_said > 15:
             self.last_said = time.monotonic()
-            done = trainer.global_step - self.first_step
-            left = (self.last_said - self.began) / done * (self.total_steps - trainer.global_step)
-            print(f"step {trainer.global_step}/{self.total_steps}  {facts}  {left:.0f} s left", file=sys.stderr)
+            left = (self.last_said - self.began) / (step - self.first_step) * (self.steps - step)
+            print(f"step {step}/{self.steps}  {facts}  {left:.0f} s left", file=sys.stderr)
+        self._begin_line()
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.validation_began = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.is_global_zero and not trainer.sanity_checking:
+        if trainer.is_global_zero:
             loss = float(trainer.callback_metrics["val_loss"])
             self._write(trainer, {"val_loss": loss})
             say = self.bar.console.print if sys.stderr.isatty() else print
-            say(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: validation loss {loss:.3f}")
+            step, epoch = trainer.global_step, trainer.global_step / self.steps_per_epoch
+            say(f"step {step}/{self.steps}, epoch {epoch:.3g}: validation loss {loss:.3f}")
+        self.line_began += time.monotonic() - self.validation_began  # not time of training
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar.stop()
@@ -75,13 +107,50 @@ class RunProgress(Callback):
             self.bar.stop()
 
     def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
-        line = {"step": trainer.global_step, "epoch": trainer.current_epoch, **values}
+        step = trainer.global_step
+        epoch = max(0, step - 1) // self.steps_per_epoch
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": epoch, **values}, step=step)
 
 
-def _step_of(line: str) -> float:
+def _flops(module: Any, batch: Step) -> float:
+    """Of this process's share of a step, its rows taken as equally long in each micro-batch."""
+    config, lora = module.model.get_base_model().config, module.model.peft_config["default"]
+    targets = set(layer_shapes(config))
+    if not isinstance(lora.target_modules, str):
+        targets &= set(lora.target_modules)
+    flops = 0.0
+    for part in batch.micro_batches:
+        rows = len(part.input_ids)
+        flops += flops_of(config, [part.tokens // rows] * rows, len(part.targets), lora.r, targets).total
+    return flops
+
+
+def memory_gib() -> float:
+    """What this process holds now: on the GPU where there is one, else in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved() / 2**30
+    return _main_memory("VmRSS:")
+
+
+def peak_memory_gib() -> float:
+    """The most that this process has held, likewise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    # Not getrusage's ru_maxrss: that begins at what the process that started this one held.
+    return _main_memory("VmHWM:")
+
+
+def _main_memory(name: str) -> float:
+    return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0]) / 2**20
+
+
+def _goes_before(line: str, step: int) -> bool:
+    """Whether a line was written before the checkpoint of `step`, which comes before that step's validation."""
     try:
-        return json.loads(line)["step"]
+        values = json.loads(line)
     except ValueError:  # the line a kill cut in half
-        return float("inf")
+        return False
+    return values["step"] < step or (values["step"] == step and "train_loss" in values)

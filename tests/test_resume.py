@@ -1,0 +1,269 @@
+"""Nothing is lost: a run that was killed, told to stop, or robbed of its disk ends as the one that was left alone."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_training import ENVIRONMENT, command, course, metrics, only_run
+
+from converters.nemo_file import read_nemo
+from training.checkpoints import newest_checkpoint, step_of
+
+pytestmark = pytest.mark.slow
+STEPS = 52  # 50 rows by 4, 4 epochs
+RECIPE = (
+    "task.train.epochs=4", "task.train.evaluate_every=5", "peft.lora_dropout=0.1", "task.prompt.fields.tag=x",
+    "task.prompt.fields.condition=y",
+)  # fmt: skip
+
+
+class Training:
+    """A training of `folder`'s run in a process of its own, see launcher.py."""
+
+    def __init__(self, launcher: subprocess.Popen[str], words: list[str], folder: Path, **fate: Any) -> None:
+        self.launcher, self.folder, self.said_file = launcher, folder, folder / "said"
+        folder.mkdir(exist_ok=True)
+        self.said_file.write_text("")
+        assert launcher.stdin and launcher.stdout
+        launcher.stdin.write(json.dumps({"words": words, "said": str(self.said_file), **fate}) + "\n")
+        launcher.stdin.flush()
+        self.pid = int(launcher.stdout.readline())
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        while Path(f"/proc/{self.pid}").exists() and not happened():
+            time.sleep(0.003)
+
+    def send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # it ended before
+            os.kill(self.pid, number)
+
+    def end(self) -> int:
+        """Its exit code, or minus the signal that ended it."""
+        assert self.launcher.stdout
+        return int(self.launcher.stdout.readline())
+
+    @property
+    def said(self) -> str:
+        return self.said_file.read_text()
+
+
+Start = Callable[..., Training]
+
+
+@pytest.fixture(scope="module")
+def start(source: Path, tiny_base: Path) -> Iterator[Start]:
+    arguments = [sys.executable, "tests/launcher.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(arguments, cwd=ROOT, text=True, env=ENVIRONMENT, **pipes) as launcher:  # type: ignore
+
+        def start(folder: Path, *words: str, **fate: Any) -> Training:
+            return Training(launcher, [*command(source, tiny_base, folder, *RECIPE)[3:], *words], folder, **fate)
+
+        yield start
+        launcher.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    training = start(folder)
+    assert training.end() == 0, training.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that SIGTERM ended after some ten steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    training = start(folder)
+    training.wait_until(lambda: step(folder) >= 10)
+    training.send(signal.SIGTERM)
+    assert training.end() == 75, training.said
+    last = step_of(newest(folder))
+    assert f"stopped by SIGTERM after step {last}; checkpoint written; the same command goes on\n" in training.said
+    assert "Traceback" not in training.said and last == step(folder) < STEPS
+    return folder
+
+
+@pytest.fixture
+def copy(stopped: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stopped, tmp_path / "copy")
+
+
+def step(folder: Path) -> int:
+    """The last step that the run in `folder` has logged."""
+    files = list(folder.glob("runs/slang/*/metrics.jsonl"))
+    lines = files[0].read_text().splitlines() if files else []
+    return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
+
+
+def newest(folder: Path) -> Path:
+    path = newest_checkpoint(only_run(folder) / "checkpoints")
+    assert path
+    return path
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert course(only_run(one)) == course(only_run(other))
+    left, right = (read_nemo(only_run(folder) / "slang.nemo").adapter for folder in (one, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left), "the adapters differ"
+
+
+def test_twenty_kills_at_random_moments_change_nothing(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+    chance = random.Random(20)
+    folder, kills = tmp_path / "killed", 0
+    moments = sorted(chance.choices(range(STEPS), k=14))
+    for number in range(20):
+        if number % 4 == 1:
+            training = start(folder, die_in_write=chance.choice(("half", "unsynced", "unnamed")))
+        elif number % 10 == 3:  # anywhere: while it starts, most often
+            training = start(folder)
+            time.sleep(chance.uniform(0, 3))
+        else:
+            training = start(folder)
+            moment = moments.pop(0)
+            training.wait_until(lambda: step(folder) >= moment)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.1))
+        if number % 4 != 1:
+            training.send(signal.SIGKILL)
+        ended = training.end()
+        assert ended in (0, -signal.SIGKILL), training.said
+        kills += ended == -signal.SIGKILL
+    assert kills == 20
+    training = start(folder)
+    assert training.end() == 0, training.said
+    assert "Going on from step" in training.said
+    assert_same_end(undisturbed, folder)
+    assert not list(only_run(folder).glob("**/*.partial"))
+
+
+def test_a_run_told_to_stop_goes_on_exactly(start: Start, undisturbed: Path, copy: Path) -> None:
+    last = step(copy)
+    training = start(copy)
+    assert training.end() == 0, training.said
+    assert f"Going on from step {last} of {STEPS}" in training.said
+    assert_same_end(undisturbed, copy)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_other_signals_leave_a_checkpoint_too(number: signal.Signals, code: int, start: Start, copy: Path) -> None:
+    before = step(copy)
+    training = start(copy)
+    training.wait_until(lambda: "Going on from" in training.said)
+    training.wait_until(lambda: step(copy) > before)
+    training.send(number)
+    assert training.end() == code, training.said
+    last = step_of(newest(copy))
+    assert last >= before
+    assert f"stopped by {number.name} after step {last}; checkpoint written; the same command goes on" in training.said
+    assert "Traceback" not in training.said
+
+
+def test_told_to_stop_before_training_it_says_so(start: Start, copy: Path) -> None:
+    training = start(copy)
+    training.wait_until(lambda: "Loading NeMo" in training.said)
+    training.send(signal.SIGUSR1)
+    assert training.end() == 75
+    assert "stopped by SIGUSR1" in training.said and "the same command goes on" in training.said
+    assert "Traceback" not in training.said
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(start: Start, undisturbed: Path, copy: Path) -> None:
+    *_, good, second, last = sorted((only_run(copy) / "checkpoints").glob("step=*.ckpt"))
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    second.write_bytes(second.read_bytes()[:-1000])
+    training = start(copy)
+    assert training.end() == 0, training.said
+    for damaged in (last, second):
+        assert f"checkpoint {damaged.name} is damaged" in training.said
+    assert f"Going on from step {step_of(good)} " in training.said
+    assert_same_end(undisturbed, copy)
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(start: Start, copy: Path) -> None:
+    checkpoints = only_run(copy) / "checkpoints"
+    before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+    training = start(copy, largest_file=100_000)  # a checkpoint is larger
+    assert training.end() == 2
+    assert "no room to write in" in training.said and "The checkpoint before is kept whole" in training.said
+    assert "Traceback" not in training.said
+    assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
+
+
+def test_a_run_does_not_go_on_with_what_it_was_not_begun_with(
+    start: Start, stopped: Path, copy: Path, tmp_path: Path
+) -> None:
+    def refusal() -> str:
+        training = start(copy)
+        assert training.end() == 2 and "Traceback" not in training.said, training.said
+        return training.said
+
+    config = only_run(copy) / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("seed: 0\ndata_dir", "seed: 7\ndata_dir"))
+    assert "differ: seed 7 → 0." in refusal()
+    config.write_text(text)
+
+    other = newest(copy)
+    checkpoint = torch.load(other, weights_only=True)
+    checkpoint["made_of"]["task.train.clip"] = 2.0
+    torch.save(checkpoint, other)
+    from training.checkpoints import _hash
+
+    other.rename(other.with_name(f"step=000051-{_hash(other)}.ckpt"))
+    assert "differ: task.train.clip 2.0 → 1.0." in refusal()
+
+    rows = copy / "data" / "training.jsonl"
+    rows.write_text(rows.read_text().replace("lum", "LUM"))
+    assert "training.jsonl was changed after it was prepared" in refusal()
+
+
+def test_another_configuration_beside_an_unfinished_run_says_what_differs(start: Start, copy: Path) -> None:
+    unfinished = only_run(copy)
+    training = start(copy, "task.train.learning_rate=2e-2")
+    training.wait_until(lambda: "Loading NeMo" in training.said)
+    training.send(signal.SIGKILL)
+    training.end()
+    assert (
+        f"{unfinished} is unfinished, and differs: task.train.learning_rate 0.01 → 0.02. This starts another run"
+        in (training.said)
+    )
+
+
+def test_early_stopping_ends_with_the_best_weights_however_often_it_was_killed(start: Start, tmp_path: Path) -> None:
+    words = ("task.train.early_stopping=2", "task.train.evaluate_every=null", "task.train.learning_rate=0.03",
+             "task.train.evaluate_every_tokens=1000", "task.data.train_rows=8", "task.train.epochs=26")  # fmt: skip
+    left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
+    training = start(left_alone, *words)
+    assert training.end() == 0, training.said
+    losses = metrics(only_run(left_alone), "val_loss")
+    best = losses.index(min(losses))
+    assert best == len(losses) - 3 and step(left_alone) < STEPS, losses
+    (checkpoint,) = (only_run(left_alone) / "checkpoints").glob("best-*.ckpt")
+    kept = torch.load(checkpoint, weights_only=True)["state_dict"]
+    adapter = read_nemo(only_run(left_alone) / "slang.nemo").adapter
+    assert all(torch.equal(adapter[name], kept[name]) for name in adapter)
+
+    for moment in (step_of(checkpoint), step(left_alone) - 1):
+        training = start(killed, *words)
+        training.wait_until(lambda: step(killed) >= moment)  # noqa: B023
+        training.send(signal.SIGKILL)
+        training.end()
+    training = start(killed, *words)
+    assert training.end() == 0, training.said
+    assert_same_end(left_alone, killed)
