@@ -136,7 +136,7 @@ def test_it_is_one_file_without_scripts(finished: tuple[Path, str]) -> None:
 def test_every_plot_can_be_read_out_and_no_id_stands_twice(finished: tuple[Path, str]) -> None:
     page = finished[1]
     labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
-    assert len(labels) == page.count("<svg ") == 7
+    assert len(labels) == page.count("<svg ") == 8
     assert "base model: 43.95, fine-tuned: 18.10" in labels[0]
     assert "training from 3.000 to 0.050 in 60 steps; validation 2.200 at step 20, 2.400 at step 40" in labels[1]
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -182,7 +182,7 @@ def test_a_long_run_stays_small(tmp_path: Path) -> None:
 def test_one_step_is_a_run(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "short", steps=1))
     assert "2 s training, 1 step " in words_of(page)
-    assert page.count("<svg ") == 7
+    assert page.count("<svg ") == 8
 
 
 def test_what_a_run_lacks_is_left_out(run_folder: Path) -> None:
