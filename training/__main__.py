@@ -18,7 +18,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -26,26 +26,35 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
 from training.base_model import describe, ensure_base_model
+from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 
 def main(words: list[str]) -> None:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
-    if config.trainer.devices * config.trainer.num_nodes != 1:
-        raise UserError("training with several devices is not built yet: set trainer.devices=1 trainer.num_nodes=1")
+    processes = check_processes(config)
+    if node_rank(config) > 0:
+        follow(config)
+        return
+    store = open_store(config) if processes > 1 else None
     base_folder = ensure_base_model(config.model)
+    check_heads(config, base_folder)
     data_folder = prepare(config, base_folder / "tokenizer.json")
     run_folder = name_run(config, base_folder, data_folder)
     if (run_folder / "report.html").exists():
         print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
               f"example ARGS=seed=1, to train another")  # fmt: skip
         show_result(run_folder)
+        dismiss(config, store)
         return
     run_folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_folder / ".lock", timeout=0):
-            train(config, base_folder, data_folder, run_folder)
+            train(config, base_folder, data_folder, run_folder, store)
     except Timeout:
         raise UserError(f"another process is training {run_folder}. Wait for it, or stop it") from None
     show_result(run_folder)
@@ -54,10 +63,12 @@ def main(words: list[str]) -> None:
 def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
     identity = plain(config)
-    # Where files lie and how much memory a step may take do not change the result.
+    # Where files lie, how much memory a step may take and how many processes share it do not change the result beyond
+    # rounding: a run that was stopped may go on with other devices.
     for key in ("runs_dir", "data_dir"):
         identity.pop(key)
-    identity["trainer"].pop("micro_batch_tokens")
+    for key in ("micro_batch_tokens", "devices", "num_nodes", "strategy"):
+        identity["trainer"].pop(key)
     identity["model"] = describe(base_folder)["sha256"]
     manifest = json.loads((data_folder / "manifest.json").read_text())
     identity["data"] = {name: split["sha256"] for name, split in manifest["splits"].items()}
@@ -67,7 +78,9 @@ def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
-def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+def train(
+    config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, store: "TCPStore | None"
+) -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
@@ -113,7 +126,11 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     print(indent(before["answers"][0]), flush=True)
 
     archive = run_folder / f"{config.task.name}.nemo"
-    if not archive.exists():
+    if archive.exists():
+        dismiss(config, store)
+    elif store:
+        launch(config, store, run_folder, base_folder, data_folder)
+    else:
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
 
     print("Asking the fine-tuned model", flush=True)

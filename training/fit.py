@@ -8,14 +8,29 @@ from lightning.pytorch import Trainer, seed_everything
 from nemo.utils.callbacks import NeMoModelCheckpoint
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoTokenizer
 
-from nemo_configs.command_line import UserError
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
-from training.batches import Batches
+from training.batches import Batches, tokenize
+from training.distribute import AdapterParallel
 from training.gemma_lora import GemmaLoRA, weights_dtype
 from training.progress import RunProgress
 
 CHECKPOINTS_PER_RUN = 20
+
+
+def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
+    """`fit` for one of several processes, which have nothing in memory yet."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    prompt = Prompt(**plain(config.task.prompt))
+    training, validation = (
+        tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
+                 cache=data_folder / ".tokens")[0]
+        for name in ("training", "validation")
+    )  # fmt: skip
+    fit(config, base_folder, training, validation, run_folder, run_folder / f"{config.task.name}.nemo")
 
 
 def fit(
@@ -24,10 +39,15 @@ def fit(
     """Train, or go on from the newest whole checkpoint, and write `archive`."""
     seed_everything(config.seed, verbose=False)
     settings = config.task.train
+    processes = config.trainer.devices * config.trainer.num_nodes
+    kind = "ddp" if config.trainer.strategy == "auto" else config.trainer.strategy
+    strategy = AdapterParallel(kind) if processes > 1 else "auto"
     trainer = Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
+        strategy=strategy,
+        inference_mode=processes == 1,  # weights gathered in inference mode could not be trained with again
         max_epochs=settings.epochs,
         callbacks=[RunProgress(run_folder / "metrics.jsonl")],
         logger=False,  # exp_manager makes the logger and the checkpoints
@@ -38,17 +58,15 @@ def fit(
         num_sanity_val_steps=0,
         log_every_n_steps=1,
     )
-    size, budget, rank, world = (
-        settings.batch_size,
-        config.trainer.micro_batch_tokens,
-        trainer.global_rank,
-        trainer.world_size,
-    )
+    size, budget = settings.batch_size, config.trainer.micro_batch_tokens
+    rank, world = strategy.share if isinstance(strategy, AdapterParallel) else (0, 1)
     batches = Batches(rows, size, budget, config.seed, lambda: trainer.global_step, rank, world)
     validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
     steps = len(batches) * settings.epochs
     checkpoints = run_folder / "checkpoints"
-    resume_from = newest_checkpoint(checkpoints, len(batches))
+    # One process chooses, as it removes what comes after.
+    resume_from = newest_checkpoint(checkpoints, len(batches)) if trainer.is_global_zero else None
+    resume_from = trainer.strategy.broadcast(resume_from)
     if resume_from:
         print(f"Going on from {resume_from.name} of {steps} steps")
     exp_manager(trainer, {
@@ -102,9 +120,10 @@ def fit(
         raise UserError(
             f"stopped after step {trainer.global_step} of {steps}. The same command goes on from the last checkpoint"
         ) from None
-    partial = archive.with_suffix(".partial.nemo")
-    model.save_to(str(partial))
-    partial.rename(archive)
+    if trainer.is_global_zero:
+        partial = archive.with_suffix(".partial.nemo")
+        model.save_to(str(partial))
+        partial.rename(archive)
 
 
 def newest_checkpoint(folder: Path, steps_per_epoch: int) -> Path | None:

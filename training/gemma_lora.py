@@ -6,6 +6,7 @@ NeMo's own models. Its state is the adapter alone, under peft's names, in checkp
 
 import math
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
+from training.distribute import AdapterParallel
 from training.fast_layers import speed_up
 
 # NeMo restores only classes of known packages; this one is ours.
@@ -61,6 +63,7 @@ class GemmaLoRA(ModelPT):
         self.prompt = Prompt(**plain(cfg.prompt))
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, cfg.dtype))
         base.config.use_cache = False
+        base.learned_loss = MethodType(learned_loss, base)  # a method: a sharded base is gathered around its own
         lora = plain(cfg.peft)
         lora.pop("name")
         try:
@@ -71,22 +74,20 @@ class GemmaLoRA(ModelPT):
         speed_up(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return learned_loss(self.model.get_base_model(), batch)
+        return self.model.get_base_model().learned_loss(batch)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         # Chance (dropout) depends on the seed and the step only, so a resumed run draws what it would have drawn.
         torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
         optimizer = self.optimizers()
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(step.micro_batches, start=1):
-            # Several processes average their gradients once, in the last backward pass.
-            loss = self._loss(batch) * (self.trainer.world_size / step.learned)
-            if number < len(step.micro_batches) and hasattr(self.trainer.strategy, "block_backward_sync"):
-                with self.trainer.strategy.block_backward_sync():
-                    self.manual_backward(loss)
-            else:
-                self.manual_backward(loss)
+        for batch in step.micro_batches:
+            loss = self._loss(batch) * (1 / step.learned)
+            self.manual_backward(loss)
             total += loss.detach()
+        tokens = torch.tensor(float(sum(batch.tokens for batch in step.micro_batches)), device=self.device)
+        if isinstance(self.trainer.strategy, AdapterParallel):
+            total, tokens = self.trainer.strategy.sum_step(self._trainable(), torch.stack([total, tokens]))
         if not math.isfinite(total):
             raise UserError(
                 f"the loss became {total.item()} at step {self.global_step + 1}. The last checkpoint is good; lower "
@@ -97,7 +98,7 @@ class GemmaLoRA(ModelPT):
         optimizer.step()
         optimizer.zero_grad()
         self.lr_schedulers().step()
-        values = {"train_loss": total, "grad_norm": norm, "learning_rate": rate}
+        values = {"train_loss": total, "grad_norm": norm, "learning_rate": rate, "tokens": tokens}
         self.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
     def on_validation_epoch_start(self) -> None:
@@ -111,7 +112,7 @@ class GemmaLoRA(ModelPT):
 
     def on_validation_epoch_end(self) -> None:
         loss, tokens = self.trainer.strategy.reduce(self._validation_sum, reduce_op="sum")
-        self.log("val_loss", (loss / tokens).float(), rank_zero_only=True)
+        self.log("val_loss", (loss / tokens).float())
 
     def transfer_batch_to_device(self, step: Step, device: torch.device, dataloader_idx: int) -> Step:
         return Step([batch.to(device) for batch in step.micro_batches], step.learned)

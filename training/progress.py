@@ -48,7 +48,7 @@ class RunProgress(Callback):
         if not trainer.is_global_zero:
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "learning_rate", "grad_norm")}
-        tokens = sum(part.tokens for part in batch.micro_batches) * trainer.world_size
+        tokens = float(trainer.callback_metrics["tokens"])
         seconds = time.monotonic() - self.step_began
         speed = tokens / seconds
         self._write(trainer, {**values, "tokens_per_second": round(speed, 1), "seconds": round(seconds, 4)})
