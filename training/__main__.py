@@ -78,9 +78,7 @@ def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
-def train(
-    config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, store: "TCPStore | None"
-) -> None:
+def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, store: "TCPStore | None") -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
