@@ -2,13 +2,14 @@
 
 `python -m training` prepares, evaluates and reports in one process. Only the training between is done by
 `trainer.devices` processes on each of `trainer.num_nodes` machines; this file starts them and watches over them. On
-several machines the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set as for torchrun, and with
+several machines the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set as for torchrun and with
 a file system they share; those but the first only lend their processes.
 
-Not torchrun: it answers a worker's exit code, and a signal, with a traceback and 1, where a scheduler and a user need to
-know which. What the workers find (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...) is the same.
+Not torchrun itself: it answers a worker's exit code, and a signal, with a traceback and 1, where a scheduler and a user
+need to know which. What the workers find (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...) is the same.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -219,10 +220,8 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
     written = [logs / f"process{rank}.log" for rank in died if (logs / f"process{rank}.log").stat().st_size]
     if written:
         reason += f". Its output: {', '.join(map(str, written))}"
-    try:
+    with contextlib.suppress(RuntimeError):  # the first machine may have gone
         store.compare_set("stop", "", reason)
-    except RuntimeError:  # the first machine has gone
-        pass
     raise UserError(reason)
 
 
