@@ -124,10 +124,11 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
     print(indent(before["answers"][0]), flush=True)
 
     archive = run_folder / f"{config.task.name}.nemo"
+    peak_of_workers = 0.0
     if archive.exists():
         dismiss(config, store)
     elif store:
-        launch(config, store, run_folder, base_folder, data_folder)
+        peak_of_workers = launch(config, store, run_folder, base_folder, data_folder)
     else:
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
 
@@ -138,7 +139,7 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
         "held_out_rows": len(splits["test"]),
         "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
         "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)

@@ -22,11 +22,14 @@ import torch.nn.functional as F
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
+
+from nemo_configs.command_line import UserError
 
 
 class AdapterParallel(DDPStrategy):
@@ -83,11 +86,17 @@ def shard_base(gemma: PreTrainedModel, mesh: DeviceMesh) -> None:
 
     The embedding, which is the output layer too, is gathered around `gemma.learned_loss`, where both are used.
     """
+    _check_weights(gemma, "fsdp2")
     adapters = {parameter for parameter in gemma.parameters() if parameter.requires_grad}
     for layer in gemma.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=adapters)
     fully_shard(gemma, mesh=mesh, ignored_params=adapters)
     register_fsdp_forward_method(gemma, "learned_loss")
+
+
+def _check_weights(gemma: PreTrainedModel, kind: str) -> None:
+    if not all(parameter.is_floating_point() for parameter in gemma.parameters()):
+        raise UserError(f"trainer.strategy={kind} cannot divide a quantized base. trainer.strategy=ddp copies it")
 
 
 # --- tp -----------------------------------------------------------------------------------------------------------
@@ -101,6 +110,13 @@ def split_base(gemma: PreTrainedModel, group: ProcessGroup) -> None:
 
     Adapters stay whole; each process uses, and has the gradient of, the part that belongs to its heads and features.
     """
+    _check_weights(gemma, "tp")
+    for name, module in gemma.named_modules():
+        if isinstance(module, LoraLayer) and (name.rpartition(".")[2] not in COLUMNS + ROWS or module.lora_variant):
+            raise UserError(
+                f"trainer.strategy=tp knows plain LoRA on {', '.join(COLUMNS + ROWS)}; {name} has other adapters. "
+                f"trainer.strategy=fsdp2 takes any"
+            )
     for layer in gemma.model.layers:
         for block in (layer.self_attn, layer.mlp):
             block.register_forward_pre_hook(partial(_share_input, group), with_kwargs=True)

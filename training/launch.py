@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STRATEGIES = ("auto", "ddp", "fsdp2", "tp")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to the workers, whose answer is passed on
 GRACE = 10.0  # seconds the others have to end by themselves when one has died
-JOIN = timedelta(hours=6)  # a machine waits so long for the first one: downloads and the first evaluation go before
+JOIN = 3600.0  # seconds a machine waits for the first one to appear; what that one does before training has no limit
 
 
 def check_processes(config: DictConfig) -> int:
@@ -65,8 +65,8 @@ def check_processes(config: DictConfig) -> int:
                 f"trainer.num_nodes={trainer.num_nodes}: {', '.join(missing)} must be set in the environment of every "
                 f"machine: the first one's address, a free port there, and this machine's number from 0"
             )
-        if not 0 <= node_rank(config) < trainer.num_nodes:
-            raise UserError(f"NODE_RANK={node_rank(config)} must be from 0 to {trainer.num_nodes - 1}")
+        if os.environ["NODE_RANK"] not in map(str, range(trainer.num_nodes)):
+            raise UserError(f"NODE_RANK={os.environ['NODE_RANK']} must be from 0 to {trainer.num_nodes - 1}")
     return processes
 
 
@@ -105,11 +105,16 @@ def open_store(config: DictConfig) -> "TCPStore":
         )  # fmt: skip
     first = node_rank(config) == 0
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return TCPStore(address, port, is_master=first, wait_for_workers=False, timeout=JOIN)
-    except (DistNetworkError, DistStoreError) as error:
-        what = "cannot listen" if first else "no answer"
-        raise UserError(f"{what} on MASTER_ADDR={address} MASTER_PORT={port}: {error}") from None
+    until = time.monotonic() + (0 if first else JOIN)
+    while True:  # a few seconds at a time, as a signal is not heard in between
+        try:
+            return TCPStore(
+                address, port, is_master=first, wait_for_workers=False, timeout=timedelta(seconds=300 if first else 5)
+            )
+        except (DistNetworkError, DistStoreError) as error:
+            if time.monotonic() > until:
+                what = "cannot listen" if first else "no answer"
+                raise UserError(f"{what} on MASTER_ADDR={address} MASTER_PORT={port}: {error}") from None
 
 
 def follow(config: DictConfig) -> None:
@@ -133,8 +138,11 @@ def dismiss(config: DictConfig, store: "TCPStore | None") -> None:
         time.sleep(2)  # the store ends with this process; let them read it
 
 
-def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder: Path, data_folder: Path) -> None:
+def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder: Path, data_folder: Path) -> float:
     """Train in `trainer.devices` new processes, and those of the other machines.
+
+    Returns:
+        The memory in GiB that the largest of this machine's processes held.
 
     Raises:
         UserError: what stopped them, once: the sentence of one of them, or which one died and how.
@@ -149,6 +157,7 @@ def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder:
     folders = [str(folder.resolve()) for folder in (run_folder, base_folder, data_folder)]
     store.set("folders", json.dumps(folders))
     watch(config, store, folders)
+    return max(float(store.get(f"memory/{rank}")) for rank in range(config.trainer.devices))
 
 
 def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
@@ -248,18 +257,21 @@ def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
         backend = "nccl" if config.trainer.accelerator == "gpu" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("fit", store), rank=rank, world_size=world)
 
-        from training.__main__ import quiet_libraries
+        from training.__main__ import peak_memory_gib, quiet_libraries
 
         quiet_libraries()
         from training.fit import fit_folders
 
         fit_folders(config, run_folder, base_folder, data_folder)
+        store.set(f"memory/{rank}", str(peak_memory_gib()))
         dist.destroy_process_group()
     except UserError as error:
         store.compare_set("stop", "", str(error))
         _leave(2)
     except KeyboardInterrupt:
         _leave(130)
+    except SystemExit as way_out:
+        _leave(way_out.code if isinstance(way_out.code, int) else 1)
     except Exception:
         with (run_folder / "logs" / f"process{rank}.log").open("a") as log:
             log.write(traceback.format_exc())
