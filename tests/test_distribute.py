@@ -116,7 +116,7 @@ def compare_with_one_process(rank: int, folder: str) -> None:
             model = take_steps_like(kind, family, mesh, expected, gradients)
             gc.collect()
             held = (held_bytes() - before - sum(parameter.nbytes for parameter in adapters(model))) / whole
-            low, high = {"ddp": (1, 1), "fsdp2": (0.5, 0.55), "tp": (0.5, 0.8)}[kind]  # tp: the embedding is copied
+            low, high = {"ddp": (1, 1.01), "fsdp2": (0.5, 0.55), "tp": (0.5, 0.8)}[kind]  # tp: the embedding is copied
             assert low <= held <= high, f"{family} {kind}: a process holds {held} of the base"
             del model
     torch.distributed.destroy_process_group()
