@@ -204,7 +204,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def assert_gone(pids: list[int]) -> None:
-    for _ in range(100):
+    for _ in range(300):
         alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z (" not in _state(pid)]
         if not alive:
             return
