@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("auto", "ddp", "fsdp2", "tp")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to the workers, whose answer is passed on
+CTRL_C = 130  # the exit code of a program stopped by it
 GRACE = 10.0  # seconds the others have to end by themselves when one has died
 JOIN = 3600.0  # seconds a machine waits for the first one to appear; what that one does before training has no limit
 
@@ -179,6 +180,8 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
     deadline = float("inf")
     try:
         for local in range(devices):
+            if received:
+                break
             rank = node * devices + local
             environment = {
                 "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node, "NODE_RANK": node, "WORLD_SIZE": world,
@@ -208,12 +211,12 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     codes = {rank: worker.returncode for rank, worker in workers.items() if worker.returncode}
-    if not codes:
+    if not codes and len(workers) == devices:
         return
     if reason := _stopped(store):
         raise UserError(reason)
     died = {rank: code for rank, code in codes.items() if rank not in killed}
-    answers = [code for code in died.values() if code > 2]
+    answers = [code for code in died.values() if code > 2 and code != CTRL_C]
     if received and not answers:  # before a worker was ready to answer it
         if received[0] == signal.SIGINT:
             raise KeyboardInterrupt
@@ -268,8 +271,6 @@ def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
     except UserError as error:
         store.compare_set("stop", "", str(error))
         _leave(2)
-    except KeyboardInterrupt:
-        _leave(130)
     except SystemExit as way_out:
         _leave(way_out.code if isinstance(way_out.code, int) else 1)
     except Exception:
@@ -297,4 +298,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    work(*map(Path, sys.argv[1:]))
+    try:
+        work(*map(Path, sys.argv[1:]))
+    except KeyboardInterrupt:
+        _leave(CTRL_C)
