@@ -20,7 +20,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +29,12 @@ from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
 from training.base_model import describe, ensure_base_model
 from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
+from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
 from training.stopping import Stopped, StopSignals
+
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -38,9 +43,13 @@ def main(words: list[str]) -> int:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
-    if config.trainer.devices * config.trainer.num_nodes != 1:
-        raise UserError("training with several devices is not built yet: set trainer.devices=1 trainer.num_nodes=1")
+    processes = check_processes(config)
+    if node_rank(config) > 0:
+        follow(config)
+        return 0
+    store = open_store(config) if processes > 1 else None
     base_folder = ensure_base_model(config.model)
+    check_heads(config, base_folder)
     data_folder = prepare(config, base_folder / "tokenizer.json")
     identity = made_of(config, base_folder, data_folder)
     run_folder = name_run(config, base_folder, identity)
@@ -48,6 +57,7 @@ def main(words: list[str]) -> int:
         print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
               f"example ARGS=seed=1, to train another")  # fmt: skip
         show_result(run_folder)
+        dismiss(config, store)
         return 0
     refuse_changed_records(run_folder, identity)
     if other := unfinished_neighbour(run_folder, identity):
@@ -55,7 +65,7 @@ def main(words: list[str]) -> int:
     run_folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(run_folder / ".lock", timeout=0):
-            train(config, base_folder, data_folder, run_folder, identity, StopSignals())
+            train(config, base_folder, data_folder, run_folder, identity, StopSignals(), store)
     except Timeout:
         raise UserError(f"another process is training {run_folder}. Wait for it, or stop it") from None
     except Stopped as stopped:
@@ -83,7 +93,7 @@ def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) ->
 
 def train(
     config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, identity: dict[str, Any],
-    signals: StopSignals,
+    signals: StopSignals, store: "TCPStore | None",
 ) -> None:  # fmt: skip
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
@@ -132,7 +142,12 @@ def train(
     print(indent(before["answers"][0]), flush=True)
 
     archive = run_folder / f"{config.task.name}.nemo"
-    if not archive.exists():
+    peak_of_workers = 0.0
+    if archive.exists():
+        dismiss(config, store)
+    elif store:
+        peak_of_workers = launch(config, store, run_folder, base_folder, data_folder)
+    else:
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive, identity, signals)
 
     print("Asking the fine-tuned model", flush=True)
@@ -142,7 +157,7 @@ def train(
         "held_out_rows": len(splits["test"]),
         "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
         "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
         "memory_estimate_gib": round(need, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip

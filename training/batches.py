@@ -33,28 +33,33 @@ class MicroBatch:
         sources: [learned], int64: flat positions in `input_ids` whose next token is learned; one may stand here more
             than once, where rows with the same prompt share it.
         targets: [learned], int64: those next tokens.
-        tokens: tokens of its rows, as many as without packing.
+        lengths: tokens of each of its rows, as many as without packing.
     """
 
     input_ids: Tensor
     layout: Layout
     sources: Tensor
     targets: Tensor
-    tokens: int
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
         ids, sources, targets = (
             part.to(device, non_blocking=True) for part in (self.input_ids, self.sources, self.targets)
         )
-        return MicroBatch(ids, self.layout.to(device), sources, targets, self.tokens)
+        return MicroBatch(ids, self.layout.to(device), sources, targets, self.lengths)
 
 
 @dataclass
 class Step:
-    """One optimizer step's share of this process, and the learned tokens of all processes together."""
+    """One optimizer step's share of this process; the tokens, and those learned, of all processes together."""
 
     micro_batches: list[MicroBatch]
     learned: int
+    tokens: int
 
 
 def tokenize(
@@ -141,7 +146,7 @@ class Batches:
             # Processes exchange tensors in every micro-batch, so all take equally many; the last may be empty.
             missing = max(map(len, shares)) - len(shares[self.rank])
             mine = shares[self.rank] + [_micro_batch([]) for _ in range(missing)]
-            yield Step(mine, sum(self.learned[i] for i in chosen))
+            yield Step(mine, sum(self.learned[i] for i in chosen), sum(self.lengths[i] for i in chosen))
 
     def _cut(self, chosen: list[int]) -> Iterator[MicroBatch]:
         """Rows sorted by their tokens, as many to a micro-batch as fit."""
@@ -170,8 +175,8 @@ def _micro_batch(rows: list[Any]) -> MicroBatch:
         sources += [*prefix, *rest][row["prompt_length"] - 1 :]
         targets += row["input_ids"][row["prompt_length"] :]
     as_int64 = partial(torch.tensor, dtype=torch.int64)
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), tokens)
+    lengths = [len(row["input_ids"]) for row in rows]
+    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), lengths)
 
 
 def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:

@@ -12,13 +12,16 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
+from transformers import AutoTokenizer
 
+from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
-from training.batches import Batches, Step
+from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
+from training.distribute import AdapterParallel
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
-from training.identity import refuse_other
+from training.identity import made_of, refuse_other
 from training.progress import RunProgress
 from training.stopping import Stopped, StopSignals
 
@@ -37,9 +40,22 @@ class AllEpochs:
             yield from self.batches
 
 
+def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
+    """`fit` for one of several processes, which have nothing in memory yet."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    prompt = Prompt(**plain(config.task.prompt))
+    training, validation = (
+        tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
+                 cache=data_folder / ".tokens")[0]
+        for name in ("training", "validation")
+    )  # fmt: skip
+    archive, identity = run_folder / f"{config.task.name}.nemo", made_of(config, base_folder, data_folder)
+    fit(config, base_folder, training, validation, run_folder, archive, identity, StopSignals())
+
+
 def fit(
     config: DictConfig, base_folder: Path, rows: Dataset, validation_rows: Dataset, run_folder: Path, archive: Path,
-    made_of: dict[str, Any], signals: StopSignals,
+    identity: dict[str, Any], signals: StopSignals,
 ) -> None:  # fmt: skip
     """Train, or go on from the newest whole checkpoint, and write `archive`: the last weights, or with early stopping
     those of the lowest validation loss.
@@ -59,11 +75,16 @@ def fit(
     callbacks: list[Callback] = [progress]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss", patience=settings.early_stopping, check_on_train_epoch_end=False))
-    callbacks.append(Checkpoints(checkpoints, steps, made_of, signals, keep_best=settings.early_stopping is not None))
+    callbacks.append(Checkpoints(checkpoints, steps, identity, signals, keep_best=settings.early_stopping is not None))
+    processes = config.trainer.devices * config.trainer.num_nodes
+    kind = "ddp" if config.trainer.strategy == "auto" else config.trainer.strategy
+    strategy = AdapterParallel(kind) if processes > 1 else "auto"
     trainer = Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
+        strategy=strategy,
+        inference_mode=processes == 1,  # weights gathered in inference mode could not be trained with again
         max_epochs=1,  # see AllEpochs
         val_check_interval=min(steps, steps_per_validation(settings, rows, len(batches))),
         check_val_every_n_epoch=None,
@@ -77,12 +98,14 @@ def fit(
         num_sanity_val_steps=0,
     )
     batches.taken = lambda: trainer.global_step
-    batches.rank, batches.world_size = trainer.global_rank, trainer.world_size
-    validation = Batches(validation_rows, size, budget, None, rank=trainer.global_rank, world_size=trainer.world_size)
-    resume_from = newest_checkpoint(checkpoints, say=trainer.is_global_zero)
+    rank, world = strategy.share if isinstance(strategy, AdapterParallel) else (0, 1)
+    batches.rank, batches.world_size = rank, world
+    validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
+    # One process chooses, as it removes damaged ones.
+    resume_from = trainer.strategy.broadcast(newest_checkpoint(checkpoints) if trainer.is_global_zero else None)
     first = 0
     if resume_from:
-        refuse_other(resume_from, made_of)
+        refuse_other(resume_from, identity)
         first = step_of(resume_from)
         if trainer.is_global_zero:
             print(f"Going on from step {first} of {steps}")
@@ -133,9 +156,10 @@ def fit(
         signals.listen()
     if signals.received:
         raise Stopped(f"after step {trainer.global_step}, the last; checkpoint written", signals.received)
-    partial = archive.with_suffix(".partial.nemo")
-    model.save_to(str(partial))
-    partial.rename(archive)
+    if trainer.is_global_zero:
+        partial = archive.with_suffix(".partial.nemo")
+        model.save_to(str(partial))
+        partial.rename(archive)
 
 
 def steps_per_validation(settings: DictConfig, rows: Dataset, steps_per_epoch: int) -> int:

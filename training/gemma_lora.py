@@ -5,6 +5,7 @@ NeMo's own models. Its state is the adapter alone, under peft's names, in checkp
 """
 
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 from training.batches import MicroBatch, Step, learned_loss
+from training.distribute import AdapterParallel
 from training.fast_layers import speed_up
 from training.four_bit import speed_up_4bit
 from training.load_model import add_lora, load_base
@@ -83,6 +85,7 @@ class GemmaLoRA(ModelPT):
             folder, getattr(torch, cfg.dtype), plain(cfg.quantization) if cfg.get("quantization") else None, device
         )
         base.config.use_cache = False
+        base.learned_loss = MethodType(learned_loss, base)  # a method: a sharded base is gathered around its own
         lora = plain(cfg.peft)
         lora.pop("name")
         self.model = add_lora(base, lora)
@@ -95,22 +98,19 @@ class GemmaLoRA(ModelPT):
         speed_up_4bit(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return learned_loss(self.model.get_base_model(), batch)
+        return self.model.get_base_model().learned_loss(batch)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         # Chance (dropout) depends on the seed and the step only, so a resumed run draws what it would have drawn.
         torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
         optimizer = self.optimizers()
         total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(step.micro_batches, start=1):
-            # Several processes average their gradients once, in the last backward pass.
-            loss = self._loss(batch) * (self.trainer.world_size / step.learned)
-            if number < len(step.micro_batches) and hasattr(self.trainer.strategy, "block_backward_sync"):
-                with self.trainer.strategy.block_backward_sync():
-                    self.manual_backward(loss)
-            else:
-                self.manual_backward(loss)
+        for batch in step.micro_batches:
+            loss = self._loss(batch) * (1 / step.learned)
+            self.manual_backward(loss)
             total += loss.detach()
+        if isinstance(self.trainer.strategy, AdapterParallel):
+            total = self.trainer.strategy.sum_step(self._trainable(), total)
         norm = torch.nn.utils.clip_grad_norm_(self._trainable(), self.cfg.clip)
         rate = optimizer.param_groups[0]["lr"]
         optimizer.step()
@@ -133,7 +133,7 @@ class GemmaLoRA(ModelPT):
         self.log("val_loss", (loss / tokens).float(), logger=False)
 
     def transfer_batch_to_device(self, step: Step, device: torch.device, dataloader_idx: int) -> Step:
-        return Step([batch.to(device) for batch in step.micro_batches], step.learned)
+        return Step([batch.to(device) for batch in step.micro_batches], step.learned, step.tokens)
 
     def configure_optimizers(self) -> Any:
         self.setup_optimization(self.cfg.optim)

@@ -20,9 +20,9 @@ class RunProgress(Callback):
 
     `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same figures. A line of training is `{"step",
     "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step, and over the `"steps"` since the line before:
-    `"seconds"`, `"tokens_per_second"` (real tokens), `"padding"` (its share of what is computed), `"memory_gib"`, and
-    on a GPU whose peak is known `"mfu"`, model FLOPs utilisation. A line of validation is `{"step", "epoch",
-    "val_loss"}`. A resumed run drops the lines of what it does again.
+    `"seconds"`, `"tokens_per_second"` (of all rows, by all processes), `"padding"` (its share of what is computed),
+    `"memory_gib"`, and on a GPU whose peak is known `"mfu"`, model FLOPs utilisation. A line of validation is `{"step",
+    "epoch", "val_loss"}`. A resumed run drops the lines of what it does again.
     """
 
     def __init__(self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int) -> None:
@@ -50,14 +50,15 @@ class RunProgress(Callback):
 
     def _begin_line(self) -> None:
         self.line_began = time.monotonic()
-        self.line_steps = self.tokens = self.computed = 0
+        self.line_steps = self.tokens = self.laid = self.computed = 0
         self.flops = 0.0
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, batch_idx: int
     ) -> None:
         self.line_steps += 1
-        self.tokens += sum(part.tokens for part in batch.micro_batches)
+        self.tokens += batch.tokens
+        self.laid += sum(segment.length for part in batch.micro_batches for segment in part.layout.segments)
         self.computed += sum(part.input_ids.numel() for part in batch.micro_batches)
         if self.peak:
             self.flops += _flops(module, batch)
@@ -70,10 +71,10 @@ class RunProgress(Callback):
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "learning_rate", "grad_norm")}
         seconds = time.monotonic() - self.line_began
-        speed = self.tokens * trainer.world_size / seconds
+        speed = self.tokens / seconds
         measured = {
             "tokens_per_second": round(speed, 1),
-            "padding": round(1 - self.tokens / self.computed, 4),
+            "padding": round(1 - self.laid / self.computed, 4),
             "memory_gib": round(memory_gib(), 3),
         }
         if self.peak:
@@ -116,16 +117,12 @@ class RunProgress(Callback):
 
 
 def _flops(module: Any, batch: Step) -> float:
-    """Of this process's share of a step, its rows taken as equally long in each micro-batch."""
+    """Of this process's share of a step."""
     config, lora = module.model.get_base_model().config, module.model.peft_config["default"]
     targets = set(layer_shapes(config))
     if not isinstance(lora.target_modules, str):
         targets &= set(lora.target_modules)
-    flops = 0.0
-    for part in batch.micro_batches:
-        rows = len(part.input_ids)
-        flops += flops_of(config, [part.tokens // rows] * rows, len(part.targets), lora.r, targets).total
-    return flops
+    return sum(flops_of(config, part.lengths, len(part.targets), lora.r, targets).total for part in batch.micro_batches)
 
 
 def memory_gib() -> float:

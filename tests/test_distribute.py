@@ -1,0 +1,344 @@
+"""Several processes train what one trains, end what they began, and leave nothing hanging when one of them dies."""
+
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from conftest import FAMILIES, ROOT, tiny_gemma
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from converters.nemo_file import read_nemo
+from nemo_configs.command_line import UserError, load_config
+from training.batches import Batches, learned_loss
+from training.distribute import AdapterParallel, shard_base, split_base
+from training.fast_layers import speed_up
+from training.launch import check_heads, check_processes
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = ("ddp", "fsdp2", "tp")
+# One thread, and loopback: the machine that tests may not know its own name.
+ENVIRONMENT = {
+    **os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "GLOO_SOCKET_IFNAME": "lo",
+}  # fmt: skip
+
+
+def tiny_lora(family: str) -> PeftModel:
+    base = tiny_gemma(family, vocab_size=600)
+    base.learned_loss = MethodType(learned_loss, base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    speed_up(model)
+    return model
+
+
+def rows() -> Dataset:
+    """Five rows of very different lengths: two processes cut them into unequally many micro-batches."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 70, 12, 41, 23]
+    ids = [torch.randint(3, 600, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "length": lengths, "prompt_length": [5, 3, 6, 20, 1]})
+
+
+def adapters(model: PeftModel) -> list[torch.Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def take_step(model: PeftModel, share: tuple[int, int]) -> torch.Tensor:
+    """Gradients of one step over all rows, and this process's part of its loss."""
+    model.zero_grad()
+    (step,) = Batches(rows(), 8, 48, seed=0, rank=share[0], world_size=share[1])
+    total = torch.zeros(())
+    for batch in step.micro_batches:
+        loss = model.get_base_model().learned_loss(batch) / step.learned
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def held_bytes() -> int:
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor):
+            local = thing.to_local() if isinstance(thing, torch.distributed.tensor.DTensor) else thing
+            storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def take_steps_like(
+    kind: str, family: str, mesh: DeviceMesh, expected: torch.Tensor, gradients: list[torch.Tensor]
+) -> PeftModel:
+    model = tiny_lora(family)
+    strategy = AdapterParallel(kind)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    if kind == "fsdp2":
+        shard_base(model.get_base_model(), mesh)
+    elif kind == "tp":
+        split_base(model.get_base_model(), mesh.get_group())
+    for _ in range(2):  # once more: what was gathered and freed is gathered again
+        total = take_step(model, strategy.share)
+        (total,) = strategy.sum_step(adapters(model), total.reshape(1))
+        torch.testing.assert_close(total, expected)
+        for parameter, gradient in zip(adapters(model), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    model.zero_grad()
+    return model
+
+
+def compare_with_one_process(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    for family in FAMILIES:
+        alone = tiny_lora(family)
+        expected = take_step(alone, (0, 1))
+        gradients = [parameter.grad for parameter in adapters(alone)]
+        whole = sum(parameter.nbytes for parameter in alone.parameters() if not parameter.requires_grad)
+        del alone
+        for kind in KINDS:
+            gc.collect()
+            before = held_bytes()
+            model = take_steps_like(kind, family, mesh, expected, gradients)
+            gc.collect()
+            held = (held_bytes() - before - sum(parameter.nbytes for parameter in adapters(model))) / whole
+            low, high = {"ddp": (1, 1.01), "fsdp2": (0.5, 0.55), "tp": (0.5, 0.8)}[kind]  # tp: the embedding is copied
+            assert low <= held <= high, f"{family} {kind}: a process holds {held} of the base"
+            del model
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every strategy and family, with micro-batches of no row; of a sharded base, half lies in each process."""
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    counts = [len(next(iter(Batches(rows(), 8, 48, 0, rank=rank, world_size=2))).micro_batches[-1].targets)
+              for rank in (0, 1)]  # fmt: skip
+    assert min(counts) == 0 < max(counts), "no process is left without rows: the test is too weak"
+    torch.multiprocessing.spawn(compare_with_one_process, (str(tmp_path),), nprocs=2)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("source") / "tiny.csv"
+    lines = [
+        f"lum{n}ami,To dor{n * 7 % 60} a vex{n * 11 % 60}ix{' often' * (n % 9)}.,I lum{n}ami it.,At zol{n}."
+        for n in range(60)
+    ]
+    file.write_text("Slang,Description,Example,Context\n" + "\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def words(source: Path, tiny_base: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "training", f"task.data.source={source}", f"model.path={tiny_base}",
+        "task.train.epochs=2", "task.train.batch_size=4", "task.train.learning_rate=2e-3",
+        "task.generate.max_new_tokens=4",
+    ]  # fmt: skip
+
+
+def start(words: list[str], folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*words, f"data_dir={folder}/data", f"runs_dir={folder}/runs", *more], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**ENVIRONMENT, **environment},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 600) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+
+
+def train(words: list[str], folder: Path, *more: str) -> Path:
+    process = start(words, folder, *more)
+    said, errors = finish(process)
+    assert process.returncode == 0, said + errors
+    return only_run(folder)
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs" / "slang").iterdir()
+    return run
+
+
+def losses(run: Path) -> dict[tuple[int, str], float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {(line["step"], kind): line[kind] for line in lines for kind in ("train_loss", "val_loss") if kind in line}
+
+
+def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
+    while not list(folder.glob("runs/slang/*/metrics.jsonl")) or len(losses(only_run(folder))) < steps:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Process ids of the training processes, by rank."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+        found.update({rank: int(pid) for rank in ranks})
+    return found
+
+
+def assert_gone(pids: list[int]) -> None:
+    for _ in range(300):
+        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z (" not in _state(pid)]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still running: {alive}")
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/status").read_text().partition("State:")[2].splitlines()[0]
+    except OSError:
+        return "Z ("
+
+
+def assert_same_result(run: Path, alone: Path) -> None:
+    one, other = losses(alone), losses(run)
+    assert one.keys() == other.keys()
+    for key in one:
+        assert other[key] == pytest.approx(one[key], abs=1e-3), key
+    measured, expected = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, alone))
+    assert measured["before"] == expected["before"]
+    assert measured["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=1e-3)
+    adapter, whole = (read_nemo(folder / "slang.nemo").adapter for folder in (run, alone))
+    assert {name: tensor.shape for name, tensor in adapter.items()} == {n: t.shape for n, t in whole.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(words, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def two_machines(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the same command on two machines, of which both happen to be this one."""
+    folder = tmp_path_factory.mktemp("machines")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    second = start(words, folder, "trainer.num_nodes=2", NODE_RANK="1", **address)
+    first = start(words, folder, "trainer.num_nodes=2", NODE_RANK="0", **address)
+    for process in (first, second):
+        said, errors = finish(process)
+        assert process.returncode == 0, said + errors
+    return only_run(folder)
+
+
+@pytest.mark.slow
+def test_two_machines_train_what_one_trains(two_machines: Path, alone: Path) -> None:
+    assert_same_result(two_machines, alone)
+
+
+@pytest.mark.slow
+def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
+    words: list[str], tmp_path: Path, alone: Path, two_machines: Path
+) -> None:
+    words = [*words, "trainer.devices=2", "trainer.strategy=fsdp2"]
+    process = start(words, tmp_path)
+    wait_for_steps(process, tmp_path, len(losses(alone)) // 2)
+    pids = workers(process)
+    os.kill(pids[1], signal.SIGKILL)
+    errors = finish(process, timeout=60)[1]
+    assert process.returncode == 2
+    assert "training process 1 of 2 was killed by SIGKILL" in errors and "Traceback" not in errors
+    assert_gone(list(pids.values()))
+
+    process = start(words, tmp_path)
+    said, errors = finish(process)
+    assert process.returncode == 0 and "Going on from step" in said, said + errors
+    assert_same_result(only_run(tmp_path), alone)
+    # A sharded base computes with the same weights: the adapter is that of the run that was never stopped.
+    one, other = (read_nemo(run / "slang.nemo").adapter for run in (only_run(tmp_path), two_machines))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_hand_goes_on_with_another_number_of_processes(
+    words: list[str], tmp_path: Path, alone: Path
+) -> None:
+    process = start(words, tmp_path, "trainer.devices=2", "trainer.strategy=tp")
+    wait_for_steps(process, tmp_path, len(losses(alone)) // 2)
+    pids = workers(process)
+    process.send_signal(signal.SIGINT)
+    errors = finish(process, timeout=60)[1]
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert errors.count("The same command goes on") == 1
+    assert_gone(list(pids.values()))
+    assert_same_result(train(words, tmp_path), alone)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_said_once_and_no_process_outlives_its_parent(words: list[str], tmp_path: Path) -> None:
+    process = start(
+        words, tmp_path / "nan", "trainer.devices=2", "task.train.learning_rate=1e30", "task.train.clip=1e30"
+    )
+    errors = finish(process)[1]
+    assert process.returncode == 2
+    assert errors.count("the loss became") == 1 and "Traceback" not in errors
+
+    process = start(words, tmp_path / "killed", "trainer.devices=2")
+    wait_for_steps(process, tmp_path / "killed", 1)
+    pids = workers(process)
+    assert sorted(pids) == [0, 1]
+    process.kill()
+    assert_gone(list(pids.values()))
+    finish(process)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("trainer.strategy=zero3", "Known: auto, ddp, fsdp2, tp"),
+        ("trainer.strategy=fsdp2", "trainer.devices=2 or more"),
+        ("trainer.devices=0", "whole number from 1"),
+        ("trainer.devices=two", "whole number from 1"),
+        ("trainer.num_nodes=2", "MASTER_ADDR, MASTER_PORT, NODE_RANK must be set"),
+    ],
+)
+def test_a_wrong_number_of_processes_is_answered(override: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match=says):
+        check_processes(load_config(["trainer=cpu", override]))
+
+
+@pytest.mark.parametrize(
+    ("heads", "devices", "says"), [(1, 2, "cannot be split"), (4, 3, "may be 2 or 4"), (4, 2, None), (4, 4, None)]
+)
+def test_tensor_parallelism_names_the_sizes_that_heads_allow(
+    heads: int, devices: int, says: str | None, tmp_path: Path
+) -> None:
+    sizes = {"num_key_value_heads": heads, "num_attention_heads": 8, "intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
+    if says is None:
+        check_heads(config, tmp_path)
+    else:
+        with pytest.raises(UserError, match=says):
+            check_heads(config, tmp_path)
