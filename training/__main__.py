@@ -32,7 +32,6 @@ from training.identity import differences, made_of, refuse_changed_records, unfi
 from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
 from training.stopping import Stopped, StopSignals
 
-
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
