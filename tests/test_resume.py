@@ -246,14 +246,15 @@ def test_another_configuration_beside_an_unfinished_run_says_what_differs(start:
 
 
 def test_early_stopping_ends_with_the_best_weights_however_often_it_was_killed(start: Start, tmp_path: Path) -> None:
-    words = ("task.train.early_stopping=2", "task.train.evaluate_every=null", "task.train.learning_rate=0.03",
-             "task.train.evaluate_every_tokens=1000", "task.data.train_rows=8", "task.train.epochs=26")  # fmt: skip
+    # A learning rate at which the validation loss soon rises.
+    words = ("task.train.early_stopping=1", "task.train.evaluate_every=null", "task.train.learning_rate=0.1",
+             "task.train.evaluate_every_tokens=1500")  # fmt: skip
     left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
     training = start(left_alone, *words)
     assert training.end() == 0, training.said
     losses = metrics(only_run(left_alone), "val_loss")
     best = losses.index(min(losses))
-    assert best == len(losses) - 3 and step(left_alone) < STEPS, losses
+    assert best == len(losses) - 2 and step(left_alone) < STEPS, losses
     (checkpoint,) = (only_run(left_alone) / "checkpoints").glob("best-*.ckpt")
     kept = torch.load(checkpoint, weights_only=True)["state_dict"]
     adapter = read_nemo(only_run(left_alone) / "slang.nemo").adapter
