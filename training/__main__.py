@@ -25,14 +25,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
+from training import automodel
 from training.base_model import describe, ensure_base_model
+
+ENGINES = ("lightning", "automodel")
 
 
 def main(words: list[str]) -> None:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
-    if config.trainer.devices * config.trainer.num_nodes != 1:
+    if config.engine not in ENGINES:
+        raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
+    if config.engine == "automodel":
+        automodel.check(config)
+    elif config.trainer.devices * config.trainer.num_nodes != 1:
         raise UserError("training with several devices is not built yet: set trainer.devices=1 trainer.num_nodes=1")
     base_folder = ensure_base_model(config.model)
     data_folder = prepare(config, base_folder / "tokenizer.json")
@@ -52,7 +59,7 @@ def main(words: list[str]) -> None:
 
 
 def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
-    """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
+    """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
     identity = plain(config)
     # Where files lie and how much memory a step may take do not change the result.
     for key in ("runs_dir", "data_dir"):
@@ -63,7 +70,8 @@ def name_run(config: DictConfig, base_folder: Path, data_folder: Path) -> Path:
     identity["data"] = {name: split["sha256"] for name, split in manifest["splits"].items()}
     identity["task"].pop("data")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    parts = [describe(base_folder)["name"], config.peft.name, config.experiment_name, digest]
+    engine = "" if config.engine == "lightning" else config.engine
+    parts = [describe(base_folder)["name"], config.peft.name, engine, config.experiment_name, digest]
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
@@ -85,7 +93,10 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
 
     OmegaConf.save(config, run_folder / "config.yaml")
     shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.json")
-    write_json(run_folder / "environment.json", describe_environment())
+    environment = describe_environment()
+    if config.engine == "automodel":
+        environment["packages"] |= automodel.versions()
+    write_json(run_folder / "environment.json", environment)
 
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
@@ -114,16 +125,18 @@ def train(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: 
 
     archive = run_folder / f"{config.task.name}.nemo"
     if not archive.exists():
-        fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
+        train_by = automodel.fit if config.engine == "automodel" else fit
+        train_by(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
 
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder)
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
+    steps = read_metrics(run_folder)[0]
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]),
         "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
-        "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
-        "peak_memory_gib": round(peak_memory_gib(), 2),
+        "training_seconds": round(sum(step["seconds"] for step in steps), 1),
+        "peak_memory_gib": round(max([peak_memory_gib(), *(step.get("memory_gib", 0) for step in steps)]), 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     })  # fmt: skip
     report.write(run_folder)
