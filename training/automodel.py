@@ -3,8 +3,8 @@
     make train TASK=slang ENGINE=automodel          (python -m training task=slang engine=automodel)
 
 It writes the recipe and the tokenized rows into the run folder, has torchrun run them in `.venv-automodel` (see
-`training/automodel_worker.py`), shows what the recipe logs, and brings its adapter back as the run's `.nemo`. So report,
-converters and serving treat both engines' runs alike, and the two can be compared.
+`training/automodel_worker.py`), shows what the recipe logs, and brings its adapter back as the run's `.nemo`. So
+report, converters and serving treat both engines' runs alike, and the two can be compared.
 
 What AutoModel decides otherwise than `training/fit.py`: adapters have the base's dtype (bfloat16, not float32), rows
 are not grouped by length, the loss needs the whole 262,144-wide logits, and the learning rate is logged after a step.
@@ -41,9 +41,6 @@ def check(config: DictConfig) -> None:
     Raises:
         UserError: the environment is missing, or the recipe cannot do what the configuration asks for.
     """
-    if not (ENVIRONMENT / "automodel.stamp").exists():
-        raise UserError(f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
-                        f"Install it (about 2.5 GB): make automodel-env")  # fmt: skip
     if config.trainer.num_nodes != 1:
         raise UserError("engine=automodel runs on one machine here: set trainer.num_nodes=1")
     lora = plain(config.peft)
@@ -58,6 +55,9 @@ def check(config: DictConfig) -> None:
     if config.task.train.batch_size % config.trainer.devices:
         raise UserError(f"task.train.batch_size={config.task.train.batch_size} cannot be dealt out evenly to "
                         f"trainer.devices={config.trainer.devices}")  # fmt: skip
+    if not (ENVIRONMENT / "automodel.stamp").exists():
+        raise UserError(f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
+                        f"Install it (about 2.5 GB): make automodel-env")  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -85,21 +85,23 @@ def fit(
         print("Going on from the recipe's last checkpoint")
     steps = recipe["lr_scheduler"]["lr_decay_steps"]
     began = last_said = time.monotonic()
+    said = 0
 
     def show(lines: Metrics) -> None:
-        nonlocal last_said
+        nonlocal last_said, said
         write_whole(run_folder / "metrics.jsonl", lines)
         trained = [line for line in lines if "train_loss" in line]
         if not trained:
             return
         now = trained[-1]
         if not math.isfinite(now["train_loss"]):
+            rate = config.task.train.learning_rate
             raise UserError(f"the loss became {now['train_loss']} at step {now['step']}. Lower "
-                            f"task.train.learning_rate (now {config.task.train.learning_rate}) and train again")  # fmt: skip
-        if time.monotonic() - last_said > 5 or now["step"] == steps:
-            last_said = time.monotonic()
-            print(f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s  "
-                  f"{last_said - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+                            f"task.train.learning_rate (now {rate}) and train again")  # fmt: skip
+        if now["step"] > said and (time.monotonic() - last_said > 5 or now["step"] == steps):
+            last_said, said = time.monotonic(), now["step"]
+            print(f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+                  f"  {last_said - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
 
     lines = run_recipe(recipe, folder, config.trainer.devices, show)
     write_tensorboard(lines, run_folder / "tensorboard")
@@ -127,6 +129,7 @@ def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: l
     settings, lora, on_gpu = config.task.train, plain(config.peft), config.trainer.accelerator == "gpu"
     per_epoch = math.ceil(len(lengths) / settings.batch_size)
     steps = per_epoch * settings.epochs
+    warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
     loader = {"_target_": "torchdata.stateful_dataloader.StatefulDataLoader", "collate_fn": COLLATE}
     rows = {"_target_": "training.automodel_worker.TokenizedRows"}
     return {
@@ -174,9 +177,9 @@ def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: l
         },
         "lr_scheduler": {
             "lr_decay_style": "cosine",
-            "lr_warmup_steps": min(math.ceil(settings.warmup_ratio * steps), steps - 1),
+            "lr_warmup_steps": warmup,
             "lr_decay_steps": steps,
-            "init_lr": 0.0,
+            "init_lr": settings.learning_rate / (warmup + 1),  # NeMo's warm-up: the first step moves already
             "min_lr": 0.0,
         },
         "clip_grad_norm": {"max_norm": settings.clip},

@@ -80,7 +80,7 @@ def work(recipe_file: str) -> None:
     if not torch.cuda.is_available():
         run_on_cpu()
 
-    class Recipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):  # type: ignore[misc]
+    class Recipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         def log_train_metrics(self, log_data: Any) -> None:
             super().log_train_metrics(log_data)
             self.metric_logger_train.flush()  # else a hundred steps are held back, and nobody sees it train
