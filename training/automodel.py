@@ -29,7 +29,7 @@ from nemo_configs.command_line import UserError, plain
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
 CHECKPOINTS_PER_RUN = 20
-LORA_KEYS = {"name", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "use_dora"}
+LORA_KEYS = {"name", "r", "lora_alpha", "lora_dropout", "bias", "target_modules"}
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
@@ -159,7 +159,6 @@ def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: l
             "dropout": lora["lora_dropout"],
             "dropout_position": "pre",  # as peft has it
             "lora_A_init": "uniform",  # the same distribution as peft's; the recipe's own default is xavier
-            "use_dora": bool(lora.get("use_dora")),
             "use_triton": on_gpu,
         },
         "distributed": {"strategy": "fsdp2", "dp_size": None, "tp_size": 1, "cp_size": 1},
