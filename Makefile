@@ -23,7 +23,7 @@ $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known:
 $(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
 
 RUN := .venv/bin/python -m
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -31,7 +31,7 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.sour
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data base generate report convert attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
-	@$(RUN) training $(CONFIG) engine=$(ENGINE)
+	@$(RUN) training $(CONFIG)
 
 data: .venv/train.stamp  ## only prepare the data of TASK                              SOURCE=my.csv
 	@$(RUN) data_prep $(CONFIG)
