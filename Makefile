@@ -3,6 +3,7 @@
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
 PEFT   ?= lora
+ENGINE ?= lightning
 TO     ?= adapter
 PYTHON ?= python3
 
@@ -17,17 +18,19 @@ check = $(if $(filter $2,$(call known,$1)),,$(error $3=$2 is unknown. Known: $(c
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
+ENGINES := lightning automodel
+$(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
 $(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
 
 RUN := .venv/bin/python -m
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data base generate report convert attempts
-train: .venv/train.stamp  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
+train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
 data: .venv/train.stamp  ## only prepare the data of TASK                              SOURCE=my.csv
@@ -71,17 +74,18 @@ lint: .venv/dev.stamp  ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
-	for extra in train serve; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
+	for extra in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
 	for extra in dev bench; do .venv/bin/uv pip compile -q --upgrade --extra $$extra -c train.lock pyproject.toml -o $$extra.lock || exit 1; done
 
 clean:  ## remove environments and caches; data, models and runs stay
-	rm -rf .venv .venv-serve .venv-bench .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-serve .venv-bench .venv-automodel .pytest_cache .ruff_cache .mypy_cache
 
 help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
 	@echo "TASK:  $(call known,task)"
 	@echo "MODEL: $(call known,model)"
 	@echo "PEFT:  $(call known,peft)"
+	@echo "ENGINE: $(ENGINES)"
 
 # --- environments ---------------------------------------------------------------------------------------------
 # A stamp file per lock file: a second run starts at once, a renewed lock is installed.
@@ -113,6 +117,12 @@ endef
 .venv/dev.stamp: dev.lock .venv/train.stamp
 	@.venv/bin/uv pip install -q --python .venv/bin/python --no-deps --require-hashes -r $<
 	@touch $@
+
+.PHONY: automodel-env
+automodel-env: .venv-automodel/automodel.stamp  ## only install the environment of ENGINE=automodel (2.5 GB)
+
+.venv-automodel/automodel.stamp: automodel.lock
+	$(install_environment)
 
 .PHONY: serve-env
 serve-env: .venv-serve/serve.stamp  ## only install the serving environment (Triton)

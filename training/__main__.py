@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
 from nemo_configs.command_line import UserError, load_config, plain, run
+from training import automodel
 from training.base_model import describe, ensure_base_model
 from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
 from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
@@ -37,16 +38,24 @@ if TYPE_CHECKING:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+ENGINES = ("lightning", "automodel")
+
 
 def main(words: list[str]) -> int:
     config = load_config(words)
     print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
-    processes = check_processes(config)
-    if node_rank(config) > 0:
-        follow(config)
-        return 0
-    store = open_store(config) if processes > 1 else None
+    if config.engine not in ENGINES:
+        raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
+    store = None
+    if config.engine == "automodel":
+        automodel.check(config)  # it starts its processes itself
+    else:
+        processes = check_processes(config)
+        if node_rank(config) > 0:
+            follow(config)
+            return 0
+        store = open_store(config) if processes > 1 else None
     base_folder = ensure_base_model(config.model)
     check_heads(config, base_folder)
     data_folder = prepare(config, base_folder / "tokenizer.json")
@@ -84,9 +93,10 @@ def main(words: list[str]) -> int:
 
 
 def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) -> Path:
-    """`runs/<task>/<model>-<peft>[-<experiment>]-<hash of configuration, base and data>`."""
+    """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    parts = [describe(base_folder)["name"], config.peft.name, config.experiment_name, digest]
+    engine = "" if config.engine == "lightning" else config.engine
+    parts = [describe(base_folder)["name"], config.peft.name, engine, config.experiment_name, digest]
     return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
@@ -144,6 +154,8 @@ def train(
     peak_of_workers = 0.0
     if archive.exists():
         dismiss(config, store)
+    elif config.engine == "automodel":
+        automodel.fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
     elif store:
         peak_of_workers = launch(config, store, run_folder, base_folder, data_folder)
     else:
@@ -152,10 +164,13 @@ def train(
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
     after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
+    steps = read_metrics(run_folder)[0]
+    if config.engine == "automodel":
+        peak_of_workers = max(step["memory_gib"] for step in steps)
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]),
         "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
-        "training_seconds": round(sum(step["seconds"] for step in read_metrics(run_folder)[0]), 1),
+        "training_seconds": round(sum(step["seconds"] for step in steps), 1),
         "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
         "memory_estimate_gib": round(need, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -167,6 +182,8 @@ def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder:
     """Write down what the run is made of; say what is no longer as it was when the run began."""
     file = run_folder / "environment.json"
     environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
+    if config.engine == "automodel":
+        environment["packages"] |= automodel.versions()
     if file.exists():
         then = json.loads(file.read_text())
         was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))
@@ -211,7 +228,8 @@ def describe_environment() -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "training", *sys.argv[1:]]),
         "commit": commit,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in packages}
+        | (automodel.versions() if engine == "automodel" else {}),
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),

@@ -1,0 +1,99 @@
+"""What runs inside `.venv-automodel`: NeMo AutoModel's own fine-tuning recipe under torchrun, on so many processes.
+
+    .venv-automodel/bin/python -m training.automodel_worker recipe.yaml 1
+
+`training/automodel.py` writes the YAML, starts this and reads the results. Nothing of AutoModel is replaced where there
+is a GPU; `run_on_cpu` is the whole difference where there is none.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class TokenizedRows(torch.utils.data.Dataset):
+    """Rows that this project has tokenized: a JSON line `{"input_ids": [...], "prompt_length": n}` each.
+
+    AutoModel shifts in its data sets, not in its losses: the label at a place is the next token, -100 where that is not
+    learned. Learned are the response and its EOS, as in `training.batches`.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids, first = self.rows[index]["input_ids"], self.rows[index]["prompt_length"]
+        labels = [-100] * (first - 1) + ids[first:]
+        return {"input_ids": ids[:-1], "labels": labels, "attention_mask": [1] * len(labels)}
+
+
+def run_on_cpu() -> None:
+    """Let AutoModel 0.7.0's recipe run where there is no CUDA, which it takes for granted.
+
+    Its calls for cache, peak memory and the current device get answers that are true of a CPU, and its processes a
+    device. Model, data, loss, optimizer and checkpoints are AutoModel's, untouched.
+    """
+    from nemo_automodel._transformers import auto_model
+    from nemo_automodel.recipes.llm import train_ft
+
+    cpu = torch.device("cpu")
+    for name in ("reset_peak_memory_stats", "empty_cache", "synchronize"):
+        setattr(torch.cuda, name, lambda *_, **__: None)
+    torch.cuda.max_memory_allocated = lambda *_: peak_memory_bytes()
+    torch.cuda.current_device = lambda: 0
+
+    initialize = train_ft.initialize_distributed
+    train_ft.initialize_distributed = lambda **words: dataclasses.replace(initialize(**words), device=cpu)
+    place = auto_model.apply_model_infrastructure
+    auto_model.apply_model_infrastructure = lambda **words: place(**{**words, "device": cpu})
+
+
+def peak_memory_bytes() -> int:
+    """The most main memory that this process has held."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def launch(recipe_file: str, processes: str) -> None:
+    """torchrun, on this machine."""
+    from torch.distributed import run
+
+    run.main(["--standalone", "--nproc-per-node", processes, "-m", "training.automodel_worker", recipe_file])
+
+
+def work(recipe_file: str) -> None:
+    """One of the processes that torchrun starts."""
+    from nemo_automodel.components.config.loader import load_yaml_config
+    from nemo_automodel.recipes.llm import train_ft
+
+    import training.automodel_worker  # noqa: F401  AutoModel's loader trusts a `_target_` that is already imported
+
+    if not torch.cuda.is_available():
+        run_on_cpu()
+
+    class Recipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
+        def log_train_metrics(self, log_data: Any) -> None:
+            super().log_train_metrics(log_data)
+            self.metric_logger_train.flush()  # else a hundred steps are held back, and nobody sees it train
+
+    recipe = Recipe(load_yaml_config(recipe_file))
+    recipe.setup()
+    recipe.run_train_validation_loop()
+
+
+if __name__ == "__main__":
+    if sys.platform == "linux":  # killed with its parent, however that ends: two must never write one run
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if "LOCAL_RANK" in os.environ:
+        work(sys.argv[1])
+    else:
+        launch(sys.argv[1], sys.argv[2])
