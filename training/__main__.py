@@ -228,8 +228,7 @@ def describe_environment() -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "training", *sys.argv[1:]]),
         "commit": commit,
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages}
-        | (automodel.versions() if engine == "automodel" else {}),
+        "packages": {name: version(name) for name in packages},
         "cpu": cpu,
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
