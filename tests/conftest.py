@@ -1,10 +1,13 @@
 """Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
 
 import csv
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -17,6 +20,7 @@ from transformers import (
 
 from nemo_configs.command_line import load_config
 from training.base_model import ensure_base_model
+from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
@@ -96,3 +100,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 [f"{one}{n}", f"To {two} a {three} {n} times.", f"I {one}{n} {three} {two}.", f"At {two} {n}."]
             )
     return file
+
+
+def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
+    """`training.fit.fit` into `folder`/slang.nemo, in this process, whose signal handlers it leaves as they were."""
+    from training.fit import fit
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        fit(config, base, rows, validation_rows, folder, folder / "slang.nemo", {}, StopSignals())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

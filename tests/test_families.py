@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_gemma
+from conftest import FAMILIES, fit_here, tiny_gemma
 from datasets import Dataset
 from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
@@ -21,7 +21,6 @@ from evaluation.compare import answer
 from nemo_configs.command_line import UserError, load_config, names, plain
 from training.base_model import describe
 from training.batches import Batches, learned_loss, tokenize
-from training.fit import fit
 from training.gemma_lora import GemmaLoRA
 from training.load_model import add_lora
 
@@ -68,7 +67,7 @@ def train(base: Path, folder: Path, *words: str) -> list[float]:
         "task.train.learning_rate=1e-3", "task.train.warmup_ratio=0.2", "task.train.weight_decay=0.01", *words,
     ])  # fmt: skip
     rows = rows_of(base, folder)
-    fit(config, base, rows, rows, folder, folder / "slang.nemo")
+    fit_here(config, base, rows, rows, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["train_loss"] for line in lines if "train_loss" in line]
 

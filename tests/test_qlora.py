@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import PagedAdamW32bit
-from conftest import FAMILIES, tiny_gemma
+from conftest import FAMILIES, fit_here, tiny_gemma
 from datasets import Dataset
 from nemo.core.optim.optimizers import get_optimizer
 from torch import nn
@@ -21,7 +21,6 @@ from converters.nemo_file import read_nemo
 from data_prep.prompt import Prompt
 from evaluation.compare import answer
 from nemo_configs.command_line import UserError, load_config, plain
-from training import fit as fit_module
 from training.batches import tokenize
 from training.four_bit import speed_up_4bit
 from training.gemma_lora import GemmaLoRA, optimizer_here
@@ -81,9 +80,7 @@ def fit(
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_look)
     monkeypatch.setattr(GemmaLoRA, "on_train_start", on_train_start)
     monkeypatch.setattr(GemmaLoRA, "on_validation_end", on_validation_end)
-    fit_module.fit(
-        load_config(words), base, rows(base, folder, count), rows(base, folder, 4), folder, folder / "x.nemo"
-    )
+    fit_here(load_config(words), base, rows(base, folder, count), rows(base, folder, 4), folder)
     return seen["module"], seen
 
 
@@ -114,7 +111,7 @@ def test_a_run_learns_on_4_bit_weights_and_its_adapter_leaves_with_it(
     losses = metrics(tmp_path, "train_loss")
     assert losses[-1] < losses[0] - 0.5
 
-    nemo = read_nemo(tmp_path / "x.nemo")
+    nemo = read_nemo(tmp_path / "slang.nemo")
     assert nemo.quantization == QUANTIZATION
     whole, tokenizer = nemo.load_onto(tiny_base)
     as_trained, _ = nemo.load_onto(tiny_base, as_trained=True)
@@ -123,7 +120,7 @@ def test_a_run_learns_on_4_bit_weights_and_its_adapter_leaves_with_it(
     for model in (whole, as_trained):
         assert isinstance(answer(model, tokenizer, nemo.prompt, "We go", {"max_new_tokens": 4}, 0), str)
     for to in ("adapter", "merged"):
-        convert(tmp_path / "x.nemo", to, tmp_path / to, tiny_base)
+        convert(tmp_path / "slang.nemo", to, tmp_path / to, tiny_base)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
