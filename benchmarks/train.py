@@ -140,7 +140,9 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     counted = training[steps[0] * batch :]
     lengths, learned = _count(counted)
     longest = max(len(row["input_ids"]) for row in training)
-    lora = {key: value for key, value in plain(config.peft).items() if key != "name"}
+    if config.peft.quantization:
+        raise UserError("the benchmark compares LoRA on the whole base: peft=lora")
+    lora = {key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")}
 
     (scratch / "rows.json").write_text(json.dumps(training))
     initial = scratch / "initial.safetensors"
