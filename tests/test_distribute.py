@@ -224,8 +224,10 @@ def _state(pid: int) -> str:
 def assert_same_result(run: Path, alone: Path) -> None:
     one, other = losses(alone), losses(run)
     assert one.keys() == other.keys()
-    for key in one:
-        assert other[key] == pytest.approx(one[key], abs=1e-3), key
+    for step, kind in one:
+        # In bfloat16, one step of four rows differs by its roundings; exact equality is tested in float32 above.
+        tolerance = 1e-3 if kind == "val_loss" else 5e-3
+        assert other[step, kind] == pytest.approx(one[step, kind], abs=tolerance), (step, kind)
     measured, expected = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, alone))
     assert measured["before"] == expected["before"]
     assert measured["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=1e-3)
