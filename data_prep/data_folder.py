@@ -41,12 +41,12 @@ def building(folder: Path, fingerprint: str) -> Iterator[Path | None]:
         try:
             yield partial
             for path in [*partial.iterdir(), partial]:
-                _flush(path)
+                sync(path)
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
             partial.rename(folder)
-            _flush(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -84,7 +84,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _flush(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Makes what was written to a file, or renamed in a folder, last through a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,6 +2,7 @@
 
 import csv
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ TINY_FAMILY = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny model gains nothing from more, and waits for them on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

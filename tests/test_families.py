@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,7 @@ TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template
 ROWS = [{"input": "We " + "go " * (n % 5 + 1), "output": f"Slang: {'yes ' * (n % 3 + 1)}".strip()} for n in range(8)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from more, and waits for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """QLoRA: a base of 4-bit weights is trained on, its settings are at work, and the adapter leaves with the run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,7 @@ SQUID_GAME = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from more, and waits for them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rows(base: Path, folder: Path, count: int) -> Dataset:

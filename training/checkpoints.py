@@ -18,6 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from data_prep.data_folder import sync
 from nemo_configs.command_line import UserError
 from training.stopping import Stopped, StopSignals
 
@@ -113,7 +114,7 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
             partial.rename(self.folder / f"{prefix}{_name(trainer.global_step)}-{_hash(partial)}.ckpt")
-            _sync(self.folder)
+            sync(self.folder)
             for old in sorted(self.folder.glob(f"{prefix}step=*.ckpt"), key=step_of)[:-keep]:
                 old.unlink()
         trainer.strategy.barrier()
@@ -185,15 +186,6 @@ def _name(step: int) -> str:
 def _hash(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()[:16]
-
-
-def _sync(folder: Path) -> None:
-    """Makes a rename last through a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _counters(done: int, begun: int | None = None) -> dict[str, Any]:

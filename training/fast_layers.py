@@ -23,7 +23,7 @@ def speed_up(model: PeftModel) -> None:
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if isinstance(module, LoraLinear) and _is_plain(module):
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
@@ -34,10 +34,10 @@ def speed_up(model: PeftModel) -> None:
 _TANH_GELU = ("gelu_pytorch_tanh", None)  # None: Gemma 1's early configurations, which mean the same
 
 
-def _is_plain(layer: LoraLinear) -> bool:
+def is_plain(layer: Any) -> bool:
+    """Whether a LoRA layer of peft does nothing but y = x Wᵀ + scale · (x Aᵀ) Bᵀ."""
     return (
-        type(layer.base_layer) is nn.Linear
-        and layer.base_layer.bias is None
+        layer.base_layer.bias is None
         and list(layer.lora_A) == ["default"]
         and isinstance(layer.lora_dropout["default"], nn.Identity)
         and not layer.lora_bias["default"]

@@ -12,24 +12,16 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
-from torch import Tensor, nn
+from torch import Tensor
+
+from training.fast_layers import is_plain
 
 
 def speed_up_4bit(model: PeftModel) -> None:
     """Give the 4-bit LoRA layers of `model` their smaller forward, in place; those with dropout or DoRA keep peft's."""
     for layer in model.modules():
-        if isinstance(layer, LoraLinear4bit) and _is_plain(layer):
+        if isinstance(layer, LoraLinear4bit) and is_plain(layer):
             layer.forward = types.MethodType(_forward, layer)
-
-
-def _is_plain(layer: LoraLinear4bit) -> bool:
-    return (
-        layer.base_layer.bias is None
-        and list(layer.lora_A) == ["default"]
-        and isinstance(layer.lora_dropout["default"], nn.Identity)
-        and not layer.lora_bias["default"]
-        and not layer.lora_variant
-    )
 
 
 def _forward(self: LoraLinear4bit, x: Tensor, *args: object, **kwargs: object) -> Tensor:
