@@ -15,7 +15,7 @@ from data_prep.prepare import prepare
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
 
-Row = dict[str, Any]  # {"input_ids": list[int], "prompt_length": int}
+Row = dict[str, Any]  # {"input_ids": list[int], "learned": [[first, past the last], ...]}
 HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind
 
 
@@ -44,8 +44,8 @@ def read_rows(config: DictConfig, base_folder: Path, length: int | None, count: 
                            config.task.train.max_length, cache=folder / ".tokens")  # fmt: skip
         found = [
             # Random weights may have a smaller vocabulary than the tokenizer (random_base.py).
-            {"input_ids": [token % vocabulary for token in ids], "prompt_length": prompt}
-            for ids, prompt in zip(rows["input_ids"], rows["prompt_length"], strict=True)
+            {"input_ids": [token % vocabulary for token in ids], "learned": learned}
+            for ids, learned in zip(rows["input_ids"], rows["learned"], strict=True)
         ]
         random.Random(config.seed).shuffle(found)
         splits.append(found if length is None else pieces(found, length))
@@ -63,9 +63,10 @@ def pieces(rows: list[Row], length: int) -> list[Row]:
     """`rows` laid end to end and cut to `length` tokens each; as large a share of a piece is learned as of the rows."""
     bos = rows[0]["input_ids"][0]
     stream = list(chain.from_iterable(row["input_ids"][1:] for row in rows))
-    share = sum(row["prompt_length"] for row in rows) / sum(len(row["input_ids"]) for row in rows)
+    learned = sum(end - first for row in rows for first, end in row["learned"])
+    first = max(1, round(length * (1 - learned / sum(len(row["input_ids"]) for row in rows))))
     cut = range(0, len(stream) - length + 2, length - 1)
-    return [{"input_ids": [bos, *stream[at : at + length - 1]], "prompt_length": max(1, round(length * share))}
+    return [{"input_ids": [bos, *stream[at : at + length - 1]], "learned": [[first, length]]}
             for at in cut]  # fmt: skip
 
 
@@ -74,8 +75,8 @@ def text_task(config: DictConfig, column: str) -> DictConfig:
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.task.name = "text"
-    config.task.data = {**config.task.data, "columns": {"text": [column]}, "required": ["text"], "key": "text",
-                        "train_fields": None}  # fmt: skip
+    config.task.data = {**config.task.data, "module": None, "columns": {"text": [column]}, "required": ["text"],
+                        "key": "text", "train_fields": None}  # fmt: skip
     config.task.prompt = {
         "template": "Instruction:\n{instruction}\n\nResponse:\n{response}",
         "instruction": f"Write a {column.replace('_', ' ')}.", "response": "{text}", "fields": {},

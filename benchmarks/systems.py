@@ -37,13 +37,14 @@ class Job:
         dtype: of the frozen weights where a system follows the machine ("bfloat16" or "float32").
         lora: peft.LoraConfig keys.
         initial: safetensors with the adapter to begin with, under peft's names.
-        rows: JSON file with `[{"input_ids", "prompt_length"}, …]`, in the order of training.
+        rows: JSON file with `[{"input_ids", "learned"}, …]` (benchmarks/rows.py), in the order of training.
         steps: optimizer steps of each round; the first is the warm-up.
         batch: rows of an optimizer step.
         micro_batch: rows that a peer takes at once.
         micro_batch_tokens: tokens that this project takes at once.
         pack_tokens: tokens of a peer's packed row.
         prompt: data_prep.prompt.Prompt keys, for this project's archive.
+        recipe: folder with NeMo AutoModel's recipe for this very job; what it writes goes there.
         adapter: file to write.
     """
 
@@ -62,6 +63,7 @@ class Job:
     clip: float
     seed: int
     prompt: dict[str, Any]
+    recipe: str
     adapter: str
 
     def read_rows(self) -> list[dict[str, Any]]:
@@ -77,7 +79,8 @@ class Gate:
         self.learned: Tensor | int = 0
 
     def begin(self) -> None:
-        names = ("torch", "transformers", "peft", "accelerate", "trl", "unsloth", "lightning", "nemo-toolkit")
+        names = ("torch", "transformers", "peft", "accelerate", "trl", "unsloth", "lightning", "nemo-toolkit",
+                 "nemo-automodel")  # fmt: skip
         self.say({"ready": {name: found for name in names if (found := _version(name))}})
         self._wait()
 
@@ -241,8 +244,15 @@ def _labelled(job: Job) -> Any:
     rows = job.read_rows()
     return Dataset.from_dict({
         "input_ids": [row["input_ids"] for row in rows],
-        "labels": [[-100] * row["prompt_length"] + row["input_ids"][row["prompt_length"] :] for row in rows],
+        "labels": [_labels(row) for row in rows],
     })  # fmt: skip
+
+
+def _labels(row: dict[str, Any]) -> list[int]:
+    labels = [-100] * len(row["input_ids"])
+    for first, end in row["learned"]:
+        labels[first:end] = row["input_ids"][first:end]
+    return labels
 
 
 def _arguments(job: Job) -> dict[str, Any]:
@@ -280,6 +290,43 @@ def _train(trainer: Any, gate: Gate) -> dict[str, Tensor]:
     return get_peft_model_state_dict(trainer.model)
 
 
+# --- NVIDIA's recipe ------------------------------------------------------------------------------------------------
+def automodel(job: Job, gate: Gate) -> dict[str, Tensor]:
+    """NeMo AutoModel's recipe, as ENGINE=automodel runs it, on one process."""
+    from safetensors.torch import load_file
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
+    from training.automodel_worker import load_recipe
+
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    recipe = load_recipe(f"{job.recipe}/recipe.yaml")
+    initial, (model,) = load_file(job.initial), recipe.model_parts
+    adapter = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    if initial.keys() != {f"base_model.model.{name}" for name in adapter}:
+        raise ValueError("the initial adapter does not fit")
+    with torch.no_grad():
+        for name, parameter in adapter.items():
+            # A sharded parameter of one process is whole.
+            getattr(parameter, "_local_tensor", parameter).copy_(initial[f"base_model.model.{name}"])
+
+    step = recipe._run_train_optim_step
+
+    def held_step(batches: list[dict[str, Tensor]], *words: Any) -> Any:
+        for batch in batches:
+            # A row's last token is a label only here; the other systems give it to the model too.
+            tokens = batch["attention_mask"].sum() + len(batch["labels"])
+            gate.count(tokens, (batch["labels"] != -100).sum())
+        log = step(batches, *words)
+        gate.step_done()
+        return log
+
+    recipe._run_train_optim_step = held_step
+    gate.begin()
+    recipe.run_train_validation_loop()
+    return load_file(f"{job.recipe}/checkpoints/LATEST/model/adapter_model.safetensors")
+
+
 # --- all of them ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class System:
@@ -306,10 +353,7 @@ SYSTEMS = {
     "hf-bf16-weights": System(lambda job, gate: hugging_face(job, gate, torch.bfloat16, autocast=False)),
     "trl-packing": System(trl_packing, ".venv-bench", "trl"),
     "unsloth": System(unsloth, ".venv-bench", "unsloth", needs_cuda=True),
-    # Its recipe runs by torchrun in .venv-automodel (ENGINE=automodel); `train` has to call it with a gate.
-    "automodel": System(
-        None, ".venv-automodel", "nemo_automodel", reason="no function drives its recipe by rounds yet"
-    ),
+    "automodel": System(automodel, ".venv-automodel", "nemo_automodel"),
     "litgpt": System(None, reason="its recipe tokenizes text itself and takes no rows of token ids"),
 }
 

@@ -127,19 +127,17 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
 
     on_gpu, settings = config.trainer.accelerator == "gpu", config.task.train
     step_tokens, peer_tokens = (32_768, 8192) if on_gpu else (4096, 2048)
-    if own.length:  # as many tokens a step at every length, as far as whole rows allow
-        batch = max(1, step_tokens // own.length)
-        micro = max(1, min(8, batch, peer_tokens // own.length))
-    else:
-        batch, micro = settings.batch_size, min(8, settings.batch_size)
-    while batch % micro:
-        micro -= 1
+    # As many tokens a step at every length, as far as whole rows allow.
+    batch = max(1, step_tokens // own.length) if own.length else settings.batch_size
     wanted = own.rows or batch * ((16 if on_gpu else 1) if own.length else (32 if on_gpu else 2))
     steps = [own.warmup, *[-(-wanted // batch)] * own.rounds]
     training, held_out = read_rows(config, base_folder, own.length, sum(steps) * batch)
     counted = training[steps[0] * batch :]
     lengths, learned = _count(counted)
     longest = max(len(row["input_ids"]) for row in training)
+    micro = max(1, min(8, batch, peer_tokens // longest))  # peers hold a megabyte of logits for each token, or more
+    while batch % micro:
+        micro -= 1
     if config.peft.quantization:
         raise UserError("the benchmark compares LoRA on the whole base: peft=lora")
     lora = {key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")}
@@ -148,13 +146,15 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     initial = scratch / "initial.safetensors"
     evaluator = Evaluator(base_folder, lora, held_out, config.trainer.micro_batch_tokens)
     before = evaluator.begin(config.seed, initial)
+    recipe = write_recipe(config, base_folder, training, steps, batch, micro, scratch)
     jobs = {
         name: Job(
             base_folder=str(base_folder), dtype=str(weights_dtype()).removeprefix("torch."), lora=lora,
             initial=str(initial), rows=str(scratch / "rows.json"), steps=steps, batch=batch, micro_batch=micro,
             micro_batch_tokens=config.trainer.micro_batch_tokens, pack_tokens=max(longest, 4096 if on_gpu else 1024),
             learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, clip=settings.clip,
-            seed=config.seed, prompt=plain(config.task.prompt), adapter=str(scratch / f"{name}.safetensors"),
+            seed=config.seed, prompt=plain(config.task.prompt), recipe=str(recipe),
+            adapter=str(scratch / f"{name}.safetensors"),
         )
         for name in own.systems
     }  # fmt: skip
@@ -200,6 +200,32 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
         "held_out_loss_before": before,
         "systems": systems,
     }  # fmt: skip
+
+
+def write_recipe(config: DictConfig, base_folder: Path, rows: list[dict[str, Any]], steps: list[int], batch: int,
+                 micro: int, scratch: Path) -> Path:  # fmt: skip
+    """NeMo AutoModel's recipe as ENGINE=automodel writes it, for this job's steps. Its environment has no OmegaConf.
+
+    Returns:
+        The folder with `recipe.yaml` and its rows.
+    """
+    import yaml
+
+    from training import automodel
+
+    folder = scratch / "automodel"
+    folder.mkdir()
+    automodel.write_rows(rows, folder / "training.jsonl")
+    recipe = automodel.write_recipe(config, base_folder, folder, [len(row["input_ids"]) for row in rows])
+    recipe["step_scheduler"] |= {
+        "global_batch_size": batch, "local_batch_size": micro, "num_epochs": 1, "val_every_steps": None,
+        "ckpt_every_steps": sum(steps),
+    }  # fmt: skip
+    recipe["dataloader"]["shuffle"] = False
+    recipe["lr_scheduler"] |= {"lr_decay_style": "constant", "lr_warmup_steps": 0}
+    del recipe["validation_dataset"], recipe["validation_dataloader"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return folder
 
 
 def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]:
@@ -375,7 +401,7 @@ class Evaluator:
 
 def _count(rows: list[dict[str, Any]]) -> tuple[list[int], int]:
     lengths = [len(row["input_ids"]) for row in rows]
-    return lengths, sum(lengths) - sum(row["prompt_length"] for row in rows)
+    return lengths, sum(end - first for row in rows for first, end in row["learned"])
 
 
 def _without_folder(word: str) -> str:

@@ -202,7 +202,7 @@ def _seed_that_fills(task: Task, store: RowStore) -> int | None:
 
 def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, dict[str, Any]]:
     """The split files and `dropped.jsonl`; the manifest's part on each split."""
-    writer = SplitWriter(task.name, task.data.columns, task.prompt, tokenizer_file)
+    writer = SplitWriter(task, tokenizer_file)
     splits: dict[str, dict[str, Any]] = {}
     done = 0
     with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:

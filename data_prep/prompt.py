@@ -7,11 +7,13 @@ checkpoint from elsewhere cannot reach into Python objects as `str.format` would
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
+EOS = "<eos>"  # of every Gemma, as text
 _FIELD = re.compile(r"\{(\w+)\}")
 _END = re.compile(r"(<\w+>)?")  # what may follow {response}: one token of the model's own
 
@@ -54,6 +56,38 @@ class Prompt:
     def wrap(self, instruction: str) -> str:
         """Everything the model is given before it answers."""
         return self._fill(self.template.partition("{response}")[0], {"instruction": instruction})
+
+    def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        """A row's whole text in pieces: each with whether it is learned. After a learned one comes the end token.
+
+        Args:
+            row: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}` that ends with the model's answer.
+
+        Raises:
+            ValueError: see `exchanges`.
+        """
+        if "messages" not in row:
+            return [(self.wrap(row["input"]), False), (row["output"], True)]
+        pieces: list[tuple[str, bool]] = []
+        for user, model in exchanges(row["messages"]):
+            if model is None:
+                raise ValueError("the dialogue ends with the user; its last message must be the model's")
+            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (model, True)]
+        return pieces
+
+    def wrap_dialogue(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Everything the model is given before it answers the last of `messages`, the user's. As `wrap`, of many turns.
+
+        Raises:
+            ValueError: see `exchanges`; or the last message is the model's.
+        """
+        end = self.template.partition("{response}")[2] or EOS
+        text = ""
+        for user, model in exchanges(messages):
+            text += "\n" * bool(text) + self.wrap(user) + ("" if model is None else model + end)
+        if model is not None:
+            raise ValueError("the dialogue ends with the model; its last message must be the user's")
+        return text
 
     def end_id(self, tokenizer: Any) -> int:
         """The token after which a response is over, of a Hugging Face tokenizer.
@@ -101,3 +135,34 @@ class Prompt:
     @staticmethod
     def _fill(text: str, values: dict[str, str]) -> str:
         return _FIELD.sub(lambda match: values.get(match[1]) or "", text)
+
+
+def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | None]]:
+    """`[(user, model), …]` of a dialogue; the last model is None where the user spoke last.
+
+    A system message, which Gemma's turns have no place for, becomes the beginning of the first user's, as in Gemma's
+    own chat template.
+
+    Raises:
+        ValueError: a role that is none of system, user, assistant and model; turns that do not alternate, beginning with
+            the user; a message without text.
+    """
+    system, found = "", list[tuple[str, str | None]]()
+    for number, message in enumerate(messages, 1):
+        role, text = message.get("role"), message.get("content")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"message {number} has no text")
+        waiting = bool(found) and found[-1][1] is None  # for the model
+        if role == "system" and number == 1:
+            system = text + "\n\n"
+        elif role == "user" and not waiting:
+            found.append((system + text if not found else text, None))
+        elif role in ("assistant", "model") and waiting:
+            found[-1] = (found[-1][0], text)
+        else:
+            due = "assistant" if waiting else "user"
+            raise ValueError(f"message {number} is of role {role!r} where {due} is due: user and assistant alternate, "
+                             f"after one system message at most")  # fmt: skip
+    if not found:
+        raise ValueError("the dialogue has no message of a user")
+    return found

@@ -11,6 +11,8 @@ from data_prep.prompt import Prompt
 from data_prep.split import ranges
 from nemo_configs.command_line import UserError, plain
 
+MODULES = ("slang",)  # see data_prep/write_splits.py
+
 
 @dataclass
 class Shares:
@@ -24,6 +26,7 @@ class Data:
     """`task.data`, with the types that OmegaConf holds a user's overrides to; slang.yaml says what each is for."""
 
     source: str = MISSING
+    module: str | None = None
     columns: dict[str, list[str]] = MISSING
     required: list[str] = MISSING
     key: str = MISSING
@@ -70,6 +73,8 @@ class Task:
                 raise UserError(f"task.data.{option} names {', '.join(unknown)}; the columns are {known}")
         if lacking := [field for field in data.required if field not in train_fields]:
             raise UserError(f"task.data.train_fields leaves out {', '.join(lacking)}, which every row needs")
+        if data.module not in (None, *MODULES):
+            raise UserError(f"task.data.module={data.module} is unknown. Known: {', '.join(MODULES)}, null")
         shares = data.split.validation, data.split.test
         if min(shares) <= 0 or sum(shares) >= 1:
             raise UserError(f"task.data.split: validation and test must be above 0 and below 1 together, not {shares}")

@@ -2,42 +2,37 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from data_prep.prompt import Prompt
-from data_prep.row_store import Entry
+from data_prep.row_store import BATCH, Entry
+from data_prep.task import Task
 
 COUNTED_ROWS = 20_000  # of each split, for the token counts: enough for a mean, and done in seconds
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
-RowFields = Callable[[Mapping[str, str], Prompt], Mapping[str, str]]
-
-
-def row_fields_of(task: str) -> RowFields:
-    """How a row's columns become the prompt's fields: `row_fields` of `data_prep/<task>.py`, else as they are."""
-    if task.isidentifier() and find_spec(f"data_prep.{task}"):
-        return getattr(import_module(f"data_prep.{task}"), "row_fields", _columns_as_they_are)
-    return _columns_as_they_are
-
-
-def _columns_as_they_are(fields: Mapping[str, str], prompt: Prompt) -> Mapping[str, str]:
-    return fields
 
 
 class SplitWriter:
     """Writes rows as JSON Lines.
 
+    `task.data.module` names a file of data_prep/ for what columns alone cannot say, which holds one of
+
+        row_fields(columns, prompt) -> dict       the prompt's fields of a row, made from its columns
+        split_rows(rows, split, task) -> rows     all rows of a split, made from all source rows of that split
+
+    Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
+
     Args:
-        columns: the names of an entry's cells.
         tokenizer_file: counts tokens where it is given.
     """
 
-    def __init__(self, task: str, columns: Iterable[str], prompt: Prompt, tokenizer_file: Path | None) -> None:
-        self._columns, self._prompt, self._row_fields = list(columns), prompt, row_fields_of(task)
+    def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
+        self._task, self._prompt = task, task.prompt
+        self._module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
         self._tokenizer: Any = None
         if tokenizer_file:
             from tokenizers import Tokenizer
@@ -53,8 +48,7 @@ class SplitWriter:
         kept = set(fields)
         digest, rows, size, lengths = hashlib.sha256(), 0, 0, list[int]()
         with path.open("wb") as file:
-            for batch in batches:
-                written = [self._row(entry, kept) for entry in batch]
+            for written in self._rows(path.stem, batches, kept):
                 lines = "".join(_to_json(row) + "\n" for row in written).encode()
                 file.write(lines)
                 digest.update(lines)
@@ -69,12 +63,27 @@ class SplitWriter:
             split["tokens"]["counted_rows"] = len(lengths)
         return split
 
-    def _row(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
-        cells = {name: cell if name in kept else "" for name, cell in zip(self._columns, entry.cells, strict=True)}
-        # A column without text stays empty: the prompt's own context is for asking, not for rows that have none.
-        values = self._row_fields(cells, self._prompt)
+    def _rows(self, split: str, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+        """The rows of a split, in batches."""
+        sources = ([self._columns(entry, kept) for entry in batch] for batch in batches)
+        if split_rows := getattr(self._module, "split_rows", None):
+            rows = iter(split_rows(chain.from_iterable(sources), split, self._task))
+            while batch := list(islice(rows, BATCH)):
+                yield batch
+        else:
+            yield from ([self._row(columns) for columns in batch] for batch in sources)
+
+    def _columns(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
+        """A row's columns, empty where not `kept`: the prompt's own context is for asking, not for rows without one."""
+        cells = zip(self._task.data.columns, entry.cells, strict=True)
+        return {"row": entry.row, **{name: cell if name in kept else "" for name, cell in cells}}
+
+    def _row(self, columns: dict[str, Any]) -> dict[str, Any]:
+        row_fields = getattr(self._module, "row_fields", None)
+        values = {name: cell for name, cell in columns.items() if name != "row"}
+        values = row_fields(values, self._prompt) if row_fields else values
         wanted = {"input": self._prompt.write_instruction(**values), "output": self._prompt.write_response(**values)}
-        return {**wanted, "row": entry.row, **cells, **wanted}  # a column may be called input or output too
+        return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
     def _count(self, rows: list[dict[str, Any]]) -> list[int]:
         texts = [self._prompt.wrap(row["input"]) + row["output"] for row in rows]

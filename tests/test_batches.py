@@ -50,7 +50,8 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
             labels = ids.clone()
-            labels[0, : row["prompt_length"]] = -100
+            ((first, _),) = row["learned"]
+            labels[0, :first] = -100
             count = int((labels != -100).sum())
             expected += model(ids, labels=labels).loss.item() * count
             learned += count

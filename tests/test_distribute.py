@@ -54,7 +54,8 @@ def rows() -> Dataset:
     generator = torch.Generator().manual_seed(0)
     lengths = [9, 70, 12, 41, 23]
     ids = [torch.randint(3, 600, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "length": lengths, "prompt_length": [5, 3, 6, 20, 1]})
+    learned = [[[first, length]] for first, length in zip([5, 3, 6, 20, 1], lengths, strict=True)]
+    return Dataset.from_dict({"input_ids": ids, "length": lengths, "learned": learned})
 
 
 def adapters(model: PeftModel) -> list[torch.Tensor]:

@@ -79,14 +79,15 @@ def written_out(base: Path, rows: Dataset, dtype: torch.dtype, **options: Any) -
     ).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    learned = sum(row["length"] - row["prompt_length"] for row in rows)
+    learned = sum(row["length"] - row["learned"][0][0] for row in rows)
     losses = []
     for step in range(5):
         loss = 0.0
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            logits = model(input_ids=ids).logits[0, row["prompt_length"] - 1 : -1].float()
-            part = torch.nn.functional.cross_entropy(logits, ids[0, row["prompt_length"] :], reduction="sum") / learned
+            ((first, _),) = row["learned"]
+            logits = model(input_ids=ids).logits[0, first - 1 : -1].float()
+            part = torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum") / learned
             part.backward()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -191,7 +192,7 @@ def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[st
     row = rows_of(base, tmp_path)[0]
     text = "<bos><start_of_turn>user\nWe go <end_of_turn>\n<start_of_turn>model\nSlang: yes<end_of_turn>"
     assert tokenizer.decode(row["input_ids"]) == text and row["length"] == len(row["input_ids"])
-    assert tokenizer.decode(row["input_ids"][row["prompt_length"] :]) == "Slang: yes<end_of_turn>"
+    assert tokenizer.decode(row["input_ids"][slice(*row["learned"][0])]) == "Slang: yes<end_of_turn>"
 
     prompt = Prompt(TURNS, "{ask}", "{slang}")
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")

@@ -125,7 +125,7 @@ def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
     AutoModel could tokenize `{"input", "output"}` itself, but its templates are not our prompt; so both engines learn
     the very same tokens.
     """
-    write_whole(file, ({key: row[key] for key in ("input_ids", "prompt_length")} for row in rows))
+    write_whole(file, ({key: row[key] for key in ("input_ids", "learned")} for row in rows))
 
 
 def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:

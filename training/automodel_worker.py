@@ -19,7 +19,8 @@ import torch
 
 
 class TokenizedRows(torch.utils.data.Dataset):
-    """Rows that this project has tokenized: a JSON line `{"input_ids": [...], "prompt_length": n}` each.
+    """Rows that this project has tokenized: a JSON line `{"input_ids": [...], "learned": [[first, past the last], …]}`
+    each.
 
     AutoModel shifts in its data sets, not in its losses: the label at a place is the next token, -100 where that is not
     learned. Learned are the response and its EOS, as in `training.batches`.
@@ -32,8 +33,10 @@ class TokenizedRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids, first = self.rows[index]["input_ids"], self.rows[index]["prompt_length"]
-        labels = [-100] * (first - 1) + ids[first:]
+        ids = self.rows[index]["input_ids"]
+        labels = [-100] * (len(ids) - 1)
+        for first, end in self.rows[index]["learned"]:
+            labels[first - 1 : end - 1] = ids[first:end]
         return {"input_ids": ids[:-1], "labels": labels, "attention_mask": [1] * len(labels)}
 
 
@@ -70,8 +73,8 @@ def launch(recipe_file: str, processes: str) -> None:
     run.main(["--standalone", "--nproc-per-node", processes, "-m", "training.automodel_worker", recipe_file])
 
 
-def work(recipe_file: str) -> None:
-    """One of the processes that torchrun starts."""
+def load_recipe(recipe_file: str) -> Any:
+    """AutoModel's recipe, set up in this process; torchrun's environment variables say which of how many it is."""
     from nemo_automodel.components.config.loader import load_yaml_config
     from nemo_automodel.recipes.llm import train_ft
 
@@ -87,13 +90,13 @@ def work(recipe_file: str) -> None:
 
     recipe = Recipe(load_yaml_config(recipe_file))
     recipe.setup()
-    recipe.run_train_validation_loop()
+    return recipe
 
 
 if __name__ == "__main__":
     if sys.platform == "linux":  # killed with its parent, however that ends: two must never write one run
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if "LOCAL_RANK" in os.environ:
-        work(sys.argv[1])
+        load_recipe(sys.argv[1]).run_train_validation_loop()
     else:
         launch(sys.argv[1], sys.argv[2])

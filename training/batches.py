@@ -65,10 +65,10 @@ class Step:
 def tokenize(
     file: Path, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int, cache: Path
 ) -> tuple[Dataset, int]:
-    """Read a split and tokenize it to `input_ids`, their `length`, and `prompt_length` (tokens before the response).
+    """Read a split and tokenize it to `input_ids`, their `length`, and `learned`: spans `[[first, past the last], …]`.
 
-    The prompt is tokenized by itself, as it is when a served model is asked, and the response ends in EOS or in the
-    template's own end, so that the model learns to stop.
+    Learned are responses, or the model's turns of a dialogue. Each is tokenized apart from what comes before it, as it
+    is when a served model is asked, and ends in EOS or in the template's own end, so that the model learns to stop.
 
     Returns:
         The rows of at most `max_length` tokens, and the number of longer ones that were left out.
@@ -84,13 +84,22 @@ def tokenize(
         disable_progress_bars()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
 
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        prompts = tokenizer([prompt.wrap(text) for text in batch["input"]]).input_ids
-        responses = tokenizer(batch["output"], add_special_tokens=False).input_ids
-        rows = [[*p, *r, end] for p, r in zip(prompts, responses, strict=True)]
-        return {
-            "input_ids": rows, "length": [len(ids) for ids in rows], "prompt_length": [len(p) for p in prompts]
-        }  # fmt: skip
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = [prompt.pieces(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        texts = [text for pieces in rows for text, _ in pieces]
+        tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+        encoded: dict[str, list[Any]] = {"input_ids": [], "length": [], "learned": []}
+        for pieces in rows:
+            ids, spans = [tokenizer.bos_token_id], []
+            for _, learned in pieces:
+                first = len(ids)
+                ids += next(tokens)
+                if learned:
+                    ids.append(end)
+                    spans.append([first, len(ids)])
+            for key, value in zip(encoded, (ids, len(ids), spans), strict=True):
+                encoded[key].append(value)
+        return encoded
 
     # Named here, as `datasets` would otherwise pickle the tokenizer to name it, for seconds: `cache` lies in the data
     # folder, which is made anew with another tokenizer or prompt.
@@ -126,7 +135,7 @@ class Batches:
         """`seed=None` keeps the rows in order, for evaluation. `rank` and `world_size` deal out a step's rows."""
         self.rows = rows
         self.lengths = list(rows["length"])
-        self.learned = [n - p for n, p in zip(self.lengths, rows["prompt_length"], strict=True)]
+        self.learned = [sum(end - first for first, end in spans) for spans in rows["learned"]]
         self.batch_size, self.micro_batch_tokens, self.seed = batch_size, micro_batch_tokens, seed
         self.taken, self.rank, self.world_size = taken, rank, world_size
 
@@ -172,8 +181,10 @@ def _micro_batch(rows: list[Any]) -> MicroBatch:
     packed = pack([row["input_ids"][:-1] for row in rows])
     sources, targets = [], []
     for row, prefix, rest in zip(rows, packed.prefixes, packed.rests, strict=True):
-        sources += [*prefix, *rest][row["prompt_length"] - 1 :]
-        targets += row["input_ids"][row["prompt_length"] :]
+        places = [*prefix, *rest]
+        for first, end in row["learned"]:
+            sources += places[first - 1 : end - 1]
+            targets += row["input_ids"][first:end]
     as_int64 = partial(torch.tensor, dtype=torch.int64)
     lengths = [len(row["input_ids"]) for row in rows]
     return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), lengths)
