@@ -242,6 +242,6 @@ def _report(folder: Path, task: Task, manifest: dict[str, Any]) -> None:
     with (folder / "training.jsonl").open(encoding="utf-8") as file:
         for number, line in enumerate(islice(file, 2), 1):
             row = json.loads(line)
-            text = task.prompt.wrap(row["input"]) + row["output"]
+            text = "".join(text for text, _ in task.prompt.pieces(row))
             print(f"\nExample {number} of {splits['training']['rows']:,} (source row {row['row']})")
             print("\n".join(f"  | {part}" for part in text.split("\n")))

@@ -144,8 +144,8 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
     own chat template.
 
     Raises:
-        ValueError: a role that is none of system, user, assistant and model; turns that do not alternate, beginning with
-            the user; a message without text.
+        ValueError: a role that is none of system, user, assistant and model; turns that do not alternate, with the user
+            first; a message without text.
     """
     system, found = "", list[tuple[str, str | None]]()
     for number, message in enumerate(messages, 1):

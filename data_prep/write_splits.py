@@ -86,5 +86,5 @@ class SplitWriter:
         return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
     def _count(self, rows: list[dict[str, Any]]) -> list[int]:
-        texts = [self._prompt.wrap(row["input"]) + row["output"] for row in rows]
+        texts = ["".join(text for text, _ in self._prompt.pieces(row)) for row in rows]
         return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts)]
