@@ -1,0 +1,38 @@
+"""What can be converted to what: every format with the file that knows it.
+
+A format's file holds
+
+    TITLE = "…"                                   what it is, for the table of --help
+    recognizes(path) -> bool                      whether `path` looks like one; reads little and raises nothing
+    read(path) -> Checkpoint | Adapter            raises UserError where it is damaged, hostile or of another family
+    write(content, target) -> None                fills `target`, which does not exist: a file, or a folder it makes
+
+`write` raises UserError where the format cannot hold the content, and `READS` or `WRITES` lists what it takes
+(`{Checkpoint}`, `{Adapter}` or both).
+"""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from nemo_configs.command_line import UserError
+
+# In this order a source is asked what it is. Imported when needed: some need packages of their own.
+FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
+
+
+def module_of(name: str) -> ModuleType:
+    return import_module(f"converters.{name}")
+
+
+def detect(path: Path) -> str:
+    """
+    Raises:
+        UserError: there is nothing at `path`, or nothing that any format knows.
+    """
+    if not path.exists():
+        raise UserError(f"there is no {path}")
+    for name in FORMATS:
+        if module_of(name).recognizes(path):
+            return name
+    raise UserError(f"{path} is of no known format. Known: {', '.join(FORMATS)}")
