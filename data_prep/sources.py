@@ -13,7 +13,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,10 @@ class HubTable:
     @property
     def name(self) -> str:
         return str(self)
+
+    def pinned(self) -> "HubTable":
+        """The same, at the commit that it is at now."""
+        return replace(self, revision=self.version)
 
     @cached_property
     def version(self) -> str:
