@@ -32,7 +32,7 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     console.print(f"{folder}: {rows_in:,} rows in, {rows_out:,} out, from {source['name']}{at}\n")
     console.print(_splits(manifest["splits"]))
     for count, what in _left_out(folder, manifest):
-        console.print(f"{count:>8,}  {what}")
+        console.print(f"{count:>8,}  {what}" if what else "")
     with (folder / "training.jsonl").open(encoding="utf-8") as file:
         for number, line in enumerate(islice(file, examples), 1):
             row = json.loads(line)
@@ -68,7 +68,9 @@ def _splits(splits: dict[str, Any]) -> Table:
 
 
 def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """How many of what was not taken as it is."""
+    """How many of what was not taken as it is; after an empty line."""
+    if manifest["repaired"] or manifest["merged"] or manifest["dropped"]:
+        yield 0, ""
     if manifest["repaired"]:
         yield manifest["repaired"], "cells repaired (encoding, quotes, control characters)"
     if manifest["merged"]:
