@@ -52,7 +52,8 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     console = plain_console()
     show(look, source, console)
     if look.rows < FEWEST:
-        raise UserError(f"{source} has {look.rows} rows; at least {FEWEST} are needed, to learn from most of them and "
+        rows = f"{look.rows} row{'s' * (look.rows != 1)}"
+        raise UserError(f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and "
                         "measure with the rest")  # fmt: skip
     kind = kind_of(look, source.name, title)
     if isinstance(source, HubTable):

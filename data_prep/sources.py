@@ -10,6 +10,7 @@ recorded. Code in a repository is never run.
 """
 
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -93,6 +94,7 @@ class HubTable:
         """The paths, in the repository, of the split's files."""
         from datasets import load_dataset_builder
 
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a card without metadata is no matter
         try:
             builder = load_dataset_builder(
                 f"hf://datasets/{self.repository}", self.config or None, revision=self.version
