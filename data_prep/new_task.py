@@ -114,9 +114,10 @@ def _text(value: str) -> str:
     """YAML for this text, whatever is in it: in quotes where a plain word could be taken for more."""
     if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in WORDS:
         return value
-    if '"' in value and not set(value) & set("'\\\n") and "${" not in value:
+    value = value.replace("${", "$ {")  # which OmegaConf would take for the name of another key
+    if '"' in value and not set(value) & set("'\\\n"):
         return f"'{value}'"
-    return json.dumps(value, ensure_ascii=False).replace("${", "\\\\${")
+    return json.dumps(value, ensure_ascii=False)
 
 
 def main(words: list[str]) -> None:

@@ -154,9 +154,11 @@ class HubTable:
             return UserError(f"{page} is not there, or is private ({token})")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return UserError(f"{self} is on the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask")
-        if isinstance(error, (DatasetsError, ValueError, RuntimeError)):  # no files, many configs, a script
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+        kinds = (DatasetsError, FileNotFoundError, ValueError, RuntimeError)  # no files, many configs, a script
+        if isinstance(error, kinds) and not unreachable:
             return UserError(f"{page} cannot be read as a table: {str(error).strip()[:600]}")
-        if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        if isinstance(error, errors.HfHubHTTPError) and not unreachable:
             status = getattr(error.response, "status_code", "?")
             return UserError(f"the hub answered {status} for {page} ({token}). Try again later")
         if isinstance(error, (OSError, httpx2.HTTPError)):

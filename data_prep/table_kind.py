@@ -134,9 +134,7 @@ def _reviews(look: Look, texts: list[Column], file_name: str, title: str) -> Kin
     guess = " ".join(word for word in plain_header(Path(file_name).stem).split() if word not in NOT_A_TITLE).title()
     if not title and not guess:
         raise UserError(f'{file_name} holds reviews. Say what they are of: TITLE="…"')
-    about = f"Reviews of {title or guess}." + (
-        "" if title else ' The name of the file says so; TITLE="…" knows better.'
-    )
+    about = f"Reviews of {title}." if title else f"Reviews of {guess}, as the file's name has it; or give TITLE=..."
     columns = {"review": max(texts, key=lambda column: column.mean_length)}
     others = [column for column in look.columns if column is not columns["review"]]
     for name, wanted, holds in (("rating", RATINGS, ("numbers", "labels")), ("title", HEADLINES, ("text", "labels"))):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 from rapidfuzz import fuzz, process
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from data_prep import progress
 from data_prep.clean_text import clean, is_explicit, key_of
@@ -29,12 +29,12 @@ from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
 from data_prep.task import Data, Task
 from data_prep.write_splits import SplitWriter
-from nemo_configs.command_line import UserError
+from nemo_configs.command_line import UserError, load_config
 from training.batches import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data"
-TASK = OmegaConf.load(ROOT / "nemo_configs" / "task" / "slang.yaml")
+TASK = load_config(["task=slang", "trainer=cpu"]).task
 HEADER = ["Slang", "Description", "Example", "Context"]
 
 
@@ -760,12 +760,13 @@ def test_tokens_are_counted_of_what_the_model_will_read(tmp_path: Path, tokenize
 
 @pytest.mark.parametrize("form", ["one turn", "dialogue"])
 def test_counts_and_shown_rows_are_those_of_training(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str], form: str
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], form: str
 ) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     prompt = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{slang}", "{description}")
     row: dict[str, Any] = {"input": "Say hi.", "output": "Hi, you.\nHow are you?", "row": 1}
     if form == "dialogue":
-        prompt = Prompt("Q: {instruction}\nA: {response}<end_of_turn>", "{slang}", "{description}")
+        prompt = Prompt("Q: {instruction}\nA: {response}", "{slang}", "{description}")
         texts = ["Be kind.", "Say hi.", "Hi, you.\nHow are you?", "Fine!", "Good."]
         roles = ["system", "user", "assistant", "user", "assistant"]
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
@@ -774,10 +775,9 @@ def test_counts_and_shown_rows_are_those_of_training(
     rows, _ = tokenize(tmp_path / "training.jsonl", tokenizer, prompt, 512, tmp_path / "cache")
     ids, spans = rows[0]["input_ids"], rows[0]["learned"]
 
-    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     data = {"columns": {}, "module": None}
     task = Task("shown", Data(**data), {}, {}, prompt, 0)  # type: ignore[arg-type]
-    counted = list(SplitWriter(task, tmp_path / "tokenizer.json")._count([row]))
+    counted = list(SplitWriter(task, tiny_base / "tokenizer.json")._count([row]))
     assert counted == [(len(ids), sum(end - first for first, end in spans))]
 
     tokens = {"total": len(ids), "learned": counted[0][1], "mean": float(len(ids)), "max": len(ids), "counted_rows": 1}

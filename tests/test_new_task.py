@@ -160,7 +160,7 @@ def test_reviews_of_another_film(
     assert data.module == "reviews" and data.reviews.title == found
     assert data.columns.review == ["Review Text"] and data.columns.rating == ["Rating"]
     out = capsys.readouterr().out
-    assert (f"Reviews of {found}: so the file's name says" in out) == (not title)
+    assert (f"Reviews of {found}, as the file's name has it; or give TITLE=..." in out) == (not title)
 
 
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
@@ -205,7 +205,7 @@ def test_real_tables(rows_of: Callable[..., Any], name: str, module: str | None,
 
 
 def test_few_rows_are_dealt_so_that_no_split_is_empty(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    for seed in range(8):
+    for seed in range(4):
         rows = made_up(12, 3, 5, seed=seed)
         new_task(f"few{seed}", str(write(tmp_path / "a.csv", ["question", "answer"], rows)))
         rows_of(f"few{seed}")
@@ -225,13 +225,13 @@ def test_long_rows_are_not_left_out(tmp_path: Path, rows_of: Callable[..., Any])
     assert len(rows_of("long")["output"]) > 6000
 
 
-@pytest.mark.parametrize(
-    "header", ["no", "null", "row", "messages", "1st", "a: b", "a # b", "{x}", "${x}", "вопрос", '"q"']
-)
+@pytest.mark.parametrize("header", ["on", "null", "row", "messages", "1st", "a: b", "a #b", "{x}", "${x}", "да", '"q"'])
 def test_any_header_can_be_asked(tmp_path: Path, rows_of: Callable[..., Any], header: str) -> None:
     rows = [[f"${{oc.env:HOME}} {{answer}}: {one} # '\"\\", two] for one, two in made_up(40, 3, 5)]
     new_task("odd", str(write(tmp_path / "a.csv", [header, "answer"], rows)), "")
     row = rows_of("odd")
+    (asked,) = task_of("odd").prompt.fields.values()
+    assert asked in {given[0].replace("${", "$ {") for given in rows}, "and nothing in it is taken for another key"
     assert any(given[0] in row["input"] or given[0] == row["output"] for given in rows)
 
 
@@ -250,7 +250,7 @@ USELESS = {
     "an image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is a PNG image"),
     "noise": (random.Random(1).randbytes(5000), "looks like a binary file"),
     "reviews": (
-        b"Review\n" + b"".join(b"A fine film, number %d\n" % n for n in range(30)),
+        b"Review\n" + b"".join(b"A fine film number %d\n" % n for n in range(30)),
         "Say what they are of: TITLE=",
     ),
 }

@@ -3,6 +3,7 @@ played here over HTTP for the real libraries."""
 
 import hashlib
 import json
+import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,15 +23,17 @@ from data_prep.read_table import Row, open_table
 from data_prep.sources import HubTable, find_source, open_source
 from nemo_configs.command_line import UserError
 
-ROWS = [(f"What is the {n}th thing about bread?", f"It is fact {n * 7919 % 1009} of the baker.") for n in range(60)]
+LETTERS = random.Random(0)
+ROWS = [tuple(" ".join("".join(LETTERS.choices("abdegiklmnoprstu", k=6)) for _ in range(n)) for n in (4, 7))
+        for _ in range(60)]  # fmt: skip
 NAMES = {"question": ["question"], "answer": ["answer"]}
 
 
-def csv_of(rows: list[tuple[str, str]]) -> bytes:
+def csv_of(rows: list[tuple[str, ...]]) -> bytes:
     return ("question,answer\n" + "".join(f"{question},{answer}\n" for question, answer in rows)).encode()
 
 
-def parquet_of(rows: list[tuple[str, str]]) -> bytes:
+def parquet_of(rows: list[tuple[str, ...]]) -> bytes:
     sink = pyarrow.BufferOutputStream()
     questions, answers = zip(*rows, strict=True)
     pyarrow.parquet.write_table(pyarrow.table({"question": questions, "answer": answers}), sink)
@@ -116,7 +119,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         repositories: files by path, by repository and commit; the last commit is the newest.
         locked: repositories whose files are only for those who accepted something.
-        breaks_after: bytes after which the next file's connection is cut, once.
+        breaks_after: bytes after which the connection of the next longer file is cut, once.
         asked: the requests so far.
     """
 
@@ -124,7 +127,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubAnswer)
         self.repositories: dict[str, dict[str, dict[str, bytes]]] = {}
         self.locked: set[str] = set()
-        self.breaks_after: int | None = None
+        self.breaks_after = 0
         self.asked: list[tuple[str, str, str | None]] = []
 
     def fetched(self, path: str) -> list[str | None]:
@@ -163,7 +166,12 @@ class HubAnswer(BaseHTTPRequestHandler):
             for path, content in files.items()
         ]
         if what == "tree":
-            answer: Any = [entry for entry in listed if entry["path"].startswith(path)]
+            inside = path + "/" * bool(path)
+            below = [entry for entry in listed if entry["path"].startswith(inside)]
+            deeper = [entry["path"] for entry in below if "/" in entry["path"][len(inside) :]]
+            folders = {path[: path.index("/", len(inside))] for path in deeper}
+            answer: Any = [entry for entry in below if entry["path"] not in deeper]
+            answer += [{"type": "directory", "path": folder, "oid": ""} for folder in folders]
         elif what == "paths-info":
             answer = [entry for entry in listed if entry["path"] in parse_qs(given)["paths"]]
         else:
@@ -185,10 +193,10 @@ class HubAnswer(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        end = self.server.breaks_after
-        self.server.breaks_after = None
-        self.wfile.write(content[first:end])
-        self.close_connection = end is not None
+        self.close_connection = 0 < self.server.breaks_after < len(content)
+        self.wfile.write(content[first : self.server.breaks_after] if self.close_connection else content[first:])
+        if self.close_connection:
+            self.server.breaks_after = 0
 
     def reply(self, status: int, body: bytes, code: str = "", commit: str = "") -> None:
         self.send_response(status)
@@ -221,12 +229,14 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)  # what HF_ENDPOINT sets before they are imported
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", url)
+    file_url = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     server.asked.clear()
-    server.locked, server.breaks_after = {"baker/locked"}, None
+    server.locked, server.breaks_after = {"baker/locked"}, 0
     table = {"README.md": b"# Bread\n", "train.csv": csv_of(ROWS), "test.csv": csv_of(ROWS[:5])}
     shards = {f"data/train-0000{n}-of-00002.parquet": parquet_of(ROWS[n * 30 : n * 30 + 30]) for n in range(2)}
     script = {"script.py": b"raise SystemExit('run')", "notes.md": b"nothing to read"}
@@ -289,7 +299,8 @@ def test_a_named_commit_that_is_prepared_needs_no_network(hub: Hub, tmp_path: Pa
     assert not hub.asked
 
 
-def test_a_download_that_breaks_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+def test_a_download_that_breaks_goes_on_where_it_was(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)  # kept, of what arrives
     hub.breaks_after = 1000
     (file,) = find_source("hf:baker/bread").files
     assert file.read_bytes() == csv_of(ROWS)
