@@ -95,7 +95,7 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
         "rows": f"{look.rows:,}",
         "kind": kind,
         "unused": {field_of(column): column for column in look.columns if column not in used and column.filled},
-        "filter": (to_filter[0], ">=3") if to_filter else (kind.key, ".*[a-z].*"),
+        "filter": (to_filter[0], ">=3") if to_filter else (kind.key, ".{20,}"),
         "shares": shares,
         "seed": seed,
         "max_chars": round(characters + 500, -3) if characters > 4000 else 4000,

@@ -54,13 +54,11 @@ def plain_console() -> Console:
 def _splits(splits: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold")
     table.add_column("split")
-    counted = "tokens" in splits["training"]
-    for title in ("rows", *(("tokens of a row", "longest", "learned") if counted else ())):
+    for title in ("rows", *(("tokens of a row", "longest", "learned") if "tokens" in splits["training"] else ())):
         table.add_column(title, justify="right")
     for name, split in splits.items():
         cells = [name, f"{split['rows']:,}"]
-        if counted:
-            tokens = split["tokens"]
+        if tokens := split.get("tokens"):
             share = tokens["learned"] / max(tokens["total"], 1)
             cells += [f"{tokens['mean']:,.0f}", f"{tokens['max']:,}", f"{share:.0%}"]
         table.add_row(*cells)

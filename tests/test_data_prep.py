@@ -782,7 +782,7 @@ def test_counts_and_shown_rows_are_those_of_training(
 
     tokens = {"total": len(ids), "learned": counted[0][1], "mean": float(len(ids)), "max": len(ids), "counted_rows": 1}
     manifest = {"rows_in": 1, "rows_out": 1, "source": {"name": "a.csv"}, "dropped": {}, "merged": 0, "repaired": 0,
-                "splits": {"training": {"rows": 1, "tokens": tokens}}}  # fmt: skip
+                "notes": {}, "splits": {"training": {"rows": 1, "tokens": tokens}}}  # fmt: skip
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     show(tmp_path, prompt, 1)
     shown = capsys.readouterr().out.partition("Example 1")[2].split("\n")[1:-3]
