@@ -35,10 +35,10 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
-data: .venv/train.stamp  ## prepare the data of TASK and look at it                   SOURCE=my.csv ARGS="examples=5"
+data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
 
-new-task: .venv/train.stamp  ## write a task for a table of yours, to change and train  NAME=films SOURCE=reviews.csv TITLE="..."
+new-task: .venv/train.stamp  ## write a task for a table of your own, as a start         NAME=films SOURCE=reviews.csv TITLE="..."
 	@$(RUN) data_prep.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones

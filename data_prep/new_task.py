@@ -41,6 +41,8 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
         UserError: a name that cannot be one or is taken, a source that cannot be read or is of no use.
     """
     file = command_line.CONFIG_DIR / "task" / f"{name}.yaml"
+    if not name:
+        raise UserError("what is the task to be called? Give it a name, such as NAME=films")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in WORDS:
         raise UserError(f"a task cannot be called '{name}'. Use letters, digits and _, such as NAME=films")
     if name in names("task"):

@@ -135,7 +135,10 @@ def _check_columns(
     hint = ""
     if not found:
         line = ",".join(field for field in names if field in required)
-        hint = f"\nIf its first line is already a row, put a line of column names above it, such as: {line}"
+        hint = (
+            f"\nIf its first line is already a row, put a line of column names above it, such as: {line}\n"
+            f"If it is a table of another kind, make a task for it: make new-task NAME=mine SOURCE={path}"
+        )
     raise UserError(
         f"{path} has no column for {' or '.join(missing)}. Columns found: {columns}\n"
         f"Accepted names (any case, any order):\n{wanted}{hint}"

@@ -885,6 +885,7 @@ BAD = {
     "nul bytes alone": (b"\x00" * 5000, "is empty"),
     "no header": (b"W,win\nL,loss\n", "If its first line is already a row, put a line of column names above it"),
     "other columns": (b"id,review\n1,good\n", "Columns found: 'id', 'review'"),
+    "another table": (b"id,review\n1,good\n", "make a task for it: make new-task NAME=mine SOURCE="),
     "a column missing": (b"slang,origin\nW,x\n", "has no column for description"),
     "one endless line": (b"slang,description," * 100_000, "begins with a line of over 1,000,000 characters"),
     "one endless cell": (b"x" * 500_000, "has no column for slang or description"),
