@@ -57,7 +57,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
         rows = f"{look.rows} row{'s' * (look.rows != 1)}"
         raise UserError(f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and "
                         "measure with the rest")  # fmt: skip
-    kind = kind_of(look, source.name, title)
+    kind = kind_of(look, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
     partial = file.with_suffix(".partial")

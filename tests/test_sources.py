@@ -299,6 +299,11 @@ def test_a_named_commit_that_is_prepared_needs_no_network(hub: Hub, tmp_path: Pa
     assert not hub.asked
 
 
+def test_a_pinned_table_names_its_commit(hub: Hub) -> None:
+    source = find_source("hf:baker/bread:test")
+    assert isinstance(source, HubTable) and str(source.pinned()) == f"hf:baker/bread@{FIRST}:test"
+
+
 def test_a_download_that_breaks_goes_on_where_it_was(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 500)  # kept, of what arrives
     hub.breaks_after = 1000
