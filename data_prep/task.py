@@ -36,7 +36,7 @@ class Shares:
 
 @dataclass
 class Data:
-    """`task.data`, with the types that OmegaConf holds a user's overrides to; slang.yaml and task_defaults.yaml say what each is for."""
+    """`task.data`, with the types that OmegaConf holds a user's overrides to; see task_defaults.yaml, slang.yaml."""
 
     source: str = MISSING
     module: str | None = None
