@@ -1,6 +1,6 @@
 """What data preparation asks of a task's YAML (`nemo_configs/task/*.yaml`), checked before any row is read."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from data_prep.prompt import Prompt
 from data_prep.split import ranges
 from nemo_configs.command_line import UserError, plain
 
-MODULES = ("slang",)  # see data_prep/write_splits.py
+MODULES = ("slang", "reviews")  # see data_prep/write_splits.py
 
 
 @dataclass
@@ -22,11 +22,21 @@ class Shares:
 
 
 @dataclass
+class Reviews:
+    """What the module `reviews` asks of a task: the film, what it is called, and aspects of its own with their words."""
+
+    title: str = MISSING
+    kind: str = "film"
+    aspects: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
 class Data:
     """`task.data`, with the types that OmegaConf holds a user's overrides to; slang.yaml says what each is for."""
 
     source: str = MISSING
     module: str | None = None
+    reviews: Reviews | None = None
     columns: dict[str, list[str]] = MISSING
     required: list[str] = MISSING
     key: str = MISSING
