@@ -179,7 +179,7 @@ def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
             everything = [review for others in reviews.values() for review in others]
             english = sum(bool(review.sentences) for review in everything)
             raise UserError(
-                f"{task.source}: the {split} split has no review that says something in English, in a sentence of four "
+                f"{task.data.source}: the {split} split has no review that says something in English, in a sentence of four "
                 f"words or more. Of {len(everything)} usable rows {english} have one; languages: "
                 f"{languages_of(everything)}.\nAdd or translate reviews"
                 + (f", deal them anew (task.data.split.seed={task.seed + 1})" if english > 2 else "")
@@ -203,7 +203,7 @@ def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, flo
     highest = max(plain.values(), default=0.0)
     if highest > 100:
         raise UserError(
-            f"{task.source}: column rating holds {highest:g}; ratings are out of 5, 10 or 100, or like 7/10. Name another "
+            f"{task.data.source}: column rating holds {highest:g}; ratings are out of 5, 10 or 100, or like 7/10. Name another "
             f"column in task.data.columns.rating, or none: task.data.columns.rating=[]"
         )
     scale = next(best for best in (5, 10, 100) if highest <= best)
