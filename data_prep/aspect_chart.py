@@ -18,8 +18,7 @@ STYLE: dict[Any, Any] = {"svg.hashsalt": "aspects", "svg.fonttype": "none", "tex
 def draw(file: Path, title: str, aspects: Sequence[Aspect]) -> None:
     """Diverging bars as SVG: criticism to the left, praise to the right, the most discussed aspect on top."""
     shown = [aspect for aspect in aspects if aspect.judged][:MOST][::-1]
-    good = [len(aspect.favourable) + len(aspect.both) for aspect in shown]
-    bad = [len(aspect.unfavourable) + len(aspect.both) for aspect in shown]
+    good, bad = ([len(aspect.praised_by) for aspect in shown], [len(aspect.criticised_by) for aspect in shown])
     # Letters that Matplotlib's own font lacks are drawn by the reader's browser.
     with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
         figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(shown), 1)), layout="constrained")
@@ -29,7 +28,9 @@ def draw(file: Path, title: str, aspects: Sequence[Aspect]) -> None:
         reach = max([*good, *bad, 1])
         for place, (praise, criticism) in enumerate(zip(good, bad, strict=True)):
             axes.text(praise + 0.01 * reach, place, f"{praise}", va="center", color=MUTED, fontsize=9)
-            axes.text(-criticism - 0.01 * reach, place, f"{criticism}", va="center", ha="right", color=MUTED, fontsize=9)
+            axes.text(
+                -criticism - 0.01 * reach, place, f"{criticism}", va="center", ha="right", color=MUTED, fontsize=9
+            )
         axes.set_yticks(range(len(shown)), [aspect.name for aspect in shown])
         axes.set_xticks([])
         axes.set_xlim(-1.12 * max([*bad, 0.25 * reach]), 1.12 * max([*good, 0.25 * reach]))

@@ -9,10 +9,10 @@ only the rating is used. Everything runs from what lies in the packages, and the
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +32,12 @@ SURE = 0.5  # probability of a language; below it a review with a word of VADER'
 QUOTE = range(4, 31)  # words: less says nothing, more is an essay
 REPRESENTATIVE, PHRASES = 30, 12
 LANGUAGES = {
-    "en": "English", "es": "Spanish", "pt": "Portuguese", "fr": "French", "de": "German", "it": "Italian", "nl": "Dutch",
-    "sv": "Swedish", "da": "Danish", "no": "Norwegian", "fi": "Finnish", "pl": "Polish", "cs": "Czech", "hu": "Hungarian",
-    "ro": "Romanian", "el": "Greek", "tr": "Turkish", "ru": "Russian", "uk": "Ukrainian", "ar": "Arabic", "he": "Hebrew",
-    "fa": "Persian", "hi": "Hindi", "bn": "Bengali", "ur": "Urdu", "id": "Indonesian", "tl": "Tagalog", "vi": "Vietnamese",
-    "th": "Thai", "ko": "Korean", "ja": "Japanese", "zh": "Chinese",
+    "en": "English", "es": "Spanish", "pt": "Portuguese", "fr": "French", "de": "German", "it": "Italian",
+    "nl": "Dutch",
+    "sv": "Swedish", "da": "Danish", "no": "Norwegian", "fi": "Finnish", "pl": "Polish", "cs": "Czech",
+    "hu": "Hungarian", "ro": "Romanian", "el": "Greek", "tr": "Turkish", "ru": "Russian", "uk": "Ukrainian",
+    "ar": "Arabic", "he": "Hebrew", "fa": "Persian", "hi": "Hindi", "bn": "Bengali", "ur": "Urdu", "id": "Indonesian",
+    "tl": "Tagalog", "vi": "Vietnamese", "th": "Thai", "ko": "Korean", "ja": "Japanese", "zh": "Chinese",
 }  # fmt: skip
 UNKNOWN = "unknown"
 
@@ -48,7 +49,9 @@ _TURN = re.compile(
 )
 _PART = re.compile(r",\s+|\s+(?=and\b)", re.IGNORECASE)
 _UNSPACED = re.compile(r"(?<=[a-z)][.!?])(?=[A-Z][a-z])")  # "Great story.A lot to enjoy."
-_JOINT = re.compile(r"(?:but|and|or|so|yet|however|although|though|whereas|while|except|until)\b,?\s*", re.IGNORECASE)
+_JOINT = re.compile(
+    r"^(?:but|and|or|so|yet|however|although|though|whereas|while|except|until)\b,?\s*|[\s,]+$", re.IGNORECASE
+)
 _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
@@ -109,6 +112,14 @@ class Aspect:
     mentions: list[int] = field(default_factory=list)
     praise: list[Opinion] = field(default_factory=list)  # that can be quoted, the strongest first
     criticism: list[Opinion] = field(default_factory=list)
+
+    @property
+    def praised_by(self) -> list[int]:
+        return sorted([*self.favourable, *self.both])
+
+    @property
+    def criticised_by(self) -> list[int]:
+        return sorted([*self.unfavourable, *self.both])
 
     @property
     def judged(self) -> list[int]:
@@ -175,11 +186,10 @@ class Reader:
         return [self._aspect_of[match[0].casefold()] for match in self._words.finditer(self._title.sub(" ", text))]
 
     def _opinions(self, row: int, sentence: str) -> list[Opinion]:
-        whole, found = self.score(sentence), dict[tuple[str, bool], Opinion]()
-        clauses = _cut(sentence, _TURN)
-        for clause in clauses:
-            parts = _cut(clause, _PART)
-            scores = [self.score(part) for part in parts]
+        found: dict[tuple[str, bool], Opinion] = {}
+        clauses = [(clause, _cut(clause, _PART)) for clause in _cut(sentence, _TURN)]
+        scored = [[self.score(part) for part in parts] for _, parts in clauses]
+        for (clause, parts), scores in zip(clauses, scored, strict=True):
             for place, part in enumerate(parts):
                 named = self._aspects_in(part)
                 # "The story, the acting and the music are great": a part without a judgement shares the next one's.
@@ -187,8 +197,10 @@ class Reader:
                 score = next((score for score in near if score), 0.0)
                 if not named or abs(score) < OPINION:
                     continue
-                agrees = whole * score > 0 and len(clauses) == 1
-                quote = next(filter(_reads_well, [sentence] * agrees + [_JOINT.sub("", clause, count=1).strip(" ,")]), "")
+                # Quoted is what says one thing only: the sentence where all of it does, else the clause, else the part.
+                around = ((sentence, chain(*scored)), (clause, scores), (part, [scores[place]]))
+                one_sided = [_JOINT.sub("", text) for text, tones in around if all(tone * score >= 0 for tone in tones)]
+                quote = next(filter(_reads_well, one_sided), "")
                 for name in named:
                     found.setdefault((name, score > 0), Opinion(row, name, score, quote))
         return list(found.values())
@@ -293,11 +305,11 @@ class Knowledge:
         return (sum(rated.values()) / len(rated), list(rated)) if rated else None
 
     def praised(self) -> list[Aspect]:
-        """The aspects with most and clearest praise first: n² / judged, for n reviews that are favourable."""
-        return _ranked(self.aspects, lambda aspect: len(aspect.favourable))
+        """The aspects with most and clearest praise first: n² / judged, for n reviews that praise."""
+        return _ranked(self.aspects, lambda aspect: len(aspect.praised_by))
 
     def criticised(self) -> list[Aspect]:
-        return _ranked(self.aspects, lambda aspect: len(aspect.unfavourable))
+        return _ranked(self.aspects, lambda aspect: len(aspect.criticised_by))
 
     def as_json(self, split_of: Mapping[int, str]) -> dict[str, Any]:
         """What knowledge.json holds: the counts, and five quotes of each side with their review and its split."""
@@ -310,7 +322,9 @@ class Knowledge:
             "reviews": len(self.reviews),
             "languages": {name: len(rows) for name, rows in self.languages().items()},
             "verdicts": {name: len(rows) for name, rows in self.verdicts().items()},
-            "rating": {"mean": round(self.scale * rating[0], 2), "of": self.scale, "reviews": len(rating[1])} if rating else None,
+            "rating": {"mean": round(self.scale * rating[0], 2), "of": self.scale, "reviews": len(rating[1])}
+            if rating
+            else None,
             "aspects": [
                 {
                     "name": aspect.name,
@@ -330,13 +344,13 @@ class Knowledge:
         }
 
 
-def _ranked(aspects: Sequence[Aspect], count: Any) -> list[Aspect]:
+def _ranked(aspects: Sequence[Aspect], count: Callable[[Aspect], int]) -> list[Aspect]:
     ranked = sorted(aspects, key=lambda aspect: -(count(aspect) ** 2) / max(len(aspect.judged), 1))
     return [aspect for aspect in ranked if count(aspect)]
 
 
 def _representative(reviews: Sequence[Review]) -> list[tuple[str, int]]:
-    """Sentences near the centroid of all in TF-IDF, chosen by maximal marginal relevance (Carbonell, Goldstein 1998)."""
+    """Sentences near the centroid of all in TF-IDF, by maximal marginal relevance (Carbonell and Goldstein, 1998)."""
     said = [(sentence, review.row) for review in reviews for sentence in review.sentences]
     try:
         vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform([text for text, _ in said])
@@ -363,11 +377,17 @@ def _phrases(reviews: Sequence[Review], title: str) -> list[tuple[str, list[int]
         return []
     names, totals = vectorizer.get_feature_names_out(), np.asarray(counts.sum(axis=0)).ravel()
     mine = set(title.casefold().split())
-    order = sorted(np.flatnonzero(totals >= 3), key=lambda place: (-totals[place] * len(names[place].split()), names[place]))
+    order = sorted(
+        np.flatnonzero(totals >= 3), key=lambda place: (-totals[place] * len(names[place].split()), names[place])
+    )
     chosen: list[tuple[str, list[int]]] = []
     for place in order:
         words = names[place].split()
-        if {words[0], words[-1]} & ENGLISH_STOP_WORDS or mine & set(words) or any(names[place] in p or p in names[place] for p, _ in chosen):
+        if (
+            {words[0], words[-1]} & ENGLISH_STOP_WORDS
+            or mine & set(words)
+            or any(names[place] in p or p in names[place] for p, _ in chosen)
+        ):
             continue
         chosen.append((names[place], [english[row].row for row in counts[:, [place]].nonzero()[0]]))
         if len(chosen) == PHRASES:

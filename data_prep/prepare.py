@@ -200,7 +200,7 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
                 done += len(batch)
                 progress.at(done)
 
-        fields = {split: task.data.columns for split in task.split} | {
+        fields = dict.fromkeys(task.split, task.data.columns) | {
             "training": task.data.train_fields or task.data.columns
         }
         from_all = writer.begin(partial, {split: (batches(split), fields[split]) for split in task.split})

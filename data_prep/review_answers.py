@@ -82,7 +82,11 @@ class Answers:
     def languages(self) -> Answer:
         found = self._knowledge.languages()
         named = [f"{language} ({self._count(rows)})" for language, rows in found.items() if language != "unknown"]
-        other = [(r.text, r.row) for r in self._knowledge.reviews if r.language not in ("en", "unknown") and len(r.text) < 150]
+        other = [
+            (r.text, r.row)
+            for r in self._knowledge.reviews
+            if r.language not in ("en", "unknown") and len(r.text) < 150
+        ]
         opening = self._one_of("The reviews are written in", "Viewers wrote in", "I have reviews in")
         unknown = self._count(found.get("unknown", []))
         left = f"The language of {unknown} could not be told." if unknown else ""
@@ -100,13 +104,13 @@ class Answers:
         if suits:
             opening = self._one_of(
                 f"The {self._noun} suits viewers who care for {_the(suits)}, which the reviews praise.",
-                f"Anyone who looks for good things in {_the(suits)} is well served, going by the reviews.",
+                f"Whoever watches for the sake of {_the(suits)} is well served, going by the reviews.",
                 f"Going by the reviews, those who value {_the(suits)} will like the {self._noun} best.",
             )
         mind = self._one_of(*[aspect.name for aspect in criticised]) if criticised else ""
         warning = mind and self._one_of(
             f"Those who are particular about the {mind} may be let down: that is where viewers complain.",
-            f"Complaints are mostly about the {mind}, so it is not for everyone.",
+            f"Complaints are mostly about the {mind}.",
         )
         advice = [(s, r.row) for r in self._knowledge.reviews for s in r.sentences if _AUDIENCE.search(s)]
         return self._answer(opening, warning, self._cite(advice, 2))
@@ -124,20 +128,23 @@ class Answers:
         return self._answer(
             "Positive aspects:" if labelled else "",
             self._side(self._knowledge.praised(), good=True, quotes=2),
-            "\n\nNegative aspects:" if labelled else self._one_of("On the other side,", "Against that,", "As for the bad,"),
+            "\n\nNegative aspects:"
+            if labelled
+            else self._one_of("On the other side,", "Against that,", "As for the bad,"),
             self._side(self._knowledge.criticised(), good=False, quotes=2),
         )
 
     def division(self) -> Answer:
-        split = [aspect for aspect in self._knowledge.aspects if min(len(aspect.favourable), len(aspect.unfavourable)) >= 2]
+        split = [
+            aspect for aspect in self._knowledge.aspects if min(len(aspect.favourable), len(aspect.unfavourable)) >= 2
+        ]
         split.sort(key=lambda a: -min(len(a.favourable), len(a.unfavourable)) / len(a.judged) ** 0.5)
         if not split:
             self._count([row for aspect in self._knowledge.aspects for row in aspect.judged])
             return self._answer(
                 self._one_of(
-                    "Nothing divides these viewers clearly: there is no aspect that at least two reviews praise and two "
-                    "criticise.",
-                    "I find no real division: no aspect has two reviews or more on either side.",
+                    "Nothing divides these viewers clearly: no aspect is praised by two reviews and criticised by two.",
+                    "I find no real division: there is no aspect with two reviews or more on each side.",
                 )
             )
         aspect = self._one_of(*split[:4])
@@ -159,15 +166,14 @@ class Answers:
             )
         if judged == 1:
             self._count(aspect.judged)
-            kind = "favourable" if aspect.favourable else "unfavourable" if aspect.unfavourable else "both for and against"
-            return self._answer(
-                f"Only one review gives an opinion on the {aspect.name}; it is {kind}.", self._both_sides(aspect, 1, 1)
-            )
+            kind = "favourable" if aspect.favourable else "unfavourable" if aspect.unfavourable else "of two minds"
+            opening = f"Only one review gives an opinion on the {aspect.name}; it is {kind}."
+            return self._answer(opening, self._both_sides(aspect, 1, 1))
         share = good / judged
         if share >= MOSTLY:
             opening = self._one_of(
                 f"Viewers mostly speak well of the {aspect.name}:", f"The {aspect.name} can count on praise:",
-                f"Most who mention the {aspect.name} in a judgement are pleased:", f"There is much praise for the {aspect.name}:",
+                f"Most who judge the {aspect.name} are pleased:", f"There is much praise for the {aspect.name}:",
             )  # fmt: skip
         elif len(aspect.unfavourable) / judged >= MOSTLY:
             opening = self._one_of(
@@ -218,15 +224,19 @@ class Answers:
         total = sum(found.values())
         good, bad = found["positive"] / total, found["negative"] / total
         numbers = (
-            f"of {_reviews(total)}, {found['positive']} {'is' if found['positive'] == 1 else 'are'} positive, "
+            f"of {_reviews(total)}, {found['positive']} {_is(self._knowledge.verdicts()['positive'])} positive, "
             f"{found['mixed']} mixed and {found['negative']} negative."
         )
         if total == 1:
             return f"There is one review to go by, and it is {next(name for name, count in found.items() if count)}."
         if good >= MOSTLY:
-            opening = self._one_of("Viewers are impressed:", "The response is mostly positive:", "Most viewers come away happy:")
+            opening = self._one_of(
+                "Viewers are impressed:", "The response is mostly positive:", "Most viewers come away happy:"
+            )
         elif bad >= MOSTLY:
-            opening = self._one_of("Viewers are disappointed:", "The response is mostly negative:", "Most viewers are let down:")
+            opening = self._one_of(
+                "Viewers are disappointed:", "The response is mostly negative:", "Most viewers are let down:"
+            )
         elif good > bad:
             opening = self._one_of("More viewers are pleased than not:", "The response leans to the positive:",
                                    f"Viewers like the {self._noun} more often than not:")  # fmt: skip
@@ -238,10 +248,10 @@ class Answers:
         found = self._knowledge.mean_rating()
         if not found:
             return ""
-        scale = self._knowledge.scale
+        scale, rated = self._knowledge.scale, _reviews(self._count(found[1]))
         return self._one_of(
-            f"The average rating is {scale * found[0]:.1f} out of {scale}, over {_reviews(self._count(found[1]))}.",
-            f"They give {scale * found[0]:.1f} out of {scale} on average ({_reviews(self._count(found[1]))} with a rating).",
+            f"The average rating is {scale * found[0]:.1f} out of {scale}, over {rated}.",
+            f"They give {scale * found[0]:.1f} out of {scale} on average ({rated} with a rating).",
         )
 
     def _talked_about(self) -> str:
@@ -262,10 +272,11 @@ class Answers:
         meaning = [a for a in self._knowledge.aspects if a.name in ("themes", "premise", "plot") and a.praise]
         if praised:
             first = self._one_of(*praised)
+            count = _reviews(self._count(first.praised_by))
             parts.append(self._one_of(
-                f"What wins viewers over is above all the {first.name}, with {_reviews(self._count(first.favourable))} in favour.",
-                f"Much of the praise goes to the {first.name}: {_reviews(self._count(first.favourable))} in favour.",
-                f"Those who like the {self._noun} point to the {first.name} ({_reviews(self._count(first.favourable))}).",
+                f"What wins viewers over is, among other things, the {first.name}, with {count} in favour.",
+                f"Much of the praise goes to the {first.name}: {count} in favour.",
+                f"Those who like the {self._noun} point to the {first.name} ({count}).",
             ))  # fmt: skip
             parts.append(self._cite(_strong(first.praise), quotes))
         if meaning:
@@ -273,9 +284,10 @@ class Answers:
             parts.append(self._cite(_strong(about.praise), 1, f"About the {about.name}, a viewer says:"))
         if criticised:
             worst = self._one_of(*criticised)
+            count = _reviews(self._count(worst.criticised_by))
             parts.append(self._one_of(
-                f"What spoils it for some is the {worst.name} ({_reviews(self._count(worst.unfavourable))} against).",
-                f"The objections are about the {worst.name}, with {_reviews(self._count(worst.unfavourable))} against.",
+                f"What spoils it for some is the {worst.name} ({count} against).",
+                f"Among the objections is the {worst.name}, with {count} against.",
             ))  # fmt: skip
             parts.append(self._cite(_strong(worst.criticism), 1))
         return " ".join(part for part in parts if part) or "The reviews give no reasons that could be counted."
@@ -284,56 +296,49 @@ class Answers:
         chosen = list(ranked[: self._chance.choice((3, 4, 5))])
         if not chosen:
             return f"no aspect is {'praised' if good else 'criticised'} in these reviews."
-        named = [
-            f"the {aspect.name} ({self._count(aspect.favourable if good else aspect.unfavourable)})" for aspect in chosen
-        ]
+        counts = [self._count(aspect.praised_by if good else aspect.criticised_by) for aspect in chosen]
+        units = [" review" if counts[0] == 1 else " reviews", *[""] * (len(chosen) - 1)]
+        named = [f"the {aspect.name} ({n}{unit})" for aspect, n, unit in zip(chosen, counts, units, strict=True)]
         opening = (
             self._one_of("viewers like", "praise goes to", "the reviews speak well of")
             if good
             else self._one_of("viewers criticise", "criticism goes to", "the reviews complain about")
         )
-        one = self._one_of("number of reviews in brackets", "reviews counted in brackets")
-        said = f"{opening} {_listing(named)}, {one}." if self._chance.random() < 0.3 else f"{opening} {_listing(named)}."
-        parts = [said]
+        parts = [f"{opening} {_listing(named)}."]
         for place, aspect in enumerate(self._some(chosen, quotes)):
             pool = _strong(aspect.praise if good else aspect.criticism)
-            lead = self._one_of(f"On the {aspect.name}:", f"About the {aspect.name} one viewer writes:") if place else ""
-            parts.append(self._cite(pool, 1, lead or f"Of the {aspect.name} one viewer says:"))
+            lead = self._one_of(f"On the {aspect.name}:", f"About the {aspect.name} one viewer writes:")
+            parts.append(self._cite(pool, 1, lead if place else f"Of the {aspect.name} one viewer says:"))
         return " ".join(part for part in parts if part)
 
     def _one_side(self, aspect: Aspect, good: bool) -> str:
-        rows, others = (aspect.favourable, aspect.unfavourable) if good else (aspect.unfavourable, aspect.favourable)
-        rows, pool = [*rows, *aspect.both], aspect.praise if good else aspect.criticism
+        rows, others = (aspect.praised_by, aspect.criticised_by) if good else (aspect.criticised_by, aspect.praised_by)
+        verb, side, other = ("praise", "in favour of", "against") if good else ("criticise", "against", "in favour")
+        one, count = len(rows) == 1, _reviews(self._count(rows))
         if not rows:
-            other = "favourable" if not good else "unfavourable"
-            if not others:
-                return f"No review {'praises' if good else 'criticises'} the {aspect.name}."
-            return (
-                f"Nothing: no review {'praises' if good else 'criticises'} the {aspect.name}. "
-                f"{_reviews(self._count(others)).capitalize()} {'is' if len(others) == 1 else 'are'} {other}."
-            )
-        verb = ("praise", "like") if good else ("criticise", "object to")
-        count = self._count(rows)
+            opposite = f" {_reviews(self._count(others)).capitalize()} {_is(others)} {other}." if others else ""
+            return f"No review {verb}s the {aspect.name}.{opposite}"
         opening = self._one_of(
-            f"{_reviews(count).capitalize()} {verb[0] + 's' * (count == 1)} the {aspect.name}.",
-            f"There {'is' if count == 1 else 'are'} {_reviews(count)} {'in favour of' if good else 'against'} the {aspect.name}.",
+            f"{count.capitalize()} {verb}{'s' * one} the {aspect.name}.",
+            f"There {_is(rows)} {count} {side} the {aspect.name}.",
         )
-        return f"{opening} {self._cite(_strong(pool), 3)}".strip()
+        return f"{opening} {self._cite(_strong(aspect.praise if good else aspect.criticism), 3)}".strip()
 
     def _numbers(self, aspect: Aspect) -> str:
         self._count(aspect.judged)
         total, good, bad = len(aspect.judged), len(aspect.favourable), len(aspect.unfavourable)
-        both = f", and {len(aspect.both)} see both sides" if len(aspect.both) > 1 else ", and one sees both sides" if aspect.both else ""
+        both = f", with {_reviews(len(aspect.both))} on both sides" if aspect.both else ""
         return self._one_of(
-            f"of {total} reviews with an opinion, {good} {'is' if good == 1 else 'are'} favourable and {bad} unfavourable{both}.",
+            f"of {total} reviews with an opinion, {good} {_is(aspect.favourable)} favourable and {bad} unfavourable"
+            f"{both}.",
             f"{good} for and {bad} against among the {total} reviews that judge{both}.",
         )
 
     def _both_sides(self, aspect: Aspect, good: int, bad: int) -> str:
         praise, criticism = self._cite(_strong(aspect.praise), good), ""
         if aspect.criticism:
-            lead = self._one_of("Another viewer objects:", "Not everyone agrees:", "On the other hand:") if praise else ""
-            criticism = self._cite(_strong(aspect.criticism), bad, lead)
+            turn = self._one_of("Another viewer objects:", "Not everyone agrees:", "On the other hand:")
+            criticism = self._cite(_strong(aspect.criticism), bad, turn if praise else "")
         return f"{praise} {criticism}".strip()
 
     def _cite(self, pool: Sequence[Quote], count: int, lead: str = "") -> str:
@@ -378,6 +383,10 @@ def _strong(opinions: Sequence[Opinion]) -> list[Quote]:
 
 def _reviews(count: int) -> str:
     return "one review" if count == 1 else f"{count} reviews"
+
+
+def _is(rows: Sequence[int]) -> str:
+    return "is" if len(rows) == 1 else "are"
 
 
 def _listing(items: Sequence[str]) -> str:

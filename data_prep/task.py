@@ -34,7 +34,7 @@ class Shares:
 
 @dataclass
 class Reviews:
-    """What the module `reviews` asks of a task: the film, what it is called, and aspects of its own with their words."""
+    """What the module `reviews` asks of a task: the film's title, what it is, aspects of its own with their words."""
 
     title: str = MISSING
     kind: str = "film"
