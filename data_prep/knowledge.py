@@ -197,8 +197,8 @@ class Reader:
                 score = next((score for score in near if score), 0.0)
                 if not named or abs(score) < OPINION:
                     continue
-                # Quoted is what says one thing only: the sentence where all of it does, else the clause, else the part.
-                around = ((sentence, chain(*scored)), (clause, scores), (part, [scores[place]]))
+                # Quoted is what takes one side only: the sentence where all of it does, else the clause.
+                around = ((sentence, chain(*scored)), (clause, scores))
                 one_sided = [_JOINT.sub("", text) for text, tones in around if all(tone * score >= 0 for tone in tones)]
                 quote = next(filter(_reads_well, one_sided), "")
                 for name in named:

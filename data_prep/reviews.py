@@ -1,9 +1,9 @@
 """From reviews of a film to the rows of a chatbot: questions in many wordings, answered from what the reviews say.
 
-Each split's answers are made from the reviews of that split alone, and some wordings (review_questions.yaml) are asked in the test alone. So a
-test answer rests on reviews, and answers a question, that the model never saw. Every row names its `kind`, its `aspect`
-where it is about one, the source rows behind it (`reviews`) and those of them that it quotes (`quoted`). Beside the
-splits stand `knowledge.json`, all that was found in all reviews, and `aspects.svg`, its picture.
+Each split's answers are made from the reviews of that split alone, and some wordings (review_questions.yaml) are asked
+in the test alone. So a test answer rests on reviews, and answers a question, that the model never saw. Every row names
+its `kind`, its `aspect` where it is about one, the source rows behind it (`reviews`) and those of them that it quotes
+(`quoted`). Beside the splits stand `knowledge.json`, all that was found in all reviews, and `aspects.svg`, its picture.
 """
 
 import json
@@ -18,18 +18,20 @@ from typing import Any, NamedTuple
 import yaml
 
 from data_prep.aspect_chart import draw
+from data_prep.clean_text import key_of
 from data_prep.knowledge import Aspect, Knowledge, Reader, Review, languages_of
 from data_prep.progress import Progress
 from data_prep.review_answers import Answer, Answers
+from data_prep.split import seed_that_fills
 from data_prep.task import Task
 from nemo_configs.command_line import UserError
 
 WORDS = 180  # of an answer at most
 TRIES = 5  # for an answer that was not given yet
 # Reviews (or opinions, for questions about one aspect) for each row of a kind, and rows of it at most.
-PER_ROW, MOST = 25, 20
+PER_ROW, MOST = 12, 20
 FEW = {"phrases": 5, "ratings": 5, "languages": 5}  # of these at most: there is little more to say
-PER_ASPECT_ROW, MOST_OF_ASPECT = 4, 8
+PER_ASPECT_ROW, MOST_OF_ASPECT = 3, 8
 SILENT = 2  # rows about each subject that no review mentions
 
 
@@ -69,17 +71,19 @@ def make_rows(
 
 
 def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
-    for split, some in reviews.items():
-        if not any(review.sentences for review in some):
-            everything = [review for others in reviews.values() for review in others]
-            english = sum(bool(review.sentences) for review in everything)
-            raise UserError(
-                f"{task.data.source}: the {split} split has no review that says something in English, in a sentence of four "
-                f"words or more. Of {len(everything)} usable rows {english} have one; languages: "
-                f"{languages_of(everything)}.\nAdd or translate reviews"
-                + (f", deal them anew (task.data.split.seed={task.seed + 1})" if english > 2 else "")
-                + ", or name the column that holds them in task.data.columns.review"
-            )
+    silent = [split for split, some in reviews.items() if not any(review.sentences for review in some)]
+    if not silent:
+        return
+    all_of_them = [review for some in reviews.values() for review in some]
+    speaking = [review for review in all_of_them if review.sentences]
+    seed = seed_that_fills([key_of(review.text) for review in speaking], task.split)
+    raise UserError(
+        f"{task.data.source}: no review in the {' and '.join(silent)} split says something in English, in a sentence "
+        f"of four words or more; {len(speaking)} of {len(all_of_them)} do in all. Languages: "
+        f"{languages_of(all_of_them)}.\nAdd or translate reviews, or name the column that holds them in "
+        "task.data.columns.review"
+        + (f", or deal these another way: task.data.split.seed={seed}" if seed is not None else "")
+    )
 
 
 def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, float], int]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from omegaconf import DictConfig
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from data_prep.clean_text import clean
 from data_prep.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, Reader
@@ -125,23 +126,24 @@ def test_the_language_of_short_reviews(reader: Reader, text: str, language: str)
     assert language in LANGUAGES or language == "unknown"
 
 
+def agreement(reader: Reader, rows: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """Of reviews with their ratings, the share of clear ones whose words are on the same side, and the correlation."""
+    judged = [(reader.read(1, text).tone, rating) for text, rating in rows]
+    tones, ratings = np.array([(tone, rating) for tone, rating in judged if tone is not None]).T
+    clear = (ratings <= RATING[0]) | (ratings >= RATING[1])
+    same = (tones > 0)[clear] == (ratings >= RATING[1])[clear]
+    return float(same.mean()), float(np.corrcoef(tones, ratings)[0, 1])
+
+
 def test_words_agree_with_ratings(reader: Reader) -> None:
     """VADER with the words of film reviews, against the stars of the shipped reviews."""
     with SAMPLE.open(encoding="utf-8", newline="") as file:
-        rows = [(reader.read(1, clean(row["review"])[0]).tone, int(row["rating"]) / 10) for row in csv.DictReader(file)]
-    tones, ratings = np.array([(tone, rating) for tone, rating in rows if tone is not None]).T
-    assert len(tones) > 150
-    clear = (ratings <= RATING[0]) | (ratings >= RATING[1])
-    same_side = np.mean((tones > 0)[clear] == (ratings >= RATING[1])[clear])
-    plain = Reader("Squid Game", {})
-    plain._vader = type(plain._vader)()  # as VADER comes
-    plain._phrases = []
-    with SAMPLE.open(encoding="utf-8", newline="") as file:
-        as_it_comes = [plain.read(1, clean(row["review"])[0]).tone for row in csv.DictReader(file)]
-    before = np.array([tone for tone in as_it_comes if tone is not None])
-    assert same_side > 0.85, f"{same_side:.2f} of the clear ratings are on the side of the words"
-    assert np.corrcoef(tones, ratings)[0, 1] > 0.65
-    assert np.corrcoef(tones, ratings)[0, 1] > np.corrcoef(before, ratings)[0, 1] + 0.05
+        rows = [(clean(row["review"])[0], int(row["rating"]) / 10) for row in csv.DictReader(file)]
+    as_it_comes = Reader("Squid Game", {})
+    as_it_comes._vader, as_it_comes._phrases = SentimentIntensityAnalyzer(), []
+    same_side, correlation = zip(*(agreement(each, rows) for each in (reader, as_it_comes)), strict=True)
+    assert same_side[0] > 0.8 and correlation[0] > 0.6, (same_side, correlation)
+    assert same_side[0] > same_side[1] + 0.08 and correlation[0] > correlation[1] + 0.2, (same_side, correlation)
 
 
 def test_reviews_are_counted_once_per_aspect_and_by_side(reader: Reader) -> None:
@@ -183,9 +185,7 @@ def check_rows(folder: Path, sources: dict[int, str]) -> None:
                 assert len(quote) < 150 or len(re.findall(r"\w+", quote)) < 2 * QUOTE.stop
             assert len(row["output"].split()) <= WORDS
             assert row["output"][0].isupper() or not row["output"][0].isalpha()
-            assert not re.search(r"[{}]|\bNone\b|  |\.\.(?!\.)|:\s*$", re.sub("“[^”]*”", "“”", row["output"])), row[
-                "output"
-            ]
+            assert not re.search(r"[{}]|  |\.\.(?!\.)|:\s*$", re.sub("“[^”]*”", "“”", row["output"])), row["output"]
     assert not seen["training"] & seen["test"] and not seen["training"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
 
@@ -290,15 +290,11 @@ FILM = [
 
 
 def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
-    source = write_reviews(
-        tmp_path / "a.csv", [(str(n % 5 + 1), text) for n, text in enumerate(FILM)], ("stars", "comment")
-    )
-    options = (
-        "reviews.title='The Paper Fox'",
-        "reviews.kind=film",
-        "reviews.aspects={animation: [animation, animated]}",
-    )
-    folder = prepare(config_for(tmp_path / "data", source, *options, "split.validation=0.25", "split.test=0.25"), None)
+    rows = [(str(n % 5 + 1), text) for n, text in enumerate(FILM)]
+    source = write_reviews(tmp_path / "a.csv", rows, ("stars", "comment"))
+    config = config_for(tmp_path / "data", source, "split.validation=0.25", "split.test=0.25")
+    config.task.data.reviews = {"title": "The Paper Fox", "aspects": {"animation": ["animation", "animated"]}}
+    folder = prepare(config, None)
     check_rows(folder, {number: clean(text)[0] for number, text in enumerate(FILM, 1)})
     rows = [row for split in read_all(folder).values() for row in split]
     said = "\n".join(row["input"] + row["output"] for row in rows)
@@ -328,17 +324,19 @@ def test_ratings_in_any_form(cells: list[str], means: list[float | None], best: 
 
 
 SENTENCE = "I liked the acting of this one a lot, number"
-SPANISH = "Me gustó mucho la serie, con un final excelente y buenos actores, número"
+SPANISH = [
+    f"{start} {middle} {end}."
+    for start in ("Me gustó", "No me convence", "Qué maravilla", "Es un desastre", "Recomiendo")
+    for middle in ("la historia de los jugadores", "este mundo tan cruel", "el trabajo del director", "cada capítulo")
+    for end in ("aunque dura demasiado", "porque los actores son buenos", "y la música también")
+]
 BAD: dict[str, tuple[list[str], str]] = {
     "nothing": ([], "has no row below its header"),
     "one review": ([SENTENCE], "too few rows: 1 of"),
-    "20,000 times the same": ([SENTENCE] * 20_000, "too few rows: 1 of"),
-    "only emoji": (
-        [f"{'🔥' * n}{'😭' * (n % 7)}" for n in range(1, 100)],
-        "has no review that says something in English",
-    ),
-    "numbers": ([str(n) for n in range(100)], "has no review that says something in English"),
-    "another language": ([f"{SPANISH} {n}" for n in range(60)], "languages: Spanish 60"),
+    "the same again and again": ([SENTENCE] * 5_000, "too few rows: 1 of"),
+    "only emoji": ([f"{'🔥' * (n // 7 + 1)}{'😭' * (n % 7)}" for n in range(48)], "do in all. Languages: unknown"),
+    "numbers": ([str(n) for n in range(100)], "0 of 100 do in all. Languages: unknown 100"),
+    "another language": (SPANISH, "do in all. Languages: Spanish"),
 }
 
 
@@ -360,6 +358,7 @@ def test_a_task_without_a_title_and_ratings_that_are_none_are_refused(tmp_path: 
         prepare(config_for(tmp_path / "data", source, *halves, "reviews=null"), None)
 
 
+@pytest.mark.slow
 def test_real_reviews(tmp_path: Path) -> None:
     if not REAL.exists():
         pytest.skip(f"needs the real file {REAL}")
@@ -379,3 +378,16 @@ def test_real_reviews(tmp_path: Path) -> None:
     assert aspects["hype"]["unfavourable"] > aspects["hype"]["favourable"]
     assert aspects["suspense"]["favourable"] > 5 * aspects["suspense"]["unfavourable"]
     assert 400 < sizes["training"] < 1000 and min(sizes.values()) > 60
+
+
+def test_words_agree_with_ratings_that_real_reviews_state(reader: Reader) -> None:
+    """Reviews that nothing was fitted to: `8/10` in their text, taken out before the words are judged."""
+    if not REAL.exists():
+        pytest.skip(f"needs the real file {REAL}")
+    stated = re.compile(r"(\d+(?:\.\d)?) ?(?:/|out of) ?10\b")
+    rows = [
+        (stated.sub("", text), float(said[1]) / 10)
+        for text in read_sources(REAL).values()
+        if (said := stated.search(text))
+    ]
+    assert len(rows) >= 15 and agreement(reader, rows)[0] > 0.85
