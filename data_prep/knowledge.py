@@ -25,7 +25,9 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from data_prep.clean_text import is_explicit
 
-OPINION = 0.2  # of VADER's -1 to 1, for a clause: "original" alone has 0.4, one weak word less
+OPINION = 0.2  # of VADER's -1 to 1, for a clause: one good word has 0.4, a weak one less
+STRONG = 2 * OPINION  # leaves no doubt, and is quoted rather than what is weaker
+SHARING = 4  # words, at most, of a part that shares the judgement of another: "The story, the acting and ..."
 TONE = -0.15, 0.15  # the mean of a review's sentences: negative up to the first, positive from the second
 RATING = 0.5, 0.7  # the same for ratings: two stars of five and four, five of ten and seven
 SURE = 0.5  # probability of a language; below it a review with a word of VADER's counts as English
@@ -77,10 +79,11 @@ class Review:
     Attributes:
         row: its number in the source.
         language: an ISO 639-1 code of `LANGUAGES`, or `UNKNOWN`.
-        tone: how positive its words are, from -1 to 1; None where they are not English.
+        tone: how positive its words are, from -1 to 1; None where none judges, or none is English.
         rating: from 0 to 1, None without one.
         mentions: the aspects that it names, with a judgement or without.
         sentences: those that can be quoted.
+        judgements: those of them that leave no doubt.
     """
 
     row: int
@@ -91,6 +94,7 @@ class Review:
     mentions: frozenset[str] = frozenset()
     opinions: tuple[Opinion, ...] = ()
     sentences: tuple[str, ...] = ()
+    judgements: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str | None:
@@ -157,12 +161,18 @@ class Reader:
         if language != "en":
             return Review(row, text, language, None, rating)
         sentences = _sentences(text)
-        tones = [tone for tone in map(self.score, [*sentences, headline]) if tone]
+        scores = [self.score(sentence) for sentence in sentences]
+        tones = [tone for tone in [*scores, self.score(headline)] if tone]
         mentions = frozenset(self._aspects_in(text))
         opinions = tuple(opinion for sentence in sentences for opinion in self._opinions(row, sentence))
-        quotable = tuple(sentence for sentence in sentences if _reads_well(sentence))
-        tone = sum(tones) / len(tones) if tones else 0.0
-        return Review(row, text, language, tone, rating, mentions, opinions, quotable)
+        quotable = [
+            (sentence, score) for sentence, score in zip(sentences, scores, strict=True) if _reads_well(sentence)
+        ]
+        strong = tuple(sentence for sentence, score in quotable if abs(score) >= STRONG)
+        tone = sum(tones) / len(tones) if tones else None
+        return Review(
+            row, text, language, tone, rating, mentions, opinions, tuple(sentence for sentence, _ in quotable), strong
+        )
 
     def score(self, text: str) -> float:
         """How positive an English text is, from -1 to 1."""
@@ -192,8 +202,8 @@ class Reader:
         for (clause, parts), scores in zip(clauses, scored, strict=True):
             for place, part in enumerate(parts):
                 named = self._aspects_in(part)
-                # "The story, the acting and the music are great": a part without a judgement shares the next one's.
-                near = [*scores[place:], *reversed(scores[:place])]
+                # "The story, the acting and the music are great": a short part without a judgement shares the next's.
+                near = [*scores[place:], *reversed(scores[:place])] if len(part.split()) <= SHARING else [scores[place]]
                 score = next((score for score in near if score), 0.0)
                 if not named or abs(score) < OPINION:
                     continue
@@ -250,7 +260,7 @@ class Knowledge:
 
     Attributes:
         aspects: those named at all, the most discussed first.
-        representative: (sentence, review), nearest to what all say, each unlike those before it.
+        representative: (sentence, review): judgements nearest to all that are made, each unlike those before it.
         phrases: (phrase, the reviews that hold it).
         scale: the best rating there is, such as 5 stars.
     """
@@ -351,7 +361,7 @@ def _ranked(aspects: Sequence[Aspect], count: Callable[[Aspect], int]) -> list[A
 
 def _representative(reviews: Sequence[Review]) -> list[tuple[str, int]]:
     """Sentences near the centroid of all in TF-IDF, by maximal marginal relevance (Carbonell and Goldstein, 1998)."""
-    said = [(sentence, review.row) for review in reviews for sentence in review.sentences]
+    said = [(sentence, review.row) for review in reviews for sentence in review.judgements]
     try:
         vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform([text for text, _ in said])
     except ValueError:  # no words but stop words

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple, TypeVar
 
-from data_prep.knowledge import OPINION, Aspect, Knowledge, Opinion
+from data_prep.knowledge import STRONG, Aspect, Knowledge, Opinion
 
-STRONG = 2 * OPINION  # opinions that leave no doubt are quoted rather than weaker ones
 MOSTLY = 0.7  # the share from which viewers "mostly" say something
 _AUDIENCE = re.compile(
     r"\bif you(?:'re| are| like| love| enjoy| want| can)\b|\b(?:fans|lovers) of\b|\bnot for\b|\brecommend"
@@ -89,7 +88,7 @@ class Answers:
         ]
         opening = self._one_of("The reviews are written in", "Viewers wrote in", "I have reviews in")
         unknown = self._count(found.get("unknown", []))
-        left = f"The language of {unknown} could not be told." if unknown else ""
+        left = f"Of {_reviews(unknown)} the language could not be told." if unknown else ""
         return self._answer(f"{opening} {_listing(named)}.", left, self._cite(other, 1))
 
     def ratings(self) -> Answer | None:
@@ -222,13 +221,15 @@ class Answers:
     def _verdicts(self) -> str:
         found = {name: self._count(rows) for name, rows in self._knowledge.verdicts().items()}
         total = sum(found.values())
+        if not total:
+            return "No review passes a clear judgement."
         good, bad = found["positive"] / total, found["negative"] / total
         numbers = (
-            f"of {_reviews(total)}, {found['positive']} {_is(self._knowledge.verdicts()['positive'])} positive, "
+            f"of {_reviews(total)} that judge, {found['positive']} {'is' if found['positive'] == 1 else 'are'} positive, "
             f"{found['mixed']} mixed and {found['negative']} negative."
         )
         if total == 1:
-            return f"There is one review to go by, and it is {next(name for name, count in found.items() if count)}."
+            return f"There is one judgement to go by, and it is {next(name for name, count in found.items() if count)}."
         if good >= MOSTLY:
             opening = self._one_of(
                 "Viewers are impressed:", "The response is mostly positive:", "Most viewers come away happy:"

@@ -122,7 +122,7 @@ def test_a_sentence_that_takes_both_sides_is_not_quoted_for_one(reader: Reader) 
 def test_the_language_of_short_reviews(reader: Reader, text: str, language: str) -> None:
     review = reader.read(1, text)
     assert review.language == language
-    assert (review.tone is None) == (language != "en")
+    assert language == "en" or review.tone is None
     assert language in LANGUAGES or language == "unknown"
 
 
@@ -159,7 +159,7 @@ def test_reviews_are_counted_once_per_aspect_and_by_side(reader: Reader) -> None
 
 def test_representative_sentences_are_near_all_and_unlike_each_other(reader: Reader) -> None:
     texts = [f"The acting and the story are great, says viewer {name}." for name in ("Ann", "Ben", "Cem", "Dee", "Eve")]
-    texts += ["The story is great fun from start to finish.", "My neighbour's bicycle has a flat tyre again today."]
+    texts += ["The story is great fun from start to finish.", "My neighbour's bicycle has an awful flat tyre again."]
     knowledge = Knowledge.of([reader.read(row, text) for row, text in enumerate(texts)], "Squid Game", 5)
     rows = [row for _, row in knowledge.representative]
     assert sorted(rows) == list(range(7))
@@ -205,7 +205,9 @@ def test_counts_in_answers_are_the_reviews_behind_them(sample: Path) -> None:
                 assert total == len(row["reviews"]) and good + bad <= total
                 checked += 1
             if row["kind"] in ("overall", "summary") and (
-                said := re.search(r"of (\d+) reviews, (\d+) \w+ positive, (\d+) mixed and (\d+)", row["output"])
+                said := re.search(
+                    r"of (\d+) reviews that judge, (\d+) \w+ positive, (\d+) mixed and (\d+)", row["output"]
+                )
             ):
                 total, *parts = map(int, said.groups())
                 assert total == sum(parts) <= len(row["reviews"])
@@ -301,7 +303,7 @@ def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
     assert "The Paper Fox" in said and "the animation" in said and "the film" in said
     assert not re.search(r"squid|series|VIPs", said, re.IGNORECASE)
     assert all(len(split) > 10 for split in read_all(folder).values())
-    assert any(row["output"].startswith(("Only one review", "There is one review", "One review")) for row in rows)
+    assert any(row["output"].startswith(("Only one review", "There is one judgement", "One review")) for row in rows)
 
 
 @pytest.mark.parametrize(
