@@ -225,8 +225,8 @@ class Answers:
             return "No review passes a clear judgement."
         good, bad = found["positive"] / total, found["negative"] / total
         numbers = (
-            f"of {_reviews(total)} that judge, {found['positive']} {'is' if found['positive'] == 1 else 'are'} positive, "
-            f"{found['mixed']} mixed and {found['negative']} negative."
+            f"of {_reviews(total)} that judge, {found['positive']} {'is' if found['positive'] == 1 else 'are'} "
+            f"positive, {found['mixed']} mixed and {found['negative']} negative."
         )
         if total == 1:
             return f"There is one judgement to go by, and it is {next(name for name, count in found.items() if count)}."
@@ -328,6 +328,8 @@ class Answers:
     def _numbers(self, aspect: Aspect) -> str:
         self._count(aspect.judged)
         total, good, bad = len(aspect.judged), len(aspect.favourable), len(aspect.unfavourable)
+        if total in (good, bad):
+            return f"all {total} reviews with an opinion are {'favourable' if good else 'unfavourable'}."
         both = f", with {_reviews(len(aspect.both))} on both sides" if aspect.both else ""
         return self._one_of(
             f"of {total} reviews with an opinion, {good} {_is(aspect.favourable)} favourable and {bad} unfavourable"
