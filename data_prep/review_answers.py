@@ -209,12 +209,14 @@ class Answers:
             f"That is not covered. None of the {searched} reviews says anything about {subject}.",
             f"I have no review that mentions {subject}, among {searched} in all, so I would be guessing.",
         )
-        names = self._some([aspect.name for aspect in aspects], 3)
-        instead = names and self._one_of(
-            f"They talk about {_the(names)} instead.", f"What viewers do discuss is {_the(names)}.",
-            f"You could ask about {_the(names)}.", f"I can tell you what they say about {_the(names)}.",
+        if not aspects:
+            return self._answer(opening)
+        names = _the(self._some([aspect.name for aspect in aspects], 3))
+        instead = self._one_of(
+            f"They talk about {names} instead.", f"What viewers do discuss is {names}.",
+            f"You could ask about {names}.", f"I can tell you what they say about {names}.",
         )  # fmt: skip
-        return self._answer(opening, instead or "")
+        return self._answer(opening, instead)
 
     # --- parts of an answer ---
 
