@@ -105,7 +105,7 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
     return {
         "source": source.record() | {"form": table.form, "encoding": table.encoding or None, "columns": table.columns},
         "rows_in": read,
-        "rows_out": sum(split["rows"] for split in splits.values()),
+        "rows_out": sum(split.get("source_rows", split["rows"]) for split in splits.values()),
         "dropped": dropped,
         "merged": merged,
         "repaired": repaired,
@@ -200,9 +200,14 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
                 done += len(batch)
                 progress.at(done)
 
+        fields = dict.fromkeys(task.split, task.data.columns) | {
+            "training": task.data.train_fields or task.data.columns
+        }
+        from_all = writer.begin(partial, {split: (batches(split), fields[split]) for split in task.split})
         for split in task.split:
-            fields = task.data.train_fields if split == "training" else None
-            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields or task.data.columns)
+            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields[split])
+            if from_all:
+                splits[split]["source_rows"] = store.count(*task.split[split])
     with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
         for drop in store.drops():
             known = {name: value for name, value in drop._asdict().items() if value is not None}

@@ -35,11 +35,21 @@ class Shares:
 
 
 @dataclass
+class Reviews:
+    """What the module `reviews` asks of a task: the film's title, what it is, aspects of its own with their words."""
+
+    title: str = MISSING
+    kind: str = "film"
+    aspects: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass
 class Data:
     """`task.data`, with the types that OmegaConf holds a user's overrides to; see task_defaults.yaml, slang.yaml."""
 
     source: str = MISSING
     module: str | None = None
+    reviews: Reviews | None = None  # what the module of that name asks for
     columns: dict[str, list[str]] = MISSING
     required: list[str] = MISSING
     key: str = MISSING
@@ -49,7 +59,6 @@ class Data:
     drop_explicit: bool = False
     train_fields: list[str] | None = None
     train_rows: int | None = None
-    reviews: Any = None  # what data_prep/reviews.py asks for
 
 
 @dataclass(frozen=True)
