@@ -133,7 +133,7 @@ class Aspect:
 # --- one review -----------------------------------------------------------------------------------------------
 
 
-class Reader:
+class ReviewReader:
     """Understands reviews of the film `title`, with the usual aspects and those of the task.
 
     Args:

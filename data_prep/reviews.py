@@ -19,7 +19,7 @@ import yaml
 
 from data_prep.aspect_chart import draw
 from data_prep.clean_text import key_of
-from data_prep.knowledge import Aspect, Knowledge, Reader, Review, languages_of
+from data_prep.knowledge import Aspect, Knowledge, ReviewReader, Review, languages_of
 from data_prep.progress import Progress
 from data_prep.review_answers import Answer, Answers
 from data_prep.split import seed_that_fills
@@ -47,7 +47,7 @@ def make_rows(
     if about is None or not about.title.strip():
         raise UserError('task.data.module=reviews needs the film\'s title: task.data.reviews={title: "My Film"}')
     found = {split: list(rows) for split, rows in sources.items()}
-    reader = Reader(about.title, about.aspects)
+    reader = ReviewReader(about.title, about.aspects)
     ratings, scale = _read_ratings([row for rows in found.values() for row in rows], task)
     reviews: dict[str, list[Review]] = {split: [] for split in found}
     done = 0
@@ -121,7 +121,7 @@ class Question(NamedTuple):
     names: dict[str, str]
 
 
-def _rows(knowledge: Knowledge, reader: Reader, split: str, task: Task) -> Iterator[dict[str, Any]]:
+def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
     about = task.data.reviews
     assert about is not None
     answers = Answers(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text: the same on every machine
@@ -140,7 +140,7 @@ def _rows(knowledge: Knowledge, reader: Reader, split: str, task: Task) -> Itera
             }  # fmt: skip
 
 
-def _questions(knowledge: Knowledge, reader: Reader, answers: Answers, part: str) -> Iterator[Question]:
+def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, part: str) -> Iterator[Question]:
     """Each as often as there is evidence to answer it anew; `part` is that of review_questions.yaml."""
     known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
     of_the_whole = {

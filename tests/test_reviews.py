@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from data_prep.clean_text import clean
-from data_prep.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, Reader
+from data_prep.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
 from data_prep.prepare import prepare
 from data_prep.reviews import WORDS
 from nemo_configs.command_line import UserError, load_config
@@ -28,8 +28,8 @@ SPLITS = ("training", "validation", "test")
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
-    return Reader("Squid Game", {"games": ["games", "marbles"]})
+def reader() -> ReviewReader:
+    return ReviewReader("Squid Game", {"games": ["games", "marbles"]})
 
 
 def config_for(folder: Path, source: Path, *options: str) -> DictConfig:
@@ -94,7 +94,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("La actuación es excelente y el final es perfecto.", {}),  # not English: no guess
     ],
 )  # fmt: skip
-def test_aspects_are_praised_and_criticised_clause_by_clause(reader: Reader, text: str, said: dict[str, int]) -> None:
+def test_aspects_are_praised_and_criticised_clause_by_clause(
+    reader: ReviewReader, text: str, said: dict[str, int]
+) -> None:
     opinions = reader.read(7, text).opinions
     found = {opinion.aspect: 1 if opinion.score > 0 else -1 for opinion in opinions}
     assert {name: found.get(name) for name in said} == said
@@ -102,7 +104,7 @@ def test_aspects_are_praised_and_criticised_clause_by_clause(reader: Reader, tex
     assert all(opinion.review == 7 and opinion.quote in text for opinion in opinions)
 
 
-def test_a_sentence_that_takes_both_sides_is_not_quoted_for_one(reader: Reader) -> None:
+def test_a_sentence_that_takes_both_sides_is_not_quoted_for_one(reader: ReviewReader) -> None:
     text = "The acting of the whole cast is wonderful but the ending of the story is really awful."
     quotes = {opinion.aspect: opinion.quote for opinion in reader.read(1, text).opinions}
     assert quotes["acting"] == "The acting of the whole cast is wonderful"
@@ -119,14 +121,14 @@ def test_a_sentence_that_takes_both_sides_is_not_quoted_for_one(reader: Reader) 
         ("Сериал очень классный, жду второй сезон", "ru"), ("👍👍🔥", "unknown"), ("10/10", "unknown"),
     ],
 )  # fmt: skip
-def test_the_language_of_short_reviews(reader: Reader, text: str, language: str) -> None:
+def test_the_language_of_short_reviews(reader: ReviewReader, text: str, language: str) -> None:
     review = reader.read(1, text)
     assert review.language == language
     assert language == "en" or review.tone is None
     assert language in LANGUAGES or language == "unknown"
 
 
-def agreement(reader: Reader, rows: Sequence[tuple[str, float]]) -> tuple[float, float]:
+def agreement(reader: ReviewReader, rows: Sequence[tuple[str, float]]) -> tuple[float, float]:
     """Of reviews with their ratings, the share of clear ones whose words are on the same side, and the correlation."""
     judged = [(reader.read(1, text).tone, rating) for text, rating in rows]
     tones, ratings = np.array([(tone, rating) for tone, rating in judged if tone is not None]).T
@@ -135,18 +137,18 @@ def agreement(reader: Reader, rows: Sequence[tuple[str, float]]) -> tuple[float,
     return float(same.mean()), float(np.corrcoef(tones, ratings)[0, 1])
 
 
-def test_words_agree_with_ratings(reader: Reader) -> None:
+def test_words_agree_with_ratings(reader: ReviewReader) -> None:
     """VADER with the words of film reviews, against the stars of the shipped reviews."""
     with SAMPLE.open(encoding="utf-8", newline="") as file:
         rows = [(clean(row["review"])[0], int(row["rating"]) / 10) for row in csv.DictReader(file)]
-    as_it_comes = Reader("Squid Game", {})
+    as_it_comes = ReviewReader("Squid Game", {})
     as_it_comes._vader, as_it_comes._phrases = SentimentIntensityAnalyzer(), []
     same_side, correlation = zip(*(agreement(each, rows) for each in (reader, as_it_comes)), strict=True)
     assert same_side[0] > 0.8 and correlation[0] > 0.6, (same_side, correlation)
     assert same_side[0] > same_side[1] + 0.08 and correlation[0] > correlation[1] + 0.2, (same_side, correlation)
 
 
-def test_reviews_are_counted_once_per_aspect_and_by_side(reader: Reader) -> None:
+def test_reviews_are_counted_once_per_aspect_and_by_side(reader: ReviewReader) -> None:
     texts = [
         "The acting is superb. I mean it, wonderful acting.", "The acting is awful.", "Acting.",
         "The acting of the lead is great but the acting of the rest is terrible.", "Not a word on that, but lovely.",
@@ -157,7 +159,7 @@ def test_reviews_are_counted_once_per_aspect_and_by_side(reader: Reader) -> None
     assert acting.mentions == [10, 11, 12, 13] and acting.judged == [10, 11, 13]
 
 
-def test_representative_sentences_are_near_all_and_unlike_each_other(reader: Reader) -> None:
+def test_representative_sentences_are_near_all_and_unlike_each_other(reader: ReviewReader) -> None:
     texts = [f"The acting and the story are great, says viewer {name}." for name in ("Ann", "Ben", "Cem", "Dee", "Eve")]
     texts += ["The story is great fun from start to finish.", "My neighbour's bicycle has an awful flat tyre again."]
     knowledge = Knowledge.of([reader.read(row, text) for row, text in enumerate(texts)], "Squid Game", 5)
@@ -382,7 +384,7 @@ def test_real_reviews(tmp_path: Path) -> None:
     assert 400 < sizes["training"] < 1000 and min(sizes.values()) > 60
 
 
-def test_words_agree_with_ratings_that_real_reviews_state(reader: Reader) -> None:
+def test_words_agree_with_ratings_that_real_reviews_state(reader: ReviewReader) -> None:
     """Reviews that nothing was fitted to: `8/10` in their text, taken out before the words are judged."""
     if not REAL.exists():
         pytest.skip(f"needs the real file {REAL}")
