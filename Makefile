@@ -13,6 +13,7 @@ export override NAME := $(value NAME)
 export override TITLE := $(value TITLE)
 export override CONTEXT := $(value CONTEXT)
 export override CONDITION := $(value CONDITION)
+export override QUESTION := $(value QUESTION)
 
 # A name that does not exist is answered before anything is installed.
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
@@ -44,8 +45,8 @@ new-task: .venv/train.stamp  ## write a task for a table of your own, as a start
 base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones
 	@$(RUN) training.base_model model=$(MODEL) $(ARGS)
 
-generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..."
-	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(ARGS)
+generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..." QUESTION="..."
+	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
 
 report: .venv/train.stamp  ## write the newest run's report again
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)

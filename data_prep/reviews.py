@@ -19,7 +19,7 @@ import yaml
 
 from data_prep.aspect_chart import draw
 from data_prep.clean_text import key_of
-from data_prep.knowledge import Aspect, Knowledge, ReviewReader, Review, languages_of
+from data_prep.knowledge import Aspect, Knowledge, Review, ReviewReader, languages_of
 from data_prep.progress import Progress
 from data_prep.review_answers import Answer, Answers
 from data_prep.split import seed_that_fills
