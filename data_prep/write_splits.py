@@ -46,7 +46,8 @@ class SplitWriter:
             Its part of the manifest: rows, bytes, sha256 and, with a tokenizer, tokens.
         """
         kept = set(fields)
-        digest, rows, size, lengths = hashlib.sha256(), 0, 0, list[int]()
+        digest, rows, size = hashlib.sha256(), 0, 0
+        lengths, learned = list[int](), 0
         with path.open("wb") as file:
             for written in self._rows(path.stem, batches, kept):
                 lines = "".join(_to_json(row) + "\n" for row in written).encode()
@@ -55,12 +56,14 @@ class SplitWriter:
                 size += len(lines)
                 rows += len(written)
                 if self._tokenizer and len(lengths) < COUNTED_ROWS:
-                    lengths += self._count(written[: COUNTED_ROWS - len(lengths)])
+                    for tokens, tokens_learned in self._count(written[: COUNTED_ROWS - len(lengths)]):
+                        lengths.append(tokens)
+                        learned += tokens_learned
         split: dict[str, Any] = {"rows": rows, "bytes": size, "sha256": digest.hexdigest()}
         if self._tokenizer:
             mean = round(sum(lengths) / max(len(lengths), 1), 1)
-            split["tokens"] = {"total": sum(lengths), "mean": mean, "max": max(lengths, default=0)}
-            split["tokens"]["counted_rows"] = len(lengths)
+            split["tokens"] = {"total": sum(lengths), "learned": learned, "mean": mean}
+            split["tokens"] |= {"max": max(lengths, default=0), "counted_rows": len(lengths)}
         return split
 
     def _rows(self, split: str, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
@@ -85,6 +88,11 @@ class SplitWriter:
         wanted = {"input": self._prompt.write_instruction(**values), "output": self._prompt.write_response(**values)}
         return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
-    def _count(self, rows: list[dict[str, Any]]) -> list[int]:
-        texts = ["".join(text for text, _ in self._prompt.pieces(row)) for row in rows]
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts)]
+    def _count(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+        """Of each row its tokens and those learned: as training/batches.py makes them, with BOS and the end tokens."""
+        pieces = [self._prompt.pieces(row) for row in rows]
+        texts = [text for parts in pieces for text, _ in parts]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        for parts in pieces:
+            lengths = [len(next(encodings).ids) + learned for _, learned in parts]
+            yield 1 + sum(lengths), sum(length for length, (_, learned) in zip(lengths, parts, strict=True) if learned)
