@@ -48,6 +48,7 @@ class Data:
     train_fields: list[str] | None = None
     train_rows: int | None = None
     reviews: Any = None  # what data_prep/reviews.py asks for
+    max_tokens: int | None = None  # data_prep/dialogues.py cuts dialogues that are longer
 
 
 @dataclass(frozen=True)

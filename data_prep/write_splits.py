@@ -24,6 +24,8 @@ class SplitWriter:
         row_fields(columns, prompt) -> dict       the prompt's fields of a row, made from its columns
         split_rows(rows, split, task) -> rows     all rows of a split, made from all source rows of that split
 
+    and, where cells are more than a line of text each, a `Reader` (see dialogues.py).
+
     Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
 
     Args:
