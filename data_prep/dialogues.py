@@ -7,8 +7,8 @@ A row of the source holds, in the task's key column (`messages` in chat.yaml),
     a text                                                                      with its answer in the column `answer`
 
 and becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, the user begins, and
-the assistant ends: a last message of the user, which nobody answered, is left out. A dialogue that breaks this is dropped
-with the number of the message.
+the assistant ends: a last message of the user, which nobody answered, is left out. A dialogue that breaks this is
+dropped with the number of the message.
 
 A dialogue of more than `task.data.max_tokens` tokens becomes several rows. The first is the longest beginning of whole
 exchanges that fits; the next begins with the user's turn after it, under the same system text, as Vicuna's dialogues

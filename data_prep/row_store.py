@@ -49,7 +49,8 @@ class RowStore:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;
             CREATE TABLE rows (row INTEGER PRIMARY KEY, hash INTEGER, key TEXT, cells TEXT);
-            CREATE TABLE dropped (row INTEGER PRIMARY KEY, reason TEXT, key TEXT, of INTEGER, line INTEGER, detail TEXT);
+            CREATE TABLE dropped
+                (row INTEGER PRIMARY KEY, reason TEXT, key TEXT, of INTEGER, line INTEGER, detail TEXT);
             BEGIN;
             """
         )
