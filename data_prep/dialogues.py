@@ -52,7 +52,7 @@ class Reader:
         columns = list(task.data.columns)
         self._place = columns.index(task.data.key)
         self._answer_place = columns.index("answer") if "answer" in columns else None
-        self._columns, self._prompt, self._most = len(columns), task.prompt, task.data.max_tokens
+        self._columns, self._prompt, self._most = len(columns), task.prompt, task.data.max_tokens or 0
         self._tokenizer: Any = None
         if tokenizer_file and self._most:
             from tokenizers import Tokenizer
@@ -88,31 +88,30 @@ class Reader:
         return turns[0], cells, repaired
 
     def _parts(self, system: list[str], turns: list[str]) -> list[list[str]]:
-        """`turns` cut so that each part fits."""
-        if self._fits(system, turns):
+        """`turns` cut so that each part has at most the tokens that it may have."""
+        if self._tokenizer is None or self._length(system, turns) <= self._most:
             return [turns]
         parts, first = list[list[str]](), 0
         while first < len(turns):
             end = first
-            while end < len(turns) and self._fits(system, turns[first : end + 2]):
+            while end < len(turns) and self._length(system, turns[first : end + 2]) <= self._most:
                 end += 2
             if end == first:
                 break
             parts.append(turns[first:end])
             first = end
         if not parts:
-            raise Unusable(f"the first exchange has over {self._most} tokens", "messages 1 and 2 after any system text")
+            tokens = self._length(system, turns[:2])
+            raise Unusable(f"the first exchange has over {self._most} tokens", f"it has {tokens}")
         self.notes[self._cut] += len(parts) > 1
         self.notes[self._shortened] += first < len(turns)
         return parts
 
-    def _fits(self, system: list[str], turns: list[str]) -> bool:
-        if self._tokenizer is None:
-            return True
+    def _length(self, system: list[str], turns: list[str]) -> int:
         pieces = self._prompt.pieces({"messages": write_messages([*(system or [""]), *turns])})
         encodings = self._tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         # BOS before all, an end token after each turn of the model: as training/batches.py has them
-        return 1 + sum(len(encoding.ids) for encoding in encodings) + len(turns) // 2 <= self._most
+        return 1 + sum(len(encoding.ids) for encoding in encodings) + len(turns) // 2
 
 
 def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Iterator[dict[str, Any]]:

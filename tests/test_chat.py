@@ -191,9 +191,8 @@ def test_a_long_dialogue_is_cut_between_exchanges(
     long = dialogue(*(f"{number} " * 12 for number in numbers), system="S.")
     late = dialogue("one", "two", "three", "word " * 100, "five", "six")
     early = dialogue("one", "word " * 100, "three", "four")
-    folder = make(
-        [long, late, early, *made_up(60)], f"task.train.max_length={most}", tokenizer_file=base_folder / "tokenizer.json"
-    )  # fmt: skip
+    counter = base_folder / "tokenizer.json"
+    folder = make([long, late, early, *made_up(60)], f"task.train.max_length={most}", tokenizer_file=counter)
     rows = read(folder)
     parts = [row["messages"] for row in rows if row["row"] == 1]
     assert len(parts) > 1 and all(part[0] == {"role": "system", "content": "S."} for part in parts)
