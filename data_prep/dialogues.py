@@ -22,6 +22,7 @@ Dialogues are dealt to splits by their first message of the user, so all that be
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,7 @@ class Reader:
         self._place = columns.index(task.data.key)
         self._answer_place = columns.index("answer") if "answer" in columns else None
         self._columns, self._prompt, self._most = len(columns), task.prompt, task.data.max_tokens or 0
-        self._tokenizer: Any = None
-        if tokenizer_file and self._most:
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer_file = tokenizer_file if self._most else None
         self._cut = f"dialogues of over {self._most} tokens cut between exchanges"
         self._shortened = f"dialogues that end before an exchange of over {self._most} tokens"
         self.notes = {self._cut: 0, self._shortened: 0}
@@ -89,29 +86,45 @@ class Reader:
 
     def _parts(self, system: list[str], turns: list[str]) -> list[list[str]]:
         """`turns` cut so that each part has at most the tokens that it may have."""
-        if self._tokenizer is None or self._length(system, turns) <= self._most:
+        if self._fits(system, turns):
             return [turns]
         parts, first = list[list[str]](), 0
         while first < len(turns):
             end = first
-            while end < len(turns) and self._length(system, turns[first : end + 2]) <= self._most:
+            while end < len(turns) and self._fits(system, turns[first : end + 2]):
                 end += 2
             if end == first:
                 break
             parts.append(turns[first:end])
             first = end
         if not parts:
-            tokens = self._length(system, turns[:2])
+            tokens = self._count(self._pieces(system, turns[:2]))
             raise Unusable(f"the first exchange has over {self._most} tokens", f"it has {tokens}")
         self.notes[self._cut] += len(parts) > 1
         self.notes[self._shortened] += first < len(turns)
         return parts
 
-    def _length(self, system: list[str], turns: list[str]) -> int:
-        pieces = self._prompt.pieces({"messages": write_messages([*(system or [""]), *turns])})
+    def _fits(self, system: list[str], turns: list[str]) -> bool:
+        if self._tokenizer_file is None:
+            return True
+        pieces = self._pieces(system, turns)
+        # No token is less than a byte, so a short dialogue need not be tokenized.
+        fewer = 1 + sum(len(text.encode()) + learned for text, learned in pieces) <= self._most
+        return fewer or self._count(pieces) <= self._most
+
+    def _pieces(self, system: list[str], turns: list[str]) -> list[tuple[str, bool]]:
+        return self._prompt.pieces({"messages": write_messages([*(system or [""]), *turns])})
+
+    def _count(self, pieces: list[tuple[str, bool]]) -> int:
+        """Tokens with BOS before all and an end token after each turn of the model, as training/batches.py has them."""
         encodings = self._tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
-        # BOS before all, an end token after each turn of the model: as training/batches.py has them
-        return 1 + sum(len(encoding.ids) for encoding in encodings) + len(turns) // 2
+        return 1 + sum(len(encoding.ids) for encoding in encodings) + sum(learned for _, learned in pieces)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self._tokenizer_file))
 
 
 def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Iterator[dict[str, Any]]:
