@@ -126,7 +126,7 @@ def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
     """The one of the task's module, or that of a table, where each cell is a line of text."""
     module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
     if made := getattr(module, "Reader", None):
-        return made(task, tokenizer_file)  # type: ignore[no-any-return]
+        return made(task, tokenizer_file)
     key_place = list(task.data.columns).index(task.data.key)
 
     def read(raw: list[str]) -> tuple[str, list[str], int]:
