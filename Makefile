@@ -9,6 +9,8 @@ PYTHON ?= python3
 
 # Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
 export override SOURCE := $(value SOURCE)
+export override NAME := $(value NAME)
+export override TITLE := $(value TITLE)
 export override CONTEXT := $(value CONTEXT)
 export override CONDITION := $(value CONDITION)
 
@@ -29,12 +31,15 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
-.PHONY: train data base generate chat report convert attempts
+.PHONY: train data new-task base generate chat report convert attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
-data: .venv/train.stamp  ## only prepare the data of TASK                              SOURCE=my.csv
+data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
+
+new-task: .venv/train.stamp  ## write a task for a table of your own, as a start         NAME=films SOURCE=reviews.csv TITLE="..."
+	@$(RUN) data_prep.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones
 	@$(RUN) training.base_model model=$(MODEL) $(ARGS)

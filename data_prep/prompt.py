@@ -48,12 +48,18 @@ class Prompt:
             )
 
     def write_instruction(self, **values: str) -> str:
-        """The instruction for `values`; fields left out take the task's defaults, unknown ones become empty."""
-        return self._fill(self.instruction, {**self.fields, **values})
+        """The instruction for `values`; fields left out take the task's defaults, unknown ones become empty.
+
+        A line whose fields are all empty is left out, here as in a response.
+        """
+        return self._write(self.instruction, {**self.fields, **values})
 
     def write_response(self, **values: str) -> str:
         """The response for `values`. A line whose fields are all empty is left out, as in a two-column table."""
-        lines = self.response.split("\n")
+        return self._write(self.response, values)
+
+    def _write(self, template: str, values: dict[str, str]) -> str:
+        lines = template.split("\n")
         kept = [line for line in lines if not _FIELD.findall(line) or any(values.get(f) for f in _FIELD.findall(line))]
         return self._fill("\n".join(kept), values)
 

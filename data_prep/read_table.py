@@ -22,6 +22,7 @@ from nemo_configs.command_line import UserError
 
 TOO_MANY = "more cells than columns"
 NOT_TEXT = "a value that is not text"
+FORMS = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV", "|": "CSV with bars"}  # by delimiter
 
 Names = Mapping[str, Sequence[str]] | None
 
@@ -47,7 +48,7 @@ class Table:
     """An open source.
 
     Attributes:
-        form: csv, jsonl or parquet.
+        form: what it is, for people: one of `FORMS`, JSON Lines or Parquet.
         encoding: the Python codec it is read with; "" of Parquet, which is no text.
         columns: the task's fields that it has, with the header of each as it stands in the file.
         rows: the rows, read as they are asked for.
@@ -83,9 +84,10 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
         lines = Lines(file)
         first = lines.first(path)
         if path.suffix.lower() in (".jsonl", ".json", ".ndjson") or first.lstrip().startswith('{"'):
-            form, (columns, rows) = "jsonl", _json_rows(lines, path, names, required)
+            form = "JSON Lines"
+            columns, rows = _json_rows(lines, path, names, required)
         else:
-            form, (columns, rows) = "csv", _csv_rows(lines, first, path, names, required)
+            form, columns, rows = _csv_rows(lines, first, path, names, required)
     except BaseException:
         file.close()
         raise
@@ -133,7 +135,10 @@ def _check_columns(
     hint = ""
     if not found:
         line = ",".join(field for field in names if field in required)
-        hint = f"\nIf its first line is already a row, put a line of column names above it, such as: {line}"
+        hint = (
+            f"\nIf its first line is already a row, put a line of column names above it, such as: {line}\n"
+            f"If it is a table of another kind, make a task for it: make new-task NAME=mine SOURCE={path}"
+        )
     raise UserError(
         f"{path} has no column for {' or '.join(missing)}. Columns found: {columns}\n"
         f"Accepted names (any case, any order):\n{wanted}{hint}"
@@ -145,9 +150,9 @@ def _check_columns(
 
 def _csv_rows(
     lines: Lines, first: str, path: Path, names: Names, required: Sequence[str]
-) -> tuple[dict[str, str], Iterator[Row]]:
+) -> tuple[str, dict[str, str], Iterator[Row]]:
     # The delimiter is the one under which the header holds the most names that the task knows.
-    splits = {delimiter: first.split(delimiter) for delimiter in ",;\t|"}
+    splits = {delimiter: first.split(delimiter) for delimiter in FORMS}
     delimiter = max(splits, key=lambda d: (len(_find_columns(splits[d], names)), len(splits[d])))
     records = csv_records(lines, delimiter)
     headers = next((cells for _, cells, _ in records if cells), [])
@@ -157,7 +162,8 @@ def _csv_rows(
     while width and not headers[width - 1].strip():
         width -= 1  # a spreadsheet's empty columns at the right
     places = [found.get(field, -1) for field in names or found]
-    return {field: clean(headers[place])[0] for field, place in found.items()}, _fit(records, width, places)
+    columns = {field: clean(headers[place])[0] for field, place in found.items()}
+    return FORMS[delimiter], columns, _fit(records, width, places)
 
 
 def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list[int]) -> Iterator[Row]:
@@ -216,7 +222,7 @@ def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
     columns = {field: headers[place] for field, place in found.items()}
     rows = _keyed_rows(items(), [columns.get(field) for field in names or found])
     share = path.stat().st_size / max(file.metadata.num_rows, 1)
-    return Table("parquet", "", columns, rows, lambda: round(read * share), file.close)
+    return Table("Parquet", "", columns, rows, lambda: round(read * share), file.close)
 
 
 def _first_line(error: Exception) -> str:

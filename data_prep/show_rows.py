@@ -24,39 +24,41 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     Lines that a model learns have a bar at their left, and colour in a terminal. A text goes to training in just these
     pieces (`Prompt.pieces`), each learned one with the end token after it, and BOS before all of them.
     """
-    # The width of a log file is nobody's: as wide as the code's own lines.
-    console = Console(highlight=False, soft_wrap=False)
-    if not console.is_terminal:
-        console.width = 120
+    console = plain_console()
     manifest = read_manifest(folder)
     source = manifest["source"]
     at = f" at {source['revision'][:12]}" if "revision" in source else ""
     rows_in, rows_out = manifest["rows_in"], manifest["rows_out"]
-    console.print(f"{folder}: {rows_in:,} rows in, {rows_out:,} out, from {source['name']}{at}\n", markup=False)
+    console.print(f"{folder}: {rows_in:,} rows in, {rows_out:,} out, from {source['name']}{at}\n")
     console.print(_splits(manifest["splits"]))
-    console.print()
     for count, what in _left_out(folder, manifest):
-        console.print(f"{count:>8,}  {what}", markup=False)
+        console.print(f"{count:>8,}  {what}" if what else "")
     with (folder / "training.jsonl").open(encoding="utf-8") as file:
         for number, line in enumerate(islice(file, examples), 1):
             row = json.loads(line)
             of = f" (row {row['row']} of the source)" if "row" in row else ""
-            console.print(f"\nExample {number} of {manifest['splits']['training']['rows']:,}{of}", markup=False)
+            console.print(f"\nExample {number} of {manifest['splits']['training']['rows']:,}{of}")
             _show_row(console, row, prompt)
     if examples:
         console.print(f"\n{_mark(console)} is what the model learns to say; it is given the rest.", style="dim")
 
 
+def plain_console() -> Console:
+    """A console that leaves words as they are; 120 wide where there is no terminal, as a log file has no width."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
 def _splits(splits: dict[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold")
     table.add_column("split")
-    counted = "tokens" in splits["training"]
-    for title in ("rows", *(("tokens of a row", "longest", "learned") if counted else ())):
+    for title in ("rows", *(("tokens of a row", "longest", "learned") if "tokens" in splits["training"] else ())):
         table.add_column(title, justify="right")
     for name, split in splits.items():
         cells = [name, f"{split['rows']:,}"]
-        if counted:
-            tokens = split["tokens"]
+        if tokens := split.get("tokens"):
             share = tokens["learned"] / max(tokens["total"], 1)
             cells += [f"{tokens['mean']:,.0f}", f"{tokens['max']:,}", f"{share:.0%}"]
         table.add_row(*cells)
@@ -64,6 +66,9 @@ def _splits(splits: dict[str, Any]) -> Table:
 
 
 def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """How many of what was not taken as it is; after an empty line."""
+    if manifest["repaired"] or manifest["merged"] or manifest["dropped"]:
+        yield 0, ""
     if manifest["repaired"]:
         yield manifest["repaired"], "cells repaired (encoding, quotes, control characters)"
     if manifest["merged"]:
@@ -81,8 +86,8 @@ def _mark(console: Console) -> str:
 def _show_row(console: Console, row: dict[str, Any], prompt: Prompt) -> None:
     end = prompt.template.partition("{response}")[2] or EOS
     column = 0  # where the line stands at which the next piece begins
-    (first, learned), *others = prompt.pieces(row)
-    for text, learned in ((BOS + first, learned), *others):
+    for number, (text, learned) in enumerate(prompt.pieces(row)):
+        text = text if number else BOS + text
         if column and text.startswith("\n"):
             text, column = text[1:], 0
         style = "green" if learned else "dim"

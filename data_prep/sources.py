@@ -10,10 +10,11 @@ recorded. Code in a repository is never run.
 """
 
 import hashlib
+import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ class HubTable:
     def name(self) -> str:
         return str(self)
 
+    def pinned(self) -> "HubTable":
+        """The same, at the commit that it is at now."""
+        return replace(self, revision=self.version)
+
     @cached_property
     def version(self) -> str:
         """The commit that `revision` stands for now."""
@@ -89,6 +94,7 @@ class HubTable:
         """The paths, in the repository, of the split's files."""
         from datasets import load_dataset_builder
 
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a card without metadata is no matter
         try:
             builder = load_dataset_builder(
                 f"hf://datasets/{self.repository}", self.config or None, revision=self.version
@@ -148,9 +154,11 @@ class HubTable:
             return UserError(f"{page} is not there, or is private ({token})")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return UserError(f"{self} is on the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask")
-        if isinstance(error, (DatasetsError, ValueError, RuntimeError)):  # no files, many configs, a script
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)
+        kinds = (DatasetsError, FileNotFoundError, ValueError, RuntimeError)  # no files, many configs, a script
+        if isinstance(error, kinds) and not unreachable:
             return UserError(f"{page} cannot be read as a table: {str(error).strip()[:600]}")
-        if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        if isinstance(error, errors.HfHubHTTPError) and not unreachable:
             status = getattr(error.response, "status_code", "?")
             return UserError(f"the hub answered {status} for {page} ({token}). Try again later")
         if isinstance(error, (OSError, httpx2.HTTPError)):

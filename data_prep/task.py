@@ -19,6 +19,8 @@ from nemo_configs.command_line import UserError, plain
 FIELD_MODULES, ROW_MODULES = ("slang",), ("dialogues", "reviews")
 MODULES = (*FIELD_MODULES, *ROW_MODULES)
 
+RESERVED = ("row", "messages", "self")  # what a row, or a call of the prompt, has under these names is something else
+
 _COMPARISON = re.compile(r"(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt
@@ -34,7 +36,7 @@ class Shares:
 
 @dataclass
 class Data:
-    """`task.data`, with the types that OmegaConf holds a user's overrides to; slang.yaml says what each is for."""
+    """`task.data`, with the types that OmegaConf holds a user's overrides to; see task_defaults.yaml, slang.yaml."""
 
     source: str = MISSING
     module: str | None = None
@@ -161,13 +163,16 @@ def _check_keys(section: str, given: Iterable[Any], kind: type) -> None:
 
 def _check_names(option: str, named: Iterable[str], columns: Iterable[str]) -> None:
     if unknown := [name for name in named if name not in columns]:
-        raise UserError(
-            f"{option} names {', '.join(unknown)}; the columns are {', '.join(columns)}{_did_you_mean(unknown, columns)}"
-        )
+        hint = _did_you_mean(unknown, columns)
+        raise UserError(f"{option} names {', '.join(unknown)}; the columns are {', '.join(columns)}{hint}")
 
 
 def _check_templates(prompt: Prompt, data: Data) -> None:
     """A field that no row has would be empty in all of them, without a word."""
+    for name in data.columns:
+        if not re.fullmatch(r"\w+", name) or name in RESERVED:
+            raise UserError(f"task.data.columns: a field cannot be called '{name}'. Use letters, digits and _, and "
+                            f"none of {', '.join(RESERVED)}; the header stands in the list after it")  # fmt: skip
     known = [*data.columns, *prompt.fields]
     for option, template in {"instruction": prompt.instruction, "response": prompt.response}.items():
         for name in re.findall(r"\{([^{}]*)\}", template):
