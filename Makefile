@@ -32,7 +32,7 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
-.PHONY: train data new-task base generate report convert attempts
+.PHONY: train data new-task base generate chat report convert attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
@@ -47,6 +47,9 @@ base: .venv/train.stamp  ## only fetch or build MODEL                           
 
 generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..." QUESTION="..."
 	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
+
+chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal           ARGS="+run=FOLDER"
+	@$(RUN) evaluation.chat task=$(TASK) $(ARGS)
 
 report: .venv/train.stamp  ## write the newest run's report again
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)

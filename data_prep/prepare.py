@@ -12,7 +12,8 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
 from data_prep.progress import Progress
 from data_prep.read_table import Table
-from data_prep.row_store import BATCH, Drop, Entry, RowStore
+from data_prep.row_store import BATCH, Drop, Entry, RowStore, Unusable
 from data_prep.show_rows import EXAMPLES, show
 from data_prep.sources import LocalFile, Source, find_source, open_source
 from data_prep.split import hash_of, seed_that_fills
@@ -30,7 +31,7 @@ from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 from nemo_configs.command_line import UserError
 
-FORMAT = 3  # raise it when the same source would come out otherwise: folders made before are then made anew
+FORMAT = 4  # raise it when the same source would come out otherwise: folders made before are then made anew
 DATABASE = "rows.sqlite"
 
 
@@ -87,7 +88,8 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
     table = open_source(source, task.data.columns, [*task.data.required, *task.filters])
     store = RowStore(partial / DATABASE)
     try:
-        read, repaired = _read(table, task, source, store)
+        reader = _reader(task, tokenizer_file)
+        read, repaired = _read(table, task, source, reader, store)
         store.index()
         merged = merge_repeated(task, store, read)
         part_near_duplicates(task, store)
@@ -109,6 +111,7 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
         "dropped": dropped,
         "merged": merged,
         "repaired": repaired,
+        "notes": getattr(reader, "notes", {}),
         "splits": splits,
     }
 
@@ -116,10 +119,28 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
 # --- read and clean -------------------------------------------------------------------------------------------
 
 
-def _read(table: Table, task: Task, source: Source, store: RowStore) -> tuple[int, int]:
+Reader = Callable[[list[str]], tuple[str, list[str], int]]  # raw cells → the text of the key, cells, how many repaired
+
+
+def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
+    """The one of the task's module, or that of a table, where each cell is a line of text."""
+    module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
+    if made := getattr(module, "Reader", None):
+        return made(task, tokenizer_file)
+    key_place = list(task.data.columns).index(task.data.key)
+
+    def read(raw: list[str]) -> tuple[str, list[str], int]:
+        cleaned = [clean(cell) for cell in raw]
+        cells = [text for text, _ in cleaned]
+        return cells[key_place], cells, sum(changed for _, changed in cleaned)
+
+    return read
+
+
+def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowStore) -> tuple[int, int]:
     """Every row into `store`, cleaned, or dropped. Returns the rows read and the cells repaired."""
     fields = list(task.data.columns)
-    key_place, required = fields.index(task.data.key), [fields.index(field) for field in task.data.required]
+    required = [fields.index(field) for field in task.data.required]
     number = repaired = 0
     entries: list[tuple[int, Entry]] = []
     drops: list[Drop] = []
@@ -128,14 +149,16 @@ def _read(table: Table, task: Task, source: Source, store: RowStore) -> tuple[in
             if raw is None:
                 drops.append(Drop(number, problem, line=line))
             else:
-                cleaned = [clean(cell) for cell in raw]
-                cells = [text for text, _ in cleaned]
-                repaired += sum(changed for _, changed in cleaned)
-                key = key_of(cells[key_place])
-                if reason := _unusable(task, cells, fields, required):
-                    drops.append(Drop(number, reason, key[:100]))
-                else:
-                    entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                try:
+                    key, cells, changed = reader(raw)
+                    key, repaired = key_of(key), repaired + changed
+                    if reason := _unusable(task, cells, fields, required):
+                        drops.append(Drop(number, reason, key[:100]))
+                    else:
+                        entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                except Unusable as why:
+                    reason, detail = why.args
+                    drops.append(Drop(number, reason, line=line, detail=detail))
             if number % BATCH == 0:
                 store.add(entries)
                 store.drop(drops)
@@ -171,6 +194,8 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
         return
     why = "".join(f"\n  {count} dropped: {reason}" for reason, count in store.drop_counts().items())
     if not usable:
+        if first := next((drop for drop in store.drops() if drop.detail), None):
+            why += f"\nThe first, line {first.line}: {first.detail}"
         raise UserError(f"{source} has no {'usable row:' + why if why else 'row below its header'}")
     shares = [end - first for first, end in task.split.values()]
     needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty once in 100 times

@@ -73,6 +73,7 @@ def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str
         yield manifest["repaired"], "cells repaired (encoding, quotes, control characters)"
     if manifest["merged"]:
         yield manifest["merged"], "rows merged into an earlier one that says the same"
+    yield from ((count, note) for note, count in manifest["notes"].items() if count)
     if dropped := manifest["dropped"]:
         yield sum(dropped.values()), f"rows dropped, listed in {folder / 'dropped.jsonl'}:"
         yield from ((count, f"  {reason}") for reason, count in dropped.items())

@@ -59,6 +59,7 @@ class Data:
     drop_explicit: bool = False
     train_fields: list[str] | None = None
     train_rows: int | None = None
+    max_tokens: int | None = None  # data_prep/dialogues.py cuts dialogues that are longer
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ class SplitWriter:
         make_rows(sources, task, folder) -> dict  the rows of each split, made from the source rows of each; files of
                                                   the module's own may be written into `folder`
 
+    and, where cells are more than a line of text each, a `Reader` (see dialogues.py).
+
     Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
 
     Args:

@@ -6,12 +6,8 @@
 `name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or +run=FOLDER.
 """
 
-from pathlib import Path
-
-from omegaconf import OmegaConf
-
-from evaluation.runs import newest_run
-from nemo_configs.command_line import UserError, load_config, plain, run
+from evaluation.runs import newest_run, open_run
+from nemo_configs.command_line import load_config, plain, run
 
 
 def main(words: list[str]) -> None:
@@ -34,17 +30,9 @@ def main(words: list[str]) -> None:
 
     console = Console()
     with console.status("loading"):
-        from converters.nemo_file import read_nemo
         from evaluation.compare import answer, without_adapter
 
-        trained = OmegaConf.load(run_folder / "config.yaml")
-        nemo = read_nemo(run_folder / f"{trained.task.name}.nemo")
-        base_folder = Path(
-            config.model.path or trained.model.path or Path(trained.model.models_dir) / nemo.base["name"]
-        )
-        if not (base_folder / "config.json").exists():
-            raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
-                            f"MODEL={nemo.base['name']}")  # fmt: skip
+        nemo, base_folder = open_run(run_folder, config)
         model, tokenizer = nemo.load_onto(base_folder)
     instruction = nemo.prompt.write_instruction(**given)
     sampling = plain(config.task.generate)

@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_configs.command_line import UserError
+
+if TYPE_CHECKING:
+    from converters.nemo_file import NemoFile
 
 
 def newest_run(config: DictConfig) -> Path:
@@ -24,6 +27,23 @@ def newest_run(config: DictConfig) -> Path:
     if not finished:
         raise UserError(f"no finished run in {tasks}. Train first: make train TASK={config.task.name}")
     return finished[-1].parent
+
+
+def open_run(run_folder: Path, config: DictConfig) -> tuple["NemoFile", Path]:
+    """A run's archive, and the folder of its base model: `config.model.path`, or where the run had it.
+
+    Raises:
+        UserError: the archive is not whole, or the base is not there.
+    """
+    from converters.nemo_file import read_nemo
+
+    trained = OmegaConf.load(run_folder / "config.yaml")
+    nemo = read_nemo(run_folder / f"{trained.task.name}.nemo")
+    base_folder = Path(config.model.path or trained.model.path or Path(trained.model.models_dir) / nemo.base["name"])
+    if not (base_folder / "config.json").exists():
+        raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
+                        f"MODEL={nemo.base['name']}")  # fmt: skip
+    return nemo, base_folder
 
 
 def read_metrics(run_folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -136,7 +136,8 @@ def train(
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
     need = check_memory(config, base_folder, splits["training"], weights_dtype())
     held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
-    questions = [prompt.write_instruction()] + [row["input"] for row in first_rows(data_folder / "test.jsonl", 2)]
+    questions = [prompt.write_instruction()]
+    questions += [prompt.question(row) for row in first_rows(data_folder / "test.jsonl", 2)]
     sampling = plain(config.task.generate)
 
     before_file = run_folder / "before.json"
