@@ -20,8 +20,6 @@ from evaluation.sampling import sample
 from training.batches import Batches, learned_loss
 from training.packing import use_packed_attention
 
-NOT_BETTER = 3  # exit code of a fine-tune that gains less than task.evaluate.min_gain
-
 
 def answer(
     model: PreTrainedModel | PeftModel,
@@ -68,23 +66,6 @@ def row_losses(gemma: PreTrainedModel, rows: Dataset, micro_batch_tokens: int) -
             losses.append((round(learned_loss(gemma, batch.to(gemma.device)).item(), 4), step.learned))
     gemma.set_attn_implementation(usual_attention)
     return losses
-
-
-def gain(evaluation: Mapping[str, Any]) -> float:
-    """By which share of itself held-out perplexity fell: 0.25 from 20 to 15. Below 0 where it rose."""
-    return 1 - evaluation["after"]["perplexity"] / evaluation["before"]["perplexity"]
-
-
-def shortfall(evaluation: Mapping[str, Any], min_gain: float | None) -> str:
-    """Why a run does not pass `task.evaluate.min_gain`, or ''."""
-    if min_gain is None or gain(evaluation) >= min_gain:
-        return ""
-    was, now = (f"{evaluation[side]['perplexity']:.2f}" for side in ("before", "after"))
-    return (
-        f"not good enough: held-out perplexity was {was} and is {now}, a gain of {gain(evaluation):.1%}; "
-        f"task.evaluate.min_gain asks for {min_gain:.1%}. The run is kept. More or cleaner rows, or another "
-        "task.train.learning_rate or task.train.epochs, may do better"
-    )
 
 
 def without_adapter(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:

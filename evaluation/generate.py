@@ -6,12 +6,8 @@
 `name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or +run=FOLDER.
 """
 
-from pathlib import Path
-
-from omegaconf import OmegaConf
-
-from evaluation.runs import newest_run
-from nemo_configs.command_line import UserError, load_config, plain, run
+from evaluation.runs import Run, base_of, newest_run
+from nemo_configs.command_line import load_config, plain, run
 
 
 def main(words: list[str]) -> None:
@@ -24,8 +20,8 @@ def main(words: list[str]) -> None:
         else:
             overrides.append(word)
     config = load_config(overrides)
-    run_folder = newest_run(config)
-    print(f"Asking {run_folder.name}", flush=True)
+    asked = Run.read(newest_run(config))
+    print(f"Asking {asked.folder.name}", flush=True)
 
     from rich.columns import Columns
     from rich.console import Console
@@ -37,15 +33,8 @@ def main(words: list[str]) -> None:
         from converters.nemo_file import read_nemo
         from evaluation.compare import answer, without_adapter
 
-        trained = OmegaConf.load(run_folder / "config.yaml")
-        nemo = read_nemo(run_folder / f"{trained.task.name}.nemo")
-        base_folder = Path(
-            config.model.path or trained.model.path or Path(trained.model.models_dir) / nemo.base["name"]
-        )
-        if not (base_folder / "config.json").exists():
-            raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
-                            f"MODEL={nemo.base['name']}")  # fmt: skip
-        model, tokenizer = nemo.load_onto(base_folder)
+        nemo = read_nemo(asked.archive)
+        model, tokenizer = nemo.load_onto(base_of(asked, config))
     instruction = nemo.prompt.write_instruction(**given)
     sampling = plain(config.task.generate)
     with console.status("asking the fine-tuned model"):

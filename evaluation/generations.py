@@ -9,27 +9,26 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from data_prep.progress import Progress
 from evaluation.questions import Question
-from evaluation.runs import Lines, open_run, read_lines, to_line, write_lines
+from evaluation.runs import Lines, Run, base_of, read_lines, to_line, write_lines
 from nemo_configs.command_line import plain
 
 FILE = "generations.jsonl"
 BATCH = 16  # answers at a time
 
 
-def generate(run_folder: Path, config: DictConfig, questions: Sequence[Question]) -> Lines:
+def generate(run: Run, config: DictConfig, questions: Sequence[Question]) -> Lines:
     """Every question with `task.evaluate.seeds` seeds, and every held-out row with one, to both models.
 
     Answers that are there already are kept, so that a stopped call goes on where it was; those that this call does not
     ask for are left out. Sampling is that of `config.task.generate`.
     """
-    file, sampling, seeds = run_folder / FILE, plain(config.task.generate), config.task.evaluate.seeds
+    file, sampling, seeds = run.folder / FILE, plain(config.task.generate), config.task.evaluate.seeds
     wanted = [
         _line(side, question, seed, sampling)
         for side in ("before", "after")
@@ -39,7 +38,7 @@ def generate(run_folder: Path, config: DictConfig, questions: Sequence[Question]
     made = {line["id"]: line for line in read_lines(file)}
     if missing := [line for line in wanted if line["id"] not in made]:
         write_lines(file, (made[line["id"]] for line in wanted if line["id"] in made))
-        _ask(missing, file, config, sampling)
+        _ask(missing, run, config, sampling)
         made = {line["id"]: line for line in read_lines(file)}
     generations = [made[line["id"]] for line in wanted]
     write_lines(file, generations)
@@ -57,16 +56,17 @@ def _line(side: str, question: Question, seed: int, sampling: Mapping[str, Any])
     return {key: value for key, value in line.items() if value not in (None, {})}
 
 
-def _ask(missing: Lines, file: Path, config: DictConfig, sampling: Mapping[str, Any]) -> None:
-    """Append the lines of `missing` to `file`, batch by batch, with their answers."""
-    print(f"Asking {file.parent.name}, before and after: {len(missing)} answers", flush=True)
+def _ask(missing: Lines, run: Run, config: DictConfig, sampling: Mapping[str, Any]) -> None:
+    """Append the lines of `missing` with their answers, batch by batch."""
+    print(f"Asking the base model and {run.folder.name} for {len(missing)} answers", flush=True)
+    from converters.nemo_file import read_nemo
     from evaluation.compare import without_adapter
     from evaluation.sampling import sample
 
-    nemo, base_folder = open_run(file.parent, config)
-    model, tokenizer = nemo.load_onto(base_folder, as_trained=True)
+    nemo = read_nemo(run.archive)
+    model, tokenizer = nemo.load_onto(base_of(run, config), as_trained=True)
     done = 0
-    with Progress("Answers", len(missing)) as progress, file.open("a", encoding="utf-8") as out:
+    with Progress("Answers", len(missing)) as progress, (run.folder / FILE).open("a", encoding="utf-8") as out:
         for side, adapter in (("before", without_adapter(model)), ("after", nullcontext())):
             with adapter:
                 # Texts of one length have no padding between them.

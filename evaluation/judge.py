@@ -19,7 +19,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from data_prep.progress import Progress
-from evaluation.metrics import interval, resample
+from evaluation.intervals import interval, resample
 from evaluation.runs import Lines, read_lines, to_line, write_lines
 from nemo_configs.command_line import UserError
 
@@ -60,7 +60,7 @@ def judge(run_folder: Path, config: DictConfig, generations: Lines) -> dict[str,
         raise UserError("judge.model: name the model that judges, as the endpoint knows it")
     judged = {line["pair"]: line for line in lines if line["model"] == model}
     missing = [pair for pair in pairs if pair not in judged]
-    if missing and not config.judge.url or not pairs:
+    if (missing and not config.judge.url) or not pairs:
         return {}
     if missing:
         print(f"Asking {model} at {config.judge.url} about {len(missing)} pairs of answers, in both orders", flush=True)

@@ -1,8 +1,4 @@
-"""Figures of a run's answers and held-out losses, each with an interval: `metrics.json`.
-
-Intervals are of 95 %, by the percentile bootstrap (Efron, 1979): rows, or questions with all their seeds, are drawn
-again with replacement, the same ones for both models, so that the interval of a difference is a paired one (Koehn,
-2004). They say how far another draw of rows or questions would move a figure; not how another training run would.
+"""Figures of a run's answers, each with an interval: `metrics.json`.
 
 A metric is a function of the answers and what they are held against; its result has a score for each answer, or None
 where it does not apply. The first paragraph of its docstring is what the report says about it.
@@ -16,18 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from itertools import combinations, pairwise
-from math import exp
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_prep.prompt import Prompt
+from evaluation.intervals import estimates
 from evaluation.runs import Lines, read_json, read_lines
 
 FAMILIES = ("slang", "reviews")  # task.evaluate.metrics: METRICS of evaluation/<family>_metrics.py join those below
-RESAMPLES, SEED = 2000, 0
 Scores = list[float | None]
 
 
@@ -71,13 +65,15 @@ class Metric:
 
     Attributes:
         better: "higher", "lower", or "" where neither is.
-        unit: "%" for shares, given as 0 to 1; else written behind the number.
+        unit: "%" for shares, given as 0 to 1; "yes/no" for what an answer has or has not; else what is counted.
+        together: of a question's answers with all seeds together, not of each.
     """
 
     title: str
     score: Callable[[Lines, Evidence], Scores]
     better: str
     unit: str = "%"
+    together: bool = False
 
     @property
     def explanation(self) -> str:
@@ -112,7 +108,7 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
             "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
         })  # fmt: skip
         for line, value in zip(generations, values, strict=False):
-            if value is not None:
+            if value is not None and not metric.together:
                 scores[line["id"]][name] = value
     return {"metrics": found, "scores": scores}
 
@@ -125,65 +121,6 @@ def _by_question(lines: Lines, values: Scores, side: str) -> dict[str, tuple[flo
             total, count = sums.get(line["question"], (0.0, 0))
             sums[line["question"]] = total + value, count + 1
     return sums
-
-
-# --- intervals ------------------------------------------------------------------------------------------------
-
-
-def resample(*series: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of several series over the same units, drawn again RESAMPLES times: [series, RESAMPLES].
-
-    Args:
-        series: [units, 2] each: the sum of a unit's values, and how many they are. A mean is Σ sums / Σ counts.
-    """
-    generator, units = np.random.default_rng(SEED), len(series[0])
-    means = np.empty((len(series), RESAMPLES))
-    for draw in range(RESAMPLES):
-        drawn = generator.integers(units, size=units)
-        for place, values in enumerate(series):
-            total, count = values[drawn].sum(0)
-            means[place, draw] = total / count
-    return means
-
-
-def interval(value: float, draws: NDArray[np.float64], units: int) -> list[float | None]:
-    """`[value, low, high]` of 95 %; of a single unit nothing is known but its value."""
-    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    return [value, low, high] if units > 1 else [value, None, None]
-
-
-def estimates(before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, list[float | None]]:
-    """`{"before", "after", "difference"}`, each `[value, low, high]`, of two series as in `resample`."""
-    was, now = (float(values[:, 0].sum() / values[:, 1].sum()) for values in (before, after))
-    draws, units = resample(before, after), len(before)
-    return {
-        "before": interval(was, draws[0], units),
-        "after": interval(now, draws[1], units),
-        "difference": interval(now - was, draws[1] - draws[0], units),
-    }
-
-
-def held_out(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss and perplexity on held-out rows, with intervals over rows.
-
-    Args:
-        evaluation: `evaluation.json`.
-
-    Returns:
-        `{"loss": {"before", "after", "difference"}, "perplexity": {"before", "after"}, "gain"}`, each `[value, low,
-        high]`; `gain` is the share by which perplexity fell. {} for a run from before rows were measured one by one.
-    """
-    if "rows" not in evaluation["before"] or "rows" not in evaluation["after"]:
-        return {}
-    loss = estimates(*(np.array(evaluation[side]["rows"], dtype=float) for side in ("before", "after")))
-    perplexity = {side: [_of(exp, value) for value in loss[side]] for side in ("before", "after")}
-    # The ratio of two perplexities is the exponential of the difference of the losses.
-    value, low, high = (_of(lambda it: 1 - exp(it), difference) for difference in loss["difference"])
-    return {"loss": loss, "perplexity": perplexity, "gain": [value, high, low]}
-
-
-def _of(function: Callable[[float], float], value: float | None) -> float | None:
-    return None if value is None else function(value)
 
 
 # --- metrics of every task ------------------------------------------------------------------------------------
@@ -315,9 +252,9 @@ def _sequences(text: list[str], length: int) -> set[tuple[str, ...]]:
 METRICS = [
     Metric("Like the row's own answer (chrF)", chrf, "higher", ""),
     Metric("Like the row's own answer (ROUGE-L)", rouge_l, "higher"),
-    Metric("Ended by itself", ended, "higher"),
-    Metric("Well-formed", well_formed, "higher"),
-    Metric("Distinct pairs of words", distinct_2, "higher"),
-    Metric("Alike with every seed", self_similarity, ""),
+    Metric("Ended by itself", ended, "higher", "yes/no"),
+    Metric("Well-formed", well_formed, "higher", "yes/no"),
+    Metric("Distinct pairs of words", distinct_2, "higher", together=True),
+    Metric("Alike with every seed", self_similarity, "", together=True),
     Metric("Copied from training", copied_words, "", "words"),
 ]

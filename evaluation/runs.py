@@ -5,15 +5,12 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 
 from nemo_configs.command_line import UserError
-
-if TYPE_CHECKING:
-    from converters.nemo_file import NemoFile
 
 Lines = list[dict[str, Any]]  # of metrics.jsonl
 
@@ -61,6 +58,12 @@ class Run:
         """Of what the lines of training say about `key`; 0 where they do not."""
         values = [step[key] for step in self.steps if key in step]
         return statistics.median(values) if values else 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        """Median of a step; a line of training may be of several."""
+        seconds = [line["seconds"] / line.get("steps", 1) for line in self.steps if "seconds" in line]
+        return statistics.median(seconds) if seconds else 0.0
 
     def data_folder(self, *folders: str) -> Path:
         """The first of its own `data_dir` and `folders` that holds the rows it was trained and measured on.
@@ -118,21 +121,14 @@ def named_run(folder: Path) -> Path:
     return folder
 
 
-def open_run(run_folder: Path, config: DictConfig) -> tuple["NemoFile", Path]:
-    """A run's archive, and the folder of its base model: `config.model.path`, or where the run had it.
-
-    Raises:
-        UserError: the archive is not whole, or the base is not there.
-    """
-    from converters.nemo_file import read_nemo
-
-    run = Run.read(run_folder)
-    nemo, model = read_nemo(run.archive), run.config["model"]
-    base_folder = Path(config.model.path or model["path"] or Path(model["models_dir"]) / nemo.base["name"])
-    if not (base_folder / "config.json").exists():
-        raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}. Fetch it: make base "
-                        f"MODEL={nemo.base['name']}")  # fmt: skip
-    return nemo, base_folder
+def base_of(run: Run, config: DictConfig) -> Path:
+    """The folder of a run's base model: `config.model.path`, or where the run had it. Raises a UserError: not there."""
+    model = run.config["model"]
+    folder = Path(config.model.path or model["path"] or Path(model["models_dir"]) / model["name"])
+    if not (folder / "config.json").exists():
+        name = model["name"]
+        raise UserError(f"the base model {name} is not in {folder}. Fetch it: make base MODEL={name}")
+    return folder
 
 
 def read_metrics(run_folder: Path) -> tuple[Lines, Lines]:
@@ -144,6 +140,13 @@ def read_metrics(run_folder: Path) -> tuple[Lines, Lines]:
                 lines[line["step"]] = line
     training, validation = ([lines[step] for step in sorted(lines)] for lines in kinds.values())
     return training, validation
+
+
+def write_json(file: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.rename(file)
 
 
 def write_lines(file: Path, lines: Iterable[dict[str, Any]]) -> None:

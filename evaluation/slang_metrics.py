@@ -53,6 +53,6 @@ def fits_scene(generations: Lines, evidence: Evidence) -> Scores:
 
 
 METRICS = [
-    Metric("New term", new_term, "higher"),
+    Metric("New term", new_term, "higher", "yes/no"),
     Metric("Fits its scene", fits_scene, "higher"),
 ]
