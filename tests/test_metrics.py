@@ -131,11 +131,9 @@ def test_embeddings_are_weighted_by_rarity_and_read_from_any_shard(tmp_path: Pat
     save_file({"lm_head.weight": table[:, :2]}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"language_model.model.embed_tokens.weight": table}, tmp_path / "model-00002-of-00002.safetensors")
     embed = Embedder(tmp_path, ["the rain", "the sun", "the tide"])
-    rain, same, common, nothing = embed(["rain", "rain rain", "the", ""])
-    assert np.allclose(rain, same) and np.linalg.norm(rain) == pytest.approx(1)
-    assert not nothing.any()
-    # All texts of the corpus have "the": it weighs nothing, and is left out.
-    assert np.allclose(embed(["the rain"])[0], embed([" rain"])[0], atol=0.2) or common @ rain < 0.9
+    rain, more, sun, common, nothing = embed(["the rain", "the rain rain", "the sun", "the", ""])
+    assert np.allclose(rain, more) and np.linalg.norm(rain) == pytest.approx(1) and rain @ sun < 0.9
+    assert not common.any() and not nothing.any()  # what all texts have weighs nothing
 
 
 # --- reviews --------------------------------------------------------------------------------------------------
@@ -185,12 +183,12 @@ def test_aspects_and_judgements_are_held_against_the_reviews(reviews: Evidence) 
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     random = np.random.default_rng(7)
     held = 0
-    for _ in range(100):
+    for _ in range(60):
         counts = random.integers(5, 30, size=40)
         sums = random.normal(2.0 * counts, np.sqrt(counts))
         _, low, high = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1))["after"]
         held += low < 2.0 < high
-    assert 88 <= held <= 100
+    assert 52 <= held <= 60
 
 
 def test_a_difference_is_of_the_same_rows() -> None:
