@@ -271,7 +271,7 @@ def _svg(axes: Axes, title: str, says: str) -> Markup:
     svg = buffer.getvalue().partition("<svg ")[2]
     svg = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->|\n\s*", " ", svg, flags=re.DOTALL)
     own = hashlib.sha256(svg.encode()).hexdigest()[:6]
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{own}-", svg)  # the plots share a page
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", svg)  # the plots share a page
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     label = html.escape(f"{title}: {says}")

@@ -1,5 +1,6 @@
 """The thorough evaluation on a tiny run: what is asked, kept, measured, judged, compared, and refused."""
 
+import html
 import json
 import os
 import subprocess
@@ -196,7 +197,7 @@ def test_a_stopped_call_goes_on_where_it_was(finished: Run, words: list[str], mo
 
 def test_the_report_shows_what_was_measured(finished: Run) -> None:
     metrics = json.loads((finished.folder / "metrics.json").read_text())
-    page = (finished.folder / "report.html").read_text()
+    page = html.unescape((finished.folder / "report.html").read_text())
     names = [metric["name"] for metric in metrics["metrics"]]
     assert {"chrf", "rouge_l", "well_formed", "distinct_2", "copied_words", "new_term", "fits_scene"} <= set(names)
     assert all(metric["title"] in page and metric["explanation"][:30] in page for metric in metrics["metrics"])
