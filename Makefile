@@ -14,6 +14,7 @@ export override TITLE := $(value TITLE)
 export override CONTEXT := $(value CONTEXT)
 export override CONDITION := $(value CONDITION)
 export override QUESTION := $(value QUESTION)
+export override RUNS := $(value RUNS)
 
 # A name that does not exist is answered before anything is installed.
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
@@ -32,7 +33,7 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
-.PHONY: train data new-task base generate chat report convert attempts
+.PHONY: train data new-task base generate chat report compare convert attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
@@ -51,8 +52,11 @@ generate: .venv/train.stamp  ## ask base and fine-tuned model side by side      
 chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal           ARGS="+run=FOLDER"
 	@$(RUN) evaluation.chat task=$(TASK) $(ARGS)
 
-report: .venv/train.stamp  ## write the newest run's report again
+report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly        ARGS="+run=FOLDER judge.url=..."
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
+
+compare: .venv/train.stamp  ## all finished runs of TASK side by side                   RUNS="a b"
+	@$(RUN) evaluation.compare_runs task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
 
 convert: .venv/train.stamp  ## newest run to Hugging Face format, proven               TO=adapter or merged
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \

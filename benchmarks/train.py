@@ -103,7 +103,7 @@ def main(words: list[str]) -> None:
     result["data"]["source"] = source.name
     RESULTS.mkdir(parents=True, exist_ok=True)
 
-    from training.__main__ import write_json
+    from evaluation.runs import write_json
 
     name = [result["machine"], result["model"], source.stem, *([str(own.length)] if own.length else [])]
     file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")

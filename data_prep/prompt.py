@@ -72,10 +72,6 @@ class Prompt:
         """Everything the model is given before it answers. Control tokens in `instruction` are text to it."""
         return self._fill(self.template.partition("{response}")[0], {"instruction": disarm(instruction)})
 
-    def question(self, row: Mapping[str, Any]) -> str:
-        """What a row asks the model first, to be wrapped."""
-        return exchanges(row["messages"])[0][0] if "messages" in row else row["input"]
-
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """A row's whole text in pieces: each with whether it is learned. After a learned one comes the end token.
 

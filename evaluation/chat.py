@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from evaluation.runs import newest_run, open_run
+from evaluation.runs import Run, base_of, newest_run
 from nemo_configs.command_line import load_config, plain, run
 
 if TYPE_CHECKING:
@@ -34,20 +33,21 @@ Ctrl-C stops an answer. To begin a message with a slash, put a space before it."
 
 def main(words: list[str]) -> None:
     config = load_config(words)
-    run_folder = newest_run(config)
+    asked = Run.read(newest_run(config))
     console = Console(highlight=False)
     with console.status("loading"):
-        nemo, base_folder = open_run(run_folder, config)
         import torch
 
+        from converters.nemo_file import read_nemo
         from evaluation.dialogue import Dialogue
 
-        model, tokenizer = nemo.load_onto(base_folder)
-        columns = OmegaConf.load(run_folder / "config.yaml").task.data.columns
+        nemo = read_nemo(asked.archive)
+        model, tokenizer = nemo.load_onto(base_of(asked, config))
+        columns = asked.config["task"]["data"]["columns"]
         field = next((name for name in columns if f"{{{name}}}" in nemo.prompt.instruction), None)
         dialogue = Dialogue(model, tokenizer, nemo.prompt, plain(config.task.generate), field)
         torch.manual_seed(config.seed)
-    _say(console, f"{run_folder.name} is listening. /help lists the commands, Ctrl-D leaves.")
+    _say(console, f"{asked.folder.name} is listening. /help lists the commands, Ctrl-D leaves.")
     if not dialogue.has_memory:
         about = f"what you type is the prompt's {field}, and " if field else ""
         _say(console, f"{about}each message stands by itself: this task's prompt has no turns")

@@ -6,7 +6,7 @@
 `name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or +run=FOLDER.
 """
 
-from evaluation.runs import newest_run, open_run
+from evaluation.runs import Run, base_of, newest_run
 from nemo_configs.command_line import load_config, plain, run
 
 
@@ -20,8 +20,8 @@ def main(words: list[str]) -> None:
         else:
             overrides.append(word)
     config = load_config(overrides)
-    run_folder = newest_run(config)
-    print(f"Asking {run_folder.name}", flush=True)
+    asked = Run.read(newest_run(config))
+    print(f"Asking {asked.folder.name}", flush=True)
 
     from rich.columns import Columns
     from rich.console import Console
@@ -30,10 +30,11 @@ def main(words: list[str]) -> None:
 
     console = Console()
     with console.status("loading"):
+        from converters.nemo_file import read_nemo
         from evaluation.compare import answer, without_adapter
 
-        nemo, base_folder = open_run(run_folder, config)
-        model, tokenizer = nemo.load_onto(base_folder)
+        nemo = read_nemo(asked.archive)
+        model, tokenizer = nemo.load_onto(base_of(asked, config))
     instruction = nemo.prompt.write_instruction(**given)
     sampling = plain(config.task.generate)
     with console.status("asking the fine-tuned model"):

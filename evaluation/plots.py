@@ -1,5 +1,6 @@
 """The plots of a report, as SVG that stands inside its page and takes its colours from the page's style."""
 
+import hashlib
 import html
 import io
 import math
@@ -7,7 +8,9 @@ import re
 import statistics
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -15,6 +18,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from evaluation.intervals import held_out
+from evaluation.runs import Lines, Run
 
 POINTS = 400  # of a curve: a longer run's steps are averaged down to it, which keeps the page small
 REASONS = 8  # for dropping rows that get a bar of their own
@@ -27,32 +33,122 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6, "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "xtick.major.size": 0,
     "ytick.major.size": 0, "text.color": COLOURS["ink"], "legend.frameon": False, "legend.labelcolor": COLOURS["muted"],
 }  # fmt: skip
-Lines = list[dict[str, Any]]  # of metrics.jsonl
+COURSES = 8  # runs whose curves fit into one plot
+SHARES = ("%", "yes/no")  # units of metrics from 0 to 1
 
 
-def draw(
-    evaluation: Mapping[str, Any], steps: Lines, validations: Lines, manifest: Mapping[str, Any]
-) -> dict[str, Markup]:
-    """Every plot by name, each a `<figure>`; empty where the run has no figures for it."""
-    # Letters that Matplotlib's own font lacks are drawn by the reader's browser.
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+def draw(shown: Run, intervals: Mapping[str, Any]) -> dict[str, Markup]:
+    """Every plot of a report by name, each a `<figure>`; empty where the run has no figures for it.
+
+    Args:
+        intervals: see `metrics.held_out`.
+    """
+    with drawing():
         return {
-            "perplexity": _perplexity(evaluation),
-            "loss": _loss(steps, validations),
-            "learning_rate": _curve("Learning rate", "learning rate", steps, "learning_rate"),
-            "gradient": _curve("Gradient norm", "before clipping", steps, "grad_norm"),
-            "speed": _curve("Speed", "tokens per second", steps, "tokens_per_second"),
-            "splits": _splits(manifest),
-            "lengths": _lengths(manifest),
-            "fates": _fates(manifest),
+            "perplexity": _perplexity(shown.evaluation, intervals),
+            "shares": _shares(shown.metrics.get("metrics", [])),
+            "loss": _loss(shown.steps, shown.validations),
+            "learning_rate": _curve("Learning rate", "learning rate", shown.steps, "learning_rate"),
+            "gradient": _curve("Gradient norm", "before clipping", shown.steps, "grad_norm"),
+            "speed": _curve("Speed", "tokens per second", shown.steps, "tokens_per_second"),
+            "splits": _splits(shown.manifest),
+            "lengths": _lengths(shown.manifest),
+            "fates": _fates(shown.manifest),
         }
 
 
-def _perplexity(evaluation: Mapping[str, Any]) -> Markup:
-    sides = [("base model", evaluation["before"]["perplexity"], "grey")]
-    sides += [("fine-tuned", evaluation["after"]["perplexity"], "blue")]
-    bars = [(name, value, f"{value:,.2f}", colour) for name, value, colour in sides]
-    return _bars("Held-out perplexity (lower is better)", "perplexity", bars)
+def draw_comparison(runs: Sequence[Run]) -> dict[str, Markup]:
+    """The plots of a comparison, the runs in the order given."""
+    with drawing():
+        names = [run.config.get("experiment_name") or run.folder.name for run in runs]
+        intervals = [held_out(run.evaluation) for run in runs]
+        found: dict[tuple[str, float], tuple[float, Any]] = {}  # runs of one base share its bar
+        for run, known in zip(runs, intervals, strict=True):
+            value = run.evaluation["before"]["perplexity"]
+            found[f"base: {run.config['model']['name']}", round(value, 2)] = (
+                value,
+                known.get("perplexity", {}).get("before"),
+            )
+        items = [(name, value, f"{value:,.2f}", "grey") for (name, _), (value, _) in found.items()]
+        ranges = [known for _, known in found.values()]
+        items += [(name, run.evaluation["after"]["perplexity"], f"{run.evaluation['after']['perplexity']:,.2f}", "blue")
+                  for name, run in zip(names, runs, strict=True)]  # fmt: skip
+        ranges += [known.get("perplexity", {}).get("after") for known in intervals]
+        speeds = [(name, run.median("tokens_per_second")) for name, run in zip(names, runs, strict=True)]
+        peaks = [(name, run.evaluation.get("peak_memory_gib", 0.0)) for name, run in zip(names, runs, strict=True)]
+        return {
+            "perplexity": bars("Held-out perplexity (lower is better)", "perplexity", items,
+                               ranges=[known[1:] if known else [None, None] for known in ranges]),
+            "loss": _courses(list(zip(names, runs, strict=True))),
+            "speed": bars("Speed", "tokens per second", [(name, it, f"{it:,.0f}", "blue") for name, it in speeds]),
+            "memory": bars("Peak memory", "GiB", [(name, it, f"{it:,.1f}", "blue") for name, it in peaks if it]),
+        }  # fmt: skip
+
+
+def _courses(runs: Sequence[tuple[str, Run]]) -> Markup:
+    """The validation losses of several runs over their steps."""
+    shown = [(name, _thin(run.validations, "val_loss")[0]) for name, run in runs[:COURSES]]
+    if not any(points for _, points in shown):
+        return Markup("")
+    axes, says = _axes(2.9), []
+    for (name, points), (style, colour) in zip(
+        shown, product(("-", "--", ":"), ("blue", "orange", "grey", "ink")), strict=False
+    ):
+        if points:
+            axes.plot(*zip(*points, strict=True), f"o{style}", color=COLOURS[colour], lw=1.4, ms=3.5, label=name)
+            says.append(f"{name}: {points[-1][1]:.3f} at step {points[-1][0]:.0f}")
+    axes.set(xlabel="optimizer step", ylabel="validation loss (nats per token)")
+    axes.legend(loc="upper right", fontsize=8)
+    return _svg(axes, "Validation loss", "; ".join(says))
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    # Letters that Matplotlib's own font lacks are drawn by the reader's browser.
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
+        yield
+
+
+def _perplexity(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Markup:
+    sides = [("base model", "before", "grey"), ("fine-tuned", "after", "blue")]
+    found = [(name, evaluation[side]["perplexity"], colour) for name, side, colour in sides]
+    ranges = [intervals["perplexity"][side][1:] for _, side, _ in sides] if intervals else None
+    return bars(
+        "Held-out perplexity (lower is better)", "perplexity",
+        [(name, value, f"{value:,.2f}", colour) for name, value, colour in found], ranges=ranges,
+    )  # fmt: skip
+
+
+def _shares(metrics: Lines) -> Markup:
+    """Every share as two points with their intervals, base and fine-tuned, and a stroke for the rows' own."""
+    shares = [metric for metric in metrics if metric["unit"] in SHARES]
+    if not shares:
+        return Markup("")
+    axes = _axes(0.75 + 0.42 * len(shares))
+    for place, metric in enumerate(shares):
+        axes.text(0, place - 0.3, metric["title"], transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
+        for side, colour, offset in (("before", "grey", -0.06), ("after", "blue", 0.06)):
+            value, low, high = metric[side]
+            if low is not None:
+                axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], lw=1.6, alpha=0.5)
+            axes.plot([value], [place + offset], "o", color=COLOURS[colour], ms=5.5)
+        if metric["reference"] is not None:
+            axes.plot([metric["reference"]] * 2, [place - 0.18, place + 0.18], color=COLOURS["orange"], lw=1.6)
+    for name, colour, marker in (
+        ("base model", "grey", "o"),
+        ("fine-tuned", "blue", "o"),
+        ("rows' own", "orange", "|"),
+    ):
+        axes.plot([], [], marker, color=COLOURS[colour], label=name, ms=5.5)
+    axes.set(yticks=[], ylim=(len(shares) - 0.6, -0.6), xlim=(-0.02, 1.02))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), ncols=3, fontsize=8.5, handlelength=1.3, columnspacing=1.3)
+    says = ", ".join(f"{it['title']}: {it['before'][0]:.0%} before, {it['after'][0]:.0%} after" for it in shares)
+    return _svg(axes, "Shares, with their ranges", says)
 
 
 def _loss(steps: Lines, validations: Lines) -> Markup:
@@ -93,13 +189,13 @@ def _curve(title: str, unit: str, steps: Lines, key: str) -> Markup:
 
 def _splits(manifest: Mapping[str, Any]) -> Markup:
     rows = {name: split["rows"] for name, split in manifest.get("splits", {}).items()}
-    return _bars("Split sizes", "rows", [(name, count, f"{count:,}", "blue") for name, count in rows.items()])
+    return bars("Split sizes", "rows", [(name, count, f"{count:,}", "blue") for name, count in rows.items()])
 
 
 def _lengths(manifest: Mapping[str, Any]) -> Markup:
     tokens = {name: split["tokens"] for name, split in manifest.get("splits", {}).items() if split.get("tokens")}
-    bars = [(name, t["mean"], f"{t['mean']:,.0f} mean, {t['max']:,} longest", "blue") for name, t in tokens.items()]
-    return _bars("Length of a row", "tokens", bars, [t["max"] for t in tokens.values()])
+    found = [(name, t["mean"], f"{t['mean']:,.0f} mean, {t['max']:,} longest", "blue") for name, t in tokens.items()]
+    return bars("Length of a row", "tokens", found, [t["max"] for t in tokens.values()])
 
 
 def _fates(manifest: Mapping[str, Any]) -> Markup:
@@ -107,30 +203,38 @@ def _fates(manifest: Mapping[str, Any]) -> Markup:
     fates = [("kept", manifest.get("rows_out", 0)), ("merged into another", manifest.get("merged", 0))]
     fates += [(f"dropped: {reason}", count) for reason, count in dropped[:REASONS]]
     fates += [(f"dropped: {len(dropped) - REASONS} other reasons", sum(count for _, count in dropped[REASONS:]))]
-    bars = [(fate, count, f"{count:,}", "blue" if fate == "kept" else "grey") for fate, count in fates if count]
-    return _bars("Where the rows went", "rows", bars)
+    found = [(fate, count, f"{count:,}", "blue" if fate == "kept" else "grey") for fate, count in fates if count]
+    return bars("Where the rows went", "rows", found)
 
 
-def _bars(
-    title: str, unit: str, bars: Sequence[tuple[str, float, str, str]], most: Sequence[float] | None = None
-) -> Markup:
-    """Horizontal bars of (name, value, text, colour), name and text above each; `most` extends one, paler."""
-    if not bars:
+def bars(
+    title: str, unit: str, items: Sequence[tuple[str, float, str, str]], most: Sequence[float] | None = None,
+    ranges: Sequence[Sequence[float | None]] | None = None,
+) -> Markup:  # fmt: skip
+    """Horizontal bars of (name, value, text, colour), name and text above each.
+
+    Args:
+        most: extends each bar, paler.
+        ranges: `[low, high]` of each, drawn as a line; None for unknown.
+    """
+    if not items:
         return Markup("")
-    names = ["\n".join(textwrap.wrap(name, 46, max_lines=2, placeholder="…")) for name, *_ in bars]
+    names = ["\n".join(textwrap.wrap(name, 46, max_lines=2, placeholder="…")) for name, *_ in items]
     axes, place = _axes(0.55 + sum(0.45 + 0.17 * name.count("\n") for name in names)), 0.0
-    for number, (name, (_, value, text, colour)) in enumerate(zip(names, bars, strict=True)):
+    for number, (name, (_, value, text, colour)) in enumerate(zip(names, items, strict=True)):
         place += 1 + 0.38 * name.count("\n")
         if most:
             axes.barh(place, most[number], 0.3, color=COLOURS[colour], alpha=0.35, lw=0)
         axes.barh(place, value if math.isfinite(value) else 0, 0.3, color=COLOURS[colour], lw=0)
+        if ranges and None not in ranges[number]:
+            axes.plot(ranges[number], [place] * 2, "|-", color=COLOURS["ink"], lw=1, ms=5)
         axes.text(0, place - 0.24, name, transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
         axes.text(1, place - 0.24, text, transform=axes.get_yaxis_transform(), ha="right", weight="bold")
     axes.set(xlabel=unit, yticks=[], ylim=(place + 0.3, 0.15))
     axes.set_xlim(left=0)
     axes.spines[:].set_visible(False)
     axes.grid(axis="x")
-    return _svg(axes, title, ", ".join(f"{name}: {text}" for name, _, text, _ in bars) + f" ({unit})")
+    return _svg(axes, title, ", ".join(f"{name}: {text}" for name, _, text, _ in items) + f" ({unit})")
 
 
 def _thin(lines: Lines, key: str) -> tuple[list[tuple[float, float]], int]:
@@ -166,7 +270,8 @@ def _svg(axes: Axes, title: str, says: str) -> Markup:
     axes.get_figure(root=True).savefig(buffer, format="svg", transparent=True, metadata=nothing)  # type: ignore[union-attr]
     svg = buffer.getvalue().partition("<svg ")[2]
     svg = re.sub(r"<(metadata|style).*?</\1>|<!--.*?-->|\n\s*", " ", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{title.split()[0]}-", svg)  # the plots share a page
+    own = hashlib.sha256(svg.encode()).hexdigest()[:6]
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", svg)  # the plots share a page
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     label = html.escape(f"{title}: {says}")

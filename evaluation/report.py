@@ -1,37 +1,98 @@
 """A run on one page: did it work, how did it learn, from which data, and everything needed to do it again.
 
-    python -m evaluation.report task=slang               (rewrites the newest finished run's; +run=FOLDER another's)
+    python -m evaluation.report task=slang               (the newest finished run's; +run=FOLDER another's)
+
+Training writes the page with three questions. This command asks `task.evaluate`'s, of base and fine-tuned model, with
+several seeds (evaluation/generations.py), measures the answers (evaluation/metrics.py), lets a judge compare them where
+there is one (evaluation/judge.py), and writes the page again. What was made before is kept and not made twice.
 
 `report.html` in the run's folder is one file that asks nothing of the network and runs no script. The same run gives
-the same bytes. `report.html.j2` holds the words and the style, plots.py draws.
+the same bytes. `report.html.j2` holds the words and `page.css` the style, plots.py draws.
 """
 
-import json
 import re
-import statistics
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
+from markupsafe import Markup, escape
+from omegaconf import DictConfig
 
-from evaluation.plots import Lines, draw
-from evaluation.runs import newest_run, read_metrics
-from nemo_configs.command_line import load_config, run
+from data_prep.prompt import Prompt
+from evaluation.gate import gain, pass_gate
+from evaluation.intervals import held_out
+from evaluation.metrics import Evidence, measure
+from evaluation.plots import SHARES, draw
+from evaluation.questions import check, held_out_questions, listed_questions
+from evaluation.runs import Lines, Run, base_of, newest_run, read_lines, write_json
+from nemo_configs.command_line import UserError, load_config, plain, run
+
+ALIKE = 0.5  # of the words of two answers: from here on their differences are marked
+
+
+def evaluate(finished: Run, config: DictConfig) -> None:
+    """Ask, measure and judge a run, into `generations.jsonl`, `metrics.json` and `judgements.jsonl` of its folder.
+
+    Raises:
+        UserError: no question to ask, other rows than it was trained on, no base model, a judge that does not answer.
+    """
+    from evaluation import generations, judge
+
+    settings, prompt = check(config), Prompt(**finished.config["task"]["prompt"])
+    data_folder, base_folder = finished.data_folder(config.data_dir), base_of(finished, config)
+    questions = listed_questions(settings["questions"], prompt)
+    questions += held_out_questions(data_folder / "test.jsonl", settings["held_out"], prompt)
+    if not questions:
+        raise UserError("nothing to ask: task.evaluate.questions is empty and task.evaluate.held_out is 0")
+    lines = generations.generate(finished, config, questions)
+    measured = measure(lines, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
+    write_json(finished.folder / "metrics.json", {
+        "sampling": plain(config.task.generate), "settings": settings,
+        "held_out": held_out(finished.evaluation), **measured, "judge": judge.judge(finished.folder, config, lines),
+    })  # fmt: skip
 
 
 def write(run_folder: Path) -> Path:
     """Make `report.html` of a run that has its `evaluation.json`; it appears whole or not at all."""
-    config_text = (run_folder / "config.yaml").read_text(encoding="utf-8")
-    config = yaml.safe_load(config_text)
-    evaluation, manifest = _read_json(run_folder / "evaluation.json"), _read_json(run_folder / "data_manifest.json")
-    steps, validations = read_metrics(run_folder)
-    archive = run_folder / f"{config['task']['name']}.nemo"
-    ended = datetime.fromisoformat(evaluation["finished"])
+    shown = Run.read(run_folder)
+    ended = datetime.fromisoformat(shown.evaluation["finished"])
+    intervals = held_out(shown.evaluation)
+    return write_page(run_folder / "report.html", "report.html.j2", {
+        "config": shown.config,
+        "config_text": (run_folder / "config.yaml").read_text(encoding="utf-8"),
+        "run_name": run_folder.resolve().name,
+        "ended": f"{ended.day} {ended:%B %Y, %H:%M} UTC",
+        "evaluation": shown.evaluation,
+        "change": -gain(shown.evaluation),
+        "held_out": intervals,
+        "metrics": shown.metrics,
+        "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
+        "conversations": _conversations(shown),
+        "manifest": shown.manifest,
+        "machine": shown.environment,
+        "base": _read_base(shown.archive),
+        "archive_name": shown.archive.name,
+        "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
+        "steps": shown.steps[-1]["step"] if shown.steps else 0,
+        "train_seconds": shown.seconds,
+        "step_seconds": shown.step_seconds,
+        "speed": shown.median("tokens_per_second"),
+        "padding": shown.median("padding"),
+        "mfu": shown.median("mfu"),
+        "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
+        "last": shown.validations[-1] if shown.validations else None,
+        "plots": draw(shown, intervals),
+    })  # fmt: skip
+
+
+def write_page(file: Path, template: str, values: Mapping[str, Any]) -> Path:
+    """Fill a template of this folder."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -39,44 +100,14 @@ def write(run_folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["duration"] = _duration
-    page = environment.get_template("report.html.j2").render(
-        config=config,
-        config_text=config_text,
-        run_name=run_folder.resolve().name,
-        ended=f"{ended.day} {ended:%B %Y, %H:%M} UTC",
-        evaluation=evaluation,
-        change=evaluation["after"]["perplexity"] / evaluation["before"]["perplexity"] - 1,
-        conversations=_conversations(evaluation),
-        manifest=manifest,
-        machine=_read_json(run_folder / "environment.json"),
-        base=_read_base(archive),
-        archive_name=archive.name,
-        archive_bytes=archive.stat().st_size if archive.exists() else 0,
-        steps=steps[-1]["step"] if steps else 0,
-        train_seconds=sum(step.get("seconds", 0) for step in steps),
-        step_seconds=_median(
-            [{"seconds": line["seconds"] / line.get("steps", 1)} for line in steps if "seconds" in line], "seconds"
-        ),
-        speed=_median(steps, "tokens_per_second"),
-        padding=_median(steps, "padding"),
-        mfu=_median(steps, "mfu"),
-        best=min(validations, key=lambda line: line["val_loss"], default=None),
-        last=validations[-1] if validations else None,
-        plots=draw(evaluation, steps, validations, manifest),
-    )
-    report = run_folder / "report.html"
-    partial = report.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.rename(report)
-    return report
+    environment.filters["duration"] = duration
+    partial = file.with_suffix(".partial")
+    partial.write_text(environment.get_template(template).render(values), encoding="utf-8", errors="replace")
+    partial.rename(file)
+    return file
 
 
 # --- what the run left ----------------------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _read_base(archive: Path) -> dict[str, Any]:
@@ -89,20 +120,49 @@ def _read_base(archive: Path) -> dict[str, Any]:
         return {}
 
 
-def _conversations(evaluation: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Each question with its answers; what all questions begin and end with stands apart, so that it can be dimmed."""
-    questions = evaluation.get("questions", [])
+def _conversations(shown: Run) -> list[dict[str, Any]]:
+    """Each question with its pairs of answers, those of `make report` where it was called, else those of training.
+
+    What all questions begin and end with stands apart, so that it can be dimmed.
+    """
+    measured = {metric["name"]: metric for metric in shown.metrics.get("metrics", [])}
+    scores = {
+        line: ", ".join(_score(measured[name], value) for name, value in found.items())
+        for line, found in shown.metrics.get("scores", {}).items()
+    }
+    asked: dict[str, dict[str, Any]] = {}
+    for side, lines in _by_side(shown).items():
+        for line in lines:
+            turn = asked.setdefault(line["question"], {**line, "pairs": {}})
+            answers = turn["pairs"].setdefault(line["seed"], {})
+            answers |= {side: line["text"], f"scores_{side}": scores.get(line.get("id"), "")}
+    texts = [turn["asked"] for turn in asked.values()]
     opening = closing = ""
-    if len(set(questions)) > 1:  # whole words only
-        opening = re.sub(r"\w*$", "", _common_start(questions))
-        rests = [text[len(opening) :][::-1] for text in questions]
+    if len(set(texts)) > 1:  # whole words only
+        opening = re.sub(r"\w*$", "", _common_start(texts))
+        rests = [text[len(opening) :][::-1] for text in texts]
         closing = re.sub(r"^\w*", "", _common_start(rests)[::-1])
-    before, after = (evaluation[side].get("answers", []) for side in ("before", "after"))
     return [
-        {"opening": opening, "question": text.removeprefix(opening).removesuffix(closing), "closing": closing,
-         "before": was, "after": now}
-        for text, was, now in zip(questions, before, after, strict=False)
+        {**turn, "opening": opening, "question": turn["asked"].removeprefix(opening).removesuffix(closing),
+         "closing": closing, "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair]}
+        for turn in asked.values()
     ]  # fmt: skip
+
+
+def _by_side(shown: Run) -> dict[str, Lines]:
+    if shown.metrics:
+        lines = read_lines(shown.folder / "generations.jsonl")
+        return {side: [line for line in lines if line["side"] == side] for side in ("before", "after")}
+    questions = shown.evaluation.get("questions", [])
+    return {
+        side: [
+            {"question": str(number), "asked": text, "seed": 0, "text": answer}
+            for number, (text, answer) in enumerate(
+                zip(questions, shown.evaluation[side].get("answers", []), strict=False)
+            )
+        ]
+        for side in ("before", "after")
+    }
 
 
 def _common_start(texts: list[str]) -> str:
@@ -110,20 +170,86 @@ def _common_start(texts: list[str]) -> str:
     return "".join(letters[0] for letters in same)
 
 
-def _median(lines: Lines, key: str) -> float:
-    values = [line[key] for line in lines if key in line]
-    return statistics.median(values) if values else 0.0
+# --- in words and marks ---------------------------------------------------------------------------------------
 
 
-def _duration(seconds: float) -> str:
+def _marked(pair: dict[str, str]) -> dict[str, str]:
+    """The two answers, with the words marked that only one of them has, where most words are the same."""
+    texts = [re.findall(r"\s+|\S+", pair[side]) for side in ("before", "after")]
+    matcher = SequenceMatcher(None, *texts, autojunk=False)
+    if not ALIKE <= matcher.ratio() < 1:
+        return pair
+    marked = [Markup(""), Markup("")]
+    for same, *places in matcher.get_opcodes():
+        for side, (start, end) in enumerate((places[:2], places[2:])):
+            piece = escape("".join(texts[side][start:end]))
+            marked[side] += piece if same == "equal" or not piece.strip() else Markup("<mark>{}</mark>").format(piece)
+    return {**pair, "before": marked[0], "after": marked[1]}
+
+
+def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric as the table shows it."""
+    unit = metric["unit"]
+    _, low, high = metric["difference"]
+    verdict = ""
+    if metric["better"] and low is not None and (low > 0 or high < 0):
+        verdict = "better" if (low > 0) == (metric["better"] == "higher") else "worse"
+    return {
+        **metric,
+        **{side: _cell(metric[side], unit) for side in ("before", "after")},
+        "difference": _cell(metric["difference"], unit, signed=True),
+        "reference": "" if metric["reference"] is None else figure(metric["reference"], unit),
+        "verdict": verdict,
+    }
+
+
+def _cell(estimate: Sequence[float | None], unit: str, signed: bool = False) -> dict[str, str]:
+    value, low, high = (None if it is None else figure(it, unit, signed) for it in estimate)
+    return {"value": value or "", "range": f"{low} to {high}" if low else ""}
+
+
+def figure(value: float, unit: str, signed: bool = False) -> str:
+    """A metric's value: `43 %`, `+5 %` where `signed`, `4.2 words`."""
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.0f} %" if unit in SHARES else f"{value:{sign}.1f} {unit}".strip()
+
+
+def _score(metric: Mapping[str, Any], value: float) -> str:
+    """What one answer reached, e.g. `new term: yes`."""
+    title = metric["title"][0].lower() + metric["title"][1:]
+    return f"{title}: {('yes' if value else 'no') if metric['unit'] == 'yes/no' else figure(value, metric['unit'])}"
+
+
+def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def main(words: list[str]) -> None:
-    print(write(newest_run(load_config(words))))
+def show(metrics: Mapping[str, Any]) -> None:
+    """The table of metrics in the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "base model", "fine-tuned", "difference", "rows' own")
+    for metric in metrics["metrics"]:
+        row = _row(metric)
+        cells = [f"{row[side]['value']}  {row[side]['range']}" for side in ("before", "after", "difference")]
+        table.add_row(row["title"], *cells, row["reference"])
+    Console().print(table)
+
+
+def main(words: list[str]) -> int:
+    config = load_config(words)
+    finished = Run.read(newest_run(config))
+    if finished.task != config.task.name:
+        raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
+    evaluate(finished, config)
+    report = write(finished.folder)
+    show(Run.read(finished.folder).metrics)
+    print(report)
+    return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
 
 
 if __name__ == "__main__":

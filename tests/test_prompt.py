@@ -72,8 +72,6 @@ def test_a_system_text_begins_the_first_message_and_spaces_around_a_text_are_los
 
 
 def test_a_row_asks_first_what_its_user_says_first() -> None:
-    assert TURNS.question({"messages": TALK[:3]}) == "Be kind.\n\nhi"
-    assert TURNS.question({"input": "Say it.", "output": "It."}) == "Say it."
 
 
 def test_a_dialogue_is_worded_for_training_as_it_is_for_an_answer() -> None:

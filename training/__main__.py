@@ -6,7 +6,8 @@
 
 A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
 only shows one that is finished; anything changed starts another. Told to stop by SIGTERM or SIGUSR1, it writes a
-checkpoint and leaves with code 75: a scheduler may start the same command again.
+checkpoint and leaves with code 75: a scheduler may start the same command again. With `task.evaluate.min_gain` it ends
+with code 3 where held-out perplexity fell by less.
 """
 
 import errno
@@ -26,6 +27,9 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
+from evaluation.gate import pass_gate
+from evaluation.questions import check, held_out_questions, listed_questions
+from evaluation.runs import read_metrics, write_json
 from nemo_configs.command_line import UserError, load_config, plain, run
 from training import automodel
 from training.base_model import describe, ensure_base_model
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 ENGINES = ("lightning", "automodel")
+SAMPLES = 3  # questions asked before and after; `make report` asks more
 
 
 def main(words: list[str]) -> int:
@@ -47,6 +52,7 @@ def main(words: list[str]) -> int:
           f"{config.trainer.accelerator.upper()}")  # fmt: skip
     if config.engine not in ENGINES:
         raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
+    settings = check(config)
     store = None
     if config.engine == "automodel":
         automodel.check(config)  # it starts its processes itself
@@ -64,9 +70,8 @@ def main(words: list[str]) -> int:
     if (run_folder / "report.html").exists():
         print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
               f"example ARGS=seed=1, to train another")  # fmt: skip
-        show_result(run_folder)
         dismiss(config, store)
-        return 0
+        return show_result(run_folder, settings["min_gain"])
     refuse_changed_records(run_folder, identity)
     if other := unfinished_neighbour(run_folder, identity):
         print(other)
@@ -88,8 +93,7 @@ def main(words: list[str]) -> int:
             f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same "
             "command goes on"
         ) from None
-    show_result(run_folder)
-    return 0
+    return show_result(run_folder, settings["min_gain"])
 
 
 def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) -> Path:
@@ -114,8 +118,7 @@ def train(
     from data_prep.prompt import Prompt
     from evaluation import report
     from evaluation.compare import measure
-    from evaluation.runs import read_metrics
-    from training.batches import Batches, tokenize
+    from training.batches import tokenize
     from training.fit import fit
     from training.gemma_lora import weights_dtype
     from training.load_model import load_base
@@ -135,17 +138,16 @@ def train(
         if too_long:
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
     need = check_memory(config, base_folder, splits["training"], weights_dtype())
-    held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
-    questions = [prompt.write_instruction()]
-    questions += [prompt.question(row) for row in first_rows(data_folder / "test.jsonl", 2)]
-    sampling = plain(config.task.generate)
+    asked = listed_questions(plain(config.task.evaluate)["questions"], prompt)[:1]
+    asked += held_out_questions(data_folder / "test.jsonl", SAMPLES - len(asked), prompt)
+    measured = splits["test"], config.trainer.micro_batch_tokens, asked, plain(config.task.generate), config.seed
 
     before_file = run_folder / "before.json"
     if not before_file.exists():
         print("Asking the base model first", flush=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         base = load_base(base_folder, weights_dtype(), plain(config.peft)["quantization"], device).to(device).eval()
-        write_json(before_file, measure(base, tokenizer, prompt, held_out, questions, sampling, config.seed))
+        write_json(before_file, measure(base, tokenizer, prompt, *measured))
         del base
     before = json.loads(before_file.read_text())
     print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
@@ -164,13 +166,14 @@ def train(
 
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
-    after = measure(model, tokenizer, prompt, held_out, questions, sampling, config.seed)
+    after = measure(model, tokenizer, prompt, *measured)
     steps = read_metrics(run_folder)[0]
     if config.engine == "automodel":
         peak_of_workers = max(step["memory_gib"] for step in steps)
     write_json(run_folder / "evaluation.json", {
         "held_out_rows": len(splits["test"]),
-        "rows_over_max_length": left_out, "questions": questions, "before": before, "after": after,
+        "rows_over_max_length": left_out, "questions": [question.asked for question in asked],
+        "before": before, "after": after,
         "training_seconds": round(sum(step["seconds"] for step in steps), 1),
         "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
         "memory_estimate_gib": round(need, 2),
@@ -199,7 +202,8 @@ def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder:
     write_json(file, environment)
 
 
-def show_result(run_folder: Path) -> None:
+def show_result(run_folder: Path, min_gain: float | None) -> int:
+    """Print what came of a run; 0, or the exit code of one that gained less than `min_gain`."""
     result = json.loads((run_folder / "evaluation.json").read_text())
     before, after = result["before"], result["after"]
     print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
@@ -207,6 +211,7 @@ def show_result(run_folder: Path) -> None:
           f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
           f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)")  # fmt: skip
     print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
+    return pass_gate(result, min_gain)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -248,17 +253,6 @@ def quiet_libraries() -> None:
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(logging.ERROR)
-
-
-def first_rows(file: Path, count: int) -> list[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for _, line in zip(range(count), lines, strict=False)]
-
-
-def write_json(file: Path, value: Any) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.rename(file)
 
 
 def indent(text: str) -> str:

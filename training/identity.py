@@ -11,12 +11,13 @@ from omegaconf import DictConfig
 from nemo_configs.command_line import UserError, plain
 from training.base_model import describe
 
-# Where files lie, how many processes share a step, how much memory it may take and who watches do not change the
-# result, beyond rounding: a run that was stopped may go on with others.
+# Where files lie, how many processes share a step, how much memory it may take, who watches and what is asked
+# afterwards do not change the result, beyond rounding: a run that was stopped may go on with others.
 WITHOUT_EFFECT = (
     "runs_dir", "data_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.micro_batch_tokens",
     "trainer.wandb", "task.train.log_every",
 )  # fmt: skip
+AFTERWARDS = ("task.evaluate.", "judge.")
 
 
 def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _identity(config: dict[str, Any], base: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    flat = {key: value for key, value in _flat(config) if not key.startswith(("task.data.", "model."))}
+    flat = {key: value for key, value in _flat(config) if not key.startswith(("task.data.", "model.", *AFTERWARDS))}
     for key in WITHOUT_EFFECT:
         flat.pop(key, None)
     data = {f"data.{name}": split["sha256"] for name, split in manifest["splits"].items()}

@@ -1,0 +1,163 @@
+"""The finished runs of a task side by side: bases, ranks, LoRA and QLoRA, engines, experiments.
+
+    python -m evaluation.compare_runs task=slang                    (what `make compare TASK=slang RUNS="a b"` calls)
+    python -m evaluation.compare_runs task=slang "runs=a b"         only these, by name or folder
+
+A table in the terminal, and `runs/<task>/comparison.html`, one file without scripts. Only runs that were measured on
+the same held-out rows stand in one table.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+
+from evaluation.gate import gain
+from evaluation.intervals import estimates, held_out
+from evaluation.plots import draw_comparison
+from evaluation.report import figure, write_page
+from evaluation.runs import Run, finished_runs, named_run
+from nemo_configs.command_line import UserError, load_config, run
+
+
+def facts(finished: Run) -> dict[str, str]:
+    """Column → what it says of a run: what it is made of, what it cost, what came of it."""
+    config, evaluation = finished.config, finished.evaluation
+    before, after = evaluation["before"], evaluation["after"]
+    engine = "" if config.get("engine", "lightning") == "lightning" else f", {config['engine']}"
+    peak = evaluation.get("peak_memory_gib")
+    intervals = held_out(evaluation)
+    return {
+        "run": config.get("experiment_name") or finished.folder.name,
+        "base": config["model"]["name"],
+        "peft": f"{config['peft']['name']}{engine}",
+        "rank": str(config["peft"]["r"]),
+        "training rows": f"{finished.manifest['splits']['training']['rows']:,}",
+        "epochs": str(config["task"]["train"]["epochs"]),
+        "steps": f"{finished.steps[-1]['step']:,}" if finished.steps else "",
+        "training time": f"{finished.seconds / 60:.1f} min",
+        "tokens/s (median)": f"{finished.median('tokens_per_second'):,.0f}",
+        "peak memory": f"{peak:.1f} GiB" if peak else "",
+        "validation loss": f"{finished.validations[-1]['val_loss']:.3f}" if finished.validations else "",
+        "held-out loss": f"{after['loss']:.3f}",
+        "base's perplexity": f"{before['perplexity']:.2f}",
+        "held-out perplexity": f"{after['perplexity']:.2f}",
+        "gain": _with_range([gain(evaluation), *intervals.get("gain", [None] * 3)[1:]], "%"),
+    }
+
+
+def behind(finished: Run, best: Run) -> str:
+    """How much higher a run's held-out loss is than the best one's, with a paired interval; '' where tokens differ."""
+    ours, theirs = (np.array(one.evaluation["after"].get("rows", []), dtype=float) for one in (finished, best))
+    if finished is best:
+        return "the best"
+    if not len(ours) or ours.shape != theirs.shape or (ours[:, 1] != theirs[:, 1]).any():
+        return ""
+    value, low, high = estimates(theirs, ours)["difference"]
+    return f"{value:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
+
+
+def answers(finished: Run) -> dict[str, str]:
+    """Metric → what the fine-tuned model reached in `make report`; {} for a run without."""
+    return {it["title"]: _with_range(it["after"], it["unit"]) for it in finished.metrics.get("metrics", [])}
+
+
+def _with_range(estimate: Sequence[float | None], unit: str) -> str:
+    value, low, high = (None if it is None else figure(it, unit) for it in estimate)
+    return f"{value} ({low} to {high})" if low else f"{value}"
+
+
+def compare(finished: Iterable[Run]) -> list[dict[str, Any]]:
+    """A group for each set of held-out rows: `{"title", "runs", "columns", "rows", "notes", "answer_columns",
+    "answer_rows"}`; runs with the lowest loss first, cells as texts.
+    """
+    by_rows: dict[tuple[str, int], list[Run]] = defaultdict(list)
+    for one in finished:
+        test = one.manifest.get("splits", {}).get("test", {}).get("sha256", one.folder.name)
+        by_rows[test, one.evaluation["held_out_rows"]].append(one)
+    groups = []
+    for (test, rows), members in by_rows.items():
+        members.sort(key=lambda one: one.evaluation["after"]["loss"])
+        told = [facts(one) | {"loss above the best": behind(one, members[0])} for one in members]
+        name = members[0].manifest.get("source", {}).get("name", "")
+        asked = [one for one in members if one.metrics]
+        same = [one for one in asked if _asked(one) == _asked(asked[0])]
+        titles = list(dict.fromkeys(title for one in same for title in answers(one)))
+        groups.append({
+            "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
+            "runs": members,
+            "columns": list(told[0]),
+            "rows": [list(row.values()) for row in told],
+            "notes": _notes(members, asked, same),
+            "answer_columns": ["run", *titles] if same else [],
+            "answer_rows": [[facts(one)["run"], *(answers(one).get(title, "") for title in titles)] for one in same],
+        })  # fmt: skip
+    return groups
+
+
+def _asked(finished: Run) -> str:
+    return json.dumps([finished.metrics["sampling"], finished.metrics["settings"]], sort_keys=True)
+
+
+def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
+    notes = []
+    if len({json.dumps([tokens for _, tokens in one.evaluation["after"].get("rows", [])]) for one in members}) > 1:
+        notes.append(
+            "Not all of these models cut the rows into the same tokens: losses and perplexities are per token, and do "
+            "not compare between them. A gain is over each run's own base."
+        )
+    others = [one.folder.name for one in members if one not in asked]
+    if asked and others:
+        notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
+    if len(same) < len(asked):
+        notes.append(f"Asked other questions, or sampled otherwise: "
+                     f"{', '.join(one.folder.name for one in asked if one not in same)}.")  # fmt: skip
+    return notes
+
+
+def choose(config: DictConfig, names: str) -> list[Run]:
+    """All finished runs of the task, or those of `names`, by name or folder, parted by spaces."""
+    tasks = Path(config.runs_dir) / config.task.name
+    folders = [named_run(tasks / name if (tasks / name).exists() else Path(name)) for name in names.split()]
+    chosen = [Run.read(folder) for folder in folders or finished_runs(config)]
+    if others := [one for one in chosen if one.task != config.task.name]:
+        raise UserError(f"{others[0].folder} is a run of {others[0].task}, not of {config.task.name}")
+    return chosen
+
+
+def show(groups: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.width = max(console.width, 200)  # rather a wide table in a log file than a torn one
+    for group in groups:
+        for columns, rows in (("columns", "rows"), ("answer_columns", "answer_rows")):
+            if group[columns]:
+                table = Table(title=group["title"], title_justify="left")
+                for number, title in enumerate(group[columns]):
+                    table.add_column(title, justify="right" if number else "left", overflow="fold")
+                for row in group[rows]:
+                    table.add_row(*row)
+                console.print(table)
+        for note in group["notes"]:
+            console.print(note, markup=False, highlight=False)
+
+
+def main(words: list[str]) -> None:
+    names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
+    config = load_config([word for word in words if not word.startswith("runs=")])
+    groups = compare(choose(config, names))
+    show(groups)
+    for group in groups:
+        group["plots"] = draw_comparison(group["runs"])
+    print(write_page(Path(config.runs_dir) / config.task.name / "comparison.html", "comparison.html.j2",
+                     {"task": config.task.name, "groups": groups}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

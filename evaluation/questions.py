@@ -1,0 +1,114 @@
+"""What both models are asked: the questions of `task.evaluate`, and held-out rows, whose own answers are known."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from data_prep.prompt import Prompt
+from evaluation.metrics import FAMILIES
+from nemo_configs.command_line import UserError, plain
+
+
+@dataclass(frozen=True)
+class Question:
+    """Something to ask.
+
+    Attributes:
+        id: `question 2`, or `row 17` for line 17 of `test.jsonl`.
+        asked: the instruction, or the dialogue, as a person reads it.
+        text_in: everything the model is given.
+        fields: what the prompt's fields hold, where they are known.
+        reference: the row's own answer.
+        row: the line of `test.jsonl`, from 1.
+    """
+
+    id: str
+    asked: str
+    text_in: str
+    fields: Mapping[str, str]
+    reference: str | None = None
+    row: int | None = None
+
+
+def check(config: DictConfig) -> dict[str, Any]:
+    """`task.evaluate` as a dictionary. Raises a UserError that names the key."""
+    settings = plain(config.task.evaluate)
+    for key, least in (("seeds", 1), ("held_out", 0)):
+        if not isinstance(settings[key], int) or settings[key] < least:
+            raise UserError(f"task.evaluate.{key} must be {least} or more, not {settings[key]}")
+    if settings["metrics"] not in (None, *FAMILIES):
+        known = ", ".join(FAMILIES)
+        raise UserError(f"task.evaluate.metrics={settings['metrics']} is unknown. Known: {known}, null")
+    least = settings["min_gain"]
+    if least is not None and not (isinstance(least, (int, float)) and least < 1):
+        raise UserError(f"task.evaluate.min_gain is a share below 1, such as 0.05, not {least}")
+    return settings
+
+
+def listed_questions(listed: Sequence[Any], prompt: Prompt) -> list[Question]:
+    """The questions of `task.evaluate.questions`: each an instruction, fields of the prompt, or `{messages: [...]}`.
+
+    Raises:
+        UserError: a question that is none of these, or names a field that the prompt does not have.
+    """
+    known = {*prompt.fields, *re.findall(r"\{(\w+)\}", prompt.instruction)}
+    questions = []
+    for number, given in enumerate(listed, 1):
+        name = f"question {number}"
+        if isinstance(given, str):
+            questions.append(Question(name, given, prompt.wrap(given), {}))
+        elif isinstance(given, dict) and "messages" in given:
+            questions.append(_dialogue(name, given["messages"], prompt))
+        elif isinstance(given, dict):
+            if unknown := sorted(given.keys() - known):
+                raise UserError(f"task.evaluate.questions, {name}: the prompt has no field {', '.join(unknown)}. "
+                                f"Known: {', '.join(sorted(known))}")  # fmt: skip
+            fields = {**prompt.fields, **given}
+            instruction = prompt.write_instruction(**given)
+            questions.append(Question(name, instruction, prompt.wrap(instruction), fields))
+        else:
+            raise UserError(f"task.evaluate.questions, {name}: give a text, fields of the prompt or messages")
+    return questions
+
+
+def held_out_questions(file: Path, count: int, prompt: Prompt) -> list[Question]:
+    """`count` rows of a split file, spread evenly over it: rows of one kind often stand together."""
+    known = re.findall(r"\{(\w+)\}", prompt.instruction)
+    questions = []
+    for number, row in _spread(file, count):
+        name = f"row {number}"
+        if "messages" in row:
+            *history, last = row["messages"]
+            asked = _dialogue(name, history, prompt)
+            questions.append(Question(name, asked.asked, asked.text_in, {}, last["content"], number))
+        else:
+            fields = {field: row[field] for field in known if isinstance(row.get(field), str)}
+            text_in = prompt.wrap(row["input"])
+            questions.append(Question(name, row["input"], text_in, fields, row["output"], number))
+    return questions
+
+
+def _spread(file: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as lines:
+        rows = sum(1 for _ in lines)
+    wanted = set(range(rows)) if count >= rows else {place * rows // count for place in range(count)}
+    with file.open(encoding="utf-8") as lines:
+        for place, line in enumerate(lines):
+            if place in wanted:
+                yield place + 1, json.loads(line)
+
+
+def _dialogue(name: str, messages: Sequence[Mapping[str, str]], prompt: Prompt) -> Question:
+    try:
+        text_in = prompt.wrap_dialogue(messages)
+    except ValueError as error:
+        raise UserError(f"{name} cannot be asked: {error}") from None
+    asked = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    if len(messages) == 1:
+        asked = messages[0]["content"]
+    return Question(name, asked, text_in, {})

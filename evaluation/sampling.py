@@ -1,0 +1,78 @@
+"""Answers sampled in batches, each with random numbers of its own, so that who else is in a batch changes nothing."""
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from data_prep.prompt import Prompt
+
+
+class Answer(NamedTuple):
+    """A sampled text, and whether the model ended it by itself rather than at `max_new_tokens`."""
+
+    text: str
+    ended: bool
+
+
+def sample(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    texts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Mapping[str, Any],
+) -> list[Answer]:
+    """One answer to each of `texts`, all in one batch.
+
+    The same text and seed give the same answer in any batch, up to the rounding of a kind of machine.
+
+    Args:
+        texts: everything the model is given but `<bos>`, see `Prompt.wrap`; there is at least one.
+        seeds: one for each text.
+        sampling: `task.generate`: `max_new_tokens`, `temperature`, `top_k`, `top_p`; other keys go to transformers.
+    """
+    tokens = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    own = {key: sampling[key] for key in ("temperature", "top_k", "top_p") if sampling.get(key) is not None}
+    rest = {key: value for key, value in sampling.items() if key not in ("temperature", "top_k", "top_p")}
+    ends = [tokenizer.eos_token_id, prompt.end_id(tokenizer)]
+    draw = SampledToken([Random(f"{seed} {text}") for seed, text in zip(seeds, texts, strict=True)], **own)
+    with torch.inference_mode():
+        output = model.generate(
+            **tokens, do_sample=False, logits_processor=LogitsProcessorList([draw]), eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id or 0, **rest,
+        )  # fmt: skip
+    answers = output[:, tokens.input_ids.shape[1] :]
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()
+    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [Answer(text.strip(), over) for text, over in zip(said, ended, strict=True)]
+
+
+class SampledToken(LogitsProcessor):
+    """Leaves each row one token, drawn with that row's own random numbers; transformers then takes the largest.
+
+    The distribution is that of transformers' own temperature, top-k and top-p, in this order. They draw a batch's
+    tokens from one generator, so that a text would depend on its neighbours; and they sort a vocabulary of 262,144 for
+    top-p, where the `top_k` candidates are enough.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+    """
+
+    def __init__(self, randoms: Sequence[Random], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
+        self.randoms, self.temperature, self.top_k, self.top_p = randoms, temperature, top_k, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` [rows, vocabulary] with all but one token of each row at -inf."""
+        size = scores.shape[-1]
+        best = scores.float().topk(min(self.top_k or size, size) if self.temperature else 1)
+        likely = torch.softmax(best.values / (self.temperature or 1), -1)
+        likely = likely * (likely.cumsum(-1) - likely < self.top_p)  # the fewest that reach top_p together
+        reached = likely.cumsum(-1)
+        drawn = torch.tensor([[random.random()] for random in self.randoms], device=scores.device) * reached[:, -1:]
+        place = torch.searchsorted(reached, drawn, right=True).clamp(max=reached.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, best.indices.gather(-1, place), 0.0)

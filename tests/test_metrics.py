@@ -1,0 +1,243 @@
+"""Each metric on cases made by hand, and intervals on rows whose answer is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.numpy import save_file
+
+from evaluation import metrics, reviews_metrics, slang_metrics
+from evaluation.embeddings import Embedder
+from evaluation.intervals import RESAMPLES, estimates, held_out, resample
+from evaluation.metrics import Evidence, measure
+from nemo_configs.command_line import load_config, plain
+
+TRAINING = [
+    {"slang": "bussin", "description": "So good that you stop talking.", "example": "This soup is bussin."},
+    {"slang": "LOL", "description": "Laughing out loud.", "example": "LOL he fell into the pond."},
+]
+GOOD = "Slang: {}\nDefinition: {}\nExample: {}"
+
+
+def evidence_of(folder: Path, base: Path, rows: list[dict[str, Any]] | None = None) -> Evidence:
+    config = plain(load_config(["task=slang"]))
+    rows = [{"input": "", "output": GOOD.format(*row.values()), **row} for row in TRAINING] if rows is None else rows
+    for split in ("training", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Evidence(folder, base, config)
+
+
+@pytest.fixture
+def evidence(tmp_path: Path, tiny_base: Path) -> Evidence:
+    return evidence_of(tmp_path, tiny_base)
+
+
+def said(*texts: str, **more: Any) -> list[dict[str, Any]]:
+    """The fine-tuned model's answers, each to a question of its own."""
+    same = {"side": "after", "seed": 0, "text_in": "", "ended": True, **more}
+    return [{"id": str(n), "question": f"row {n}", "text": text, **same} for n, text in enumerate(texts)]
+
+
+# --- against the row's own answer -----------------------------------------------------------------------------
+
+
+def test_chrf_is_that_of_sacrebleu(evidence: Evidence) -> None:
+    same, half, none = metrics.chrf(said("a cat sat", "a cat", "xyz", reference="a cat sat"), evidence)
+    assert same == 100 and none == 0
+    # Of "acatsat" against "acat": 4 of 4 letters and 4 of 7, 3/3 and 3/6, 2/2 and 2/5, 1/1 and 1/4; F2 of their means,
+    # orders that the shorter text lacks counting for none.
+    precision, recall = 1.0, np.mean([4 / 7, 3 / 6, 2 / 5, 1 / 4])
+    assert half == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall), abs=0.01)
+
+
+def test_rouge_l_is_the_longest_common_sequence_of_words_over_both_lengths(evidence: Evidence) -> None:
+    # Lin (2004), section 3: "police killed the gunman" against "police kill the gunman" shares 3 of 4 words, in order.
+    scores = metrics.rouge_l(
+        said("Police kill the gunman!", "the gunman kill police", "", reference="police killed the gunman"), evidence
+    )
+    assert scores == [0.75, 0.5, 0.0]
+    assert metrics.rouge_l(said("no reference"), evidence) == [None]
+
+
+# --- form and variety -----------------------------------------------------------------------------------------
+
+
+def test_well_formed_answers_have_every_part(evidence: Evidence) -> None:
+    texts = GOOD.format("drip", "Style.", "Nice drip."), "Slang: drip\nDefinition: Style.\nExample:", "drip", ""
+    assert metrics.well_formed(said(*texts), evidence) == [1, 0, 0, 0]
+
+
+def test_a_response_without_labels_has_no_form(tmp_path: Path, tiny_base: Path) -> None:
+    config = plain(load_config(["task=slang"]))
+    config["task"]["prompt"]["response"] = "{description}"
+    assert metrics.well_formed(said("x"), Evidence(tmp_path, tiny_base, config)) == [None]
+
+
+def test_variety_is_measured_over_the_seeds_of_a_question(evidence: Evidence) -> None:
+    seeds = [{**line, "question": "question 1"} for line in said("a b c", "a b d", "a b c")]
+    # Pairs: ab bc, ab bd, ab bc: three different ones of six. Alike by ROUGE-L: 2/3, 1, 2/3.
+    assert metrics.distinct_2([*seeds, *said("a b")], evidence) == [0.5, 0.5, 0.5, None]
+    assert metrics.self_similarity(seeds, evidence)[0] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
+    assert metrics.distinct_2([{**line, "question": "q"} for line in said("", "-\n-")], evidence) == [0, 0]
+
+
+def test_copied_words_are_the_longest_run_that_a_training_answer_has_too(evidence: Evidence) -> None:
+    texts = "He said: this soup IS bussin, really", "soup this is good that you stop", "nothing of it here", ""
+    assert metrics.copied_words(said(*texts), evidence) == [4, 4, 0, 0]
+
+
+def test_overlaps_are_those_of_trying_every_start() -> None:
+    random = np.random.default_rng(0)
+    texts, known = (
+        [" ".join(random.choice(list("abc"), size=n)) for n in random.integers(0, 12, size=20)] for _ in "xy"
+    )
+
+    def by_hand(text: str) -> int:
+        parts = text.split()
+        runs = [parts[i:j] for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+        return max(
+            (len(run) for run in runs if any(f" {' '.join(run)} " in f" {other} " for other in known)), default=0
+        )
+
+    found = metrics.longest_overlaps(texts, known)
+    assert found == [by_hand(text) for text in texts] and max(found) > 3
+
+
+# --- slang ----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_term_is_no_training_term_and_no_spelling_of_one(evidence: Evidence) -> None:
+    terms = "fusionista", "Bussin'", "bussing", "L.O.L.", ""
+    texts = [GOOD.format(term, "Style.", "Nice.") for term in terms]
+    assert slang_metrics.new_term(said(*texts, "no term at all"), evidence) == [1, 0, 0, 0, 0, 0]
+
+
+def test_an_answer_fits_the_scene_whose_words_it_has(evidence: Evidence) -> None:
+    scenes = "The rain drowns the tents.", "Grandma wins the race.", "Pizza burns in the oven."
+    texts = (GOOD.format("x", f"When {scene.lower()}", scene) for scene in scenes)
+    lines = [{**line, "fields": {"context": scene}} for line, scene in zip(said(*texts), scenes, strict=True)]
+    lines += [{**lines[0], "fields": {"context": scenes[2]}}, {**lines[0], "text": "-\n-"}, {**lines[0], "fields": {}}]
+    own, _, _, another, nothing, unknown = slang_metrics.fits_scene(lines, evidence)
+    assert own == 1 and another is not None and another < 1 and nothing == 0.5 and unknown is None
+    assert slang_metrics.fits_scene(lines[:1], evidence) == [None]  # nothing to tell it from
+
+
+def test_embeddings_are_weighted_by_rarity_and_read_from_any_shard(tmp_path: Path, tiny_base: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    table = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
+    save_file({"lm_head.weight": table[:, :2]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"language_model.model.embed_tokens.weight": table}, tmp_path / "model-00002-of-00002.safetensors")
+    embed = Embedder(tmp_path, ["the rain", "the sun", "the tide"])
+    rain, more, sun, common, nothing = embed(["the rain", "the rain rain", "the sun", "the", ""])
+    assert np.allclose(rain, more) and np.linalg.norm(rain) == pytest.approx(1) and rain @ sun < 0.9
+    assert not common.any() and not nothing.any()  # what all texts have weighs nothing
+
+
+# --- reviews --------------------------------------------------------------------------------------------------
+
+KNOWLEDGE = {
+    "reviews": 40,
+    "aspects": [
+        {"name": "acting", "mentions": 12, "favourable": 9, "unfavourable": 1, "both": 0},
+        {"name": "ending", "mentions": 8, "favourable": 1, "unfavourable": 2, "both": 1},
+        {"name": "music", "mentions": 0, "favourable": 0, "unfavourable": 0, "both": 0},
+    ],
+}
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, tiny_base: Path) -> Evidence:
+    rows = [{"input": "?", "output": 'Nine like the acting: "the cast is a joy to watch".'}]
+    found = evidence_of(tmp_path, tiny_base, rows)
+    (tmp_path / "knowledge.json").write_text(json.dumps(KNOWLEDGE))
+    found.data["reviews"] = {"title": "Some Film", "aspects": {}}
+    return found
+
+
+def test_what_no_review_says_is_without_support(reviews: Evidence) -> None:
+    texts = [
+        'Nine of 40 say "The cast is a joy to watch!"',
+        '"A masterpiece of our time", 73 % say',
+        'They call it "art" in "two words".',
+        "Of 7, as asked, 12.",
+    ]
+    lines = said(*texts)
+    lines[3]["text_in"] = "Which 7 reviews?"
+    assert reviews_metrics.unsupported(lines, reviews) == [0, 2, 0, 0]
+
+
+def test_aspects_and_judgements_are_held_against_the_reviews(reviews: Evidence) -> None:
+    pytest.importorskip("data_prep.knowledge")
+    texts = "The acting is wonderful, but the ending is terrible.", "Awful acting. Great music!", "It is a series."
+    assert reviews_metrics.aspects_named(said(*texts), reviews) == [2, 1, 0]
+    # Nine of ten praise the acting; three of four find something bad in the ending; nobody judges the music.
+    assert reviews_metrics.agreement(said(*texts), reviews) == pytest.approx([(9 / 10 + 3 / 4) / 2, 1 / 10, None])
+
+
+# --- intervals ------------------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    random = np.random.default_rng(7)
+    held = 0
+    for _ in range(60):
+        counts = random.integers(5, 30, size=40)
+        sums = random.normal(2.0 * counts, np.sqrt(counts))
+        _, low, high = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1))["after"]
+        held += low < 2.0 < high
+    assert 52 <= held <= 60
+
+
+def test_a_difference_is_of_the_same_rows() -> None:
+    """Rows differ much, both models are one nat apart in each: paired, that is certain."""
+    counts = np.full(30, 10.0)
+    sums = np.random.default_rng(1).normal(40, 20, size=30)
+    found = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1))
+    assert found["difference"] == pytest.approx([-1, -1, -1])
+    assert found["before"][2] - found["before"][1] > 1
+
+
+def test_the_same_rows_give_the_same_interval_and_one_row_none() -> None:
+    series = np.array([[3.0, 2.0], [5.0, 4.0], [1.0, 1.0]])
+    assert np.array_equal(resample(series), resample(series)) and resample(series).shape == (1, RESAMPLES)
+    assert estimates(series[:1], series[:1])["before"] == [1.5, None, None]
+
+
+def test_gain_is_the_fall_of_perplexity() -> None:
+    before, after = [[4.0, 2], [6.0, 2], [9.0, 3]], [[2.0, 2], [4.0, 2], [6.0, 3]]
+    found = held_out({"before": {"rows": before}, "after": {"rows": after}})
+    assert found["perplexity"]["before"][0] == pytest.approx(np.exp(19 / 7))
+    value, low, high = found["gain"]
+    assert value == pytest.approx(1 - np.exp(12 / 7) / np.exp(19 / 7)) and low <= value <= high
+    assert held_out({"before": {}, "after": {}}) == {}
+
+
+# --- all of them together -------------------------------------------------------------------------------------
+
+
+def test_measured_are_questions_that_both_models_were_asked(evidence: Evidence) -> None:
+    answer = GOOD.format("drip", "Style that everybody sees.", "Your drip is unreal.")
+    after = said(
+        answer, answer, reference=GOOD.format("fit", "An outfit.", "Nice fit."), fields={"context": "At a party."}
+    )
+    before = [{**line, "id": f"b{line['id']}", "side": "before", "text": "-\n-", "ended": False} for line in after]
+    alone = {**before[0], "id": "c", "question": "asked of one only"}
+    found = measure([*before, *after, alone], evidence, "slang")
+    table = {metric["name"]: metric for metric in found["metrics"]}
+    assert table["well_formed"]["before"][0] == 0 and table["well_formed"]["after"][0] == 1
+    assert table["well_formed"]["questions"] == 2 and table["well_formed"]["reference"] == 1
+    assert table["chrf"]["reference"] is None and "distinct_2" not in table
+    assert table["new_term"]["explanation"].startswith("Answers whose term is none of the training rows'")
+    assert found["scores"]["0"]["new_term"] == 1 and found["scores"]["b0"]["ended"] == 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_every_metric_says_what_it_is() -> None:
+    for metric in [*metrics.METRICS, *slang_metrics.METRICS, *reviews_metrics.METRICS]:
+        assert len(metric.explanation) > 40 and metric.better in ("higher", "lower", ""), metric.title
+    assert {f"{name}.py" for name in ("slang_metrics", "reviews_metrics")} <= {
+        file.name for file in (ROOT / "evaluation").glob("*_metrics.py")
+    }
