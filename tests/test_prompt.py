@@ -71,9 +71,6 @@ def test_a_system_text_begins_the_first_message_and_spaces_around_a_text_are_los
     assert exchanges(TALK) == [("Be kind.\n\nhi", "Hello!"), ("Bye", None)]
 
 
-def test_a_row_asks_first_what_its_user_says_first() -> None:
-
-
 def test_a_dialogue_is_worded_for_training_as_it_is_for_an_answer() -> None:
     asked = TURNS.wrap_dialogue(TALK)
     pieces = TURNS.pieces({"messages": [*TALK, {"role": "assistant", "content": "See you!"}]})
