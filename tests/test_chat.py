@@ -31,7 +31,8 @@ from training.packing import use_packed_attention
 Messages = list[dict[str, str]]
 
 SAMPLE = ROOT / "data_prep" / "samples" / "chat.jsonl"
-PROMPT = Prompt(**plain(load_config(["task=chat"]).task.prompt))
+PRETRAINED = Prompt(**plain(load_config(["task=chat"]).task.prompt))
+PROMPT = Prompt(**plain(load_config(["task=chat", "model=gemma-3-270m-it"]).task.prompt))
 # The turns of Gemma 1, 2 and 3, as a Hugging Face chat template. The first two refuse a system text.
 # https://ai.google.dev/gemma/docs/core/prompt-structure
 TURNS = """{{ bos_token }}
@@ -87,12 +88,12 @@ def read(folder: Path, *splits: str) -> list[dict[str, Any]]:
 
 
 def tokens_of(
-    rows: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, folder: Path, most: int = 10_000
+    rows: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, folder: Path, prompt: Prompt = PROMPT
 ) -> Dataset:
     folder.mkdir(exist_ok=True)
     file = folder / "training.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows))
-    return tokenize(file, tokenizer, PROMPT, most, folder / "cache")[0]
+    return tokenize(file, tokenizer, prompt, 10_000, folder / "cache")[0]
 
 
 # --- data -----------------------------------------------------------------------------------------------------
@@ -214,9 +215,10 @@ def test_a_long_dialogue_is_cut_between_exchanges(
 # --- tokens ---------------------------------------------------------------------------------------------------
 
 
-def test_the_turns_are_those_of_the_prompt_for_instruction_tuned_models() -> None:
-    text = (ROOT / "nemo_configs" / "prompt" / "gemma-turns.yaml").read_text()
-    assert PROMPT.template == yaml.safe_load(text)["template"]
+def test_a_pretrained_model_ends_gemma_s_turns_with_the_end_that_it_knows() -> None:
+    turns = yaml.safe_load((ROOT / "nemo_configs" / "prompt" / "gemma-turns.yaml").read_text())["template"]
+    assert PROMPT.template == turns
+    assert PRETRAINED.template == turns.removesuffix("<end_of_turn>") + "<eos>"
 
 
 def test_tokens_are_those_of_gemma_s_own_chat_template(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -231,13 +233,14 @@ def test_tokens_are_those_of_gemma_s_own_chat_template(tokenizer: PreTrainedToke
         assert row["input_ids"][: len(asked)] == asked and row["learned"][-1][0] == len(asked)
 
 
+@pytest.mark.parametrize(("prompt", "ending"), [(PROMPT, "<end_of_turn>"), (PRETRAINED, "<eos>")])
 def test_the_model_s_turns_with_their_end_are_learned_and_nothing_else(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    prompt: Prompt, ending: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    for messages, row in zip(DIALOGUES, tokens_of(DIALOGUES, tokenizer, tmp_path), strict=True):
+    for messages, row in zip(DIALOGUES, tokens_of(DIALOGUES, tokenizer, tmp_path, prompt), strict=True):
         learned = [tokenizer.decode(row["input_ids"][first:end]) for first, end in row["learned"]]
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
-        assert learned == [f"{answer}<end_of_turn>" for answer in answers]
+        assert learned == [f"{answer}{ending}" for answer in answers]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
