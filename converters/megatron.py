@@ -42,6 +42,7 @@ from nemo_configs.command_line import UserError
 
 FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
+EMBEDDING = "embedding.word_embeddings.weight"
 PROJ, FC2 = "self_attention.linear_proj", "mlp.linear_fc2"
 # Megatron's linear layers → those of Hugging Face that they join, in their order.
 JOINED = {
@@ -123,7 +124,7 @@ def layout(sizes: Sizes) -> dict[str, dict[str, tuple[int, ...]]]:
         for part in "qk":
             layer[f"self_attention.{part}_layernorm.weight"] = {f"self_attn.{part}_norm.weight": (sizes.head,)}
     embedding = {"model.embed_tokens.weight": (sizes.vocabulary, sizes.hidden)}
-    found: dict[str, dict[str, tuple[int, ...]]] = {"embedding.word_embeddings.weight": {**embedding}}
+    found: dict[str, dict[str, tuple[int, ...]]] = {EMBEDDING: {**embedding}}
     for number in range(sizes.layers):
         for name, parts in layer.items():
             found[f"decoder.layers.{number}.{name}"] = {f"model.layers.{number}.{p}": s for p, s in parts.items()}
@@ -211,6 +212,11 @@ def bare(name: str) -> str:
     """`name` without what wrappers put in front of it; empty for what is not the model's, as an optimizer's state."""
     name = re.sub(r"^((model|module)\.)+", "", name)
     return name if name.startswith(("decoder.", "embedding.", "output_layer.")) else ""
+
+
+def rows_of(tensors: Mapping[str, Lazy]) -> int | None:
+    """Rows of the embedding, padding included, where it is there."""
+    return next((lazy.shape[0] for name, lazy in tensors.items() if bare(name) == EMBEDDING), None)
 
 
 def merge_ranks(ranks: Sequence[Mapping[str, Lazy]]) -> dict[str, Lazy]:
