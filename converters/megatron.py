@@ -174,7 +174,9 @@ def to_megatron(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> dict[
     return found
 
 
-def from_megatron(tensors: Mapping[str, Lazy], config: Mapping[str, Any], zero_centered: bool = True) -> dict[str, Lazy]:
+def from_megatron(
+    tensors: Mapping[str, Lazy], config: Mapping[str, Any], zero_centered: bool = True
+) -> dict[str, Lazy]:
     """Megatron's tensors under Hugging Face's names and in its shapes.
 
     Args:

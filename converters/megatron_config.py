@@ -55,7 +55,9 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
                    "final_logit_softcapping": text.final_logit_softcapping}  # fmt: skip
         odd = odd or layers != expected
     if odd or not text.tie_word_embeddings or text.attention_bias:
-        raise UserError("the model has attention, positions or an output layer of its own kind, which NeMo's Gemmas have not")
+        raise UserError(
+            "the model has attention, positions or an output layer of its own kind, which NeMo's Gemmas have not"
+        )
     return fields
 
 
@@ -70,8 +72,10 @@ def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": fields["ffn_hidden_size"], "max_position_embeddings": fields["seq_length"],
         "num_attention_heads": fields["num_attention_heads"], "num_hidden_layers": fields["num_layers"],
         "num_key_value_heads": fields.get("num_query_groups") or fields["num_attention_heads"],
-        "rms_norm_eps": fields["layernorm_epsilon"], "vocab_size": fields["vocab_size"],
+        "rms_norm_eps": fields["layernorm_epsilon"],
     }  # fmt: skip
+    if fields["vocab_size"]:  # not known of an adapter for NeMo 1
+        config["vocab_size"] = fields["vocab_size"]
     if family == "gemma3_text":
         local, everywhere = fields["rotary_base"]
         head, scale, factor = config["head_dim"], fields.get("softmax_scale"), fields.get("rope_scaling_factor") or 1.0
@@ -95,32 +99,32 @@ def config_of(family: str, fields: Mapping[str, Any], files: Mapping[str, Span],
     """`config.json` of a checkpoint: the one that it brought along if it says what `fields` say, else made of them.
 
     Args:
-        fields: as `nemo_fields`; without `vocab_size` where the checkpoint does not say.
+        fields: as `nemo_fields`; NeMo 1 has no `vocab_size` among them.
         files: its tokenizer's, which may say how many tokens there are.
-        rows: of its embedding, which may be padded.
+        rows: of its embedding, which may be padded; None where it has none.
     """
-    config = hf_config(family, {**fields, "vocab_size": fields.get("vocab_size") or _vocabulary(files) or rows})
-    return _kept_config(files, nemo_fields(config)) or config
+    kept = _json(files, "config.json")
+    size = fields.get("vocab_size") or kept.get("vocab_size") or _vocabulary(_json(files, "tokenizer.json")) or rows
+    config = hf_config(family, {**fields, "vocab_size": size})
+    try:
+        return kept if kept and nemo_fields(kept) == nemo_fields(config) else config
+    except UserError:  # it is of something else
+        return config
 
 
-def _kept_config(files: Mapping[str, Span], fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The `config.json` that a checkpoint brought along, where it says what `fields` say: it may say more."""
-    if "config.json" not in files:
+def _json(files: Mapping[str, Span], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    with damaged(files[name].name):
+        return dict(json.loads(files[name].read()))
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> int | None:
+    """How many tokens there are in a `tokenizer.json`."""
+    if not tokenizer:
         return None
-    with damaged(files["config.json"].name):
-        config = json.loads(files["config.json"].read())
-        if config.get("model_type") in FAMILIES and nemo_fields(config) == fields:
-            return dict(config)
-    return None
-
-
-def _vocabulary(files: Mapping[str, Span]) -> int | None:
-    """How many tokens a Hugging Face tokenizer has, by its files."""
-    if "tokenizer.json" not in files:
-        return None
-    with damaged(files["tokenizer.json"].name):
-        content = json.loads(files["tokenizer.json"].read())
-        ids = [*content["model"]["vocab"].values(), *(token["id"] for token in content["added_tokens"])]
+    with damaged("tokenizer.json"):
+        ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
         return int(max(ids)) + 1
 
 

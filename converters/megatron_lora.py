@@ -38,7 +38,9 @@ from converters.checkpoint import Adapter, Lazy
 from converters.megatron import JOINED, Sizes, bare, join, split
 from nemo_configs.command_line import UserError
 
-PEFT = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
+PEFT = re.compile(
+    r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
+)
 MEGATRON = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.adapter\.(?:adapter_(\w+)\.)?"
                       r"(linear_in\.weight|linear_out\.weight|weight_magnitude)")  # fmt: skip
 A, B, M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
@@ -103,7 +105,9 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
         UserError: an adapter without its base's configuration, or with what Megatron has no place for.
     """
     if adapter.config is None:
-        raise UserError("Megatron joins q, k and v by the base's configuration: name the folder of the base with --base")
+        raise UserError(
+            "Megatron joins q, k and v by the base's configuration: name the folder of the base with --base"
+        )
     sizes, peft = Sizes.of(adapter.config), adapter.peft
     beyond = [key for key in BEYOND if peft.get(key)] + ["bias"] * (peft.get("bias", "none") != "none")
     if beyond:
@@ -203,7 +207,9 @@ def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
         if all(pieces is not None for _, pieces in pairs):
             for number, pieces in pairs:
                 # Neither A nor B: the layer had no adapter there.
-                small[number] |= {part: kinds for part, kinds in (pieces or {}).items() if kinds[A].any() or kinds[B].any()}
+                small[number] |= {
+                    part: kinds for part, kinds in (pieces or {}).items() if kinds[A].any() or kinds[B].any()
+                }
             return {number: adapters for number, adapters in small.items() if adapters}, factor
     return layers, 1
 

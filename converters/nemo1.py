@@ -54,7 +54,12 @@ ADAPTERS = {
        for part in ("gate", "up")},
 }  # fmt: skip
 # How NeMo 1 calls what a LoRA is put on.
-TARGETS = {"linear_qkv": "attention_qkv", "linear_proj": "attention_dense", "linear_fc1": "mlp_fc1", "linear_fc2": "mlp_fc2"}
+TARGETS = {
+    "linear_qkv": "attention_qkv",
+    "linear_proj": "attention_dense",
+    "linear_fc1": "mlp_fc1",
+    "linear_fc2": "mlp_fc2",
+}
 # NeMo 2's fields that NeMo 1 has under the same name, and those it calls otherwise.
 SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
         "init_method_std", "layernorm_epsilon", "make_vocab_size_divisible_by", "rotary_base", "window_size",
@@ -92,7 +97,9 @@ def read(path: Path) -> Checkpoint | Adapter:
     with damaged(where):
         config = yaml.safe_load(parts[CONFIG].read())
         custom = config.get("mcore_customization_config") or {}
-        family = "gemma2" if custom.get("attn_logit_softcapping") or config.get("name") == "megatron_gemma2" else "gemma"
+        family = (
+            "gemma2" if custom.get("attn_logit_softcapping") or config.get("name") == "megatron_gemma2" else "gemma"
+        )
         if not config.get("apply_embedding_scaling") or config.get("normalization") != "rmsnorm":
             raise UserError(f"{where} is not of a Gemma: its embedding is not scaled, or its norms are of another kind")
         fields = {key: config[key] for key in SAME if key in config}
@@ -130,7 +137,9 @@ def _tensors(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
             ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(span)
     width = max((len(stage) for stage in ranks.values()), default=0)
     if not width or set(ranks) != set(range(len(ranks))) or any(set(s) != set(range(width)) for s in ranks.values()):
-        raise UserError(f"{name} has not the weights of all ranks: of model_weights.ckpt, mp_rank_00/… it needs every one")
+        raise UserError(
+            f"{name} has not the weights of all ranks: of model_weights.ckpt, mp_rank_00/… it needs every one"
+        )
     found: dict[str, Lazy] = {}
     layers = 0
     for stage in range(len(ranks)):
@@ -170,7 +179,10 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             raise UserError("NeMo 1 has no DoRA; write it for NeMo 2, --to nemo2")
     else:
         weights = {f"model.{name}": lazy for name, lazy in to_megatron(content.tensors, hf).items()}
-    files = {**({} if isinstance(content, Adapter) else content.files), "config.json": json.dumps(hf, indent=2).encode()}
+    files = {
+        **({} if isinstance(content, Adapter) else content.files),
+        "config.json": json.dumps(hf, indent=2).encode(),
+    }
     with tarfile.open(target, "x:", format=tarfile.GNU_FORMAT) as tar:
         config = _model_config(hf, content.base if isinstance(content, Adapter) else content.origin, files) | lora
         for name, data in {CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
@@ -190,7 +202,9 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             write_distributed(weights, lambda name: _member(tar, f"{WEIGHTS}/{name}"))
 
 
-def _model_config(hf: Mapping[str, Any], origin: Mapping[str, str], files: Mapping[str, bytes | Path]) -> dict[str, Any]:
+def _model_config(
+    hf: Mapping[str, Any], origin: Mapping[str, str], files: Mapping[str, bytes | Path]
+) -> dict[str, Any]:
     fields = nemo_fields(hf)
     hub = "https://huggingface.co/"
     source = origin.get("source", "")

@@ -15,6 +15,7 @@ Hugging Face (counted from 0) and the odd ones in NeMo 2.7.3; within the window 
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ TITLE = "NeMo 2 checkpoint folder (Megatron layout)"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: "", Adapter: ""}
 
-MODEL, GRAPH, TOKENIZER, ADAPTER = "context/model.yaml", "context/io.json", "context/nemo_tokenizer", "adapter_metadata.json"
+MODEL, GRAPH, TOKENIZER, ADAPTER = (
+    "context/model.yaml",
+    "context/io.json",
+    "context/nemo_tokenizer",
+    "adapter_metadata.json",
+)
 MODULE = "nemo.collections.llm.gpt.model"
 # Family → module, class of the model, class of its configuration. All fields are given, so that a size in a class's name
 # means nothing; of Gemma 3's only those with one have a field for every mechanism.
@@ -43,7 +49,9 @@ CLASSES = {
     "gemma2": (f"{MODULE}.gemma2", "Gemma2Model", "Gemma2Config"),
     "gemma3_text": (f"{MODULE}.gemma3", "Gemma3Model", "Gemma3Config1B"),
 }
-KNOWN = re.compile(rf"{re.escape(MODULE)}\.(?:gemma\.(?:Code)?GemmaConfig|gemma2\.Gemma2Config|gemma3\.Gemma3Config)\w*")
+KNOWN = re.compile(
+    rf"{re.escape(MODULE)}\.(?:gemma\.(?:Code)?GemmaConfig|gemma2\.Gemma2Config|gemma3\.Gemma3Config)\w*"
+)
 LORA = ("nemo.collections.llm.peft.lora", "LoRA")
 
 
@@ -156,7 +164,12 @@ def fiddle_graph(root: Config) -> dict[str, Any]:
     settings = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
 
     def container(kind: str, items: list[Any], metadata: Any, paths: dict[str, Any]) -> dict[str, Any]:
-        return {"type": {"type": "pyref", "module": "builtins", "name": kind}, "items": items, "metadata": metadata, **paths}
+        return {
+            "type": {"type": "pyref", "module": "builtins", "name": kind},
+            "items": items,
+            "metadata": metadata,
+            **paths,
+        }
 
     def store(value: Any, path: str | None) -> Any:
         paths = {} if path is None else {"paths": [path]}
