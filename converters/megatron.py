@@ -4,7 +4,7 @@ h is the hidden size, f the intermediate size, n query heads of size d in g grou
 
 | Megatron: `decoder.layers.N.…` | shape | Hugging Face: `model.layers.N.…` |
 |---|---|---|
-| `self_attention.linear_qkv.weight` | [g·(n/g + 2)·d, h] | `self_attn.q_proj`, `k_proj`, `v_proj`: for each group its queries, its key, its value |
+| `self_attention.linear_qkv.weight` | [g·(n/g + 2)·d, h] | `self_attn.q_proj`, `k_proj`, `v_proj` |
 | `self_attention.linear_proj.weight` | [h, n·d] | `self_attn.o_proj` |
 | `mlp.linear_fc1.weight` | [2f, h] | `mlp.gate_proj`, then `mlp.up_proj` |
 | `mlp.linear_fc2.weight` | [h, f] | `mlp.down_proj` |
@@ -14,7 +14,8 @@ h is the hidden size, f the intermediate size, n query heads of size d in g grou
 | `mlp.linear_fc2.post_layernorm.weight` | [h] | `post_feedforward_layernorm`, Gemma 2 and 3 |
 | `self_attention.q_layernorm.weight`, `k_layernorm` | [d] | `self_attn.q_norm`, `k_norm`, Gemma 3 |
 
-and `embedding.word_embeddings.weight` [vocabulary, h], `decoder.final_layernorm.weight` [h]. The output layer is the
+`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. Besides there are
+`embedding.word_embeddings.weight` [vocabulary, h], `decoder.final_layernorm.weight` [h]. The output layer is the
 embedding and is not stored. Both sides keep the embedding unscaled (√h is applied when it is looked up) and a norm as
 the w of 1 + w; NeMo 1 may keep 1 + w itself (`layernorm_zero_centered_gamma` false): 1 is taken off in float32 and
 rounded once. Megatron may pad the vocabulary to a multiple; the rows that are no token are cut off.

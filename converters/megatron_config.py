@@ -25,7 +25,8 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = text.rope_parameters
     divisor = math.gcd(text.vocab_size, 128)  # so that nothing is padded
     fields = {
-        "num_layers": text.num_hidden_layers, "hidden_size": text.hidden_size, "ffn_hidden_size": text.intermediate_size,
+        "num_layers": text.num_hidden_layers,
+        "hidden_size": text.hidden_size, "ffn_hidden_size": text.intermediate_size,
         "num_attention_heads": text.num_attention_heads, "num_query_groups": text.num_key_value_heads,
         "kv_channels": text.head_dim, "init_method_std": text.initializer_range, "layernorm_epsilon": text.rms_norm_eps,
         "seq_length": text.max_position_embeddings, "vocab_size": text.vocab_size,

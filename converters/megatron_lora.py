@@ -1,6 +1,7 @@
 """LoRA on Megatron's joined layers, and peft's on separate ones.
 
-Megatron's four layers have one adapter each, of one rank and alpha for all, y += alpha / rank · linear_out(linear_in(x)):
+Megatron's four layers have an adapter each, of one rank and alpha for all; alpha / rank · linear_out(linear_in(x)) is
+added to what the layer puts out:
 
 | `decoder.layers.N.…` | linear_in | linear_out | peft |
 |---|---|---|---|
@@ -90,8 +91,8 @@ def from_megatron_lora(
                 layers[number][part] = {A: kinds[A], **own}
     layers, factor = _unstack(layers, rank)
     scaled = (rank if alpha is None else alpha) / factor
-    peft = {"r": rank // factor, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled, "lora_dropout": dropout,
-            "bias": "none", "target_modules": _targets(layers, sizes.layers),
+    peft = {"r": rank // factor, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled,
+            "lora_dropout": dropout, "bias": "none", "target_modules": _targets(layers, sizes.layers),
             "use_dora": any(M in kinds for adapters in layers.values() for kinds in adapters.values())}  # fmt: skip
     return Adapter(peft, {f"base_model.model.model.layers.{number}.{part}.{kind}": tensor
                           for number, adapters in layers.items() for part, kinds in sorted(adapters.items())
@@ -153,8 +154,10 @@ def _rank(layers: Layers, sizes: Sizes) -> int:
                 if kind not in kinds:
                     raise UserError(f"layer {number}'s adapter of {layer} has no {kind}: it is not whole")
                 if tuple(kinds[kind].shape) != shape:
-                    raise UserError(f"layer {number}'s {layer}.{kind} has shape {list(kinds[kind].shape)}; by the base's "
-                                    f"configuration and the other adapters' rank it should be {list(shape)}")  # fmt: skip
+                    raise UserError(
+                        f"layer {number}'s {layer}.{kind} has shape {list(kinds[kind].shape)}; by the base's "
+                        f"configuration and the other adapters' rank it should be {list(shape)}"
+                    )
     return rank
 
 
@@ -216,13 +219,15 @@ def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
 
 def _pieces(found: Mapping[str, Kinds], parts: Sequence[str], size: int, factor: int) -> dict[str, Kinds] | None:
     """The adapters of `parts` cut to the rank `size`; None where what would be cut off is not all zero."""
-    have = [part for part in parts if part in found]
     shared, stacked = [slice(size)] * len(parts), [slice(n * size, (n + 1) * size) for n in range(len(parts))]
     for places in (shared, *([stacked] if 1 < len(parts) <= factor else [])):
-        kept = {part: place for part, place in zip(parts, places, strict=True) if part in have}
-        end = max(place.stop for place in places)
-        if all(not found[part][A][end:].any() and found[part][B].count_nonzero() == found[part][B][:, place].count_nonzero()
-               for part, place in kept.items()):  # fmt: skip
-            return {part: {**found[part], A: found[part][A][place].clone(), B: found[part][B][:, place].clone()}
-                    for part, place in kept.items()}  # fmt: skip
+        end, small = max(place.stop for place in places), {}
+        for part, place in zip(parts, places, strict=True):
+            if part in found:
+                a, b = found[part][A], found[part][B]
+                if a[end:].any() or b.count_nonzero() != b[:, place].count_nonzero():
+                    break
+                small[part] = {**found[part], A: a[place].clone(), B: b[:, place].clone()}
+        else:
+            return small
     return None

@@ -119,8 +119,9 @@ def read(path: Path) -> Checkpoint | Adapter:
         adapter.base, adapter.prompt = base, prompt
         return adapter
     files = {name: span.read() for name, span in tokenizer.items() if name != "config.json"}
-    files |= {TOKENIZER + ".model": span.read() for name, span in parts.items()
-              if name.endswith("tokenizer.model") and "/" not in name}  # fmt: skip
+    for name, span in parts.items():
+        if name.endswith("tokenizer.model") and "/" not in name:  # NeMo puts a hash before it
+            files["tokenizer.model"] = span.read()
     zero_centered = bool(fields.get("layernorm_zero_centered_gamma"))
     return Checkpoint(hf, from_megatron(tensors, hf, zero_centered), files, prompt)
 

@@ -35,15 +35,11 @@ TITLE = "NeMo 2 checkpoint folder (Megatron layout)"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: "", Adapter: ""}
 
-MODEL, GRAPH, TOKENIZER, ADAPTER = (
-    "context/model.yaml",
-    "context/io.json",
-    "context/nemo_tokenizer",
-    "adapter_metadata.json",
-)
+MODEL, GRAPH, TOKENIZER = "context/model.yaml", "context/io.json", "context/nemo_tokenizer"
+ADAPTER = "adapter_metadata.json"
 MODULE = "nemo.collections.llm.gpt.model"
-# Family → module, class of the model, class of its configuration. All fields are given, so that a size in a class's name
-# means nothing; of Gemma 3's only those with one have a field for every mechanism.
+# Family → module, class of the model, class of its configuration. All fields are given, so that a size in the name of a
+# class means nothing; of Gemma 3's only those with one have a field for every mechanism.
 CLASSES = {
     "gemma": (f"{MODULE}.gemma", "GemmaModel", "GemmaConfig"),
     "gemma2": (f"{MODULE}.gemma2", "Gemma2Model", "Gemma2Config"),

@@ -45,7 +45,7 @@ class Span:
         Raises:
             UserError: it reaches beyond this span, as in a file that was cut off.
         """
-        if not (0 <= start and 0 <= length and start + length <= self.length):
+        if start < 0 or length < 0 or start + length > self.length:
             raise UserError(f"{self.name} is cut off: it has {self.length:,} bytes, {start + length:,} are needed")
         return Span(self.name, self.path, self.start + start, length)
 

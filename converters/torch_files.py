@@ -2,8 +2,8 @@
 
 Such a file is a zip with a pickled structure and one record for each storage. `torch.load(weights_only=True)` reads the
 structure, under FakeTensorMode: shapes, dtypes, and where in the file a storage begins, but no data. A record is then
-read when its tensor is asked for, through zipfile, which compares its checksum. So neither a `.ckpt` inside a `.nemo` nor
-one tensor of a `.distcp` needs to be unpacked, and a flipped bit is found.
+read when its tensor is asked for, through zipfile, which compares its checksum. So neither a `.ckpt` inside a `.nemo`
+nor one tensor of a `.distcp` needs to be unpacked, and a flipped bit is found.
 """
 
 import collections
@@ -86,29 +86,29 @@ def _lazy(fake: Tensor, records: dict[int, zipfile.ZipInfo], span: Span, key: st
     return Lazy(shape, fake.dtype, read)
 
 
+# What the index of a distributed checkpoint is made of: records without behaviour.
+RECORDS = (
+    metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
+    metadata.MetadataIndex, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo, collections.OrderedDict,
+)  # fmt: skip
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16,
+          torch.int32, torch.int64, torch.bool)  # fmt: skip
+ALLOWED: dict[tuple[str, str], Any] = {
+    **{(record.__module__, record.__name__): record for record in RECORDS},
+    **{("torch", f"{dtype}".removeprefix("torch.")): dtype for dtype in DTYPES},
+    **{(module, name): PurePosixPath for module in ("pathlib", "pathlib._local")
+       for name in ("Path", "PosixPath", "PurePosixPath")},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda _: torch.strided,
+}  # fmt: skip
+
+
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds what the index of a distributed checkpoint is made of, records without behaviour, and nothing else."""
-
-    ALLOWED = {
-        **{(cls.__module__, cls.__name__): cls for cls in (
-            metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.MetadataIndex,
-            metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata.StorageMeta,
-            metadata._MEM_FORMAT_ENCODING, filesystem._StorageInfo, collections.OrderedDict,
-        )},
-        ("torch", "Size"): torch.Size,
-        ("torch.serialization", "_get_layout"): lambda _: torch.strided,
-        **{("pathlib", name): PurePosixPath for name in ("Path", "PosixPath", "PurePosixPath")},
-        **{("pathlib._local", name): PurePosixPath for name in ("Path", "PosixPath", "PurePosixPath")},
-        **{("torch", f"{dtype}".removeprefix("torch.")): dtype for dtype in (
-            torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int16,
-            torch.int32, torch.int64, torch.bool,
-        )},
-    }  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
+        if (module, name) not in ALLOWED:
             raise UserError(f"it asks for {module}.{name}, which no checkpoint's index needs: not one to trust")
-        return self.ALLOWED[module, name]
+        return ALLOWED[module, name]
 
 
 def read_index(span: Span) -> metadata.Metadata:

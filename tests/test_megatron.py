@@ -1,4 +1,4 @@
-"""NeMo 1 and NeMo 2 checkpoints: Megatron's layout against a forward pass written out here, and damage of every kind."""
+"""NeMo 1 and NeMo 2 checkpoints: Megatron's layout against a forward pass written out here; damage of every kind."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import tarfile
@@ -28,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from converters import nemo1, nemo2
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.distributed import read_distributed
-from converters.megatron import from_megatron, to_megatron
+from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import members
 from data_prep.prompt import Prompt
@@ -307,6 +308,48 @@ def test_pytorchs_own_reader_finds_layers_stacked(tmp_path: Path) -> None:
     for number in range(3):
         assert torch.equal(state[key][number], ours[f"decoder.layers.{number}.self_attention.linear_qkv.weight"].read())
     assert torch.equal(state["module.decoder.final_layernorm.weight"], source.tensors["model.norm.weight"].read())
+
+
+def test_megatrons_own_reader_and_writer_agree(tmp_path: Path) -> None:
+    """Two tensor parallel ranks' pieces, declared as Megatron's layers declare theirs."""
+    theirs = pytest.importorskip("megatron.core.dist_checkpointing", reason="megatron-core is not here")
+    source = checkpoint("gemma3_text")
+    ours, layers, ranks = read(to_megatron(source.tensors, source.config)), 3, 2
+
+    def pieces(fill: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        found = {}
+        for name, tensor in ours.items():
+            match = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", name)
+            key = f"module.{match[1]}{match[3]}" if match else f"module.{name}"
+            stack, ahead = [(0, int(match[2]), layers)] if match else [], int(bool(match))
+            for rank in range(ranks):
+                if "norm" in name and rank:
+                    continue  # a copy
+                part = part_of(name, tensor, rank, ranks)
+                axis = int("linear_proj" in name or "linear_fc2" in name)
+                cuts = [(part, [] if "norm" in name else [(axis + ahead, rank, ranks)])]
+                if name.endswith("linear_fc1.weight"):
+                    cuts = [(half, [(ahead, n * ranks + rank, 2 * ranks)]) for n, half in enumerate(part.chunk(2))]
+                for n, (cut, places) in enumerate(cuts):
+                    found[f"{name}.{rank}.{n}"] = theirs.ShardedTensor.from_rank_offsets(
+                        key, fill(cut), *stack, *places, prepend_axis_num=ahead
+                    )
+        return found
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    try:
+        nemo2.write(source, tmp_path / "model")
+        weights_folder = tmp_path / "model/weights"
+        loaded = theirs.load(pieces(torch.zeros_like), str(weights_folder))
+        expected = pieces(Tensor.clone)
+        for name, piece in expected.items():
+            assert torch.equal(loaded[name], piece.data), name
+        shutil.rmtree(weights_folder)
+        weights_folder.mkdir()
+        theirs.save(expected, str(weights_folder))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(read(nemo2.read(tmp_path / "model").tensors), read(source.tensors))
 
 
 def test_pieces_by_other_writers_are_put_together(tmp_path: Path) -> None:
@@ -641,9 +684,10 @@ def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
             tar.addfile(info)
         return target
 
-    for name, member in {"../outside": {}, "/etc/outside": {}, "link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
-                         "hard": {"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"},
-                         "device": {"type": tarfile.CHRTYPE}}.items():  # fmt: skip
+    hostile = {"../outside": {}, "/etc/outside": {}, "device": {"type": tarfile.CHRTYPE},
+               "link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+               "hard": {"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"}}  # fmt: skip
+    for name, member in hostile.items():
         with pytest.raises(UserError, match="not a checkpoint to trust"):
             nemo1.read(archive(name, **member))
     with pytest.raises(UserError, match="unpack it"):
