@@ -79,6 +79,8 @@ GEMMA = {
 
 def recognizes(path: Path) -> bool:
     try:
+        if path.is_dir() and not (path / CONFIG).is_file():  # it may be a folder of anything, with all below it
+            return False
         parts = members(path)
         return CONFIG in parts and "num_attention_heads" in (yaml.safe_load(parts[CONFIG].read(1 << 22)) or {})
     except (UserError, OSError, yaml.YAMLError, UnicodeDecodeError, TypeError):
@@ -104,7 +106,7 @@ def read(path: Path) -> Checkpoint | Adapter:
             raise UserError(f"{where} is not of a Gemma: its embedding is not scaled, or its norms are of another kind")
         fields = {key: config[key] for key in SAME if key in config}
         fields |= {key: custom[key] for key in CUSTOM if key in custom} | {"seq_length": config["encoder_seq_length"]}
-        lora = (config.get("peft") or {}).get("lora_tuning")
+        lora = (config.get("peft") or {}).get("lora_tuning") or {}
     tokenizer = below(parts, TOKENIZER)
     tensors = _tensors(parts, f"{path}")
     with damaged(where):

@@ -4,7 +4,7 @@
     context/io.json           the same as a graph of fiddle, which is what NeMo loads
     context/nemo_tokenizer/   the tokenizer, and with it Hugging Face's config.json
     weights/                  a distributed checkpoint: `module.decoder.layers.mlp.linear_fc2.weight` …
-    weights/adapter_metadata.json   of a LoRA: which checkpoint it was trained on
+    weights/adapter_metadata.json   of a LoRA: which checkpoint it was trained on; NeMo wants its folder there
 
 Classes are named, never imported: what a context asks to be built is not built here.
 
@@ -16,6 +16,7 @@ Hugging Face (counted from 0) and the odd ones in NeMo 2.7.3; within the window 
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ CLASSES = {
 KNOWN = re.compile(
     rf"{re.escape(MODULE)}\.(?:gemma\.(?:Code)?GemmaConfig|gemma2\.Gemma2Config|gemma3\.Gemma3Config)\w*"
 )
+AUTO_TOKENIZER = ("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer")
 LORA = ("nemo.collections.llm.peft.lora", "LoRA")
 
 
@@ -82,6 +84,8 @@ def read(path: Path) -> Checkpoint | Adapter:
         config = config_of(family, fields, tokenizer, rows_of(tensors))
     prompt = read_prompt(parts.get(f"context/{PROMPT_FILE}"))
     if f"weights/{ADAPTER}" in parts or any(".adapter." in name for name in tensors):
+        if not isinstance(transform, dict) or "alpha" not in transform:
+            raise UserError(f"{path / MODEL} does not say what LoRA it holds: it has no model_transform with an alpha")
         with damaged(f"{path / MODEL}"):
             alpha, dropout = float(transform["alpha"]), float(transform.get("dropout") or 0.0)
             base = json.loads(parts[f"weights/{ADAPTER}"].read()) if f"weights/{ADAPTER}" in parts else {}
@@ -101,23 +105,24 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     Raises:
         UserError: a model that Megatron has no place for.
     """
+    arguments: dict[str, Any] = {}
     if isinstance(content, Adapter):
-        tensors, rank, alpha = to_megatron_lora(content)
-        assert content.config is not None
-        config, dtype, files = content.config, getattr(torch, content.dtype or "bfloat16"), {}
-        weights = {f"module.{name}": Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
-        layers = sorted({name.split(".adapter.")[0].rpartition(".")[2] for name in tensors})
-        transform = Config(LORA, target_modules=layers, dim=rank, alpha=int(alpha) if alpha == int(alpha) else alpha,
-                           dropout=content.peft.get("lora_dropout", 0.0))  # fmt: skip
-        if content.peft.get("use_dora"):
-            transform.module, transform.name = "nemo.collections.llm.peft.dora", "DoRA"
+        weights, arguments["model_transform"] = _lora(content)
+        config, dtype, files = dict(content.config or {}), getattr(torch, content.dtype or "bfloat16"), {}
     else:
-        config, files, transform = content.config, dict(content.files), None
-        weights = {f"module.{name}": lazy for name, lazy in to_megatron(content.tensors, config).items()}
+        weights, config, files = to_megatron(content.tensors, content.config), content.config, dict(content.files)
         dtype = next(iter(weights.values())).dtype
+    module, model_class, config_class = CLASSES[config["model_type"]]
+    precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "params_dtype": dtype}
+    fields = Config((module, config_class), **nemo_fields(config), **precision)
+    if any(name.startswith("tokenizer") for name in files):
+        arguments["tokenizer"] = Config(AUTO_TOKENIZER, pretrained_model_name="nemo_tokenizer")
+    model = Config((module, model_class), config=fields, **arguments)
+
     (target / "weights").mkdir(parents=True)
     (target / TOKENIZER).mkdir(parents=True)
-    write_distributed(weights, lambda name: (target / "weights" / name).open("wb"))
+    write_distributed({f"module.{name}": lazy for name, lazy in weights.items()},
+                      lambda name: (target / "weights" / name).open("wb"))  # fmt: skip
     if isinstance(content, Adapter):
         record = {"model_ckpt_path": content.base.get("name", ""), "base": content.base}
         (target / "weights" / ADAPTER).write_text(json.dumps(record))
@@ -126,19 +131,18 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         (target / TOKENIZER / name).write_bytes(data.read_bytes() if isinstance(data, Path) else data)
     if content.prompt:
         content.prompt.save(target / "context")
-    module, model_class, config_class = CLASSES[config["model_type"]]
-    tokenizer = Config(("nemo.collections.common.tokenizers.huggingface.auto_tokenizer", "AutoTokenizer"),
-                       pretrained_model_name="nemo_tokenizer")  # fmt: skip
-    fields = Config((module, config_class), **nemo_fields(config), **_precision(dtype))
-    model = Config((module, model_class), config=fields, tokenizer=tokenizer,
-                   **({"model_transform": transform} if transform is not None else {}))  # fmt: skip
     (target / MODEL).write_text(yaml.safe_dump(_as_yaml(model), sort_keys=False))
     root = Config(("nemo.lightning.io.pl", "TrainerContext"), model=model, trainer=None, extra={})
     (target / GRAPH).write_text(json.dumps(fiddle_graph(root)))
 
 
-def _precision(dtype: torch.dtype) -> dict[str, Any]:
-    return {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "params_dtype": dtype}
+def _lora(adapter: Adapter) -> tuple[dict[str, Lazy], Config]:
+    tensors, rank, alpha = to_megatron_lora(adapter)
+    weights = {name: Lazy(tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
+    layers = sorted({name.split(".adapter.")[0].rpartition(".")[2] for name in tensors})
+    where = ("nemo.collections.llm.peft.dora", "DoRA") if adapter.peft.get("use_dora") else LORA
+    return weights, Config(where, target_modules=layers, dim=rank, alpha=int(alpha) if alpha == int(alpha) else alpha,
+                           dropout=adapter.peft.get("lora_dropout", 0.0))  # fmt: skip
 
 
 def _dtype(fields: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from converters.checkpoint import Lazy
 from converters.spans import Span, damaged
@@ -86,11 +86,12 @@ def _lazy(fake: Tensor, records: dict[int, zipfile.ZipInfo], span: Span, key: st
     return Lazy(shape, fake.dtype, read)
 
 
-# What the index of a distributed checkpoint is made of: records without behaviour.
+# What the index of a distributed checkpoint is made of: records without behaviour. Megatron adds its ranks' plans.
 RECORDS = (
     metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
     metadata.MetadataIndex, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo, collections.OrderedDict,
+    filesystem._StorageInfo, collections.OrderedDict, planner.SavePlan, planner.WriteItem, planner.WriteItemType,
+    planner.TensorWriteData, planner.BytesIOWriteData,
 )  # fmt: skip
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16,
           torch.int32, torch.int64, torch.bool)  # fmt: skip

@@ -310,7 +310,7 @@ def test_pytorchs_own_reader_finds_layers_stacked(tmp_path: Path) -> None:
     assert torch.equal(state["module.decoder.final_layernorm.weight"], source.tensors["model.norm.weight"].read())
 
 
-def test_megatrons_own_reader_and_writer_agree(tmp_path: Path) -> None:
+def test_megatrons_own_reader_and_writer_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tensor parallel ranks' pieces, declared as Megatron's layers declare theirs."""
     theirs = pytest.importorskip("megatron.core.dist_checkpointing", reason="megatron-core is not here")
     source = checkpoint("gemma3_text")
@@ -346,6 +346,9 @@ def test_megatrons_own_reader_and_writer_agree(tmp_path: Path) -> None:
             assert torch.equal(loaded[name], piece.data), name
         shutil.rmtree(weights_folder)
         weights_folder.mkdir()
+        if not torch.cuda.is_available():
+            monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # its writer asks for a GPU, there or not
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
         theirs.save(expected, str(weights_folder))
     finally:
         torch.distributed.destroy_process_group()
@@ -578,6 +581,7 @@ def test_nemos_loader_finds_the_classes_and_their_arguments(tmp_path: Path, monk
     )
     adapter, _ = trained_adapter("gemma2")
     nemo2.write(adapter, tmp_path / "lora")
+    nemo2.write(checkpoint("gemma2"), tmp_path / "model")
     for path in ("nemo.lightning.io.pl:TrainerContext", "nemo.collections.llm.gpt.model.gemma2:Gemma2Model",
                  "nemo.collections.llm.gpt.model.gemma2:Gemma2Config", "nemo.collections.llm.peft.lora:LoRA",
                  "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer"):  # fmt: skip
@@ -591,6 +595,8 @@ def test_nemos_loader_finds_the_classes_and_their_arguments(tmp_path: Path, monk
     assert context.model.config.params_dtype is torch.bfloat16
     assert (context.model.model_transform.dim, context.model.model_transform.alpha) == (12, 24)
     assert context.model.model_transform.target_modules == ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"]
+    model = serialization.load_json((tmp_path / "model/context/io.json").read_text()).model
+    assert model.tokenizer.pretrained_model_name == "nemo_tokenizer" and model.config.bf16
     # NeMo asks for "model" by looking for the object of this path.
     assert sum("<root>.model" in entry.get("paths", []) for entry in graph["objects"].values()) == 1
 
