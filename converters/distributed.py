@@ -68,9 +68,8 @@ def read_distributed(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
             if shape[0] > MOST_LAYERS:
                 raise UserError(f"{name} is damaged: {key} says that it has {shape[0]:,} layers")
             for layer in range(shape[0]):
-                box = (layer, *[0] * (len(shape) - 1)), (1, *shape[1:])
-                read = partial(_read_box, *box, pieces, dtype, f"{name}: {key}, layer {layer}")
-                found[f"{match[1]}{layer}.{match[3]}"] = Lazy(shape[1:], dtype, lambda read=read: read()[0])
+                read = partial(_read_layer, layer, shape[1:], pieces, dtype, f"{name}: {key}, layer {layer}")
+                found[f"{match[1]}{layer}.{match[3]}"] = Lazy(shape[1:], dtype, read)
         else:
             read = partial(_read_box, (0,) * len(shape), shape, pieces, dtype, f"{name}: {key}")
             found[key] = Lazy(shape, dtype, read)
@@ -139,6 +138,10 @@ def _read_raw(span: Span, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(bytearray(span.read(limit=span.length)), dtype=dtype).reshape(shape)
 
 
+def _read_layer(layer: int, shape: tuple[int, ...], pieces: Iterable[Piece], dtype: torch.dtype, name: str) -> Tensor:
+    return _read_box((layer, *[0] * len(shape)), (1, *shape), pieces, dtype, name)[0]
+
+
 def _read_box(
     start: tuple[int, ...], shape: tuple[int, ...], pieces: Iterable[Piece], dtype: torch.dtype, name: str
 ) -> Tensor:
@@ -179,7 +182,7 @@ def write_distributed(tensors: Mapping[str, Lazy], open_file: Open) -> None:
             tensor = lazy.read().reshape((1, *lazy.shape) if match else lazy.shape)
             offset = file.tell()
             # A slice would bring along the whole storage that it was cut from.
-            torch.save(tensor if tensor.untyped_storage().nbytes() == lazy.nbytes else tensor.clone(), file)  # type: ignore[arg-type]
+            torch.save(tensor if tensor.untyped_storage().nbytes() == lazy.nbytes else tensor.clone(), file)
             size = torch.Size((layers, *lazy.shape) if match else lazy.shape)
             properties = metadata.TensorProperties(dtype=lazy.dtype)
             entry = entries.setdefault(key, metadata.TensorStorageMetadata(properties, size, []))
@@ -190,7 +193,7 @@ def write_distributed(tensors: Mapping[str, Lazy], open_file: Open) -> None:
     with open_file(INDEX) as file:
         file.write(pickle.dumps(index_of_all))
     with open_file(COMMON) as file:
-        torch.save({}, file)  # type: ignore[arg-type]
+        torch.save({}, file)
     with open_file(CONFIG) as file:
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         file.write(json.dumps({**backend, "common_backend": "torch", "common_backend_version": 1}).encode())

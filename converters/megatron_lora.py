@@ -67,7 +67,8 @@ def from_megatron_lora(
         UserError: no adapter, one that is not whole, or of other shapes than the base's.
     """
     sizes = Sizes.of(config)
-    found, named = defaultdict(dict), {theirs: ours for ours, theirs in KINDS.items()}
+    found: Layers = defaultdict(dict)
+    named = {theirs: ours for ours, theirs in KINDS.items()}
     for name, lazy in tensors.items():
         if name.endswith("_extra_state") or not bare(name):
             continue

@@ -200,7 +200,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             named = {re.sub(r"(?<=\d\.)(.+\.adapter)(?=\.)", lambda match: theirs[match[1]], f"model.{name}"): tensor
                      for name, tensor in tensors.items()}  # fmt: skip
             with _member(tar, f"{WEIGHTS}.ckpt") as file:
-                torch.save(named, file)  # type: ignore[arg-type]
+                torch.save(named, file)
         else:
             write_distributed(weights, lambda name: _member(tar, f"{WEIGHTS}/{name}"))
 
@@ -242,7 +242,6 @@ def _member(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
     file.seek(start)
     file.write(header)
     file.seek(tar.offset)
-    tar.members.append(info)
 
 
 class _Appending(io.RawIOBase):

@@ -83,12 +83,14 @@ def damaged(name: str) -> Iterator[None]:
     """Whatever a parser raises on damaged bytes becomes one sentence: there is no end to what that may be.
 
     Raises:
-        UserError: in place of any error but a lack of memory.
+        UserError: in place of any error.
     """
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError:  # most often a length that was damaged
+        raise UserError(f"{name} is damaged, or needs more memory than there is") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} is damaged or not what its name says ({type(error).__name__}: {reason})") from None

@@ -80,7 +80,7 @@ def _lazy(fake: Tensor, records: dict[int, zipfile.ZipInfo], span: Span, key: st
             buffer = bytearray(record.file_size)
             with archive.open(record) as data:
                 for start in range(0, len(buffer), BLOCK):
-                    data.readinto(memoryview(buffer)[start : start + BLOCK])
+                    buffer[start : start + BLOCK] = data.read(BLOCK)
             return torch.frombuffer(buffer, dtype=fake.dtype).as_strided(shape, stride, offset)
 
     return Lazy(shape, fake.dtype, read)
