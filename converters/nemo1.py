@@ -84,7 +84,7 @@ def recognizes(path: Path) -> bool:
         parts = members(path)
         return CONFIG in parts and "num_attention_heads" in (yaml.safe_load(parts[CONFIG].read(1 << 22)) or {})
     except (UserError, OSError, yaml.YAMLError, UnicodeDecodeError, TypeError):
-        return False
+        return path.is_file() and path.suffix == ".nemo"  # `read` says what is wrong with it
 
 
 def read(path: Path) -> Checkpoint | Adapter:
@@ -120,7 +120,7 @@ def read(path: Path) -> Checkpoint | Adapter:
         adapter = from_megatron_lora(adapters, hf, alpha, dropout)
         adapter.base, adapter.prompt = base, prompt
         return adapter
-    files = {name: span.read() for name, span in tokenizer.items() if name != "config.json"}
+    files = {name: span.read() for name, span in tokenizer.items() if name != "config.json" and "/" not in name}
     for name, span in parts.items():
         if name.endswith("tokenizer.model") and "/" not in name:  # NeMo puts a hash before it
             files["tokenizer.model"] = span.read()

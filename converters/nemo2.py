@@ -96,7 +96,8 @@ def read(path: Path) -> Checkpoint | Adapter:
         return adapter
     if not fields.get("layernorm_zero_centered_gamma", True):
         raise UserError(f"{path / MODEL}: norms that are not zero-centred are not a Gemma's in NeMo 2")
-    files: dict[str, bytes | Path] = {name: path / TOKENIZER / name for name in tokenizer if name != "config.json"}
+    names = [name for name in tokenizer if name != "config.json" and "/" not in name]
+    files: dict[str, bytes | Path] = {name: path / TOKENIZER / name for name in names}
     return Checkpoint(config, from_megatron(tensors, config), files, prompt)
 
 

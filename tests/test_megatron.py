@@ -694,8 +694,10 @@ def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
                "link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
                "hard": {"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"}}  # fmt: skip
     for name, member in hostile.items():
+        bad = archive(name, **member)
+        assert nemo1.recognizes(bad)  # so that a user is told why, not that the format is unknown
         with pytest.raises(UserError, match="not a checkpoint to trust"):
-            nemo1.read(archive(name, **member))
+            nemo1.read(bad)
     with pytest.raises(UserError, match="unpack it"):
         nemo1.read(archive("model_config.yaml", "w:gz"))
 
