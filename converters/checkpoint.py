@@ -63,6 +63,8 @@ class Adapter:
         peft: keys of a `peft.LoraConfig`: r, lora_alpha, target_modules, use_rslora, use_dora …
         tensors: peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`) → [r, in] or [out, r].
         base: of its base, as `Checkpoint.origin`; empty where the source does not say.
+        config: `config.json` of its base, which a format that fuses layers needs. The command line fills it in before
+            writing; a format that reads an adapter may leave it out.
         prompt: the wording that it was trained with, where the source says.
         dtype: of the base in training, e.g. "bfloat16", where the source says.
         quantization: BitsAndBytesConfig keys of a base that was in 4 bits in training.
@@ -71,6 +73,7 @@ class Adapter:
     peft: dict[str, Any]
     tensors: dict[str, Tensor]
     base: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
     prompt: Prompt | None = None
     dtype: str | None = None
     quantization: dict[str, Any] | None = None

@@ -3,12 +3,19 @@
 A format's file holds
 
     TITLE = "…"                                   what it is, for the table of --help
+    READS = {Checkpoint, Adapter}                 which of them it can be read as
+    WRITES = {Checkpoint: "", Adapter: ".gguf"}   which it can hold, and how such a file's name ends; "" is a folder
     recognizes(path) -> bool                      whether `path` looks like one; reads little and raises nothing
     read(path) -> Checkpoint | Adapter            raises UserError where it is damaged, hostile or of another family
     write(content, target) -> None                fills `target`, which does not exist: a file, or a folder it makes
 
-`write` raises UserError where the format cannot hold the content, and `READS` or `WRITES` lists what it takes
-(`{Checkpoint}`, `{Adapter}` or both).
+and, where they apply,
+
+    DTYPES = ("bf16", "q8_0")                     what `write(content, target, dtype)` stores, the default first
+    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it, every
+                                                  tensor's bits must come back
+
+`write` raises UserError where the format cannot hold the content.
 """
 
 from importlib import import_module
