@@ -183,7 +183,7 @@ def keep_text_model(folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:
-            names = {name: _text_name(name) for name in shard.keys()}  # noqa: SIM118
+            names = {name: text_name(name) for name in shard.keys()}  # noqa: SIM118
             tensors = {new: shard.get_tensor(name) for name, new in names.items() if new}
         path.unlink()
         if tensors:
@@ -200,7 +200,7 @@ def keep_text_model(folder: Path) -> None:
     text.save_pretrained(folder)
 
 
-def _text_name(name: str) -> str | None:
+def text_name(name: str) -> str | None:
     for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
