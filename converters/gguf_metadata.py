@@ -29,6 +29,8 @@ from nemo_configs.command_line import UserError
 FAMILIES = {"gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3}
 CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 PATTERN = {"gemma2": 2, "gemma3_text": 6}
+# The same in all Gemmas; the first ones were published under the name of another.
+GELU = ("gelu_pytorch_tanh", "gelu", None)
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -146,9 +148,10 @@ def add_config(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 def _check_expressible(config: PretrainedConfig) -> None:
     family, rope = config.model_type, config.rope_parameters
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     caps = [getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")]
     found = {
-        "another activation": (config.hidden_activation or "gelu_pytorch_tanh") != "gelu_pytorch_tanh",
+        "another activation": activation not in GELU,
         "biases": config.attention_bias,
         "attention to later tokens": bool(getattr(config, "use_bidirectional_attention", False)),
         "another scaling of RoPE": rope.get("sliding_attention", rope)["rope_type"] != "default"

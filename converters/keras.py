@@ -18,23 +18,22 @@ text. The files of transformers' tokenizer lie in a folder `transformers`, since
 """
 
 import json
-from collections.abc import Mapping
-from contextlib import contextmanager
-from functools import partial
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from converters import keras_lora
-from converters.checkpoint import Adapter, Checkpoint, Lazy, shapes
+from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.gguf_metadata import GELU
 from converters.hf import read_json, read_prompt, write_json
-from converters.keras_h5 import open_h5, tensor_of, write_tensor
-from converters.spm_vocabulary import sentencepiece_of, tokenizer_of
+from converters.keras_h5 import SIGNATURE, dataset, dtype_of, opened, tensor_of, write_tensor
+from converters.vocabulary import of_sentencepiece, read_vocabulary, to_sentencepiece
 from data_prep.progress import Progress
 from nemo_configs.command_line import UserError
 
@@ -46,7 +45,8 @@ CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json
 SENTENCEPIECE = "assets/tokenizer/vocabulary.spm"
 COMPANIONS = "transformers"  # folder of what KerasHub has no place for
 CLASSES = {"gemma": "GemmaBackbone", "gemma2": "GemmaBackbone", "gemma3_text": "Gemma3Backbone"}
-EMBEDDING, FINAL_NORM = "layers/reversible_embedding/vars/0", "layers/rms_normalization/vars/0"
+ROOTS = ("", "backbone/", "layers/gemma_backbone/", "layers/gemma3_backbone/")  # a backbone's file, or a whole task's
+BLOCK = re.compile(r"gemma3?_decoder_block(?:_(\d+))?")
 # transformers' name of a part of a layer → KerasHub's.
 PARTS = {
     "input_layernorm": "pre_attention_norm",
@@ -63,20 +63,43 @@ PARTS = {
     "mlp.up_proj": "gating_ffw_2",
     "mlp.down_proj": "ffw_linear",
 }
+ARCHITECTURES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # which layer sees everything
-# Layers → what Google published and no weight shows.
-PUBLISHED: dict[str, dict[int, dict[str, Any]]] = {
+# What Google published and no weight shows, for all of a family and by the number of layers.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma": {},
+    "gemma2": {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0, "use_sliding_window_attention": True,
+               "sliding_window_size": 4096},
+    "gemma3_text": {"use_sliding_window_attention": True, "sliding_window_size": 1024, "global_rope_scaling_factor": 8.0},
+}  # fmt: skip
+SMALL = {"sliding_window_size": 512, "global_rope_scaling_factor": 1.0}
+OF_LAYERS: dict[str, dict[int, dict[str, Any]]] = {
     "gemma": {18: {}, 28: {}},
     "gemma2": {26: {}, 42: {}, 46: {"query_head_dim_normalize": False}},
-    "gemma3_text": {
-        18: {"sliding_window_size": 512},
-        26: {"sliding_window_size": 512},
-        34: {"sliding_window_size": 1024, "global_rope_scaling_factor": 8.0},
-        48: {"sliding_window_size": 1024, "global_rope_scaling_factor": 8.0},
-        62: {"sliding_window_size": 1024, "global_rope_scaling_factor": 8.0, "query_head_dim_normalize": False},
-    },
+    "gemma3_text": {18: SMALL, 26: SMALL, 34: {}, 48: {}, 62: {"query_head_dim_normalize": False}},
 }
 CONTEXT = {18: 32_768, 26: 32_768}  # of Gemma 3 270M and 1B; the longest text of others is transformers' default
+
+
+class Layout(NamedTuple):
+    """How a matrix lies with KerasHub: in so many dimensions, and its way to transformers' [out, in] and back."""
+
+    dimensions: int
+    to_ours: Callable[[Tensor], Tensor]
+    to_keras: Callable[[Tensor, PretrainedConfig], Tensor]
+
+
+_HEADS_OUT = Layout(
+    3,
+    lambda w: w.transpose(1, 2).flatten(0, 1),
+    lambda w, config: w.unflatten(0, (-1, config.head_dim)).transpose(1, 2),
+)
+_TRANSPOSED = Layout(2, lambda w: w.T, lambda w, config: w.T)
+LAYOUTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _HEADS_OUT),
+    "o_proj": Layout(3, lambda w: w.flatten(0, 1).T, lambda w, config: w.T.unflatten(0, (-1, config.head_dim))),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _TRANSPOSED),
+}
 
 
 def recognizes(path: Path) -> bool:
@@ -100,17 +123,20 @@ def read(path: Path) -> Checkpoint | Adapter:
         of_lora = "lora" in file
     if of_lora:
         return keras_lora.read(path)
-    tensors, family = _read_weights([path])
-    return Checkpoint(_published(family, tensors, path), tensors, origin={"name": path.name.split(".")[0]})
+    tensors, family, heads = _read_weights([path])
+    config = _config(_published(family, tensors, heads, path), family, tensors, path)
+    return Checkpoint(config, tensors, origin={"name": path.name.split(".")[0]})
 
 
 def _read_preset(folder: Path) -> Checkpoint:
     settings = read_json(folder / CONFIG)
-    tensors, family = _read_weights(_weight_files(folder))
+    tensors, family, _ = _read_weights(_weight_files(folder))
     config = _config(settings.get("config"), family, tensors, folder / CONFIG)
     if settings.get("class_name") != CLASSES[family]:
         raise UserError(f"{folder / CONFIG} is of {settings.get('class_name')}, and the weights are of a {family}")
-    files: dict[str, bytes | Path] = {file.name: file for file in sorted((folder / COMPANIONS).glob("*")) if file.is_file()}
+    files: dict[str, bytes | Path] = {
+        file.name: file for file in sorted((folder / COMPANIONS).glob("*")) if file.is_file()
+    }
     if not files and (folder / SENTENCEPIECE).is_file():
         files = {**of_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
     return Checkpoint(config, tensors, files, read_prompt(folder), {"name": folder.resolve().name})
@@ -120,34 +146,41 @@ def _weight_files(folder: Path) -> list[Path]:
     if not (folder / SHARDS).exists():
         return [folder / WEIGHTS]
     found = read_json(folder / SHARDS).get("weight_map")
-    names = {name for entry in found.values() for name in ([entry] if isinstance(entry, str) else entry)} if found else set()
+    names = (
+        {name for entry in found.values() for name in ([entry] if isinstance(entry, str) else entry)}
+        if found
+        else set()
+    )
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{folder / SHARDS} names files that are not of its own folder, or none")
     return [folder / name for name in sorted(names)]
 
 
-def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str]:
-    """The tensors under transformers' names and in their shapes, and the family that they are of."""
+def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str, dict[str, tuple[int, ...]]]:
+    """The tensors under transformers' names and in their shapes, their family, and KerasHub's shapes in layer 0."""
     tensors: dict[str, Lazy] = {}
+    first: dict[str, tuple[int, ...]] = {}
     for path in files:
         with opened(path) as file:
             root = next((root for root in ROOTS if isinstance(file.get(f"{root}layers"), h5py.Group)), None)
             if root is None:
-                continue
+                raise UserError(f"{path} holds no layers of a Gemma of KerasHub")
             for name, place in _places(file[f"{root}layers"]).items():
                 found = dataset(file, f"{root}layers/{place}/vars/0")
                 if found is not None:
                     tensors[name] = _lazy(path, found, name)
-    if "model.layers.0.self_attn.q_norm.weight" in tensors:
-        return tensors, "gemma3_text"
+                    if name.startswith("model.layers.0.self_attn"):
+                        first[name.split(".")[-2]] = found.shape
+    if "q_norm" in first:
+        return tensors, "gemma3_text", first
     if "model.layers.0.post_feedforward_layernorm.weight" in tensors:
-        return tensors, "gemma2"
+        return tensors, "gemma2", first
     # With one norm before the MLP, it is the one that transformers names by what comes before it.
-    renamed = {name.replace("pre_feedforward_layernorm", "post_attention_layernorm"): tensor for name, tensor in tensors.items()}
-    return renamed, "gemma"
+    names = {name: name.replace("pre_feedforward_layernorm", "post_attention_layernorm") for name in tensors}
+    return {names[name]: tensor for name, tensor in tensors.items()}, "gemma", first
 
 
-def _places(layers: h5py.Group) -> dict[str, str]:
+def _places(layers: Iterable[str]) -> dict[str, str]:
     """transformers' name → KerasHub's place below `layers`, of all that the Gemma in this file can have."""
     found = {"model.embed_tokens.weight": "reversible_embedding", "model.norm.weight": "rms_normalization"}
     for place in layers:
@@ -157,19 +190,41 @@ def _places(layers: h5py.Group) -> dict[str, str]:
 
 
 def _lazy(path: Path, found: h5py.Dataset, name: str) -> Lazy:
-    shape = found.shape
-    layout = LAYOUTS.get(name.split(".")[-2])
-    if layout is not None and len(shape) != layout.dimensions:
-        raise UserError(f"{path}: {found.name} has shape {list(shape)}, which is none of {name}")
-    shape = tuple(layout.to_ours(torch.empty(shape, device="meta")).shape) if layout else shape
+    layout, place, shape = LAYOUTS.get(name.split(".")[-2]), found.name.strip("/"), found.shape
+    if layout is not None:
+        if len(shape) != layout.dimensions:
+            raise UserError(f"{path}: {place} has shape {list(shape)}, with other dimensions than {name} has")
+        shape = tuple(layout.to_ours(torch.empty(shape, device="meta")).shape)
 
     def read() -> Tensor:
         with opened(path) as file:
-            tensor = tensor_of(file[found_name])
+            found = dataset(file, place)
+            assert found is not None  # it was there
+            tensor = tensor_of(found)
         return layout.to_ours(tensor).contiguous() if layout else tensor
 
-    found_name = found.name
     return Lazy(shape, dtype_of(found), read)
+
+
+def _published(
+    family: str, tensors: Mapping[str, Lazy], heads: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, Any]:
+    """The settings of a file that has none, in KerasHub's words: sizes by its tensors, the rest as Google published it."""
+    layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
+    if layers not in OF_LAYERS[family]:
+        raise UserError(f"{path} has {layers} layers, as no published {family} has, and its settings stand in config.json "
+                        f"of the KerasHub preset: convert that folder")  # fmt: skip
+    try:
+        (vocabulary, width), (inner, _) = (
+            tensors[name].shape for name in ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight")
+        )
+        (queries, _, head_dim), (keys, *_) = heads["q_proj"], heads["k_proj"]
+    except (KeyError, ValueError):
+        raise UserError(f"{path} is no whole Gemma: parts of it or of its first layer are missing") from None
+    sizes = {"vocabulary_size": vocabulary, "num_layers": layers, "num_query_heads": queries, "head_dim": head_dim,
+             "num_key_value_heads": keys, "hidden_dim": width,
+             "intermediate_dim": inner if family == "gemma3_text" else 2 * inner}  # fmt: skip
+    return sizes | PUBLISHED[family] | OF_LAYERS[family][layers]
 
 
 def _config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: Path) -> dict[str, Any]:
@@ -195,7 +250,9 @@ def _config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: Path
             raise UserError(f"{where} is of an embedding model, which writes no text")
         if family == "gemma":
             if window or any(caps.values()):
-                raise UserError(f"{where} asks a Gemma 1 for sliding windows or soft-capping, which transformers' has not")
+                raise UserError(
+                    f"{where} asks a Gemma 1 for sliding windows or soft-capping, which transformers' has not"
+                )
         else:
             found |= caps | {
                 "sliding_window": settings["sliding_window_size"],
@@ -214,7 +271,7 @@ def _config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: Path
         config = AutoConfig.for_model(family, **found, **tokens)
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UserError(f"{where} does not describe a Gemma of KerasHub ({type(error).__name__}: {error})") from None
-    return json.loads(config.to_json_string()) | {"architectures": [f"{config.__class__.__name__.replace('TextConfig', '').replace('Config', '')}ForCausalLM"]}
+    return json.loads(config.to_json_string()) | {"architectures": [ARCHITECTURES[family]]}
 
 
 def _rope(theta: float, factor: float) -> dict[str, Any]:
@@ -225,3 +282,123 @@ def _rope(theta: float, factor: float) -> dict[str, Any]:
 def _layer_types(family: str, layers: int, window: bool) -> list[str]:
     every = EVERY[family]
     return ["sliding_attention" if window and n % every < every - 1 else "full_attention" for n in range(layers)]
+
+
+def write(content: Checkpoint | Adapter, target: Path) -> None:
+    """
+    Raises:
+        UserError: KerasHub has no setting for something that the model needs, or no place for its tokenizer.
+    """
+    if isinstance(content, Adapter):
+        keras_lora.write(content, target)
+        return
+    family = content.config.get("model_type")
+    if family not in CLASSES:
+        raise UserError(f"model_type is {family!r}; KerasHub is known here for {', '.join(CLASSES)}")
+    if "lm_head.weight" in content.tensors:
+        raise UserError("this model has an output layer of its own; KerasHub's Gemmas use the embedding for it")
+    config = AutoConfig.for_model(**content.config)
+    settings = _settings(config)
+    target.mkdir()
+    keras = "keras_hub.src.models." + ("gemma3.gemma3_backbone" if family == "gemma3_text" else "gemma.gemma_backbone")
+    write_json(target / CONFIG, _object(keras, CLASSES[family], settings))
+    if content.files:
+        _write_tokenizer(content, config, target)
+    if content.prompt:
+        content.prompt.save(target)
+    places = {
+        name: place for name, place in _all_places(family, config.num_hidden_layers).items() if name in content.tensors
+    }
+    if missing := content.tensors.keys() - places.keys():
+        raise UserError(f"KerasHub has no place for {sorted(missing)[0]} in a {family}")
+    with (
+        h5py.File(target / WEIGHTS, "w") as file,
+        Progress("Writing", sum(t.nbytes for t in content.tensors.values())) as progress,
+    ):
+        done = 0
+        for name, place in places.items():
+            layout, tensor = LAYOUTS.get(name.split(".")[-2]), content.tensors[name].read()
+            write_tensor(file, f"layers/{place}/vars/0", layout.to_keras(tensor, config) if layout else tensor)
+            done += content.tensors[name].nbytes
+            progress.at(done)
+
+
+def _all_places(family: str, layers: int) -> dict[str, str]:
+    block = "gemma3_decoder_block" if family == "gemma3_text" else "gemma_decoder_block"
+    found = _places([f"{block}_{number}" if number else block for number in range(layers)])
+    if family != "gemma":
+        return found
+    renamed = {name for name in found if "feedforward_layernorm" in name or "post_attention_layernorm" in name}
+    other = {name.replace("pre_feedforward", "post_attention"): found[name] for name in renamed if "pre_feed" in name}
+    return {name: place for name, place in found.items() if name not in renamed} | other
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """A backbone's settings in KerasHub's words."""
+    family, rope = config.model_type, config.rope_parameters
+    of_3 = family == "gemma3_text"
+    found = {
+        "vocabulary_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "num_query_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "hidden_dim": config.hidden_size,
+        "intermediate_dim": config.intermediate_size * (1 if of_3 else 2),
+        "head_dim": config.head_dim,
+        "layer_norm_epsilon": config.rms_norm_eps,
+        "dropout": 0,
+        "dtype": str(config.dtype).removeprefix("torch."),
+    }
+    local, whole = rope.get("sliding_attention", rope), rope.get("full_attention", rope)
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    missing = {
+        "another activation": activation not in GELU,
+        "biases": config.attention_bias,
+        "attention to later tokens": bool(getattr(config, "use_bidirectional_attention", False)),
+        "another RoPE": (local["rope_theta"], whole["rope_theta"]) != (1e4, 1e6 if of_3 else 1e4)
+        or any(part["rope_type"] not in (("default", "linear") if of_3 else ("default",)) for part in (local, whole)),
+    }
+    if family != "gemma":
+        window = "sliding_attention" in config.layer_types
+        scalars = {config.head_dim: True, config.hidden_size // config.num_attention_heads: False}
+        found |= {
+            "query_head_dim_normalize": scalars.get(config.query_pre_attn_scalar),
+            "use_post_ffw_norm": True,
+            "use_post_attention_norm": True,
+            "attention_logit_soft_cap": config.attn_logit_softcapping,
+            "final_logit_soft_cap": config.final_logit_softcapping,
+            "use_sliding_window_attention": window,
+            "sliding_window_size": config.sliding_window,
+        }
+        missing["another query_pre_attn_scalar"] = config.query_pre_attn_scalar not in scalars
+        missing["another order of layers that see everything"] = (
+            _layer_types(family, config.num_hidden_layers, window) != config.layer_types
+        )
+    if of_3:
+        found |= {"image_size": None, "vision_encoder": None, "use_query_key_norm": True,
+                  "local_rope_scaling_factor": local.get("factor", 1.0),
+                  "global_rope_scaling_factor": whole.get("factor", 1.0)}  # fmt: skip
+    if named := [what for what, there in missing.items() if there]:
+        raise UserError(f"KerasHub has no setting for what this {family} needs: {', '.join(named)}")
+    return found
+
+
+def _object(module: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    package = module.split(".")[0]
+    return {"module": module, "class_name": name, "config": dict(config), "registered_name": f"{package}>{name}"}
+
+
+def _write_tokenizer(content: Checkpoint, config: PretrainedConfig, target: Path) -> None:
+    given = content.files.get("tokenizer.model")
+    model = given.read_bytes() if isinstance(given, Path) else given
+    if model is None:
+        model = to_sentencepiece(read_vocabulary(content.files, config))
+    (target / SENTENCEPIECE).parent.mkdir(parents=True)
+    (target / SENTENCEPIECE).write_bytes(model)
+    family = "gemma3" if config.model_type == "gemma3_text" else "gemma"
+    settings = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False, "dtype": "int32"}
+    name = "Gemma3Tokenizer" if family == "gemma3" else "GemmaTokenizer"
+    write_json(target / "tokenizer.json", _object(f"keras_hub.src.models.{family}.{family}_tokenizer", name, settings))
+    (target / COMPANIONS).mkdir()
+    for name, file in content.files.items():
+        (target / COMPANIONS / name).write_bytes(file.read_bytes() if isinstance(file, Path) else file)

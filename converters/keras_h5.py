@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
-import numpy as np
 import torch
 from torch import Tensor
 

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from sentencepiece import sentencepiece_model_pb2
