@@ -13,8 +13,8 @@ With d, f, n, k and h as in `keras`, and rank r:
 - A LoRA of peft for those layers goes the other way by the same means: A [n, d, n·r] holds its A once for each head, in
   the columns that only that head's rows of B [n·r, h] meet. Both are recognized on the way back.
 
-All layers of a file have one rank, and the layers of one name all have a LoRA: the rest is filled up with zeros. To load
-a file with other layers than query and value, name them: `backbone.enable_lora(rank, target_layer_names=[…])`.
+All layers of a file have one rank, and the layers of one name all have a LoRA: the rest is filled up with zeros. To
+load a file with other layers than query and value, name them: `backbone.enable_lora(rank, target_layer_names=[…])`.
 """
 
 from collections.abc import Mapping
@@ -85,7 +85,7 @@ def _kernel(file: h5py.File, place: int, which: str) -> Tensor:
 
 
 def _fits(family: str, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
-    """Whether every place is that of a layer that can have a LoRA, each decoder layer's alike, of fitting dimensions."""
+    """Whether every place is that of a layer that can have a LoRA, alike in all decoder layers, and fits in shape."""
     walk = WALK[family]
     names: dict[int, set[str | None]] = {}
     for place, (a, b) in pairs.items():

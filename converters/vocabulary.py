@@ -126,7 +126,9 @@ def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
         UserError: a byte-level BPE, which SentencePiece does not know.
     """
     if vocabulary.of_bytes:
-        raise UserError("a byte-level BPE has no SentencePiece model, which this format needs; no published Gemma has one")
+        raise UserError(
+            "the tokenizer is a byte-level BPE, as no published Gemma's, and this format needs SentencePiece"
+        )
     model = sentencepiece_model_pb2.ModelProto()
     model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(vocabulary.tokens)
@@ -137,7 +139,8 @@ def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = model.normalizer_spec.remove_extra_whitespaces = False
     ends = {vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
-    for number, (token, score, kind) in enumerate(zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)):
+    pieces = zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)
+    for number, (token, score, kind) in enumerate(pieces):
         # SentencePiece never finds a control token in a text, as <start_of_turn> must be.
         shown = kind == TokenType.CONTROL and number not in ends
         model.pieces.add(piece=token, score=score, type=int(TokenType.USER_DEFINED if shown else kind))
