@@ -83,7 +83,7 @@ def keras_config(model: Any) -> dict[str, Any]:
     config, of_3 = model.config, model.config.model_type == "gemma3_text"
     settings = {
         "name": "gemma_backbone", "trainable": True,
-        "dtype": {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}, "registered_name": None},
+        "dtype": {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}},
         "vocabulary_size": config.vocab_size, "num_layers": config.num_hidden_layers, "num_query_heads": HEADS,
         "num_key_value_heads": PAIRS, "hidden_dim": config.hidden_size, "head_dim": SIZE, "layer_norm_epsilon": 1e-6,
         "intermediate_dim": config.intermediate_size * (1 if of_3 else 2), "dropout": 0,
@@ -144,8 +144,9 @@ def test_a_preset_goes_there_and_back(family: str, dtype: torch.dtype, tmp_path:
     found = read(theirs)
     same(found, model)
     config, written = type(model.config)(**found.config), keras_config(model)["config"]
-    for name in ("query_pre_attn_scalar", "layer_types", "sliding_window", "attn_logit_softcapping", "rope_parameters"):
-        assert getattr(config, name, None) == getattr(model.config, name, None)
+    settings = ["query_pre_attn_scalar", "layer_types", "sliding_window", "attn_logit_softcapping"]
+    for name in ["rope_parameters", *(settings if family != "gemma" else [])]:
+        assert getattr(config, name) == getattr(model.config, name)
     found.prompt = PROMPT
     keras.write(found, tmp_path / "ours")
     assert datasets(tmp_path / "ours/model.weights.h5") == datasets(theirs / "model.weights.h5")
@@ -175,7 +176,8 @@ def test_shards_and_a_whole_tasks_file_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("gemma", 18), ("gemma2", 26), ("gemma3_text", 26), ("gemma3_text", 34)]
+    ("family", "layers"),
+    [("gemma", 18), ("gemma2", 26), ("gemma3_text", 26), pytest.param("gemma3_text", 34, marks=pytest.mark.slow)],
 )
 def test_a_file_alone_is_the_model_that_google_published(family: str, layers: int, tmp_path: Path) -> None:
     model = tiny(family, num_hidden_layers=layers, layer_types=None)
@@ -213,17 +215,16 @@ def test_the_tokenizer_comes_along_and_is_made_from_sentencepiece(tmp_path: Path
 
 
 # Places in Keras' walk over the layers that have weights: of layer 0, and from one layer to the next.
+FEED_FORWARD = {"ffw_linear": 2, "ffw_gating_2": 3, "ffw_gating": 4}
 WALK = {
-    "gemma": (11, {"ffw_linear": 2, "ffw_gating_2": 3, "ffw_gating": 4, "output": 7, "value": 8, "key": 9, "query": 10}),
-    "gemma2": (13, {"ffw_linear": 2, "ffw_gating_2": 3, "ffw_gating": 4, "output": 8, "value": 9, "key": 10, "query": 11}),
-    "gemma3_text": (
-        15, {"ffw_linear": 2, "ffw_gating_2": 3, "ffw_gating": 4, "output": 8, "value": 11, "key": 12, "query": 13},
-    ),
-}  # fmt: skip
+    "gemma": (11, {**FEED_FORWARD, "output": 7, "value": 8, "key": 9, "query": 10}),
+    "gemma2": (13, {**FEED_FORWARD, "output": 8, "value": 9, "key": 10, "query": 11}),
+    "gemma3_text": (15, {**FEED_FORWARD, "output": 8, "value": 11, "key": 12, "query": 13}),
+}
 EQUATIONS = {"query": "td,ndr->tnr", "key": "td,ndr->tnr", "value": "td,ndr->tnr", "output": "tnh,nhr->tr",
              "ffw_gating": "td,dr->tr", "ffw_gating_2": "td,dr->tr", "ffw_linear": "td,dr->tr"}  # fmt: skip
-OURS = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "output": "self_attn.o_proj",
-        "ffw_gating": "mlp.gate_proj", "ffw_gating_2": "mlp.up_proj", "ffw_linear": "mlp.down_proj"}  # fmt: skip
+OURS = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
+        "output": "self_attn.o_proj", "ffw_gating": "mlp.gate_proj", "ffw_gating_2": "mlp.up_proj", "ffw_linear": "mlp.down_proj"}  # fmt: skip
 
 
 def keras_lora(model: Any, path: Path, names: list[str], rank: int = 4) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
@@ -364,7 +365,7 @@ def test_what_keras_does_not_write_is_refused(change: Callable[..., None], named
     assert "pre_ffw_norm" in str(caught.value) or "layers.1.pre_feedforward_layernorm" in str(caught.value)
 
 
-@pytest.mark.parametrize("trials", [60, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [30, pytest.param(1_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("of_lora", [False, True])
 def test_damaged_files_end_in_one_sentence(of_lora: bool, trials: int, tmp_path: Path) -> None:
     model = tiny("gemma2", num_hidden_layers=2, layer_types=None)
