@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
-from converters.__main__ import convert
+from converters.__main__ import convert, table
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
 from converters.nemo_file import read_nemo
@@ -120,8 +120,14 @@ def test_the_forward_pass_a_layer_at_a_time_is_that_of_transformers_and_peft(
         assert (say(model) - say(plain)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
+ONCE_EACH = set(zip(FAMILIES, KINDS, strict=True))
+EVERY = [
+    pytest.param(family, kind, marks=[] if (family, kind) in ONCE_EACH else pytest.mark.slow)
+    for family in FAMILIES for kind in KINDS
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "kind"), EVERY)
 def test_an_adapter_goes_every_way_and_back(family: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     base, model = bases[family], adapted(bases[family], **KINDS[kind])
     model.save_pretrained(tmp_path / "peft")
@@ -163,7 +169,6 @@ def test_a_whole_model_goes_through_a_nemo_and_comes_back_byte_for_byte(
     with tarfile.open(file) as tar:  # what anybody finds in it: torch's own file, whole
         weights = torch.load(io.BytesIO(tar.extractfile("./model_weights.ckpt").read()), weights_only=True)
     assert all(torch.equal(weights[name], before[name]) for name in before)
-    assert all(tensor.data_ptr() % 64 == 0 or True for tensor in weights.values())
 
 
 def test_large_models_are_written_in_shards(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +272,7 @@ def test_a_failed_conversion_leaves_nothing(
     assert list((tmp_path / "exports").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     # No file may grow beyond 100 KB, which is what a full disk looks like to a program.
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
@@ -403,7 +409,7 @@ NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ({}, {"model_type": "llama"}, "only Gemma 1, 2 and 3"),
         ({}, {"model_type": ["x"]}, "only Gemma 1, 2 and 3"),
         ({}, {"num_hidden_layers": 10**9}, "which no Gemma has"),
-        ({}, {"num_hidden_layers": 2}, "holds model.layers.2."),
+        ({}, {"num_hidden_layers": 2}, "is none of a gemma3_text"),
         ({}, {"hidden_size": "32"}, "its configuration is none of a gemma3_text"),
         ({}, {"num_attention_heads": 0}, "gemma3_text|shape"),
         ({}, {"quantization_config": {"load_in_4bit": True}}, "is quantized"),
@@ -496,13 +502,21 @@ def test_a_shard_outside_its_folder_is_not_read(tiny_base: Path, tmp_path: Path)
         convert(folder, "nemo", tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar", b"\0" * 10_240])
-def test_what_is_no_archive_is_a_sentence_on_the_command_line(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "x.nemo").write_bytes(content)
+def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
+    for content in (b"", b"not a tar", b"\0" * 10_240):
+        (tmp_path / "x.nemo").write_bytes(content)
+        with pytest.raises(UserError, match=r"is not a whole \.nemo"):
+            read_nemo(tmp_path / "x.nemo")
+
+
+@pytest.mark.slow
+def test_an_error_on_the_command_line_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.nemo").write_bytes(b"not a tar")
     result = subprocess.run([sys.executable, "-m", "converters", tmp_path / "x.nemo", "--to", "adapter"],
                             cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 2
     assert "is not a whole .nemo" in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:
@@ -521,8 +535,9 @@ def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
     return {name: t.read() if isinstance(t, Lazy) else t for name, t in content.tensors.items()}
 
 
+@pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["adapter", "hf", "nemo", "nemo adapter"])
-def test_damaged_files_by_the_thousand_are_sentences(kind: str, archive: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_files_by_the_thousand_are_sentences(kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path) -> None:
     from converters.checks import check_shapes, checked
     from converters.merge_lora import updates
 
@@ -539,10 +554,10 @@ def test_damaged_files_by_the_thousand_are_sentences(kind: str, archive: Path, t
     files = [source] if source.is_file() else sorted(path for path in source.iterdir() if path.suffix != ".md")
     module = {"adapter": adapter_folder, "hf": hf}.get(kind, nemo)
     expected = values_of(module.read(source))
-    chance, refused, harmless = random.Random(0), 0, 0
+    chance, refused = random.Random(rounds), 0
     for file in files:
         whole = file.read_bytes()
-        for _ in range(600 // len(files)):
+        for _ in range(rounds // len(files)):
             file.write_bytes(damaged(whole, chance))
             try:
                 found = module.read(source)
@@ -556,20 +571,20 @@ def test_damaged_files_by_the_thousand_are_sentences(kind: str, archive: Path, t
                 assert str(source) in str(error) and len(str(error)) < 600, error
                 refused += 1
             else:  # a value of a format without checksums, a word of the configuration
-                harmless += 1
                 if module is nemo:
                     assert all(torch.equal(values[name], expected[name]) for name in expected)
         file.write_bytes(whole)
-    assert refused > 300
+    assert refused > rounds / 2
 
 
 # --- the front door -----------------------------------------------------------------------------------------------
 
 
 def test_help_shows_what_the_formats_say_of_themselves() -> None:
-    result = subprocess.run([sys.executable, "-m", "converters", "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f"| nemo | {nemo.TITLE}, adapter |" in result.stdout and "| merged |" in result.stdout
+    lines = table().splitlines()
+    for name, title, source in (("nemo", f"{nemo.TITLE}, adapter", "adapter"), ("hf", f"{hf.TITLE}, whole model", "nemo")):
+        assert any(line.startswith(f"| {name} | {title} | ") and source in line for line in lines)
+    assert any(line.startswith("| merged |") and "nemo, adapter" in line for line in lines)
 
 
 def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:
