@@ -25,8 +25,8 @@ from converters import hf
 from converters.__main__ import table
 from converters.streamed import empty_model
 from nemo_configs.command_line import UserError, load_config, run
-from training.base_model import ensure_base_model
 from training.__main__ import describe_environment
+from training.base_model import ensure_base_model
 
 DOCS = Path("docs/converters.md")
 # https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
@@ -107,8 +107,10 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
         copied = copied or seconds
         record = target / "conversion.json"
         until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
+        # A process begins with its parent's peak in its books, so that cp's would be this one's.
+        memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
         lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {seconds / copied:.1f} | "
-                     f"{peak:.2f} | {allowed:.2f} |")  # fmt: skip
+                     f"{memory} |")  # fmt: skip
         print(lines[-1], flush=True)
         shutil.rmtree(target)
     return lines
@@ -147,8 +149,12 @@ def write_adapter(base: Path, folder: Path) -> None:
     for name, weight in hf.read(base).tensors.items():
         layer = name.removesuffix(".weight")
         if layer.endswith(tuple(TARGETS)):
-            tensors[f"base_model.model.{layer}.lora_A.weight"] = torch.randn(8, weight.shape[1], generator=chance) * 0.02
-            tensors[f"base_model.model.{layer}.lora_B.weight"] = torch.randn(weight.shape[0], 8, generator=chance) * 0.02
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = (
+                torch.randn(8, weight.shape[1], generator=chance) * 0.02
+            )
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = (
+                torch.randn(weight.shape[0], 8, generator=chance) * 0.02
+            )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": TARGETS,
                 "base_model_name_or_path": str(base)}  # fmt: skip

@@ -31,7 +31,9 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
 PASSES = 8  # over the weights: read and written, hashed, compared, run, on both sides
 
 
-def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None) -> dict[str, Any]:
+def fill(
+    folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
+) -> dict[str, Any]:
     """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
 
     See `converters.__main__.convert`.
@@ -48,7 +50,9 @@ def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str |
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
-        raise UserError(f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it")
+        raise UserError(
+            f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it"
+        )
     kind = Checkpoint if to == MERGED else type(source)
     if kind not in module.WRITES:
         what, can = ("an adapter", MERGED) if kind is Adapter else ("a whole model", "hf")

@@ -1,8 +1,8 @@
 """This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a whole model.
 
 An adapter's weights have peft's names and shapes, see adapter.py; its configuration names the base by hash. A whole
-model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights are
-what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
+model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights
+are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
 
 Nothing in an archive from elsewhere is run, unpacked to disk or followed: members are read under fixed names.
 """
@@ -110,8 +110,8 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse() or member.name.startswith("/") or ".." in Path(name).parts:
-                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a link, "
-                                    f"or lies outside the archive")  # fmt: skip
+                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a "
+                                    f"link, or lies outside the archive")  # fmt: skip
                 if member.offset_data + member.size > path.stat().st_size:
                     raise UserError(f"{path} is not a whole .nemo of this project: it ends within {name}")
                 if name in found or len(found) >= MAX_MEMBERS:

@@ -145,7 +145,9 @@ def test_an_adapter_goes_every_way_and_back(family: str, kind: str, bases: dict[
         # peft's own merge, in float32, rounded to the base's dtype as ours
         expected = adapted(base, **KINDS[kind]).merge_and_unload().state_dict()
         for name, tensor in merged.state_dict().items():
-            torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-8 if tensor.itemsize == 2 else 2e-6, atol=1e-6)
+            torch.testing.assert_close(
+                tensor.float(), expected[name], rtol=2**-8 if tensor.itemsize == 2 else 2e-6, atol=1e-6
+            )
         assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a").input_ids[0] == 2
 
 
@@ -239,7 +241,10 @@ def test_a_difference_of_one_bit_or_one_shape_is_found(tiny_base: Path) -> None:
     target.tensors = {**target.tensors, name: of_memory(changed)}
     with pytest.raises(UserError, match=f"not faithful: {name} has other values"):
         prove(source, target, None, None)
-    assert prove(source, target, None, {"mean_kl_divergence": 1e-3})["tensors_with_the_same_bits"] == len(source.tensors) - 1
+    assert (
+        prove(source, target, None, {"mean_kl_divergence": 1e-3})["tensors_with_the_same_bits"]
+        == len(source.tensors) - 1
+    )
     target.tensors = {**target.tensors, name: of_memory(torch.zeros_like(changed))}
     with pytest.raises(UserError, match="not faithful: mean_kl_divergence is"):
         prove(source, target, None, {"mean_kl_divergence": 1e-3})
@@ -366,7 +371,7 @@ def test_what_is_no_plain_lora_is_refused_in_words(
 
 def test_a_layer_trained_whole_beside_the_lora_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     folder = foreign(adapted(tiny_base), tmp_path / "theirs", (".layers.0.self_attn.q_proj.lora_A", ".embed_tokens"))
-    with pytest.raises(UserError, match="embed_tokens.weight is not part of a LoRA"):
+    with pytest.raises(UserError, match=r"embed_tokens\.weight is not part of a LoRA"):
         convert(folder, "nemo", tmp_path / "nemo", tiny_base)
 
 
@@ -477,7 +482,9 @@ def test_members_outside_the_archive_are_not_followed(name: str, kind: bytes, tm
 
 
 def test_what_would_grow_without_bounds_is_refused(tmp_path: Path) -> None:
-    laughs = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    laughs = "a: &a [x, x]\n" + "".join(
+        f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
     for text in (laughs, "[" * 5000, "x" * 2**21):
         path = tmp_path / "bomb.nemo"
         with tarfile.open(path, "w") as tar:
@@ -526,7 +533,9 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
         return bytes(found[: chance.randrange(len(found))])
     for _ in range(chance.choice((1, 1, 3, 30))):
         near = min(2000, len(found))
-        at = chance.choice((chance.randrange(len(found)), chance.randrange(near), len(found) - 1 - chance.randrange(near)))
+        at = chance.choice(
+            (chance.randrange(len(found)), chance.randrange(near), len(found) - 1 - chance.randrange(near))
+        )
         found[at] ^= 1 << chance.randrange(8)
     return bytes(found)
 
@@ -537,13 +546,15 @@ def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["adapter", "hf", "nemo", "nemo adapter"])
-def test_damaged_files_by_the_thousand_are_sentences(kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_damaged_files_by_the_thousand_are_sentences(
+    kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     from converters.checks import check_shapes, checked
     from converters.merge_lora import updates
 
     if kind == "adapter":
         source = tmp_path / "peft"
-        adapted(tiny_base).save_pretrained(source)
+        convert(archive, "adapter", source, tiny_base)
     elif kind == "hf":
         source = spoiled(tiny_base, tmp_path / "base")
     elif kind == "nemo":
@@ -582,7 +593,10 @@ def test_damaged_files_by_the_thousand_are_sentences(kind: str, rounds: int, arc
 
 def test_help_shows_what_the_formats_say_of_themselves() -> None:
     lines = table().splitlines()
-    for name, title, source in (("nemo", f"{nemo.TITLE}, adapter", "adapter"), ("hf", f"{hf.TITLE}, whole model", "nemo")):
+    for name, title, source in (
+        ("nemo", f"{nemo.TITLE}, adapter", "adapter"),
+        ("hf", f"{hf.TITLE}, whole model", "nemo"),
+    ):
         assert any(line.startswith(f"| {name} | {title} | ") and source in line for line in lines)
     assert any(line.startswith("| merged |") and "nemo, adapter" in line for line in lines)
 
@@ -598,7 +612,9 @@ def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folde
     [("merged", {}, "there is nothing to merge"), ("adapter", {}, "which adapter does not hold; --to hf does"),
      ("nemo", {"dtype": "q9"}, "--dtype q9 is unknown to nemo")],
 )  # fmt: skip
-def test_what_a_format_cannot_hold_is_told(to: str, words: dict[str, str], message: str, tiny_base: Path, tmp_path: Path) -> None:  # fmt: skip
+def test_what_a_format_cannot_hold_is_told(
+    to: str, words: dict[str, str], message: str, tiny_base: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=message):
         convert(tiny_base, to, tmp_path / "out", **words)
     assert list(tmp_path.iterdir()) == []
