@@ -54,11 +54,11 @@ What can be converted to what, as `python -m converters --help` prints it:
 ## Memory and speed
 
 `python -m benchmarks.convert {words}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
-base. Ours opens what it wrote, compares every tensor and runs both sides; the column before last is the time until the
-files were written. {note}
+base. Ours also opens what it wrote, compares every tensor and runs both sides; `until written` is the time before that.
+`× cp` is of processor seconds, which other work on the machine does not lengthen as it does those by the clock. {note}
 
-| model | by | GB | seconds | until written | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
-|---|---|---|---|---|---|---|---|
+| model | by | GB | seconds | until written | processor seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
+|---|---|---|---|---|---|---|---|---|
 """
 NOTE = """`gemma-3-27b, n of 62 layers` has that model's widths, and zeros for weights: memory depends on its largest
 tensor, and not on how many there are."""
@@ -103,27 +103,27 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     lines = []
     copied = 0.0
     for name, command in systems.items():
-        seconds, peak = measured(command)
-        copied = copied or seconds
+        seconds, busy, peak = measured(command)
+        copied = copied or busy
         record = target / "conversion.json"
         until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
         # A process begins with its parent's peak in its books, so that cp's would be this one's.
         memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
-        lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {seconds / copied:.1f} | "
-                     f"{memory} |")  # fmt: skip
+        lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
+                     f"{busy / copied:.1f} | {memory} |")  # fmt: skip
         print(lines[-1], flush=True)
         shutil.rmtree(target)
     return lines
 
 
-def measured(command: Sequence[str | Path]) -> tuple[float, float]:
-    """Seconds, and GiB of memory at the peak."""
+def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
+    """Seconds by the clock and of processors, and GiB of memory at the peak."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError(f"{' '.join(map(str, command[:3]))} … failed; its words are above")
-    return time.monotonic() - begun, usage.ru_maxrss / 2**20
+    return time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def write_sparse(folder: Path, layers: int) -> Path:
