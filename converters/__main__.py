@@ -38,7 +38,9 @@ def table() -> str:
     for name, module in modules.items():
         for kind, word in ((Checkpoint, "whole model"), (Adapter, "adapter")):
             if kind in module.WRITES:
-                sources = ", ".join(other for other, theirs in modules.items() if kind in theirs.READS and other != name)
+                sources = ", ".join(
+                    other for other, theirs in modules.items() if kind in theirs.READS and other != name
+                )
                 lines.append(f"| {name} | {module.TITLE}, {word} | {sources} |")
     adapters = ", ".join(name for name, module in modules.items() if Adapter in module.READS)
     return "\n".join([*lines, f"| {MERGED} | Hugging Face folder, adapter folded into its base | {adapters} |"])
@@ -73,8 +75,8 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"{target}: {proof['tensors_with_the_same_bits']} of {proof['tensors']} tensors have the same bits; largest "
-          f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} nats a "
-          f"token, top-1 agreement {proof['top1_agreement']:.1%}")  # fmt: skip
+          f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} "
+          f"nats a token, top-1 agreement {proof['top1_agreement']:.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder: `adapter_config.json` and `adapter_model.safetensors`, as peft, Unsloth, TRL and AutoModel write.
+"""A PEFT adapter folder, `adapter_config.json` and `adapter_model.safetensors`: peft's, Unsloth's, TRL's, AutoModel's.
 
 Names and shapes, for a linear layer [out, in] and rank r:
 
@@ -42,7 +42,8 @@ COMPUTED = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), 
 # ... and those that say nothing of it: where it comes from, how it began, which layers it has (its tensors tell).
 SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
           "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-          "megatron_core", "runtime_config", "qalora_group_size", "init_lora_weights", "ensure_weight_tying"}  # fmt: skip
+          "megatron_core", "runtime_config", "qalora_group_size", "init_lora_weights",
+          "ensure_weight_tying"}  # fmt: skip
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # as init_lora_weights
 
 
@@ -55,13 +56,14 @@ def read(path: Path) -> Adapter:
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
     tensors = {our_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
-    ours = read_json(path / RECORD) if (path / RECORD).exists() else {}
-    name = settings.get("base_model_name_or_path")
-    base = ours.get("base") or ({"name": name.rstrip("/").rpartition("/")[2], "source": name} if name else {})
-    return Adapter(
-        plain_lora(settings, tensors, path / CONFIG), tensors, base, prompt=read_prompt(path),
-        dtype=ours.get("dtype"), quantization=ours.get("quantization"),
-    )  # fmt: skip
+    base, dtype, quantization = _base_of(settings), None, None
+    if (path / RECORD).exists():  # ours: it has the base's hash too
+        ours = read_json(path / RECORD)
+        base, dtype, quantization = (ours.get(key) for key in ("base", "dtype", "quantization"))
+        if not isinstance(base, dict) or not all(isinstance(text, str) for text in [dtype, *base.values()]):
+            raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
+    return Adapter(plain_lora(settings, tensors, path / CONFIG), tensors, base, None, read_prompt(path), dtype,
+                   quantization if isinstance(quantization, dict) else None)  # fmt: skip
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:
@@ -82,9 +84,21 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         content.prompt.save(target)
 
 
+def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What `adapter_config.json` says of the base: a name on the hub, or a folder; no hash."""
+    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not isinstance(name, str) or not name:
+        return {}
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
+    base = {"name": Path(name).name, "source": HUB + name if on_hub else name}
+    return {**base, "revision": revision} if isinstance(revision, str) else base
+
+
 def our_name(name: str) -> str:
     """peft's name of a tensor, from what other tools call it."""
-    name = name.replace(".default.", ".").removesuffix(".default").replace("model.language_model.layers.", "model.layers.")
+    name = (
+        name.replace(".default.", ".").removesuffix(".default").replace("model.language_model.layers.", "model.layers.")
+    )
     name = name.replace("language_model.model.layers.", "model.layers.")
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
     return name if name.startswith(PREFIX) else PREFIX + name
@@ -103,8 +117,10 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where
         raise UserError(f"{where}: bias is {settings['bias']!r}; only LoRA without biases can be converted")
     begun = settings.get("init_lora_weights", True)
     if isinstance(begun, str) and begun.lower().startswith(CHANGE_THE_BASE):
-        raise UserError(f"{where}: init_lora_weights is {begun!r}, which changes the base too. Save the adapter with "
-                        f"path_initial_model_for_weight_conversion, which makes it a plain LoRA, and convert that")  # fmt: skip
+        raise UserError(
+            f"{where}: init_lora_weights is {begun!r}, which changes the base too. Save it with "
+            f"path_initial_model_for_weight_conversion, which makes a plain LoRA, and convert that"
+        )
     for key, value in settings.items():
         if value and key not in SILENT and key not in COMPUTED:
             raise UserError(f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "

@@ -23,7 +23,9 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
     config = checkpoint.config
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{where} holds a model of type {str(family)[:40]!r}; only Gemma 1, 2 and 3 (text) are converted")
+        raise UserError(
+            f"{where} holds a model of type {str(family)[:40]!r}; only Gemma 1, 2 and 3 (text) are converted"
+        )
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise UserError(f"{where}: num_hidden_layers is {str(layers)[:40]}, which no Gemma has")
@@ -32,7 +34,9 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     except Exception as error:  # transformers checks each value in a way of its own
         reason = str(error).partition("\n")[0][:200]
-        raise UserError(f"{where}: its configuration is none of a {family} ({type(error).__name__}: {reason})") from None
+        raise UserError(
+            f"{where}: its configuration is none of a {family} ({type(error).__name__}: {reason})"
+        ) from None
     if model.config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
     found = checkpoint.tensors
@@ -42,7 +46,9 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
         raise UserError(f"{where} holds {name}, which a {family} of {layers} layers does not have")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise UserError(f"{where}: {name} has shape {list(found[name].shape)}; its configuration asks for {list(shape)}")
+            raise UserError(
+                f"{where}: {name} has shape {list(found[name].shape)}; its configuration asks for {list(shape)}"
+            )
         if found[name].dtype not in NAMES:
             raise UserError(f"{where}: {name} is of {found[name].dtype}, which is no whole weight of 16 or 32 bits")
 
@@ -65,7 +71,9 @@ def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]
             reason = str(error).partition("\n")[0][:200]
             raise UserError(f"{where}: {name} cannot be read ({type(error).__name__}: {reason})") from None
         if tuple(values.shape) != tuple(tensor.shape) or values.dtype != tensor.dtype:
-            raise UserError(f"{where}: {name} is {values.dtype} {list(values.shape)}, not {tensor.dtype} {list(tensor.shape)}")
+            raise UserError(
+                f"{where}: {name} is {values.dtype} {list(values.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+            )
         if values.numel() and not all(torch.isfinite(end) for end in values.aminmax()):
             raise UserError(f"{where}: {name} holds values that are not finite numbers")
         seen(tensor.nbytes)

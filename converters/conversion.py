@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
@@ -22,7 +22,7 @@ from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
 from converters.prove import MERGED_LIMITS, prove
 from data_prep.progress import Progress
-from nemo_configs.command_line import UserError, load_config, names
+from nemo_configs.command_line import CONFIG_DIR, UserError
 from training.base_model import describe, ensure_base_model
 
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
@@ -31,7 +31,9 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
 PASSES = 8  # over the weights: read and written, hashed, compared, run, on both sides
 
 
-def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None) -> dict[str, Any]:
+def fill(
+    folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
+) -> dict[str, Any]:
     """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
 
     See `converters.__main__.convert`.
@@ -48,7 +50,9 @@ def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str |
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
-        raise UserError(f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it")
+        raise UserError(
+            f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it"
+        )
     kind = Checkpoint if to == MERGED else type(source)
     if kind not in module.WRITES:
         what, can = ("an adapter", MERGED) if kind is Adapter else ("a whole model", "hf")
@@ -81,6 +85,7 @@ def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str |
             if content.prompt:
                 content.prompt.save(folder)
 
+        seconds_to_write = time.monotonic() - begun
         target = opened("hf" if to == MERGED else to, place)
         if isinstance(target, Checkpoint):
             target.tensors = checked(target.tensors, place, seen)
@@ -93,7 +98,7 @@ def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str |
             "dtype": source.dtype if base else None, "quantization": source.quantization if base else None,
             "proof": proof, "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
             "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
-            "seconds": round(time.monotonic() - begun, 1),
+            "seconds_to_write": round(seconds_to_write, 1), "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }  # fmt: skip
     with written(folder):
@@ -106,13 +111,13 @@ def fetched(name: Path | str) -> Path:
     path = Path(name)
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(name)):
         return path
-    known = (load_config([f"model={model}"]).model for model in names("model"))
-    model = next((model for model in known if model.repo == str(name)), None)
-    if model is None:
-        values = {"name": str(name).replace("/", "--"), "repo": str(name), "revision": "main", "embedded": False,
-                  "path": None, "models_dir": "models", "max_perplexity": 1000}  # fmt: skip
-        model = OmegaConf.create(values)
-    return ensure_base_model(model)
+    files = sorted((CONFIG_DIR / "model").glob("*.yaml"))
+    known = next((model for file in files if (model := OmegaConf.load(file)).repo == str(name)), None)
+    model = known or OmegaConf.create({
+        "name": str(name).replace("/", "--"), "repo": str(name), "revision": "main", "embedded": False, "path": None,
+        "models_dir": "models", "max_perplexity": 1000,
+    })  # fmt: skip
+    return ensure_base_model(cast(DictConfig, model))
 
 
 def opened(format_name: str, path: Path) -> Checkpoint | Adapter:

@@ -12,8 +12,8 @@ A format's file holds
 and, where they apply,
 
     DTYPES = ("bf16", "q8_0")                     what `write(content, target, dtype)` stores, the default first
-    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it, every
-                                                  tensor's bits must come back
+    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it,
+                                                  every tensor's bits must come back
 
 `write` raises UserError where the format cannot hold the content.
 """

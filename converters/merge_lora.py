@@ -1,4 +1,4 @@
-"""An adapter folded into its base, W' = W + s · B A, with s = alpha / r, or alpha / √r for rsLoRA (Kalajdzievski, 2023).
+"""An adapter folded into its base, W' = W + s · B A, with s = alpha / r, or alpha / √r for rsLoRA (Kalajdzievski 2023).
 
 With DoRA (Liu et al., 2024, equation 5) each row of W' is brought to its learned length m: m · W' / ‖W'‖. All is summed
 in float32 and rounded to the base's dtype once, a matrix at a time, when the result is written.
@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from converters.adapter import PART
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint
 from nemo_configs.command_line import UserError
 
 

@@ -1,8 +1,8 @@
 """This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a whole model.
 
 An adapter's weights have peft's names and shapes, see adapter.py; its configuration names the base by hash. A whole
-model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights are
-what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
+model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights
+are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
 
 Nothing in an archive from elsewhere is run, unpacked to disk or followed: members are read under fixed names.
 """
@@ -28,7 +28,8 @@ WRITES = {Checkpoint: ".nemo", Adapter: ".nemo"}
 
 CONFIG, WEIGHTS, FILES = "model_config.yaml", "model_weights.ckpt", "files/"
 MEGATRON = {"num_layers", "encoder_seq_length", "megatron_amp_O2"}  # in the configuration of NeMo 1's models
-MAX_CONFIG = 2**20  # bytes
+MAX_CONFIG = 2**18  # bytes
+MAX_DEPTH = 20
 MAX_MEMBERS = 100
 
 
@@ -109,8 +110,8 @@ def _members(path: Path) -> dict[str, tuple[int, int]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse() or member.name.startswith("/") or ".." in Path(name).parts:
-                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a link, "
-                                    f"or lies outside the archive")  # fmt: skip
+                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a "
+                                    f"link, or lies outside the archive")  # fmt: skip
                 if member.offset_data + member.size > path.stat().st_size:
                     raise UserError(f"{path} is not a whole .nemo of this project: it ends within {name}")
                 if name in found or len(found) >= MAX_MEMBERS:
@@ -133,14 +134,22 @@ def _config(members: Mapping[str, tuple[int, int]], path: Path) -> dict[str, Any
     begin, size = members.get(CONFIG, (0, 0))
     text = _bytes(path, begin, size) if size <= MAX_CONFIG else b""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it refers to itself, which can grow without bounds")
+        _refuse_growth(text)
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a whole .nemo of this project: it has no readable {CONFIG}")
     return config
+
+
+def _refuse_growth(text: bytes) -> None:
+    """A few lines of YAML that refer to each other stand for gigabytes, and deep nesting takes hours to read."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            raise ValueError("it refers to itself, or is nested too deeply")
 
 
 def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A fine-tuned model, opened from its `.nemo` by plain transformers and peft, for training's figures and for answers."""
+"""A fine-tuned model, opened from its `.nemo` by transformers and peft, for training's figures and for answers."""
 
 from dataclasses import dataclass
 from pathlib import Path

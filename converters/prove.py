@@ -33,7 +33,10 @@ MAX_TOKENS = 24  # of a probe: logits over 262,144 tokens are 1 MB each
 
 
 def prove(
-    source: Checkpoint | Adapter, target: Checkpoint | Adapter, base: Checkpoint | None, tolerance: dict[str, float] | None
+    source: Checkpoint | Adapter,
+    target: Checkpoint | Adapter,
+    base: Checkpoint | None,
+    tolerance: dict[str, float] | None,
 ) -> dict[str, Any]:
     """Compare `source` with `target`, which was read from what was written.
 
@@ -109,14 +112,18 @@ def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tupl
     """How many tensors there are, and the names of those that are not the same."""
     left, right = _tensors(source), _tensors(target)
     for name in sorted(left.keys() ^ right.keys()):
-        raise UserError(f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}")
+        raise UserError(
+            f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}"
+        )
     return len(left), [name for name in sorted(left) if not _same_bits(left[name].read(), right[name].read())]
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     # A format of fewer dtypes may hold the same value in a wider one.
     right = right if left.dtype == right.dtype else right.to(left.dtype)
-    return left.shape == right.shape and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return left.shape == right.shape and torch.equal(
+        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
+    )
 
 
 def _tensors(side: Checkpoint | Adapter) -> Mapping[str, Lazy]:
@@ -139,7 +146,9 @@ def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
     texts = [*([prompt.wrap(prompt.write_instruction())] if prompt else []), *PROBES]
     found = [ids for side in whole if (ids := _tokens(side, texts))]
     if any(ids != found[0] for ids in found):
-        raise UserError("the conversion is not faithful: the tokenizer of the target makes other tokens of the same text")
+        raise UserError(
+            "the conversion is not faithful: the tokenizer of the target makes other tokens of the same text"
+        )
     vocabulary = whole[0].config["vocab_size"]
     if found and max(max(ids) for ids in found[0]) >= vocabulary:
         raise UserError(f"the tokenizer does not belong to the model, whose vocabulary has {vocabulary:,} entries")

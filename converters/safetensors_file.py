@@ -57,19 +57,27 @@ def _opened(path: Path) -> Iterator[safe_open]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write `tensors` to `path`, in the library's order: wide types first, then by name."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        begin, end = end, end + tensors[name].nbytes
-        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": tensors[name].shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
+        file.write(header(tensors))
+        for name in _order(tensors):
             file.write(as_bytes(tensors[name].read()))
+
+
+def header(tensors: Mapping[str, Lazy | Tensor]) -> bytes:
+    """What stands before the bytes of `tensors`."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _order(tensors):
+        tensor, begin, end = tensors[name], end, end + tensors[name].nbytes
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": (begin, end)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
+    """As the library orders them: wide types first, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

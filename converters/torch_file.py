@@ -1,8 +1,8 @@
 """A file of `torch.save`, alone or inside another file, tensor by tensor: read lazily, and written so too.
 
-Such a file is a zip archive of uncompressed records: `data.pkl`, which says what the tensors are, and `data/0`, `data/1`
-… with their bytes. Only the former is unpickled, with `weights_only=True`; each record's bytes are checked against the
-archive's CRC as they are read, so that a flipped bit is found.
+Such a file is a zip archive of uncompressed records: `data.pkl`, which says what the tensors are, and `data/0`,
+`data/1` … with their bytes. Only the former is unpickled, with `weights_only=True`; each record's bytes are checked
+against the archive's CRC as they are read, so that a flipped bit is found.
 """
 
 import os
@@ -72,7 +72,9 @@ def read_tensors(path: Path, begin: int = 0, size: int | None = None) -> dict[st
             records = _records(Part(file, begin, size), path)
             state = torch.load(cast(BinaryIO, Part(file, begin, size)), map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors, and would run code ({_short(error)})") from None
+        raise UserError(
+            f"{path} is refused: it holds more than tensors, and would run code ({_short(error)})"
+        ) from None
     except Exception as error:  # whatever a damaged archive makes the readers of zip and pickle raise
         if isinstance(error, UserError):
             raise
@@ -109,7 +111,9 @@ def _lazy(name: str, tensor: Tensor, path: Path, begin: int, records: Mapping[in
     storage = tensor.untyped_storage()
     offset = getattr(storage, "_checkpoint_offset", None)
     size, crc = records.get(offset if offset is not None else -1, (-1, 0))
-    last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     if size != storage.nbytes() or (tensor.numel() and not (last + 1) * tensor.itemsize <= size) or tensor.is_sparse:
         raise UserError(f"{path}: {name} does not lie in the file as it says. Copy or download it again")
 
@@ -124,7 +128,9 @@ def _lazy(name: str, tensor: Tensor, path: Path, begin: int, records: Mapping[in
     return Lazy(tuple(tensor.shape), tensor.dtype, read)
 
 
-def write_tensors(tensors: Mapping[str, Lazy], file: BinaryIO, header: Callable[[int], bytes] = lambda size: b"") -> None:
+def write_tensors(
+    tensors: Mapping[str, Lazy], file: BinaryIO, header: Callable[[int], bytes] = lambda size: b""
+) -> None:
     """Write to `file`, where it stands, what `torch.save` writes for `tensors`, after a `header` made for its size.
 
     torch lays out the archive with empty records, which a file system with sparse files does not store. Its bytes are
