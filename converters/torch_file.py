@@ -79,6 +79,8 @@ def read_tensors(path: Path, begin: int = 0, size: int | None = None) -> dict[st
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} holds no whole file of torch.save ({type(error).__name__}: {_short(error)})") from None
+    if isinstance(state, dict) and isinstance(state.get("model_state_dict"), dict):
+        state = state["model_state_dict"]  # as Google's have them
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):

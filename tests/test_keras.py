@@ -224,7 +224,8 @@ WALK = {
 EQUATIONS = {"query": "td,ndr->tnr", "key": "td,ndr->tnr", "value": "td,ndr->tnr", "output": "tnh,nhr->tr",
              "ffw_gating": "td,dr->tr", "ffw_gating_2": "td,dr->tr", "ffw_linear": "td,dr->tr"}  # fmt: skip
 OURS = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-        "output": "self_attn.o_proj", "ffw_gating": "mlp.gate_proj", "ffw_gating_2": "mlp.up_proj", "ffw_linear": "mlp.down_proj"}  # fmt: skip
+        "output": "self_attn.o_proj", "ffw_gating": "mlp.gate_proj", "ffw_gating_2": "mlp.up_proj",
+        "ffw_linear": "mlp.down_proj"}  # fmt: skip
 
 
 def keras_lora(model: Any, path: Path, names: list[str], rank: int = 4) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
