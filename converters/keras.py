@@ -204,6 +204,11 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         raise UserError("this model has an output layer of its own; KerasHub's Gemmas use the embedding for it")
     config = AutoConfig.for_model(**content.config)
     settings = settings_of(config)
+    places = {
+        name: place for name, place in _all_places(family, config.num_hidden_layers).items() if name in content.tensors
+    }
+    if missing := content.tensors.keys() - places.keys():
+        raise UserError(f"KerasHub has no place for {sorted(missing)[0]} in a {family}")
     target.mkdir()
     keras = "keras_hub.src.models." + ("gemma3.gemma3_backbone" if family == "gemma3_text" else "gemma.gemma_backbone")
     write_json(target / CONFIG, _object(keras, CLASSES[family], settings))
@@ -211,11 +216,6 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         _write_tokenizer(content, config, target)
     if content.prompt:
         content.prompt.save(target)
-    places = {
-        name: place for name, place in _all_places(family, config.num_hidden_layers).items() if name in content.tensors
-    }
-    if missing := content.tensors.keys() - places.keys():
-        raise UserError(f"KerasHub has no place for {sorted(missing)[0]} in a {family}")
     with (
         h5py.File(target / WEIGHTS, "w") as file,
         Progress("Writing", sum(t.nbytes for t in content.tensors.values())) as progress,
