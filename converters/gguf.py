@@ -46,10 +46,10 @@ from transformers import AutoConfig, GenerationConfig
 from converters.adapter import targets
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
-from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
 from converters.hf import as_prompt
 from converters.merge_lora import updates
 from converters.streamed import empty_model
+from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
 from data_prep.progress import Progress
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError

@@ -103,7 +103,7 @@ def read_config(fields: Mapping[str, Any], family: str, stored: Mapping[str, Rea
     if layers > len(stored):
         raise ValueError(f"{layers} layers in {len(stored)} tensors")
     base = float(field(Keys.Rope.FREQ_BASE, 1e6 if family == "gemma3_text" else 1e4))
-    scaling = {"rope_type": str(field(Keys.Rope.SCALING_TYPE, "none")).replace("none", "default")}
+    scaling: dict[str, Any] = {"rope_type": str(field(Keys.Rope.SCALING_TYPE, "none")).replace("none", "default")}
     if scaling["rope_type"] != "default":
         scaling["factor"] = float(field(Keys.Rope.SCALING_FACTOR))
     found["rope_parameters"] = {**scaling, "rope_theta": base}
@@ -142,7 +142,8 @@ def add_config(writer: GGUFWriter, config: PretrainedConfig) -> None:
             writer.add_rope_scaling_type(RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_freq_base(rope["rope_theta"])
-    if config.model_type in PATTERN and (every := _pattern(config)) != PATTERN[config.model_type]:
+    every = _pattern(config) if config.model_type in PATTERN else None
+    if every is not None and every != PATTERN[config.model_type]:
         writer.add_sliding_window_pattern(every)
 
 

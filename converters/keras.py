@@ -4,7 +4,8 @@ A preset is a folder of `config.json` (of the backbone, in Keras' own words), `m
 SentencePiece model in `assets/tokenizer/`. A `.weights.h5` alone names no family and no settings: the family shows in
 its norms, and the settings are those that Google published for a model of that many layers.
 
-The layout, beside transformers' (`checkpoint.shapes`), with d, f, n, k and h as there:
+The layout, beside transformers' (see `hf`), with d hidden_size, f intermediate_size, n query heads, k key and value
+heads, and h values a head:
 
 - `layers/gemma_decoder_block_3/<part>/vars/0` for layer 3, without a number for layer 0, `gemma3_decoder_block` in
   Gemma 3; numbers are places in the list of layers.
@@ -13,8 +14,7 @@ The layout, beside transformers' (`checkpoint.shapes`), with d, f, n, k and h as
   transformers'. `intermediate_dim` of Gemma 1 and 2 counts gate and up together: 2·f.
 - bfloat16 stands as two opaque bytes with an attribute `dtype`.
 
-KerasHub numbers its layers' kinds by itself (one in two, one in six sees everything) and has no field for the longest
-text. The files of transformers' tokenizer lie in a folder `transformers`, since KerasHub has a `tokenizer.json` too.
+The files of transformers' tokenizer lie in a folder `transformers`, since KerasHub has a `tokenizer.json` of its own.
 """
 
 import re

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
-from sentencepiece import sentencepiece_model_pb2
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -129,8 +129,8 @@ def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
         raise UserError(
             "the tokenizer is a byte-level BPE, as no published Gemma's, and this format needs SentencePiece"
         )
-    model = sentencepiece_model_pb2.ModelProto()
-    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    model = ModelProto()
+    model.trainer_spec.model_type = TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(vocabulary.tokens)
     model.trainer_spec.byte_fallback = True
     for name, number in vocabulary.special.items():

@@ -1,4 +1,4 @@
-"""A tokenizer of Gemma's own kind with some 500 entries: SentencePiece BPE, bytes as a last resort, turns, <bos> first."""
+"""A tokenizer of Gemma's own kind, with some 500 entries: SentencePiece BPE, bytes as a last resort, <bos> first."""
 
 from functools import cache
 

@@ -122,7 +122,7 @@ def read_gguf_tokenizer(gguf: Path) -> Any:
 
 
 def start_with_bos(tokenizer: Any) -> Any:
-    """`tokenizer`, beginning every text with <bos>: readers of other formats drop that, and Gemma without it is noise."""
+    """`tokenizer`, with <bos> before every text: readers of other formats drop that, and Gemma without it is noise."""
     tokenizer.add_bos_token = True
     tokenizer.update_post_processor()
     return tokenizer
