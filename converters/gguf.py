@@ -179,7 +179,8 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
     stored = {tensor.name: tensor for tensor in header.tensors}
     blocks = [int(name.split(".")[1]) for name in stored if name.startswith("blk.")]
     hugging_face = {llama: name for name, llama in _names(family, min(max(blocks, default=0), len(stored)) + 1).items()}
-    tensors, ranks = {}, {}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, set[int]] = {}
     for name, tensor in stored.items():
         layer, _, factor = name.rpartition(".weight.lora_")
         if layer not in hugging_face or factor not in ("a", "b") or len(tensor.shape) != 2:
@@ -277,7 +278,7 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
 
 def _write_tensors(writer: GGUFWriter, tensors: Mapping[str, Lazy], kinds: Mapping[str, GGMLQuantizationType]) -> None:
     """Fill the writer's file, one tensor in memory at a time. Those without a kind are stored in float32."""
-    kinds = dict.fromkeys(tensors, GGMLQuantizationType.F32) | kinds
+    kinds = {name: kinds.get(name, GGMLQuantizationType.F32) for name in tensors}
     for name, lazy in tensors.items():
         row_bytes = _row_bytes(lazy.shape[-1], kinds[name], name)
         size = row_bytes * (lazy.nbytes // lazy.dtype.itemsize // lazy.shape[-1])

@@ -167,9 +167,8 @@ def write(adapter: Adapter, target: Path) -> None:
     like = {(place - 1) % len(walk): pair for place, pair in found.items()}
     with h5py.File(target, "w") as file:
         file.create_dataset("lora/vars/rank", data=rank)
-        for number in range(config["num_hidden_layers"]):
+        for first in range(1, 1 + config["num_hidden_layers"] * len(walk), len(walk)):
             for part, (like_a, like_b) in sorted(like.items()):
-                place = 1 + number * len(walk) + part
-                a, b = found.get(place, (torch.zeros_like(like_a), torch.zeros_like(like_b)))
-                write_tensor(file, f"lora/{place}/vars/lora_kernel_a", pad(a, (0, rank - len(b))))
-                write_tensor(file, f"lora/{place}/vars/lora_kernel_b", pad(b, (0, 0, 0, rank - len(b))))
+                a, b = found.get(first + part, (torch.zeros_like(like_a), torch.zeros_like(like_b)))
+                write_tensor(file, f"lora/{first + part}/vars/lora_kernel_a", pad(a, (0, rank - len(b))))
+                write_tensor(file, f"lora/{first + part}/vars/lora_kernel_b", pad(b, (0, 0, 0, rank - len(b))))
