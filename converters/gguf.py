@@ -200,7 +200,7 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
     rank, alpha = max(by_layer.values()), float(fields[Keys.Adapter.LORA_ALPHA])
     if not (math.isfinite(alpha) and alpha):
         raise UserError(f"{file}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
-    peft = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "bias": "none",
+    peft: dict[str, Any] = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "bias": "none",
             "target_modules": targets(by_layer)}  # fmt: skip
     # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
     if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
