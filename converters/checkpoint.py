@@ -34,6 +34,11 @@ class Lazy:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def of_memory(tensor: Tensor) -> Lazy:
+    """A tensor that is in memory already."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
 @dataclass
 class Checkpoint:
     """A whole Gemma.

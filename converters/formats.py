@@ -12,8 +12,8 @@ A format's file holds
 and, where they apply,
 
     DTYPES = ("bf16", "q8_0")                     what `write(content, target, dtype)` stores, the default first
-    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it, every
-                                                  tensor's bits must come back
+    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it,
+                                                  every tensor's bits must come back
 
 `write` raises UserError where the format cannot hold the content.
 """
@@ -25,7 +25,8 @@ from types import ModuleType
 from nemo_configs.command_line import UserError
 
 # In this order a source is asked what it is. Imported when needed: some need packages of their own.
-FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
+FORMATS = ("nemo", "hf", "adapter", "gguf", "keras", "google")
+MERGED = "merged"  # not a format: an adapter folded into its base, then "hf"
 
 
 def module_of(name: str) -> ModuleType:
