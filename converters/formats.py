@@ -25,7 +25,7 @@ from types import ModuleType
 from nemo_configs.command_line import UserError
 
 # In this order a source is asked what it is. Imported when needed: some need packages of their own.
-FORMATS = ("nemo", "hf", "adapter", "gguf", "keras", "google")
+FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
 MERGED = "merged"  # not a format: an adapter folded into its base, then "hf"
 
 
