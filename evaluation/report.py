@@ -196,14 +196,14 @@ def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "better" if (low > 0) == (metric["better"] == "higher") else "worse"
     return {
         **metric,
-        **{side: _cell(metric[side], unit) for side in ("before", "after")},
-        "difference": _cell(metric["difference"], unit, signed=True),
+        **{side: cell(metric[side], unit) for side in ("before", "after")},
+        "difference": cell(metric["difference"], unit, signed=True),
         "reference": "" if metric["reference"] is None else figure(metric["reference"], unit),
         "verdict": verdict,
     }
 
 
-def _cell(estimate: Sequence[Any], unit: str, signed: bool = False) -> dict[str, str]:
+def cell(estimate: Sequence[Any], unit: str, signed: bool = False) -> dict[str, str]:
     """`{"value": "+0.4 words", "range": "-0.1 to +0.7"}`."""
     value, low, high = ("" if it is None else figure(it, unit, signed) for it in estimate)
     low, high = (text.removesuffix(" points").removesuffix(f" {unit}") for text in (low, high))
