@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from evaluation.gate import gain
 from evaluation.intervals import estimates, held_out
 from evaluation.plots import draw_comparison
-from evaluation.report import figure, write_page
+from evaluation.report import cell, write_page
 from evaluation.runs import Run, finished_runs, named_run
 from nemo_configs.command_line import UserError, load_config, run
 
@@ -67,13 +67,14 @@ def answers(finished: Run) -> dict[str, str]:
 
 
 def _with_range(estimate: Sequence[float | None], unit: str) -> str:
-    value, low, high = (None if it is None else figure(it, unit) for it in estimate)
-    return f"{value} ({low} to {high})" if low else f"{value}"
+    shown = cell(estimate, unit)
+    return f"{shown['value']} ({shown['range']})" if shown["range"] else shown["value"]
 
 
 def compare(finished: Iterable[Run]) -> list[dict[str, Any]]:
-    """A group for each set of held-out rows: `{"title", "runs", "columns", "rows", "notes", "answer_columns",
-    "answer_rows"}`; runs with the lowest loss first, cells as texts.
+    """A group for each set of held-out rows: `{"title", "runs", "lines", "notes"}`.
+
+    Runs with the lowest loss come first. A line is a fact or a figure with a text for each run: `[title, text, …]`.
     """
     by_rows: dict[tuple[str, int], list[Run]] = defaultdict(list)
     for one in finished:
@@ -86,15 +87,14 @@ def compare(finished: Iterable[Run]) -> list[dict[str, Any]]:
         name = members[0].manifest.get("source", {}).get("name", "")
         asked = [one for one in members if one.metrics]
         same = [one for one in asked if _asked(one) == _asked(asked[0])]
-        titles = list(dict.fromkeys(title for one in same for title in answers(one)))
+        for one, facts_of_it in zip(members, told, strict=True):
+            facts_of_it |= answers(one) if one in same else {}
+        titles = dict.fromkeys(title for one in told for title in one)
         groups.append({
             "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
             "runs": members,
-            "columns": list(told[0]),
-            "rows": [list(row.values()) for row in told],
+            "lines": [[title, *(one.get(title, "") for one in told)] for title in titles],
             "notes": _notes(members, asked, same),
-            "answer_columns": ["run", *titles] if same else [],
-            "answer_rows": [[facts(one)["run"], *(answers(one).get(title, "") for title in titles)] for one in same],
         })  # fmt: skip
     return groups
 
@@ -134,16 +134,14 @@ def show(groups: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.width = max(console.width, 200)  # rather a wide table in a log file than a torn one
     for group in groups:
-        for columns, rows in (("columns", "rows"), ("answer_columns", "answer_rows")):
-            if group[columns]:
-                table = Table(title=group["title"], title_justify="left")
-                for number, title in enumerate(group[columns]):
-                    table.add_column(title, justify="right" if number else "left", overflow="fold")
-                for row in group[rows]:
-                    table.add_row(*row)
-                console.print(table)
+        console.width = max(console.width, 40 + 30 * len(group["runs"]))  # rather a wide table than a torn one
+        table = Table(title=group["title"], title_justify="left")
+        for number, title in enumerate(group["lines"][0]):
+            table.add_column(title, justify="right" if number else "left", overflow="fold")
+        for line in group["lines"][1:]:
+            table.add_row(*line)
+        console.print(table)
         for note in group["notes"]:
             console.print(note, markup=False, highlight=False)
 

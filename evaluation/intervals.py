@@ -1,8 +1,8 @@
-"""How far a figure would move with other rows or questions: intervals of 95 %, by the percentile bootstrap.
+"""How far a figure would move with other rows or questions: intervals of 95%, by the percentile bootstrap.
 
 Units, which are rows, or questions with all their answers, are drawn again with replacement (Efron, 1979), the same
 ones for both models, so that the interval of a difference is a paired one (Koehn, 2004). How another training run would
-turn out is not in it.
+turn out is not in it. Where all units say the same, the interval has no width; that is no certainty.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ def resample(*series: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def interval(value: float, draws: NDArray[np.float64], units: int) -> list[float | None]:
-    """`[value, low, high]` of 95 %; of a single unit nothing is known but its value."""
+    """`[value, low, high]` of 95%; of a single unit nothing is known but its value."""
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
     return [value, low, high] if units > 1 else [value, None, None]
 

@@ -145,7 +145,7 @@ def chrf(generations: Lines, evidence: Evidence) -> Scores:
 
 def rouge_l(generations: Lines, evidence: Evidence) -> Scores:
     """The longest sequence of words, in order but with gaps, that the answer shares with the held-out row's own, as a
-    share of both. 100 % is the same text.
+    share of both. 100% is the same text.
 
     ROUGE-L F1 (Lin, 2004) of lower-case words without stemming, the longest common subsequence by RapidFuzz.
     """
@@ -197,7 +197,7 @@ def distinct_2(generations: Lines, evidence: Evidence) -> Scores:
 
 
 def self_similarity(generations: Lines, evidence: Evidence) -> Scores:
-    """How alike the answers to one question are with different seeds. 100 %: it always says the same.
+    """How alike the answers to one question are with different seeds. 100%: it always says the same.
 
     Mean ROUGE-L F1 over all pairs of seeds.
     """

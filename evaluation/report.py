@@ -196,28 +196,33 @@ def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
         verdict = "better" if (low > 0) == (metric["better"] == "higher") else "worse"
     return {
         **metric,
-        **{side: _cell(metric[side], unit) for side in ("before", "after")},
-        "difference": _cell(metric["difference"], unit, signed=True),
+        **{side: cell(metric[side], unit) for side in ("before", "after")},
+        "difference": cell(metric["difference"], unit, signed=True),
         "reference": "" if metric["reference"] is None else figure(metric["reference"], unit),
         "verdict": verdict,
     }
 
 
-def _cell(estimate: Sequence[float | None], unit: str, signed: bool = False) -> dict[str, str]:
-    value, low, high = (None if it is None else figure(it, unit, signed) for it in estimate)
-    return {"value": value or "", "range": f"{low} to {high}" if low else ""}
+def cell(estimate: Sequence[Any], unit: str, signed: bool = False) -> dict[str, str]:
+    """`{"value": "+0.4 words", "range": "-0.1 to +0.7"}`."""
+    value, low, high = ("" if it is None else figure(it, unit, signed) for it in estimate)
+    low, high = (text.removesuffix(" points").removesuffix(f" {unit}") for text in (low, high))
+    return {"value": value, "range": f"{low} to {high}" if low else ""}
 
 
 def figure(value: float, unit: str, signed: bool = False) -> str:
-    """A metric's value: `43 %`, `+5 %` where `signed`, `4.2 words`."""
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.0f} %" if unit in SHARES else f"{value:{sign}.1f} {unit}".strip()
+    """A metric's value: `43%`, `+5 points` where `signed`, `4.2 words`."""
+    if unit in SHARES:
+        return f"{100 * value:+.0f} points" if signed else f"{100 * value:.0f}%"
+    return f"{value:{'+' if signed else ''}.1f} {unit}".strip()
 
 
 def _score(metric: Mapping[str, Any], value: float) -> str:
     """What one answer reached, e.g. `new term: yes`."""
     title = metric["title"][0].lower() + metric["title"][1:]
-    return f"{title}: {('yes' if value else 'no') if metric['unit'] == 'yes/no' else figure(value, metric['unit'])}"
+    if metric["unit"] == "yes/no":
+        return f"{title}: {'yes' if value else 'no'}"
+    return f"{title}: {figure(value, metric['unit']).replace('.0 ', ' ')}"
 
 
 def duration(seconds: float) -> str:
@@ -235,7 +240,7 @@ def show(metrics: Mapping[str, Any]) -> None:
     table = Table("figure", "base model", "fine-tuned", "difference", "rows' own")
     for metric in metrics["metrics"]:
         row = _row(metric)
-        cells = [f"{row[side]['value']}  {row[side]['range']}" for side in ("before", "after", "difference")]
+        cells = [f"{row[side]['value']}\n[dim]{row[side]['range']}[/]" for side in ("before", "after", "difference")]
         table.add_row(row["title"], *cells, row["reference"])
     Console().print(table)
 

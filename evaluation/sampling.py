@@ -41,11 +41,15 @@ def sample(
     rest = {key: value for key, value in sampling.items() if key not in ("temperature", "top_k", "top_p")}
     ends = [tokenizer.eos_token_id, prompt.end_id(tokenizer)]
     draw = SampledToken([Random(f"{seed} {text}") for seed, text in zip(seeds, texts, strict=True)], **own)
+    # The last hidden states are a strided view, of which torch multiplies each row with a copy of frozen weights: for
+    # 16 rows and Gemma's vocabulary 6 GB, and a hundred times as long.
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     with torch.inference_mode():
         output = model.generate(
             **tokens, do_sample=False, logits_processor=LogitsProcessorList([draw]), eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id or 0, **rest,
         )  # fmt: skip
+    dense.remove()
     answers = output[:, tokens.input_ids.shape[1] :]
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()
     said = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -28,7 +28,7 @@ def new_term(generations: Lines, evidence: Evidence) -> Scores:
 
 def fits_scene(generations: Lines, evidence: Evidence) -> Scores:
     """How surely the definition and example tell which scene was asked about: the share of the other scenes asked about
-    that they are less alike. By chance, or where they say nothing, 50 %.
+    that they are less alike. By chance, or where they say nothing, 50%.
 
     Likeness is the cosine of `evaluation/embeddings.py`, by the base model's embedding table and weights from the
     training rows, so runs of different bases are measured differently. A scene that is equally alike counts half.

@@ -423,12 +423,15 @@ def test_runs_on_other_rows_stand_apart(three: tuple[Run, Run, Run]) -> None:
     best, worse, elsewhere = three
     first, second = compare_runs.compare([worse, elsewhere, best])
     assert first["runs"] == [best, worse] and second["runs"] == [elsewhere]
-    assert first["rows"][0][-1] == "the best" and first["rows"][1][-1].startswith("+0.")
+    table = {title: texts for title, *texts in first["lines"]}
+    behind = table["loss above the best"]
+    assert behind[0] == "the best" and behind[1].startswith("+0.") and "(+0." in behind[1]
     facts = compare_runs.facts(best)
     steps = [json.loads(line) for line in (best.folder / "metrics.jsonl").read_text().splitlines()]
     assert facts["rank"] == "8" and facts["steps"] == str(max(line["step"] for line in steps))
     assert facts["held-out perplexity"] == f"{best.evaluation['after']['perplexity']:.2f}"
-    assert "Well-formed" in first["answer_columns"] and not second["answer_columns"]
+    assert table["Well-formed"][0] and not table["Well-formed"][1]
+    assert "Well-formed" not in [title for title, *_ in second["lines"]]
     assert any("Answers not measured yet" in note and "worse" in note for note in first["notes"])
 
 
