@@ -27,6 +27,8 @@ $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known:
 $(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
 
 RUN := .venv/bin/python -m
+# Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
 CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -78,10 +80,10 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
-	@$(RUN) pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
-	@$(RUN) pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/dev.stamp  ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
