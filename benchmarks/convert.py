@@ -92,7 +92,7 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     """Lines of the table. Each system reads the base anew; what it wrote is removed before the next."""
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
-        "cp": ["cp", "-r", base, target],
+        "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
         "ours": [python, "-m", "converters", folder / "adapter", "--to", "merged", "--base", base, "--out", target],
     }
     if with_peers:
