@@ -73,7 +73,8 @@ def main(words: list[str]) -> None:
         layers = [int(number) for number in value.split(",")]
     real = ensure_base_model(load_config().model).resolve()
     lines = []
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as scratch:
+    Path("exports").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="exports") as scratch:
         for count in [0, *layers]:
             folder = Path(scratch) / (f"gemma-3-27b, {count} of 62 layers" if count else real.name)
             folder.mkdir()
