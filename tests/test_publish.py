@@ -93,7 +93,8 @@ class Answers(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             lines = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
             self.server.commits[self.path] = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-            return self.answer({"commitUrl": f"http://127.0.0.1:{self.server.server_port}/me/x/commit/1", "commitOid": "1" * 40, "pullRequestUrl": None})
+            page = f"http://127.0.0.1:{self.server.server_port}/me/x/commit/1"
+            return self.answer({"commitUrl": page, "commitOid": "1" * 40, "pullRequestUrl": None})
         return self.answer({"errors": [], "warnings": []})
 
     def do_GET(self) -> None:
