@@ -37,8 +37,10 @@ PART = re.compile(
     r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
 # Settings that say what a LoRA computes ...
-COMPUTED: dict[str, Any] = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "bias": str, "use_rslora": bool,
-            "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict}  # fmt: skip
+COMPUTED: dict[str, Any] = {
+    "r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "bias": str, "use_rslora": bool,
+    "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict,
+}  # fmt: skip
 # ... and those that say nothing of it: where it comes from, how it began, which layers it has (its tensors tell).
 SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
           "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
