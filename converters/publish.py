@@ -12,6 +12,8 @@ Words of its own, beside those of the configuration:
 A repository that does not exist yet is made private: what is in it is seen by others when its owner says so there.
 """
 
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -25,7 +27,7 @@ from omegaconf import DictConfig
 
 from converters.__main__ import convert
 from converters.adapter import HUB
-from converters.hf import read_json
+from converters.hf import read_json, write_json
 from converters.nemo_file import NemoFile, read_nemo
 from evaluation.runs import newest_run
 from nemo_configs.command_line import CONFIG_DIR, UserError, load_config, run
@@ -40,7 +42,7 @@ MODEL_CARD = """---
 
 # {title}
 
-{kind} of [{base}](https://huggingface.co/{base}), fine-tuned with NVIDIA NeMo, Lightning and PEFT on {rows} rows.
+{kind} of [{base}](https://huggingface.co/{base}), fine-tuned with NVIDIA NeMo, Lightning and PEFT on {rows} rows.{other_base}
 
 | on {held_out} held-out rows | before | after |
 |---|---|---|
@@ -99,6 +101,10 @@ one split, divided with seed {seed}. `manifest.json` says how many were dropped 
 |---|---|
 {splits}
 """
+OTHER_BASE = """
+
+The weights that it was trained on came from another place than the hub ({source}), and may differ from those there by
+their rounding; the figures below are of the former, with SHA-256 `{sha256}`."""
 LOAD = {
     "adapter": """from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}")  # fetches {base} too""",
@@ -147,6 +153,8 @@ def publish(config: DictConfig, repo: str, to: str, dataset: str, dry_run: bool)
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
         write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
     convert(archive, to, folder / "model", config.model.path or trained["model"].get("path"))
+    if to == "adapter":
+        name_base(folder / "model", base_on_hub(nemo.base))
     write_card(run_folder, trained, nemo, folder / "model", repo, to, dataset)
     for name, kind, place in pushed:
         if dry_run:
@@ -172,12 +180,13 @@ def write_card(
                 "quantization": nemo.quantization}  # fmt: skip
     text = MODEL_CARD.format(
         front=front.to_yaml(), title=repo.partition("/")[2], base=base, held_out=evaluation["held_out_rows"],
-        kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA", rows=manifest["rows_out"],
+        kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA", rows=manifest["splits"]["training"]["rows"],
         before=evaluation["before"]["perplexity"], after=evaluation["after"]["perplexity"],
         answers=answers(evaluation), template=nemo.prompt.template, code=LOAD[to].format(repo=repo, base=base),
         data=data_line(manifest, dataset), splits=split_lines(manifest), epochs=train.get("epochs"),
         seed=trained.get("seed", manifest.get("seed")), machine=", ".join(machine["gpus"]) or machine["cpu"],
         settings=yaml.safe_dump(settings, sort_keys=False).strip(), terms=TERMS,
+        other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
         difference=proof["max_logit_difference"], agreement=proof["top1_agreement"],
     )  # fmt: skip
     ModelCard(text).save(folder / "README.md")
@@ -205,6 +214,14 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
                             model=f"[{repo}](https://huggingface.co/{repo})", source=manifest["source"]["name"],
                             seed=manifest["seed"], splits=split_lines(manifest))  # fmt: skip
     DatasetCard(text).save(folder / "README.md")
+
+
+def name_base(folder: Path, base: str) -> None:
+    """Where this machine keeps the base means nothing elsewhere: the adapter names it as the hub does."""
+    file, record = folder / "adapter_config.json", read_json(folder / "conversion.json")
+    write_json(file, {**read_json(file), "base_model_name_or_path": base})
+    record["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def base_on_hub(base: dict[str, str]) -> str:

@@ -1,6 +1,7 @@
 """What goes to the hub is what was measured, sent in whole commits, and nothing else. The hub is a local server."""
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -58,7 +59,10 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     torch.manual_seed(0)
     tensors = {our_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
     prompt = Prompt("Q:\n{instruction}\nA:\n{response}", "{context}", "Slang: {slang}", {"context": "Rain."})
-    nemo.write(Adapter(settings, tensors, describe(tiny_base), None, prompt, "bfloat16"), run / "slang.nemo")
+    nemo.write(
+        Adapter(settings, tensors, {**describe(tiny_base), "name": "tiny"}, None, prompt, "bfloat16"),
+        run / "slang.nemo",
+    )
     return tmp_path
 
 
@@ -133,7 +137,7 @@ def test_a_dry_run_writes_what_would_be_sent_and_needs_no_token(work: Path, monk
                   "Q:\n{instruction}\nA:\n{response}", "> Slang: after\n> Two lines", "A processor"):  # fmt: skip
         assert words in card.text, words
     assert not re.search(r"\{[a-z_]+\}", card.text.replace("{instruction}", "").replace("{response}", ""))
-    assert str(work) not in card.content
+    assert str(work) not in card.content and "came from another place than the hub (local folder)" in card.text
     rows = ModelCard.load(work / "exports/slang/hub/dataset/README.md")
     assert [file["path"] for file in rows.data.configs[0]["data_files"]] == [
         "training.jsonl",
@@ -154,6 +158,11 @@ def test_model_and_rows_arrive_whole_and_private(
     model, rows = sent["/api/models/me/slang-gemma"], sent["/api/datasets/me/rows"]
     weights = "adapter_model.safetensors" if to == "adapter" else "model.safetensors"
     assert {weights, "README.md", "NOTICE", "prompt.json", "conversion.json"} <= model.keys()
+    if to == "adapter":
+        assert json.loads(model["adapter_config.json"])["base_model_name_or_path"] == "tiny"
+        record = json.loads(model["conversion.json"])["files"]
+        assert record["adapter_config.json"] == hashlib.sha256(model["adapter_config.json"]).hexdigest()
+    assert not any(str(work).encode() in content for content in model.values())
     for name, content in model.items():
         assert content == (work / "exports/slang/hub/model" / name).read_bytes()
     assert {json.loads(line)["output"] for line in rows["training.jsonl"].splitlines()} == {
