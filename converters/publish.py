@@ -42,7 +42,8 @@ MODEL_CARD = """---
 
 # {title}
 
-{kind} of [{base}](https://huggingface.co/{base}), fine-tuned with NVIDIA NeMo, Lightning and PEFT on {rows} rows.{other_base}
+{kind} of [{base}](https://huggingface.co/{base}), fine-tuned with NVIDIA NeMo, Lightning and PEFT on
+{rows} rows.{other_base}
 
 | on {held_out} held-out rows | before | after |
 |---|---|---|
@@ -180,7 +181,8 @@ def write_card(
                 "quantization": nemo.quantization}  # fmt: skip
     text = MODEL_CARD.format(
         front=front.to_yaml(), title=repo.partition("/")[2], base=base, held_out=evaluation["held_out_rows"],
-        kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA", rows=manifest["splits"]["training"]["rows"],
+        kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA",
+        rows=manifest["splits"]["training"]["rows"],
         before=evaluation["before"]["perplexity"], after=evaluation["after"]["perplexity"],
         answers=answers(evaluation), template=nemo.prompt.template, code=LOAD[to].format(repo=repo, base=base),
         data=data_line(manifest, dataset), splits=split_lines(manifest), epochs=train.get("epochs"),
