@@ -15,6 +15,8 @@ export override CONTEXT := $(value CONTEXT)
 export override CONDITION := $(value CONDITION)
 export override QUESTION := $(value QUESTION)
 export override RUNS := $(value RUNS)
+export override REPO := $(value REPO)
+export override DATASET := $(value DATASET)
 
 # A name that does not exist is answered before anything is installed.
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
@@ -35,7 +37,7 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
-.PHONY: train data new-task base generate chat report compare convert attempts
+.PHONY: train data new-task base generate chat report compare convert publish attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
@@ -60,10 +62,13 @@ report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly 
 compare: .venv/train.stamp  ## all finished runs of TASK side by side                   RUNS="a b"
 	@$(RUN) evaluation.compare_runs task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
 
-convert: .venv/train.stamp  ## newest run to Hugging Face format, proven               TO=adapter or merged
+convert: .venv/train.stamp  ## newest run to another format, proven                    TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
-	$(RUN) converters "$$nemo" --to $(TO) $(ARGS)
+	$(RUN) converters "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
+
+publish: .venv/train.stamp  ## newest run to the Hugging Face hub                      REPO=name/model DATASET=name/data DRY_RUN=1
+	@$(RUN) converters.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
 	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)

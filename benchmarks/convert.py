@@ -73,7 +73,8 @@ def main(words: list[str]) -> None:
         layers = [int(number) for number in value.split(",")]
     real = ensure_base_model(load_config().model).resolve()
     lines = []
-    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as scratch:
+    Path("exports").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="exports") as scratch:
         for count in [0, *layers]:
             folder = Path(scratch) / (f"gemma-3-27b, {count} of 62 layers" if count else real.name)
             folder.mkdir()
@@ -92,7 +93,7 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     """Lines of the table. Each system reads the base anew; what it wrote is removed before the next."""
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
-        "cp": ["cp", "-r", base, target],
+        "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
         "ours": [python, "-m", "converters", folder / "adapter", "--to", "merged", "--base", base, "--out", target],
     }
     if with_peers:

@@ -37,8 +37,10 @@ PART = re.compile(
     r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
 # Settings that say what a LoRA computes ...
-COMPUTED = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "bias": str, "use_rslora": bool,
-            "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict}  # fmt: skip
+COMPUTED: dict[str, Any] = {
+    "r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "bias": str, "use_rslora": bool,
+    "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict,
+}  # fmt: skip
 # ... and those that say nothing of it: where it comes from, how it began, which layers it has (its tensors tell).
 SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
           "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -56,11 +58,12 @@ def read(path: Path) -> Adapter:
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
     tensors = {our_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
-    base, dtype, quantization = _base_of(settings), None, None
+    base: Any = _base_of(settings)
+    dtype = quantization = None
     if (path / RECORD).exists():  # ours: it has the base's hash too
         ours = read_json(path / RECORD)
         base, dtype, quantization = (ours.get(key) for key in ("base", "dtype", "quantization"))
-        if not isinstance(base, dict) or not all(isinstance(text, str) for text in [dtype, *base.values()]):
+        if not isinstance(base, dict) or not all(isinstance(text, str) for text in [dtype or "", *base.values()]):
             raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
     return Adapter(plain_lora(settings, tensors, path / CONFIG), tensors, base, None, read_prompt(path), dtype,
                    quantization if isinstance(quantization, dict) else None)  # fmt: skip

@@ -92,11 +92,12 @@ def fill(
         if target.prompt != content.prompt:
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
+        adapter = source if isinstance(source, Adapter) else Adapter({}, {})
         record = {
             "source": path.name, "source_sha256": digest(path, seen), "from": origin, "to": to,
-            "base": {key: value for key, value in source.base.items() if key != "folder"} if base else None,
-            "dtype": source.dtype if base else None, "quantization": source.quantization if base else None,
-            "proof": proof, "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
+            "base": {key: value for key, value in adapter.base.items() if key != "folder"},
+            "dtype": adapter.dtype, "quantization": adapter.quantization, "proof": proof,
+            "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
             "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
             "seconds_to_write": round(seconds_to_write, 1), "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
@@ -137,6 +138,8 @@ def opened_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
     """The base of `adapter`, with its hash and folder in `origin`."""
     known = Path(adapter.base.get("name") or "").name
     folder = fetched(name) if name else Path("models") / known
+    if not name and not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
+        folder = Path(adapter.base["source"])
     if not (folder / "config.json").exists():
         missing = f"the base model {known} is not in {folder}" if known or name else "the adapter does not say its base"
         raise UserError(f"{missing}; name its folder with --base")
@@ -168,8 +171,8 @@ def digest(path: Path, seen: Callable[[int], None]) -> str:
         for file in files_of(path):
             total.update(f"{digest(file, seen)}  {file.relative_to(path)}\n".encode())
         return total.hexdigest()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
+    with path.open("rb") as content:
+        while block := content.read(2**22):
             total.update(block)
             seen(len(block))
     return total.hexdigest()

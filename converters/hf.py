@@ -81,8 +81,11 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     if plan.is_sharded:
         write_json(target / INDEX, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     write_json(target / "config.json", content.config)
-    for name, file in content.files.items():
-        shutil.copyfile(file, target / name) if isinstance(file, Path) else (target / name).write_bytes(file)
+    for name, content_or_path in content.files.items():
+        if isinstance(content_or_path, Path):
+            shutil.copyfile(content_or_path, target / name)
+        else:
+            (target / name).write_bytes(content_or_path)
     if content.prompt:
         content.prompt.save(target)
 

@@ -6,6 +6,7 @@ in float32 and rounded to the base's dtype once, a matrix at a time, when the re
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from converters.adapter import PART
-from converters.checkpoint import Adapter, Checkpoint
+from converters.checkpoint import Adapter, Checkpoint, Lazy
 from nemo_configs.command_line import UserError
 
 
@@ -40,7 +41,7 @@ def merge(base: Checkpoint, adapter: Adapter, where: Path) -> Checkpoint:
     tensors = dict(base.tensors)
     for layer, update in found.items():
         name, weight = f"{layer}.weight", base.tensors[f"{layer}.weight"]
-        tensors[name] = replace(weight, read=lambda weight=weight, update=update: fold(weight.read(), update))
+        tensors[name] = replace(weight, read=partial(_read_folded, weight, update))
     return Checkpoint(base.config, tensors, base.files, adapter.prompt or base.prompt)
 
 
@@ -99,6 +100,10 @@ def _update(layer: str, parts: dict[str, Tensor], peft: Mapping[str, Any], where
 def _value(peft: Mapping[str, Any], pattern: str, layer: str, default: Any) -> Any:
     values = peft.get(pattern) or {}
     return values.get(get_pattern_key(values.keys(), layer), default)
+
+
+def _read_folded(weight: Lazy, update: Update) -> Tensor:
+    return fold(weight.read(), update)
 
 
 def fold(weight: Tensor, update: Update) -> Tensor:

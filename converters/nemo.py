@@ -10,6 +10,7 @@ Nothing in an archive from elsewhere is run, unpacked to disk or followed: membe
 import json
 import tarfile
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import yaml
 
 from converters.adapter import plain_lora
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
-from converters.hf import as_prompt
+from converters.hf import COMPANIONS, as_prompt
 from converters.torch_file import read_tensors, write_tensors
 from nemo_configs.command_line import UserError
 
@@ -52,7 +53,12 @@ def read(path: Path) -> Checkpoint | Adapter:
     tensors = read_tensors(path, *members[WEIGHTS])
     if "config" in config:
         values = _section(config, "config", path)
-        files = {name.removeprefix(FILES): _bytes(path, *place) for name, place in members.items() if FILES in name}
+        files = {
+            name.removeprefix(FILES): _bytes(path, *place) for name, place in members.items() if name.startswith(FILES)
+        }
+        for name in files:
+            if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or Path(name).name != name:
+                raise UserError(f"{path}: {FILES}{name} is none of the files that belong to a model beside its weights")
         return Checkpoint(values, tensors, files, prompt, _texts(config.get("origin") or {}, "origin", path))
     if missing := {"base", "peft", "dtype"} - config.keys():
         raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
@@ -70,6 +76,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     prompt = vars(content.prompt) if content.prompt else None
     files: Mapping[str, bytes | Path] = {}
     tensors: Mapping[str, Lazy]
+    config: dict[str, Any]
     if isinstance(content, Checkpoint):
         config = {"config": content.config, "origin": content.origin, "prompt": prompt}
         tensors, files = content.tensors, content.files

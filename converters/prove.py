@@ -70,7 +70,7 @@ def prove(
         **differences(expected, found),
     }
     limits = {"max_logit_difference": 0.0} if tolerance is None else dict(tolerance)
-    if merged:
+    if merged and base:
         del found
         trained = differences(expected, _run(base, base, probes))["mean_kl_divergence"]
         result["mean_kl_divergence_of_training"] = trained

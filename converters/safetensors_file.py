@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,7 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
                     f"{path}: {name} is of {part.get_dtype()}; only whole models in {', '.join(DTYPES)} are converted"
                 )
             dtype = DTYPES[part.get_dtype()]
-            tensors[name] = Lazy(tuple(part.get_shape()), dtype, lambda name=name: _read_one(path, name))  # type: ignore[misc]
+            tensors[name] = Lazy(tuple(part.get_shape()), dtype, partial(_read_one, path, name))
     return tensors
 
 
@@ -83,4 +84,4 @@ def _order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The values of `tensor`, row by row, little-endian, without a copy where they lie so."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if math.prod(tensor.shape) else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if math.prod(tensor.shape) else memoryview(b"")

@@ -111,8 +111,8 @@ def _records(part: Part, path: Path) -> dict[int, tuple[int, int]]:
 
 def _lazy(name: str, tensor: Tensor, path: Path, begin: int, records: Mapping[int, tuple[int, int]]) -> Lazy:
     storage = tensor.untyped_storage()
-    offset = getattr(storage, "_checkpoint_offset", None)
-    size, crc = records.get(offset if offset is not None else -1, (-1, 0))
+    offset: int = getattr(storage, "_checkpoint_offset", -1)
+    size, crc = records.get(offset, (-1, 0))
     last = tensor.storage_offset() + sum(
         (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
@@ -123,7 +123,7 @@ def _lazy(name: str, tensor: Tensor, path: Path, begin: int, records: Mapping[in
         with path.open("rb") as file:
             file.seek(begin + offset)
             values = torch.empty(size, dtype=torch.uint8)
-            if file.readinto(values.numpy()) != size or zlib.crc32(values.numpy()) != crc:  # type: ignore[attr-defined]
+            if file.readinto(values.numpy().data) != size or zlib.crc32(values.numpy().data) != crc:
                 raise UserError(f"{path}: the bytes of {name} are damaged. Copy or download it again")
         return values.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -145,7 +145,7 @@ def write_tensors(
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(empty, layout)
         size = layout.stat().st_size
-        places = {name: tensor.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+        places = {name: tensor.untyped_storage()._checkpoint_offset
                   for name, tensor in torch.load(layout, map_location="meta", weights_only=True).items()}  # fmt: skip
         file.write(header(size))
         begin = file.tell()

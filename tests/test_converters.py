@@ -324,6 +324,7 @@ def test_adapters_of_other_tools_are_read_as_what_they_are(
     model = adapted(tiny_base)
     folder = foreign(model, tmp_path / "theirs", rename, **settings)
     convert(folder, "adapter", tmp_path / "ours", tiny_base)
+    assert adapter_folder.read(tmp_path / "ours").base["sha256"] == describe(tiny_base)["sha256"]
     whole = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     assert torch.equal(say(PeftModel.from_pretrained(whole, tmp_path / "ours").eval()), say(model))
 
