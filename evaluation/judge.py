@@ -53,7 +53,7 @@ def judge(run_folder: Path, config: DictConfig, generations: Lines) -> dict[str,
     file = run_folder / FILE
     lines = read_lines(file)
     if not config.judge.url:
-        model = lines[-1]["model"] if lines else None
+        model = lines[-1]["model"] if lines else ""
     elif config.judge.model:
         model = config.judge.model
     else:

@@ -209,13 +209,13 @@ def _fates(manifest: Mapping[str, Any]) -> Markup:
 
 def bars(
     title: str, unit: str, items: Sequence[tuple[str, float, str, str]], most: Sequence[float] | None = None,
-    ranges: Sequence[Sequence[float | None]] | None = None,
+    ranges: Sequence[Sequence[Any]] | None = None,
 ) -> Markup:  # fmt: skip
     """Horizontal bars of (name, value, text, colour), name and text above each.
 
     Args:
         most: extends each bar, paler.
-        ranges: `[low, high]` of each, drawn as a line; None for unknown.
+        ranges: `[low, high]` of each, drawn as a line; `[None, None]` for unknown.
     """
     if not items:
         return Markup("")

@@ -176,7 +176,7 @@ def _common_start(texts: list[str]) -> str:
 def _marked(pair: dict[str, str]) -> dict[str, str]:
     """The two answers, with the words marked that only one of them has, where most words are the same."""
     texts = [re.findall(r"\s+|\S+", pair[side]) for side in ("before", "after")]
-    matcher = SequenceMatcher(None, *texts, autojunk=False)
+    matcher = SequenceMatcher(None, texts[0], texts[1], autojunk=False)
     if not ALIKE <= matcher.ratio() < 1:
         return pair
     marked = [Markup(""), Markup("")]

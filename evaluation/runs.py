@@ -37,9 +37,9 @@ class Run:
     @classmethod
     def read(cls, folder: Path) -> "Run":
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        files = [read_json(folder / f"{name}.json") for name in
-                 ("data_manifest", "environment", "evaluation", "metrics")]  # fmt: skip
-        return cls(folder, config, *files, *read_metrics(folder))
+        names = ("data_manifest", "environment", "evaluation", "metrics")
+        manifest, environment, evaluation, metrics = (read_json(folder / f"{name}.json") for name in names)
+        return cls(folder, config, manifest, environment, evaluation, metrics, *read_metrics(folder))
 
     @property
     def task(self) -> str:
