@@ -43,6 +43,8 @@ def fill(
     origin = detect(path)
     module = module_of("hf" if to == MERGED else to)
     source = opened(origin, path)
+    if to == "hf" and isinstance(source, Adapter):
+        to = MERGED
     base = opened_base(source, base_name) if isinstance(source, Adapter) else None
     if isinstance(source, Adapter) and base:
         refuse_other_base(source, base, path)

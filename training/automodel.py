@@ -288,12 +288,13 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
     from training.gemma_lora import GemmaLoRA, weights_dtype
 
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")
+    peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     model = GemmaLoRA(
         OmegaConf.create({
             "base_folder": str(base_folder),
             "base": describe(base_folder),
             "dtype": str(weights_dtype()).removeprefix("torch."),
-            "peft": config.peft,
+            "peft": peft,
             "prompt": config.task.prompt,
             "seed": config.seed,
         })
