@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
 
 from nemo_configs.command_line import UserError
 
@@ -25,9 +24,9 @@ class Span:
     start: int
     length: int
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes as a seekable file of their own."""
-        return cast(BinaryIO, io.BufferedReader(_Window(self)))
+        return io.BufferedReader(_Window(self))
 
     def read(self, limit: int = 1 << 28) -> bytes:
         """All of a small file.

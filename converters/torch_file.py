@@ -9,6 +9,7 @@ archive's CRC, so that a flipped bit is found.
 import io
 import os
 import pickle
+import re
 import struct
 import tempfile
 import zipfile
@@ -41,7 +42,7 @@ def read_tensors(span: Span) -> dict[str, Lazy]:
         try:
             structure = torch.load(file, map_location="meta", weights_only=True)
         except pickle.UnpicklingError as error:
-            reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0][:120]
+            reason = re.split(r"\. |\n", str(error).partition("WeightsUnpickler error: ")[2])[0]
             raise UserError(
                 f"{span.name} is refused: it holds more than tensors, and would run code ({reason})"
             ) from None
