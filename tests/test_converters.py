@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
 from converters.nemo_file import read_nemo
 from converters.prove import prove
+from converters.spans import whole
 from converters.streamed import logits
+from converters.torch_file import MAX_PICKLE, read_tensors
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from training.base_model import describe
@@ -465,6 +468,30 @@ def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(UserError, match=r"is refused: it holds more than tensors|ckpt is damaged or not"):
             read_nemo(write_archive(tmp_path / "bomb.nemo", {"base": {}}, content))
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "content", "says"),
+    [("byteorder", b"big", "big-endian"), ("data/0", bytes(4), "does not lie in the file"), ("", b"", "compressed"),
+     ("data.pkl", bytes(MAX_PICKLE + 1), "67,108,865 bytes")],
+)  # fmt: skip
+def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if record else zipfile.ZIP_DEFLATED) as archive:
+        for name, whole_record in records.items():
+            archive.writestr(name, content if name == f"weights/{record}" else whole_record)
+    with pytest.raises(UserError, match=says):
+        read_tensors(whole(path))
+
+
+@pytest.mark.parametrize("state", [{"a": torch.eye(3).to_sparse()}, {"a": 3}, [torch.ones(2)]])
+def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match=r"sparse|something else than tensors"):
+        read_tensors(whole(tmp_path / "weights.ckpt"))
 
 
 @pytest.mark.parametrize(
