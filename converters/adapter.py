@@ -63,7 +63,8 @@ def read(path: Path) -> Adapter:
     if (path / RECORD).exists():  # ours: it has the base's hash too
         ours = read_json(path / RECORD)
         base, dtype, quantization = (ours.get(key) for key in ("base", "dtype", "quantization"))
-        if not isinstance(base, dict) or not all(isinstance(text, str) for text in [dtype or "", *base.values()]):
+        known = isinstance(base, dict) and isinstance(dtype, str | None)  # KerasHub does not say a dtype
+        if not known or not all(isinstance(text, str) for text in base.values()):
             raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
     return Adapter(plain_lora(settings, tensors, path / CONFIG), tensors, base, None, read_prompt(path), dtype,
                    quantization if isinstance(quantization, dict) else None)  # fmt: skip

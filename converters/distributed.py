@@ -9,12 +9,13 @@ All layers of a kind are one tensor [layers, …] under a key without a number, 
 newer ones may number them. Here they are always numbered. Read and written piece by piece.
 """
 
+import collections
+import io
 import itertools
 import json
 import math
 import pickle
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from converters.checkpoint import Lazy
 from converters.spans import Span, damaged
-from converters.torch_files import read_index, read_tensors
+from converters.torch_file import read_tensors
 from nemo_configs.command_line import UserError
 
 CONFIG, COMMON, INDEX, DATA = "metadata.json", "common.pt", ".metadata", "__0_0.distcp"
@@ -80,7 +81,7 @@ Found = tuple[str, tuple[int, ...], torch.dtype, list[Piece]]
 
 
 def _torch_dist(parts: Mapping[str, Span]) -> Iterator[Found]:
-    index, places = read_index(parts[INDEX]), defaultdict(list)
+    index, places = read_index(parts[INDEX]), collections.defaultdict(list)
     with damaged(parts[INDEX].name):
         for item, place in index.storage_data.items():
             places[item.fqn].append((item.offset, place))
@@ -92,6 +93,48 @@ def _torch_dist(parts: Mapping[str, Span]) -> Iterator[Found]:
                     for start, place in places[key]
                 ]
                 yield key, tuple(entry.size), entry.properties.dtype, pieces
+
+
+# What the index of a distributed checkpoint is made of: records without behaviour. Megatron adds its ranks' plans.
+RECORDS = (
+    metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
+    metadata.MetadataIndex, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo, collections.OrderedDict, planner.SavePlan, planner.WriteItem, planner.WriteItemType,
+    planner.TensorWriteData, planner.BytesIOWriteData,
+)  # fmt: skip
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16,
+          torch.int32, torch.int64, torch.bool)  # fmt: skip
+ALLOWED: dict[tuple[str, str], Any] = {
+    **{(record.__module__, record.__name__): record for record in RECORDS},
+    **{("torch", f"{dtype}".removeprefix("torch.")): dtype for dtype in DTYPES},
+    **{(module, name): PurePosixPath for module in ("pathlib", "pathlib._local")
+       for name in ("Path", "PosixPath", "PurePosixPath")},
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): lambda _: torch.strided,
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise UserError(f"it asks for {module}.{name}, which no checkpoint's index needs: not one to trust")
+        return ALLOWED[module, name]
+
+
+def read_index(span: Span) -> metadata.Metadata:
+    """The `.metadata` of a checkpoint of torch.distributed.checkpoint.
+
+    Raises:
+        UserError: damaged, or asking for anything but the classes of such an index.
+    """
+    with damaged(span.name):
+        try:
+            index = _MetadataUnpickler(io.BytesIO(span.read())).load()
+        except UserError as error:
+            raise UserError(f"{span.name}: {error}") from None
+        if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
+            raise UserError(f"{span.name} is no index of a distributed checkpoint")
+        return index
 
 
 def _slice(parts: Mapping[str, Span], place: Any, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Lazy:
@@ -197,9 +240,3 @@ def write_distributed(tensors: Mapping[str, Lazy], open_file: Open) -> None:
     with open_file(CONFIG) as file:
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         file.write(json.dumps({**backend, "common_backend": "torch", "common_backend_version": 1}).encode())
-
-
-def below(parts: Mapping[str, Span], folder: str) -> dict[str, Span]:
-    """Those of `parts` that lie in `folder`, under their names there."""
-    inside = {PurePosixPath(name): span for name, span in parts.items()}
-    return {f"{name.relative_to(folder)}": span for name, span in inside.items() if name.is_relative_to(folder)}

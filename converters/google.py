@@ -22,6 +22,7 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint, Lazy
 from converters.hf import read_json
 from converters.keras_config import published, read_config
+from converters.spans import whole
 from converters.torch_file import MAX_PICKLE, read_tensors
 from converters.vocabulary import of_sentencepiece
 from nemo_configs.command_line import UserError
@@ -30,6 +31,7 @@ TITLE = "Google's PyTorch checkpoint (gemma_pytorch)"
 READS = {Checkpoint}
 WRITES: dict[type, str] = {}
 
+STATE = "model_state_dict."  # where a file has its tensors; a shard may have them at the top
 INDEX = "pytorch_model.bin.index.json"
 RENAMED = {"embedder.weight": "model.embed_tokens.weight", "text_token_embedder.weight": "model.embed_tokens.weight"}
 LEFT_OUT = re.compile(r"(.*\.)?(local_|global_)?freqs_cis|siglip_vision_model\..*|mm_.*")
@@ -57,12 +59,14 @@ def read(path: Path) -> Checkpoint:
     """
     found: dict[str, Lazy] = {}
     for file in _files(path):
-        found |= read_tensors(file)
+        tensors = read_tensors(whole(file))
+        nested = {name.removeprefix(STATE): lazy for name, lazy in tensors.items() if name.startswith(STATE)}
+        found |= nested or tensors
     if any(name.endswith("weight_scaler") for name in found):
         raise UserError(f"{path} is quantized to 8 bits; convert the checkpoint that is not (without -quant)")
     layers = sum(name.endswith("self_attn.qkv_proj.weight") for name in found)
     size = SIZE_OF_27B.get(layers, 256)
-    tensors: dict[str, Lazy] = {}
+    tensors = {}
     heads: dict[str, tuple[int, ...]] = {}
     for name, tensor in found.items():
         if LEFT_OUT.fullmatch(name):

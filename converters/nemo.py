@@ -20,6 +20,7 @@ import yaml
 from converters.adapter import plain_lora
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.hf import COMPANIONS, as_prompt
+from converters.spans import Span, below, members
 from converters.torch_file import read_tensors, write_tensors
 from nemo_configs.command_line import UserError
 
@@ -39,26 +40,25 @@ def recognizes(path: Path) -> bool:
     if path.suffix != ".nemo" or not path.is_file():
         return False
     try:
-        return not MEGATRON & _config(_members(path), path).keys()
+        return not MEGATRON & _config(members(path), path).keys()
     except UserError:
         return True
 
 
 def read(path: Path) -> Checkpoint | Adapter:
-    members = _members(path)
-    config = _config(members, path)
-    if missing := {CONFIG, WEIGHTS} - members.keys():
-        raise UserError(f"{path} is not a whole .nemo of this project: it has no {', '.join(sorted(missing))}")
+    parts = members(path)
+    config = _config(parts, path)
+    if WEIGHTS not in parts:
+        raise UserError(f"{path} is not a whole .nemo of this project: it has no {WEIGHTS}")
     prompt = as_prompt(config["prompt"], path) if config.get("prompt") is not None else None
-    tensors = read_tensors(path, *members[WEIGHTS])
+    tensors = read_tensors(parts[WEIGHTS])
     if "config" in config:
         values = _section(config, "config", path)
-        files = {
-            name.removeprefix(FILES): _bytes(path, *place) for name, place in members.items() if name.startswith(FILES)
-        }
-        for name in files:
+        companions = below(parts, FILES)
+        for name in companions:
             if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or Path(name).name != name:
                 raise UserError(f"{path}: {FILES}{name} is none of the files that belong to a model beside its weights")
+        files = {name: span.read() for name, span in companions.items()}
         return Checkpoint(values, tensors, files, prompt, _texts(config.get("origin") or {}, "origin", path))
     if missing := {"base", "peft", "dtype"} - config.keys():
         raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
@@ -107,43 +107,15 @@ def _dtype(config: Mapping[str, Any]) -> str:
 # --- the archive ------------------------------------------------------------------------------------------------
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
-    """Name → where its bytes begin in `path`, and how many there are."""
-    found: dict[str, tuple[int, int]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:  # not packed: nothing in it is larger than the file
-            for member in tar:
-                name = member.name.removeprefix("./")
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse() or member.name.startswith("/") or ".." in Path(name).parts:
-                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a "
-                                    f"link, or lies outside the archive")  # fmt: skip
-                if member.offset_data + member.size > path.stat().st_size:
-                    raise UserError(f"{path} is not a whole .nemo of this project: it ends within {name}")
-                if name in found or len(found) >= MAX_MEMBERS:
-                    raise UserError(f"{path} is not a whole .nemo of this project: {name!r} is one member too many")
-                found[name] = (member.offset_data, member.size)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole .nemo of this project ({type(error).__name__}: {error})") from None
-    return found
-
-
-def _bytes(path: Path, begin: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(begin)
-        return file.read(size)
-
-
-def _config(members: Mapping[str, tuple[int, int]], path: Path) -> dict[str, Any]:
-    begin, size = members.get(CONFIG, (0, 0))
-    text = _bytes(path, begin, size) if size <= MAX_CONFIG else b""
+def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
+    if len(parts) > MAX_MEMBERS:
+        raise UserError(f"{path} is not a whole .nemo of this project: it has {len(parts)} members, of which none "
+                        f"needs more than {MAX_MEMBERS}")  # fmt: skip
+    text = parts[CONFIG].read(MAX_CONFIG) if CONFIG in parts else b""
     try:
         _refuse_growth(text)
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a whole .nemo of this project: it has no readable {CONFIG}")

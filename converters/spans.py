@@ -7,11 +7,10 @@ its folder. Here a file is a stretch of bytes of one that exists, read where it 
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
 
 from nemo_configs.command_line import UserError
 
@@ -25,9 +24,9 @@ class Span:
     start: int
     length: int
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The bytes as a seekable file of their own."""
-        return cast(BinaryIO, io.BufferedReader(_Window(self)))
+        return io.BufferedReader(_Window(self))
 
     def read(self, limit: int = 1 << 28) -> bytes:
         """All of a small file.
@@ -96,29 +95,50 @@ def damaged(name: str) -> Iterator[None]:
         raise UserError(f"{name} is damaged or not what its name says ({type(error).__name__}: {reason})") from None
 
 
+def whole(path: Path) -> Span:
+    """
+    Raises:
+        UserError: there is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    return Span(f"{path}", path, 0, path.stat().st_size)
+
+
 def members(path: Path) -> dict[str, Span]:
     """The files of a folder, or of an uncompressed tar: name within it → its bytes.
 
     Raises:
-        UserError: compressed, damaged or cut off; a name that leads outside, a link, a device, a sparse file.
+        UserError: no such file; compressed, damaged or cut off; a name that leads outside or stands twice, a link, a
+            device, a sparse file.
     """
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        return {f"{file.relative_to(path)}": Span(f"{file}", file, 0, file.stat().st_size) for file in files}
-    with path.open("rb") as file:
+        return {f"{file.relative_to(path)}": whole(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    found: dict[str, Span] = {}
+    size = whole(path).length
+    with damaged(f"{path}"), path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
-            raise UserError(f"{path} is compressed; unpack it (tar -xzf {path.name}) and name the folder")
-    found, size = {}, path.stat().st_size
-    with damaged(f"{path}"), tarfile.open(path, "r:") as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts:
-                raise UserError(f"{path} holds {member.name!r}, which leads outside of it: not a checkpoint to trust")
-            if member.isdir():
-                continue
-            if not member.isreg() or member.sparse:
-                raise UserError(f"{path} holds {member.name!r}, which is no plain file: not a checkpoint to trust")
-            if member.offset_data + member.size > size:
-                raise UserError(f"{path} is cut off within {member.name}: copy or download it again")
-            found[f"{name}"] = Span(f"{path}:{name}", path, member.offset_data, member.size)
+            raise UserError(f"{path} is compressed; unpack it (gunzip < {path.name} > plain.nemo) and name that file")
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise UserError(f"{path} holds {member.name!r}, which leads outside of it: "
+                                    f"not a checkpoint to trust")  # fmt: skip
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise UserError(f"{path} holds {member.name!r}, which is no plain file: not a checkpoint to trust")
+                if f"{name}" in found:
+                    raise UserError(f"{path} holds {member.name!r} twice: not a checkpoint to trust")
+                if member.offset_data + member.size > size:
+                    raise UserError(f"{path} is cut off within {member.name}: copy or download it again")
+                found[f"{name}"] = Span(f"{path}:{name}", path, member.offset_data, member.size)
     return found
+
+
+def below(parts: Mapping[str, Span], folder: str) -> dict[str, Span]:
+    """Those of `parts` that lie in `folder`, under their names there."""
+    inside = {PurePosixPath(name): span for name, span in parts.items()}
+    return {f"{name.relative_to(folder)}": span for name, span in inside.items() if name.is_relative_to(folder)}

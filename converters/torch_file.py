@@ -1,19 +1,22 @@
 """A file of `torch.save`, alone or inside another file, tensor by tensor: read lazily, and written so too.
 
 Such a file is a zip archive of uncompressed records: `data.pkl`, which says what the tensors are, and `data/0`,
-`data/1` … with their bytes. Only the former is unpickled, with `weights_only=True`; each record's bytes are checked
-against the archive's CRC as they are read, so that a flipped bit is found.
+`data/1` … with their bytes. Only the former is unpickled, with `weights_only=True` and onto the device "meta": shapes,
+dtypes, and where in the file a storage begins. A record is read when its tensor is asked for, and checked against the
+archive's CRC, so that a flipped bit is found.
 """
 
+import io
 import os
 import pickle
+import re
 import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,113 +24,84 @@ from torch._subclasses import FakeTensorMode
 
 from converters.checkpoint import Lazy
 from converters.safetensors_file import as_bytes
+from converters.spans import Span, damaged
 from nemo_configs.command_line import UserError
 
 MAX_PICKLE = 64 * 2**20  # bytes: what names a hundred thousand tensors
 
 
-class Part:
-    """Bytes `begin` to `begin + size` of a file, as a file of their own, for readers that seek and read."""
-
-    def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
-        self._file, self._begin, self._size, self._at = file, begin, size, 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
-        if self._at < 0:
-            raise OSError("seek before the beginning")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def seekable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._size - self._at, 0)
-        self._file.seek(self._begin + self._at)
-        found = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(found)
-        return found
-
-    def readline(self) -> bytes:  # torch.load asks whether there is one
-        raise OSError("not a text")
-
-    def readinto(self, buffer: Any) -> int:
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
-
-
-def read_tensors(path: Path, begin: int = 0, size: int | None = None) -> dict[str, Lazy]:
-    """The tensors of the file of `torch.save` that lies in `path` from byte `begin` on, by their names.
+def read_tensors(span: Span) -> dict[str, Lazy]:
+    """The tensors of a file: their keys, joined with dots where they are nested, → tensors. A tensor alone is `""`.
 
     Raises:
-        UserError: it is damaged, or would run code, or holds something else than named tensors.
+        UserError: damaged, of PyTorch before 1.6, of a big-endian machine; it would run code, or holds no tensors.
     """
-    size = path.stat().st_size - begin if size is None else size
-    try:
-        with path.open("rb") as file:
-            records = _records(Part(file, begin, size), path)
-            state = torch.load(cast(BinaryIO, Part(file, begin, size)), map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: it holds more than tensors, and would run code ({_short(error)})"
-        ) from None
-    except Exception as error:  # whatever a damaged archive makes the readers of zip and pickle raise
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} holds no whole file of torch.save ({type(error).__name__}: {_short(error)})") from None
-    if isinstance(state, dict) and isinstance(state.get("model_state_dict"), dict):
-        state = state["model_state_dict"]  # as Google's have them
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
-    ):
-        raise UserError(f"{path} holds something else than tensors by name")
-    return {name: _lazy(name, tensor, path, begin, records) for name, tensor in state.items()}
-
-
-def _short(error: Exception) -> str:
-    return str(error).partition("\n")[0][:120]
-
-
-def _records(part: Part, path: Path) -> dict[int, tuple[int, int]]:
-    """Where a record's bytes begin → their number and CRC. Refuses what is packed: it could unpack to any size."""
-    found = {}
-    with zipfile.ZipFile(cast(BinaryIO, part)) as archive:
-        for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise UserError(f"{path} is refused: its record {record.filename!r} is compressed")
-            if record.filename.endswith("data.pkl"):
-                if record.file_size > MAX_PICKLE:
-                    raise UserError(f"{path} is refused: its list of tensors has {record.file_size:,} bytes")
-                archive.read(record)  # checks its CRC
-            part.seek(record.header_offset + 26)
-            name, extra = struct.unpack("<HH", part.read(4))
-            found[record.header_offset + 30 + name + extra] = (record.file_size, record.CRC)
+    # Transformer Engine's older `_extra_state` are BytesIO objects; nothing else is allowed that is not by default.
+    with damaged(span.name), span.open() as file, torch.serialization.safe_globals([io.BytesIO]):
+        records = _records(file, span)
+        try:
+            structure = torch.load(file, map_location="meta", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = re.split(r"\. |\n", str(error).partition("WeightsUnpickler error: ")[2])[0]
+            raise UserError(
+                f"{span.name} is refused: it holds more than tensors, and would run code ({reason})"
+            ) from None
+        found = {key: _lazy(tensor, records, span, key) for key, tensor in _tensors(structure)}
+    if not found:
+        raise UserError(f"{span.name} holds something else than tensors by name")
     return found
 
 
-def _lazy(name: str, tensor: Tensor, path: Path, begin: int, records: Mapping[int, tuple[int, int]]) -> Lazy:
-    storage = tensor.untyped_storage()
+def _records(file: BinaryIO, span: Span) -> dict[int, tuple[int, int]]:
+    """Where a record's bytes begin → their number and CRC. Refuses what is packed: it could unpack to any size."""
+    found = {}
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise UserError(f"{span.name} is refused: its record {record.filename!r} is compressed")
+            if "/data/" not in record.filename:  # what torch.load reads, which checks no CRC
+                if record.file_size > MAX_PICKLE:
+                    raise UserError(f"{span.name} is refused: {record.filename!r} has {record.file_size:,} bytes")
+                if archive.read(record) != b"little" and record.filename.endswith("/byteorder"):
+                    raise UserError(f"{span.name} was written on a big-endian machine; save it again on another")
+            found[_data_offset(file, record)] = (record.file_size, record.CRC)
+    file.seek(0)
+    return found
+
+
+def _data_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    file.seek(record.header_offset + 26)  # the local header's lengths: its padding is not in the directory
+    name, extra = struct.unpack("<HH", file.read(4))
+    return record.header_offset + 30 + name + extra
+
+
+def _tensors(value: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, content in value.items():
+            yield from _tensors(content, f"{key}.{name}" if key else f"{name}")
+
+
+def _lazy(tensor: Tensor, records: Mapping[int, tuple[int, int]], span: Span, key: str) -> Lazy:
+    where = f"{span.name}: {key or 'its tensor'}"
+    if tensor.layout != torch.strided:
+        raise UserError(f"{where} is sparse, which no weight of a Gemma is")
+    storage, shape, stride, start = tensor.untyped_storage(), tensor.shape, tensor.stride(), tensor.storage_offset()
     offset: int = getattr(storage, "_checkpoint_offset", -1)
     size, crc = records.get(offset, (-1, 0))
-    last = tensor.storage_offset() + sum(
-        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-    if size != storage.nbytes() or (tensor.numel() and not (last + 1) * tensor.itemsize <= size) or tensor.is_sparse:
-        raise UserError(f"{path}: {name} does not lie in the file as it says. Copy or download it again")
+    last = start + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    if size != storage.nbytes() or (tensor.numel() and (last + 1) * tensor.itemsize > size):
+        raise UserError(f"{where} does not lie in the file as it says. Copy or download it again")
 
     def read() -> Tensor:
-        with path.open("rb") as file:
-            file.seek(begin + offset)
-            values = torch.empty(size, dtype=torch.uint8)
+        values = torch.empty(size, dtype=torch.uint8)
+        with damaged(where), span.part(offset, size).open() as file:
             if file.readinto(values.numpy().data) != size or zlib.crc32(values.numpy().data) != crc:
-                raise UserError(f"{path}: the bytes of {name} are damaged. Copy or download it again")
-        return values.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+                raise UserError(f"{where} has damaged bytes. Copy or download the file again")
+            return values.view(tensor.dtype).as_strided(shape, stride, start)
 
-    return Lazy(tuple(tensor.shape), tensor.dtype, read)
+    return Lazy(tuple(shape), tensor.dtype, read)
 
 
 def write_tensors(
@@ -175,9 +149,7 @@ def _checksum_places(layout: BinaryIO, checksums: Mapping[int, int]) -> list[tup
     with zipfile.ZipFile(layout) as archive:
         at = archive.start_dir
         for record in archive.infolist():
-            layout.seek(record.header_offset + 26)
-            name, extra = struct.unpack("<HH", layout.read(4))
-            data = record.header_offset + 30 + name + extra
+            data = _data_offset(layout, record)
             if data in checksums:
                 places += [(at + 16, checksums[data])]  # PKZIP APPNOTE 4.3.12
                 layout.seek(data + record.file_size)

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
 from converters.nemo_file import read_nemo
 from converters.prove import prove
+from converters.spans import whole
 from converters.streamed import logits
+from converters.torch_file import MAX_PICKLE, read_tensors
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from training.base_model import describe
@@ -462,9 +465,33 @@ def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.M
     weights = io.BytesIO()
     torch.save({"a": Bomb()}, weights)
     for content in (weights.getvalue(), pickle.dumps(Bomb())):
-        with pytest.raises(UserError, match=r"is refused: it holds more than tensors|holds no whole file"):
+        with pytest.raises(UserError, match=r"is refused: it holds more than tensors|ckpt is damaged or not"):
             read_nemo(write_archive(tmp_path / "bomb.nemo", {"base": {}}, content))
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("record", "content", "says"),
+    [("byteorder", b"big", "big-endian"), ("data/0", bytes(4), "does not lie in the file"), ("", b"", "compressed"),
+     ("data.pkl", bytes(MAX_PICKLE + 1), "67,108,865 bytes")],
+)  # fmt: skip
+def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if record else zipfile.ZIP_DEFLATED) as archive:
+        for name, whole_record in records.items():
+            archive.writestr(name, content if name == f"weights/{record}" else whole_record)
+    with pytest.raises(UserError, match=says):
+        read_tensors(whole(path))
+
+
+@pytest.mark.parametrize("state", [{"a": torch.eye(3).to_sparse()}, {"a": 3}, [torch.ones(2)]])
+def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "weights.ckpt")
+    with pytest.raises(UserError, match=r"sparse|something else than tensors"):
+        read_tensors(whole(tmp_path / "weights.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -478,7 +505,7 @@ def test_members_outside_the_archive_are_not_followed(name: str, kind: bytes, tm
         member = tarfile.TarInfo(name)
         member.type, member.linkname = kind, "/etc/passwd"
         tar.addfile(member)
-    with pytest.raises(UserError, match=r"not a whole \.nemo"):
+    with pytest.raises(UserError, match="not a checkpoint to trust"):
         read_nemo(path)
 
 
@@ -492,14 +519,21 @@ def test_what_would_grow_without_bounds_is_refused(tmp_path: Path) -> None:
             member = tarfile.TarInfo("model_config.yaml")
             member.size = len(text)
             tar.addfile(member, io.BytesIO(text.encode()))
-        with pytest.raises(UserError, match=r"not a whole \.nemo"):
+        with pytest.raises(UserError, match=r"not a whole \.nemo|more than any file of its kind needs"):
             read_nemo(path)
+    crowded = tmp_path / "crowded.nemo"
+    for names, says in ([f"{number}" for number in range(101)], "101 members"), (["a", "./a"], "twice"):
+        with tarfile.open(crowded, "w") as tar:
+            for name in names:
+                tar.addfile(tarfile.TarInfo(name))
+        with pytest.raises(UserError, match=says):
+            read_nemo(crowded)
     packed = tmp_path / "packed.nemo"
     with tarfile.open(packed, "w:gz") as tar:
         member = tarfile.TarInfo("model_config.yaml")
         member.size = 2**24
         tar.addfile(member, io.BytesIO(bytes(2**24)))
-    with pytest.raises(UserError, match=r"not a whole \.nemo"):
+    with pytest.raises(UserError, match="is compressed; unpack it"):
         read_nemo(packed)
 
 
@@ -513,8 +547,10 @@ def test_a_shard_outside_its_folder_is_not_read(tiny_base: Path, tmp_path: Path)
 def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
     for content in (b"", b"not a tar", b"\0" * 10_240):
         (tmp_path / "x.nemo").write_bytes(content)
-        with pytest.raises(UserError, match=r"is not a whole \.nemo"):
+        with pytest.raises(UserError, match=r"x\.nemo is (not a whole \.nemo|damaged or not what)"):
             read_nemo(tmp_path / "x.nemo")
+    with pytest.raises(UserError, match="no such file"):
+        read_nemo(tmp_path / "y.nemo")
 
 
 @pytest.mark.slow
@@ -523,7 +559,7 @@ def test_an_error_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-m", "converters", tmp_path / "x.nemo", "--to", "adapter"],
                             cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert result.returncode == 2
-    assert "is not a whole .nemo" in result.stderr and "Traceback" not in result.stderr
+    assert "x.nemo is damaged or not what its name says" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 

@@ -94,7 +94,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "gemma.ckpt"
     torch.save({"model_state_dict": state(tiny("gemma")), "self_attn.qkv_proj": Hostile()}, path)
     assert google.recognizes(path)
-    with pytest.raises(UserError, match="refused"):
+    with pytest.raises(UserError, match="refused: it holds more than tensors, and would run code"):
         read(path)
     path.write_bytes(pickle.dumps(Hostile()))
     assert not google.recognizes(path)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import hf, keras
+from converters.__main__ import convert
 from converters.checkpoint import Adapter, Checkpoint, of_memory
 from converters.checks import check_shapes, checked
 from data_prep.prompt import Prompt
@@ -269,6 +270,18 @@ def test_a_lora_of_keras_changes_the_same_in_peft(family: str, names: list[str],
     adapter.config = model.config.to_dict()
     keras.write(adapter, tmp_path / "again.lora.h5")
     assert datasets(tmp_path / "again.lora.h5") == datasets(path)
+
+
+def test_a_lora_of_keras_goes_on_from_the_folder_of_peft(tmp_path: Path) -> None:
+    """Its record says no dtype, which a Keras file has not."""
+    model = tiny("gemma")
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    keras_lora(model, tmp_path / "slang.lora.h5", ["query", "value"])
+    convert(tmp_path / "slang.lora.h5", "adapter", tmp_path / "slang", tmp_path / "base")
+    assert json.loads((tmp_path / "slang/conversion.json").read_text())["dtype"] is None
+    convert(tmp_path / "slang", "gguf", tmp_path / "gguf", tmp_path / "base")
+    assert list((tmp_path / "gguf").glob("*.gguf"))
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"layers_to_transform": [1]}])
