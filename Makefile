@@ -9,9 +9,14 @@ PYTHON ?= python3
 
 # Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
 export override SOURCE := $(value SOURCE)
+export override NAME := $(value NAME)
+export override TITLE := $(value TITLE)
 export override CONTEXT := $(value CONTEXT)
 export override CONDITION := $(value CONDITION)
+export override QUESTION := $(value QUESTION)
 export override RUNS := $(value RUNS)
+export override REPO := $(value REPO)
+export override DATASET := $(value DATASET)
 
 # A name that does not exist is answered before anything is installed.
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
@@ -24,24 +29,32 @@ $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known:
 $(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
 
 RUN := .venv/bin/python -m
+# Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
 CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
-.PHONY: train data base generate report compare convert attempts
+.PHONY: train data new-task base generate chat report compare convert publish attempts
 train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
 	@$(RUN) training $(CONFIG)
 
-data: .venv/train.stamp  ## only prepare the data of TASK                              SOURCE=my.csv
+data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
+
+new-task: .venv/train.stamp  ## write a task for a table of your own, as a start         NAME=films SOURCE=reviews.csv TITLE="..."
+	@$(RUN) data_prep.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones
 	@$(RUN) training.base_model model=$(MODEL) $(ARGS)
 
-generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..."
-	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(ARGS)
+generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..." QUESTION="..."
+	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
+
+chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal           ARGS="+run=FOLDER"
+	@$(RUN) evaluation.chat task=$(TASK) $(ARGS)
 
 report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly        ARGS="+run=FOLDER judge.url=..."
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
@@ -49,10 +62,13 @@ report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly 
 compare: .venv/train.stamp  ## all finished runs of TASK side by side                   RUNS="a b"
 	@$(RUN) evaluation.compare_runs task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
 
-convert: .venv/train.stamp  ## newest run to Hugging Face format, proven               TO=adapter or merged
+convert: .venv/train.stamp  ## newest run to another format, proven                    TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
-	$(RUN) converters "$$nemo" --to $(TO) $(ARGS)
+	$(RUN) converters "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
+
+publish: .venv/train.stamp  ## newest run to the Hugging Face hub                      REPO=name/model DATASET=name/data DRY_RUN=1
+	@$(RUN) converters.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
 	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
@@ -69,10 +85,10 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
-	@$(RUN) pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
-	@$(RUN) pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: .venv/dev.stamp  ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

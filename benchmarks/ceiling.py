@@ -43,6 +43,13 @@ def measure(config: PretrainedConfig, tokens: int, learned: int) -> dict[str, An
     return rates
 
 
+def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of two measurements: what disturbs a machine for a while lowers the one, and must not raise a fraction of it."""
+    for dtype in ("bfloat16", "float32"):
+        one[dtype] = {part: max(rate, other[dtype][part]) for part, rate in one[dtype].items()}
+    return one
+
+
 def seconds_at_ceiling(flops: Flops, rates: dict[str, float]) -> float:
     """Least time for `flops` at the measured `rates` of one dtype; adapters and attention at the layers' rate."""
     return (flops.layers + flops.adapters + flops.attention) / rates["layers"] + flops.output / rates["output"]

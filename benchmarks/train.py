@@ -160,6 +160,11 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     }  # fmt: skip
     print(f"{len(counted)} rows in {own.rounds} rounds, {sum(lengths):,} tokens, {learned:,} of them learned; "
           f"{batch} rows a step, {micro} at once for peers", flush=True)  # fmt: skip
+    gemma = AutoConfig.from_pretrained(base_folder)
+    tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
+    shape = gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths))
+    print("Measuring the ceiling, before the rounds and after them", flush=True)
+    rates = ceiling.measure(*shape)
     systems = run_rounds(jobs, scratch)
     given = _count(training)
     for name, system in systems.items():  # a figure counts only for the very tokens that all were given
@@ -169,11 +174,8 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     for name, system in systems.items():
         if "rounds" in system:
             system["held_out_loss"] = evaluator.loss(Path(jobs[name].adapter))
-    print("Measuring the ceiling", flush=True)
-    gemma = AutoConfig.from_pretrained(base_folder)
+    rates = ceiling.higher(rates, ceiling.measure(*shape))
     flops = flops_of(gemma, lengths, learned, lora["r"], lora["target_modules"])
-    tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
-    rates = ceiling.measure(gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths)))
     environment = describe_environment()
     cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}

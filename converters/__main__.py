@@ -1,75 +1,82 @@
-"""Convert a fine-tuned model, and prove that the result says the same.
+"""Convert a model or an adapter, and prove that the result says the same.
 
     python -m converters runs/slang/<run>/slang.nemo --to adapter
     python -m converters runs/slang/<run>/slang.nemo --to merged --out my-slang-gemma
+    python -m converters google/gemma-2-2b --to nemo
 
-| from | to | opens with |
-|---|---|---|
-| .nemo (adapter) | adapter | PeftModel.from_pretrained(base, folder) |
-| .nemo (adapter) | merged | AutoModelForCausalLM.from_pretrained(folder), vLLM |
-
-The folder appears only when it has passed its proof, `conversion.json`.
+What SOURCE is, is seen from its content. The target is a folder; it appears when it has passed its proof,
+`conversion.json`, or not at all. `merged` is an adapter folded into its base, as a Hugging Face folder.
 """
 
 import argparse
-import hashlib
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 
+from converters.formats import FORMATS, MERGED, module_of
 from nemo_configs.command_line import UserError, run
-
-TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser("converters", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", type=Path, help="a .nemo of this project")
-    parser.add_argument("--to", required=True, choices=["adapter", "merged"])
-    parser.add_argument("--out", type=Path, help="target folder (default: exports/<task>/<to>)")
-    parser.add_argument("--base", type=Path, help="Hugging Face folder of the base (default: models/<its name>)")
+    about = f"{__doc__}\n{table()}" if {"-h", "--help"} & set(words) else ""
+    parser = argparse.ArgumentParser("converters", description=about, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", help="a file, a folder, or a model on the hub, as name/model")
+    parser.add_argument("--to", required=True, choices=[*FORMATS, MERGED])
+    parser.add_argument("--out", type=Path, help="target folder (default: exports/<source>/<to>)")
+    parser.add_argument("--base", help="an adapter's base: folder, or name on the hub (default: models/<its name>)")
+    parser.add_argument("--dtype", help="how weights are stored, where the format leaves a choice")
     options = parser.parse_args(words)
-    target = options.out or Path("exports") / options.source.stem / options.to
-    convert(options.source, options.to, target, options.base)
+    target = options.out or Path("exports") / Path(options.source).stem / options.to
+    convert(options.source, options.to, target, options.base, options.dtype)
 
 
-def convert(source: Path, kind: str, target: Path, base_folder: Path | None = None) -> None:
-    """Write `target` from the archive `source`, proven.
+def table() -> str:
+    """The matrix of --help, from what the formats say of themselves."""
+    from converters.checkpoint import Adapter, Checkpoint
+
+    modules = {name: module_of(name) for name in FORMATS}
+    lines = ["| --to | is | from |", "|---|---|---|"]
+    for name, module in modules.items():
+        for kind, word in ((Checkpoint, "whole model"), (Adapter, "adapter")):
+            if kind in module.WRITES:
+                sources = ", ".join(
+                    other for other, theirs in modules.items() if kind in theirs.READS and other != name
+                )
+                lines.append(f"| {name} | {module.TITLE}, {word} | {sources} |")
+    adapters = ", ".join(name for name, module in modules.items() if Adapter in module.READS)
+    return "\n".join([*lines, f"| {MERGED} | Hugging Face folder, adapter folded into its base | {adapters} |"])
+
+
+def convert(
+    source: Path | str, to: str, target: Path, base: Path | str | None = None, dtype: str | None = None
+) -> None:
+    """Write the folder `target` from `source`, proven.
+
+    Args:
+        to: a name of formats.FORMATS, or "merged".
+        base: of an adapter: a Hugging Face folder, or a name on the hub.
+        dtype: one of the format's DTYPES.
 
     Raises:
-        UserError: an unreadable source, a missing or wrong base, a target in the way, an unfaithful conversion.
+        UserError: an unreadable source, a format that cannot hold it, a missing or wrong base, a target in the way, a
+            full disk, an unfaithful conversion.
     """
-    if target.exists() and not (target / "conversion.json").exists() and any(target.iterdir()):
+    is_ours = target.is_dir() and ((target / "conversion.json").exists() or not any(target.iterdir()))
+    if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with --out")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.nemo_file import read_nemo
-    from converters.prove import prove, write_record
-    from converters.to_adapter import write_adapter
-    from converters.to_merged import write_merged
+    from converters.conversion import fill
 
-    nemo = read_nemo(source)
-    base_folder = base_folder or Path("models") / nemo.base["name"]
-    if not (base_folder / "config.json").exists():
-        raise UserError(f"the base model {nemo.base['name']} is not in {base_folder}; name its folder with --base")
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        (write_adapter if kind == "adapter" else write_merged)(nemo, base_folder, partial)
-        (partial / "NOTICE").write_text(TERMS_NOTICE)
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        proof = prove(kind, nemo, base_folder, partial)
-        packages = {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}
-        write_record(partial, {"source": source.name, "source_sha256": digest, "to": kind, "base": nemo.base,
-                               "dtype": nemo.dtype, "proof": proof, "packages": packages})  # fmt: skip
-    except BaseException:
+        proof = fill(partial, source, to, base, dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    print(f"{target}: largest logit difference {proof['max_logit_difference']:.2g}, KL divergence "
-          f"{proof['mean_kl_divergence']:.2g} nats a token, top-1 agreement {proof['top1_agreement']:.1%}")  # fmt: skip
+    print(f"{target}: {proof['tensors_with_the_same_bits']} of {proof['tensors']} tensors have the same bits; largest "
+          f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} "
+          f"nats a token, top-1 agreement {proof['top1_agreement']:.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""The proof of a conversion: both sides are run on the same prompts and must say the same.
+"""The proof of a conversion: what was written is read again, and must say what the source says.
 
-What was written is opened again by plain transformers and peft, the way its user will open it.
+Every tensor is compared with the source's, bit by bit, unless the conversion rounds: a merge does, once, and a format
+that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (streamed.py), and what they
+predict is compared. An adapter is run on its base, by peft.
 """
 
-import json
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from converters.nemo_file import NemoFile
+from converters.adapter import PART
+from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.streamed import logits
 from nemo_configs.command_line import UserError
 
-# An adapter is the same numbers in another file: its logits must not differ at all. Merging rounds each weight once,
-# to bfloat16's 8 bits, which moves logits a little: the mean divergence of the predicted distributions must stay
-# far below what separates the fine-tuned model from its base.
-LIMITS = {"adapter": {"max_logit_difference": 0.0}, "merged": {"mean_kl_divergence": 0.005}}
+# Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
+# predicted distributions must stay far below what separates the fine-tuned model from its base.
+MERGED_LIMITS = {"mean_kl_divergence": 0.005}
 SHARE_OF_TRAINING = 0.1  # and at most this share of the divergence between base and fine-tuned model
 
 PROBES = (
@@ -29,42 +29,52 @@ PROBES = (
     "def area(radius):\n    return",
     "¿Qué vas a hacer este fin de semana?",
 )
+MAX_TOKENS = 24  # of a probe: logits over 262,144 tokens are 1 MB each
 
 
-def prove(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> dict[str, Any]:
-    """Compare the `.nemo` on its base with the converted `folder` (`kind`: adapter or merged).
+def prove(
+    source: Checkpoint | Adapter,
+    target: Checkpoint | Adapter,
+    base: Checkpoint | None,
+    tolerance: dict[str, float] | None,
+) -> dict[str, Any]:
+    """Compare `source` with `target`, which was read from what was written.
+
+    Args:
+        base: of an adapter, which may be one side or both.
+        tolerance: name of a measured difference → its limit; None where every bit must be the same.
 
     Returns:
-        Maximal and mean absolute logit difference, mean KL divergence in nats a token, top-1 agreement, and the
-        divergence between base and fine-tuned model to hold them against.
+        How many tensors have the same bits, maximal and mean absolute logit difference, mean KL divergence in nats a
+        token, top-1 agreement; where an adapter was merged, also the divergence between base and fine-tuned model.
 
     Raises:
-        UserError: a tensor is not finite, or a difference is beyond its limit.
+        UserError: a difference is beyond its limit.
     """
-    check_tensors(folder)
-    # Both sides on the CPU, where a model of any size fits and the same sum has the same bits.
-    source, tokenizer = nemo.load_onto(base_folder, "cpu")
-    probes = [nemo.prompt.wrap(nemo.prompt.write_instruction()), *PROBES]
-    # Both sides in float32: the comparison is to show the conversion's rounding, not that of the products.
-    expected = logits(source.float(), tokenizer, probes)
-    with source.disable_adapter():
-        base = logits(source, tokenizer, probes)
-    del source
-    found = logits(reopen(kind, nemo, base_folder, folder).float(), AutoTokenizer.from_pretrained(
-        base_folder if kind == "adapter" else folder), probes)  # fmt: skip
-    trained = divergence(expected, base)
+    merged = isinstance(source, Adapter) and isinstance(target, Checkpoint)
+    names, differing = _compare(base if merged and base else source, target)
+    if merged:
+        changed = {PART.sub(r"\1.weight", name) for name in source.tensors}
+        unexpected = [name for name in differing if name not in changed]
+    else:
+        unexpected = differing if tolerance is None else []
+    if unexpected:
+        raise UserError(f"the conversion is not faithful: {unexpected[0]} has other values than in the source")
+    probes = _probes(source, target, base)
+    expected, found = _run(source, base, probes), _run(target, base, probes)
     result = {
+        "tensors": names,
+        "tensors_with_the_same_bits": names - len(differing),
         "probes": len(probes),
         "tokens": len(expected),
-        "max_logit_difference": (expected - found).abs().max().item(),
-        "mean_logit_difference": (expected - found).abs().mean().item(),
-        "mean_kl_divergence": divergence(expected, found),
-        "top1_agreement": (expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
-        "mean_kl_divergence_of_training": trained,
+        **differences(expected, found),
     }
-    limits = dict(LIMITS[kind])
-    if "mean_kl_divergence" in limits:
-        limits["mean_kl_divergence"] = min(limits["mean_kl_divergence"], SHARE_OF_TRAINING * trained)
+    limits = {"max_logit_difference": 0.0} if tolerance is None else dict(tolerance)
+    if merged and base:
+        del found
+        trained = differences(expected, _run(base, base, probes))["mean_kl_divergence"]
+        result["mean_kl_divergence_of_training"] = trained
+        limits = {name: min(limit, SHARE_OF_TRAINING * trained) for name, limit in limits.items()}
     for name, limit in limits.items():
         if not result[name] <= limit:  # also NaN
             raise UserError(
@@ -73,34 +83,88 @@ def prove(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> dict[st
     return {**result, "limits": limits}
 
 
-def reopen(kind: str, nemo: NemoFile, base_folder: Path, folder: Path) -> PreTrainedModel | PeftModel:
-    if kind == "merged":
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
-    # In the dtype of training, which need not be that of the files.
-    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=getattr(torch, nemo.dtype))
-    return PeftModel.from_pretrained(base, folder).eval()
+def differences(expected: Tensor, found: Tensor) -> dict[str, float]:
+    """Of logits [tokens, vocabulary]; KL(expected ‖ found)."""
+    largest, total, divergence, agreeing = 0.0, 0.0, 0.0, 0
+    for left, right in zip(expected, found, strict=True):  # a token at a time, in little memory
+        difference = (left - right).abs()
+        largest, total = max(largest, difference.max().item()), total + difference.mean().item()
+        p, q = left.double().log_softmax(-1), right.double().log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum().item()
+        agreeing += int(left.argmax() == right.argmax())
+    count = len(expected)
+    return {
+        "max_logit_difference": largest,
+        "mean_logit_difference": total / count,
+        "mean_kl_divergence": max(divergence / count, 0.0),  # the sum of its roundings may lie below
+        "top1_agreement": agreeing / count,
+    }
 
 
-def logits(model: PreTrainedModel | PeftModel, tokenizer: Any, probes: list[str]) -> Tensor:
-    """[tokens, vocabulary], float32 on the CPU, of all probes one after another."""
-    with torch.inference_mode():
-        rows = [model(**tokenizer(text, return_tensors="pt").to(model.device)).logits[0] for text in probes]
-    return torch.cat(rows).float().cpu()
+def _run(side: Checkpoint | Adapter, base: Checkpoint | None, probes: Sequence[Tensor]) -> Tensor:
+    if isinstance(side, Checkpoint):
+        return logits(side, probes)
+    assert base is not None
+    return logits(base, probes, side)
 
 
-def divergence(expected: Tensor, found: Tensor) -> float:
-    """Mean Kullback-Leibler divergence KL(expected ‖ found) in nats a token."""
-    p, q = expected.log_softmax(-1), found.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tuple[int, list[str]]:
+    """How many tensors there are, and the names of those that are not the same."""
+    left, right = _tensors(source), _tensors(target)
+    for name in sorted(left.keys() ^ right.keys()):
+        raise UserError(
+            f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}"
+        )
+    return len(left), [name for name in sorted(left) if not _same_bits(left[name].read(), right[name].read())]
 
 
-def check_tensors(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, safe_open is not a dict
-                if not math.isfinite(file.get_tensor(name).float().sum().item()):
-                    raise UserError(f"{name} in {path.name} holds values that are not finite")
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    # A format of fewer dtypes may hold the same value in a wider one.
+    right = right if left.dtype == right.dtype else right.to(left.dtype)
+    return left.shape == right.shape and torch.equal(
+        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
+    )
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+def _tensors(side: Checkpoint | Adapter) -> Mapping[str, Lazy]:
+    if isinstance(side, Checkpoint):
+        return side.tensors
+    return {name: of_memory(tensor) for name, tensor in side.tensors.items()}
+
+
+# --- what both sides are asked ----------------------------------------------------------------------------------
+
+
+def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
+    """Token ids of `PROBES` and of the prompt it was trained with; drawn ones where no side has a tokenizer.
+
+    Raises:
+        UserError: the target's tokenizer says something else than the source's.
+    """
+    prompt = next((side.prompt for side in sides if side and side.prompt), None)
+    whole = [side for side in sides if isinstance(side, Checkpoint)]
+    texts = [*([prompt.wrap(prompt.write_instruction())] if prompt else []), *PROBES]
+    found = [ids for side in whole if (ids := _tokens(side, texts))]
+    if any(ids != found[0] for ids in found):
+        raise UserError(
+            "the conversion is not faithful: the tokenizer of the target makes other tokens of the same text"
+        )
+    vocabulary = whole[0].config["vocab_size"]
+    if found and max(max(ids) for ids in found[0]) >= vocabulary:
+        raise UserError(f"the tokenizer does not belong to the model, whose vocabulary has {vocabulary:,} entries")
+    if found:
+        return [torch.tensor(ids[:MAX_TOKENS]) for ids in found[0]]
+    drawn = torch.randint(vocabulary, (len(PROBES), MAX_TOKENS), generator=torch.Generator().manual_seed(0))
+    return list(drawn)
+
+
+def _tokens(side: Checkpoint, texts: Sequence[str]) -> list[list[int]] | None:
+    file = side.files.get("tokenizer.json")
+    if file is None:
+        return None
+    try:
+        content = file.read_bytes() if isinstance(file, Path) else file
+        tokenizer = Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"tokenizer.json is damaged ({error}). Copy or download it again") from None
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]

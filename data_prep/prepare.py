@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,26 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
 from data_prep.progress import Progress
-from data_prep.read_table import Table, open_table
-from data_prep.row_store import BATCH, Drop, Entry, RowStore
-from data_prep.split import hash_of
+from data_prep.read_table import Table
+from data_prep.row_store import BATCH, Drop, Entry, RowStore, Unusable
+from data_prep.show_rows import EXAMPLES, show
+from data_prep.sources import LocalFile, Source, find_source, open_source
+from data_prep.split import hash_of, seed_that_fills
 from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 from nemo_configs.command_line import UserError
 
-FORMAT = 2  # raise it when the same source would come out otherwise: folders made before are then made anew
+FORMAT = 4  # raise it when the same source would come out otherwise: folders made before are then made anew
 DATABASE = "rows.sqlite"
 
 
-def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
+def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | None = None) -> Path:
     """Make the data folder `config.data_dir` of `config.task`, or find it up to date.
 
     Args:
         config: the resolved tree; `task` and `data_dir` are used.
         tokenizer_file: a `tokenizer.json` to count tokens with; None leaves the counts out.
+        examples: how many rows to show; None shows some of a folder that is made, none of one that is up to date.
 
     Returns:
         The folder.
@@ -47,52 +50,46 @@ def prepare(config: DictConfig, tokenizer_file: Path | None) -> Path:
         UserError: a source that is no table or has too few rows, a task that does not fit it, no room to write.
             A data folder made before is then as it was.
     """
-    task = Task.of(config)
+    task, source = Task.of(config), find_source(config.task.data.source)
     folder = Path(config.data_dir)
-    if task.source.absolute().is_relative_to(folder.absolute()):
-        raise UserError(f"the source {task.source} lies in {folder}, which is replaced; move it elsewhere")
+    if isinstance(source, LocalFile) and source.path.absolute().is_relative_to(folder.absolute()):
+        raise UserError(f"the source {source} lies in {folder}, which is replaced; move it elsewhere")
     try:
         hashes = {
-            "source": _hash(task.source) if task.source.is_file() else None,
-            "tokenizer": _hash(tokenizer_file) if tokenizer_file else None,
+            "source": source.version,
+            "tokenizer": LocalFile(tokenizer_file).version if tokenizer_file else None,
         }
-        options = OmegaConf.to_container(config.task.data) | {"source": task.source.name}  # type: ignore[operator]
+        options = OmegaConf.to_container(config.task.data) | {"source": source.name}  # type: ignore[operator]
         made_of = [FORMAT, task.name, hashes, options, OmegaConf.to_container(config.task.prompt), task.seed]
         fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         with building(folder, fingerprint) as partial:
             if partial is None:
                 splits = read_manifest(folder)["splits"]
                 print(f"{folder} is up to date: {' / '.join(str(split['rows']) for split in splits.values())} rows")
+                if examples is not None:
+                    show(folder, task.prompt, examples)
                 return folder
             manifest: dict[str, Any] = {"task": task.name, "fingerprint": fingerprint}
-            manifest |= _fill(partial, task, hashes["source"], tokenizer_file)
+            manifest |= _fill(partial, task, source, tokenizer_file)
             manifest |= {"seed": task.seed, "tokenizer_sha256": hashes["tokenizer"]}
             text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
             (partial / MANIFEST).write_text(text, encoding="utf-8")
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"cannot prepare {folder}: {error}") from None
-    _report(folder, task, manifest)
+    show(folder, task.prompt, EXAMPLES if examples is None else examples)
     return folder
 
 
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file, Progress(f"Hashing {path.name}", path.stat().st_size) as progress:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            progress.at(file.tell())
-    return digest.hexdigest()
-
-
-def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Path | None) -> dict[str, Any]:
+def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None) -> dict[str, Any]:
     """Write all files but the manifest into `partial`; the manifest's middle part."""
     # With numpy and RapidFuzz, for which a folder that is up to date need not wait.
     from data_prep.same_rows import merge_repeated, part_near_duplicates
 
-    table = open_table(task.source, task.data.columns, task.data.required)
+    table = open_source(source, task.data.columns, [*task.data.required, *task.filters])
     store = RowStore(partial / DATABASE)
     try:
-        read, repaired = _read(table, task, store)
+        reader = _reader(task, tokenizer_file)
+        read, repaired = _read(table, task, source, reader, store)
         store.index()
         merged = merge_repeated(task, store, read)
         part_near_duplicates(task, store)
@@ -100,7 +97,7 @@ def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Pa
             beyond = f"beyond train_rows: {task.data.train_rows}"
             for batch in store.beyond(*task.split["training"], task.data.train_rows):
                 store.drop([Drop(entry.row, beyond, entry.key) for entry in batch])
-        _check_sizes(task, store)
+        _check_sizes(task, source, store)
         splits = _write(partial, task, store, tokenizer_file)
         dropped = store.drop_counts()
     finally:
@@ -108,18 +105,13 @@ def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Pa
         store.close()
     (partial / DATABASE).unlink()
     return {
-        "source": {
-            "name": task.source.name,
-            "sha256": source_hash,
-            "bytes": task.source.stat().st_size,
-            "encoding": table.encoding,
-            "columns": table.columns,
-        },
+        "source": source.record() | {"form": table.form, "encoding": table.encoding or None, "columns": table.columns},
         "rows_in": read,
-        "rows_out": sum(split["rows"] for split in splits.values()),
+        "rows_out": sum(split.get("source_rows", split["rows"]) for split in splits.values()),
         "dropped": dropped,
         "merged": merged,
         "repaired": repaired,
+        "notes": getattr(reader, "notes", {}),
         "splits": splits,
     }
 
@@ -127,31 +119,51 @@ def _fill(partial: Path, task: Task, source_hash: str | None, tokenizer_file: Pa
 # --- read and clean -------------------------------------------------------------------------------------------
 
 
-def _read(table: Table, task: Task, store: RowStore) -> tuple[int, int]:
+Reader = Callable[[list[str]], tuple[str, list[str], int]]  # raw cells → the text of the key, cells, how many repaired
+
+
+def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
+    """The one of the task's module, or that of a table, where each cell is a line of text."""
+    module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
+    if made := getattr(module, "Reader", None):
+        return made(task, tokenizer_file)
+    key_place = list(task.data.columns).index(task.data.key)
+
+    def read(raw: list[str]) -> tuple[str, list[str], int]:
+        cleaned = [clean(cell) for cell in raw]
+        cells = [text for text, _ in cleaned]
+        return cells[key_place], cells, sum(changed for _, changed in cleaned)
+
+    return read
+
+
+def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowStore) -> tuple[int, int]:
     """Every row into `store`, cleaned, or dropped. Returns the rows read and the cells repaired."""
     fields = list(task.data.columns)
-    key_place, required = fields.index(task.data.key), [fields.index(field) for field in task.data.required]
+    required = [fields.index(field) for field in task.data.required]
     number = repaired = 0
     entries: list[tuple[int, Entry]] = []
     drops: list[Drop] = []
-    with Progress(f"Reading {task.source.name}", task.source.stat().st_size) as progress:
+    with Progress(f"Reading {source.name}", sum(file.stat().st_size for file in source.files)) as progress:
         for number, line, raw, problem in table.rows:
             if raw is None:
                 drops.append(Drop(number, problem, line=line))
             else:
-                cleaned = [clean(cell) for cell in raw]
-                cells = [text for text, _ in cleaned]
-                repaired += sum(changed for _, changed in cleaned)
-                key = key_of(cells[key_place])
-                if reason := _unusable(task, cells, fields, required):
-                    drops.append(Drop(number, reason, key[:100]))
-                else:
-                    entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                try:
+                    key, cells, changed = reader(raw)
+                    key, repaired = key_of(key), repaired + changed
+                    if reason := _unusable(task, cells, fields, required):
+                        drops.append(Drop(number, reason, key[:100]))
+                    else:
+                        entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                except Unusable as why:
+                    reason, detail = why.args
+                    drops.append(Drop(number, reason, line=line, detail=detail))
             if number % BATCH == 0:
                 store.add(entries)
                 store.drop(drops)
                 entries, drops = [], []
-                progress.at(table.bytes_read)
+                progress.at(table.bytes_read())
         store.add(entries)
         store.drop(drops)
     return number, repaired
@@ -161,6 +173,9 @@ def _unusable(task: Task, cells: list[str], fields: list[str], required: list[in
     for place in required:
         if not cells[place]:
             return f"no {fields[place]}"
+    for field, rule in task.filters.items():
+        if reason := rule.refuses(cells[fields.index(field)]):
+            return f"{field} {reason}"
     if sum(map(len, cells)) > task.data.max_chars:
         return f"longer than {task.data.max_chars} characters"
     if task.data.drop_explicit and is_explicit(" ".join(cells)):
@@ -171,7 +186,7 @@ def _unusable(task: Task, cells: list[str], fields: list[str], required: list[in
 # --- write ----------------------------------------------------------------------------------------------------
 
 
-def _check_sizes(task: Task, store: RowStore) -> None:
+def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
     """Raises UserError where a split is empty, with what would fill it."""
     rows = {split: store.count(*ends) for split, ends in task.split.items()}
     usable, empty = sum(rows.values()), [split for split, count in rows.items() if count == 0]
@@ -179,25 +194,21 @@ def _check_sizes(task: Task, store: RowStore) -> None:
         return
     why = "".join(f"\n  {count} dropped: {reason}" for reason, count in store.drop_counts().items())
     if not usable:
-        raise UserError(f"{task.source} has no {'usable row:' + why if why else 'row below its header'}")
+        if first := next((drop for drop in store.drops() if drop.detail), None):
+            why += f"\nThe first, line {first.line}: {first.detail}"
+        raise UserError(f"{source} has no {'usable row:' + why if why else 'row below its header'}")
     shares = [end - first for first, end in task.split.values()]
     needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty once in 100 times
-    seed = _seed_that_fills(task, store) if usable <= 1000 else None
+    seed = None
+    if usable <= 1000:
+        all_of_them = store.batches(0, max(end for _, end in task.split.values()))
+        seed = seed_that_fills([entry.key for batch in all_of_them for entry in batch], task.split)
     raise UserError(
-        f"too few rows: {usable} of {task.source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
+        f"too few rows: {usable} of {source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
         f"Rows are dealt by a hash of {task.data.key}, so that none moves when others are added: about {needed} rows "
         f"fill all splits.\nAdd rows, raise the shares in task.data.split"
         + (f", or deal these rows another way: task.data.split.seed={seed}" if seed is not None else "")
     )
-
-
-def _seed_that_fills(task: Task, store: RowStore) -> int | None:
-    keys = [entry.key for batch in store.batches(0, max(end for _, end in task.split.values())) for entry in batch]
-    for seed in range(1000):
-        hashes = [hash_of(key, seed) for key in keys]
-        if all(any(first <= hashed < end for hashed in hashes) for first, end in task.split.values()):
-            return seed
-    return None
 
 
 def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, dict[str, Any]]:
@@ -214,34 +225,16 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
                 done += len(batch)
                 progress.at(done)
 
+        fields = dict.fromkeys(task.split, task.data.columns) | {
+            "training": task.data.train_fields or task.data.columns
+        }
+        from_all = writer.begin(partial, {split: (batches(split), fields[split]) for split in task.split})
         for split in task.split:
-            fields = task.data.train_fields if split == "training" else None
-            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields or task.data.columns)
+            splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields[split])
+            if from_all:
+                splits[split]["source_rows"] = store.count(*task.split[split])
     with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
         for drop in store.drops():
             known = {name: value for name, value in drop._asdict().items() if value is not None}
             file.write(json.dumps(known, ensure_ascii=False) + "\n")
     return splits
-
-
-def _report(folder: Path, task: Task, manifest: dict[str, Any]) -> None:
-    """What a user should see before training: the counts, and two rows as the model will read them."""
-    splits, dropped = manifest["splits"], manifest["dropped"]
-    sizes = ", ".join(f"{split['rows']:,} {name}" for name, split in splits.items())
-    print(f"{folder}: {manifest['rows_in']:,} rows in, {manifest['rows_out']:,} out: {sizes}")
-    if manifest["merged"]:
-        print(f"  {manifest['merged']:,} merged into an earlier row of the same {task.data.key}")
-    if manifest["repaired"]:
-        print(f"  {manifest['repaired']:,} cells repaired (encoding, quotes, control characters)")
-    if dropped:
-        print(f"  {sum(dropped.values()):,} dropped, listed in {folder / 'dropped.jsonl'}:")
-        for reason, count in dropped.items():
-            print(f"  {count:>8,}  {reason}")
-    if tokens := splits["training"].get("tokens"):
-        print(f"  tokens of a training row: {tokens['mean']} on average, {tokens['max']} at most")
-    with (folder / "training.jsonl").open(encoding="utf-8") as file:
-        for number, line in enumerate(islice(file, 2), 1):
-            row = json.loads(line)
-            text = "".join(text for text, _ in task.prompt.pieces(row))
-            print(f"\nExample {number} of {splits['training']['rows']:,} (source row {row['row']})")
-            print("\n".join(f"  | {part}" for part in text.split("\n")))

@@ -15,6 +15,10 @@ from typing import Any
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
 EOS = "<eos>"  # of every Gemma, as text
 _FIELD = re.compile(r"\{(\w+)\}")
+# Gemma's control tokens as text, those of all generations. In somebody's message they are text, and stay so.
+_CONTROL = re.compile(
+    r"<(?=(?:pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token)>)"
+)
 _END = re.compile(r"(<\w+>)?")  # what may follow {response}: one token of the model's own
 
 
@@ -44,18 +48,29 @@ class Prompt:
             )
 
     def write_instruction(self, **values: str) -> str:
-        """The instruction for `values`; fields left out take the task's defaults, unknown ones become empty."""
-        return self._fill(self.instruction, {**self.fields, **values})
+        """The instruction for `values`; fields left out take the task's defaults, unknown ones become empty.
+
+        A line whose fields are all empty is left out, here as in a response.
+        """
+        return self._write(self.instruction, {**self.fields, **values})
 
     def write_response(self, **values: str) -> str:
         """The response for `values`. A line whose fields are all empty is left out, as in a two-column table."""
-        lines = self.response.split("\n")
+        return self._write(self.response, values)
+
+    def _write(self, template: str, values: dict[str, str]) -> str:
+        lines = template.split("\n")
         kept = [line for line in lines if not _FIELD.findall(line) or any(values.get(f) for f in _FIELD.findall(line))]
         return self._fill("\n".join(kept), values)
 
+    @property
+    def end(self) -> str:
+        """What the template has after `{response}`: a token that ends the model's turn, or nothing."""
+        return self.template.partition("{response}")[2]
+
     def wrap(self, instruction: str) -> str:
-        """Everything the model is given before it answers."""
-        return self._fill(self.template.partition("{response}")[0], {"instruction": instruction})
+        """Everything the model is given before it answers. Control tokens in `instruction` are text to it."""
+        return self._fill(self.template.partition("{response}")[0], {"instruction": disarm(instruction)})
 
     def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
         """A row's whole text in pieces: each with whether it is learned. After a learned one comes the end token.
@@ -67,12 +82,12 @@ class Prompt:
             ValueError: see `exchanges`.
         """
         if "messages" not in row:
-            return [(self.wrap(row["input"]), False), (row["output"], True)]
+            return [(self.wrap(row["input"]), False), (disarm(row["output"]), True)]
         pieces: list[tuple[str, bool]] = []
         for user, model in exchanges(row["messages"]):
             if model is None:
                 raise ValueError("the dialogue ends with the user; its last message must be the model's")
-            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (model, True)]
+            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (disarm(model), True)]
         return pieces
 
     def wrap_dialogue(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -81,10 +96,9 @@ class Prompt:
         Raises:
             ValueError: see `exchanges`; or the last message is the model's.
         """
-        end = self.template.partition("{response}")[2] or EOS
         text = ""
         for user, model in exchanges(messages):
-            text += "\n" * bool(text) + self.wrap(user) + ("" if model is None else model + end)
+            text += "\n" * bool(text) + self.wrap(user) + ("" if model is None else disarm(model) + (self.end or EOS))
         if model is not None:
             raise ValueError("the dialogue ends with the model; its last message must be the user's")
         return text
@@ -95,12 +109,11 @@ class Prompt:
         Raises:
             ValueError: the tokenizer has no such token.
         """
-        end = self.template.partition("{response}")[2]
-        if not end:
+        if not self.end:
             return int(tokenizer.eos_token_id)
-        ids = tokenizer(end, add_special_tokens=False).input_ids
+        ids = tokenizer(self.end, add_special_tokens=False).input_ids
         if len(ids) != 1:
-            raise ValueError(f"task.prompt.template ends in {end}, which is no token of this model")
+            raise ValueError(f"task.prompt.template ends in {self.end}, which is no token of this model")
         return int(ids[0])
 
     def read_response(self, text: str) -> dict[str, str]:
@@ -140,8 +153,8 @@ class Prompt:
 def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | None]]:
     """`[(user, model), …]` of a dialogue; the last model is None where the user spoke last.
 
-    A system message, which Gemma's turns have no place for, becomes the beginning of the first user's, as in Gemma's
-    own chat template.
+    As in Gemma's own chat template, texts lose the spaces around them, and a system message, which Gemma's turns have
+    no place for, becomes the beginning of the first user's.
 
     Raises:
         ValueError: a role that is none of system, user, assistant and model; turns that do not alternate, with the user
@@ -152,6 +165,7 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
         role, text = message.get("role"), message.get("content")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"message {number} has no text")
+        text = text.strip()
         waiting = bool(found) and found[-1][1] is None  # for the model
         if role == "system" and number == 1:
             system = text + "\n\n"
@@ -166,3 +180,12 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
     if not found:
         raise ValueError("the dialogue has no message of a user")
     return found
+
+
+def disarm(text: str) -> str:
+    """`text` in which a control token is text: `<end_of_turn>` → `< end_of_turn>`, which is seven ordinary tokens.
+
+    Otherwise whoever writes a message, or a row of a table, could end their turn and speak as the model. It is done to
+    the text and not in a tokenizer, so that every server that is given a prompt as text agrees with training.
+    """
+    return _CONTROL.sub("< ", text)

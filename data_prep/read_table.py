@@ -1,31 +1,30 @@
-"""From bytes on disk to rows: the encoding, the delimiter, which column is which, and what is wrong with a line.
+"""From one file to rows: what form it has, which column is which, and what is wrong with a row.
 
-A source is CSV, TSV (comma, semicolon, tab or bar) or JSON Lines, in any common encoding. It is streamed, so its
-size does not matter. A line that cannot be read costs that one row, with a reason; a file that is no table at
+A file is CSV, TSV (comma, semicolon, tab or bar) or JSON Lines, in any common encoding, or Parquet. It is streamed, so
+its size does not matter. A line that cannot be read costs that one row, with a reason; a file that is no table at
 all raises a `UserError` which says what was found instead.
 """
 
-import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.clean_text import clean
+from data_prep.read_lines import Lines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
 from nemo_configs.command_line import UserError
 
-MAX_LINE = 1_000_000  # characters; a longer line is no row, and must not fill the memory
-OPEN_QUOTE = "a quote that is never closed"
-STRAY_QUOTE = "quotes out of place"
-TOO_LONG = "a line or cell too long to read"
 TOO_MANY = "more cells than columns"
 NOT_TEXT = "a value that is not text"
+FORMS = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV", "|": "CSV with bars"}  # by delimiter
+
+Names = Mapping[str, Sequence[str]] | None
 
 
 class Row(NamedTuple):
@@ -33,7 +32,7 @@ class Row(NamedTuple):
 
     Attributes:
         number: 1 for the first row below the header; blank lines are not counted.
-        line: the line of the file on which it begins.
+        line: the line of the file on which it begins; of a Parquet file, its number.
         cells: raw text by field of the task; "" for a column that the source lacks. None where `problem` is set.
         problem: why the row cannot be used, or "".
     """
@@ -49,126 +48,86 @@ class Table:
     """An open source.
 
     Attributes:
-        encoding: the Python codec it is read with.
+        form: what it is, for people: one of `FORMS`, JSON Lines or Parquet.
+        encoding: the Python codec it is read with; "" of Parquet, which is no text.
         columns: the task's fields that it has, with the header of each as it stands in the file.
         rows: the rows, read as they are asked for.
+        bytes_read: how far into the file the reading is, give or take a buffer.
+        close: to be called at the end.
     """
 
+    form: str
     encoding: str
     columns: dict[str, str]
     rows: Iterator[Row]
-    _file: TextIOWrapper
-
-    @property
-    def bytes_read(self) -> int:
-        """How far into the file the reading is, give or take a buffer."""
-        return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
-
-    def close(self) -> None:
-        self._file.close()
+    bytes_read: Callable[[], int]
+    close: Callable[[], None]
 
 
-def open_table(path: Path, names: Mapping[str, Sequence[str]], required: Sequence[str]) -> Table:
+def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     """Open `path`, find its columns and make it ready to stream.
 
     Args:
         names: the headers that each field of the task goes by, best first; case, spaces and underscores do not matter.
+            None makes a field of every column.
         required: the fields without which a row is of no use.
 
     Raises:
-        UserError: no such file, not a text file, empty, no header that the task knows, a line that is not JSON.
+        UserError: no such file, not a text file, empty, no header that the task knows, one that stands twice, a line
+            that is not JSON, a damaged Parquet file.
     """
+    if path.is_file() and _begins_with(path, b"PAR1"):
+        return _open_parquet(path, names, required)
     encoding, errors = encoding_of(path)
     file = path.open(encoding=encoding, errors=errors, newline="")
     try:
-        lines = _Lines(file)
+        lines = Lines(file)
         first = lines.first(path)
         if path.suffix.lower() in (".jsonl", ".json", ".ndjson") or first.lstrip().startswith('{"'):
+            form = "JSON Lines"
             columns, rows = _json_rows(lines, path, names, required)
         else:
-            columns, rows = _csv_rows(lines, first, path, names, required)
+            form, columns, rows = _csv_rows(lines, first, path, names, required)
     except BaseException:
         file.close()
         raise
-    return Table(encoding, columns, rows, file)
+    return Table(form, encoding, columns, rows, lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR), file.close)
 
 
-# --- lines ----------------------------------------------------------------------------------------------------
-
-
-class _Lines:
-    """The lines of a file, numbered from 1, that can be given back: `record` holds those taken since `begin`."""
-
-    def __init__(self, file: TextIOWrapper) -> None:
-        self._file = file
-        self._returned: list[str] = []
-        self.number = 0
-        self.record: list[str] = []
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        line = self._returned.pop() if self._returned else self._file.readline(MAX_LINE)
-        if not line:
-            raise StopIteration
-        self.number += 1
-        self.record.append(line)
-        if len(line) == MAX_LINE:
-            self.record[-1] = line[:-1] + "\n"  # ends here, should it be given back
-            while line and not line.endswith(("\n", "\r")):
-                line = self._file.readline(MAX_LINE)
-            raise csv.Error(TOO_LONG)
-        return line
-
-    def first(self, path: Path) -> str:
-        """The first line that is not blank, left in place."""
-        try:
-            line = next(line for line in self if line.strip("\ufeff\x00 \t\r\n"))
-        except StopIteration:
-            raise UserError(f"{path} is empty") from None
-        except csv.Error:
-            raise UserError(f"{path} begins with a line of over {MAX_LINE:,} characters: not a table") from None
-        self.give_back(1)
-        return line
-
-    def begin(self) -> None:
-        self.record.clear()
-
-    def give_back(self, count: int) -> None:
-        """Put the last `count` lines of the record back: they are read again."""
-        self._returned.extend(reversed(self.record[len(self.record) - count :]))
-        del self.record[len(self.record) - count :]
-        self.number -= count
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 # --- columns --------------------------------------------------------------------------------------------------
 
 
-def _plain(header: str) -> str:
+def plain_header(header: str) -> str:
     """`" Example_Sentence\\ufeff"` → `"example sentence"`."""
     return re.sub(r"[\W_]+", " ", header.replace("\x00", "")).strip().casefold()
 
 
-def _find_columns(headers: Sequence[str], names: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    places = {_plain(header): place for place, header in reversed(list(enumerate(headers))) if header.strip()}
+def _find_columns(headers: Sequence[str], names: Names) -> dict[str, int]:
+    if names is None:
+        return {clean(header)[0]: place for place, header in enumerate(headers) if plain_header(header)}
+    places = {plain_header(header): place for place, header in reversed(list(enumerate(headers))) if header.strip()}
     found: dict[str, int] = {}
     for field, accepted in names.items():
-        place = next((places[_plain(name)] for name in accepted if _plain(name) in places), None)
+        place = next((places[plain_header(name)] for name in accepted if plain_header(name) in places), None)
         if place is not None:
             found[field] = place
     return found
 
 
 def _check_columns(
-    found: Mapping[str, int],
-    headers: Sequence[str],
-    path: Path,
-    names: Mapping[str, Sequence[str]],
-    required: Sequence[str],
+    found: Mapping[str, int], headers: Sequence[str], path: Path, names: Names, required: Sequence[str]
 ) -> None:
+    counts = Counter(plain_header(header) for header in headers)
+    for place in found.values():
+        if counts[plain_header(headers[place])] > 1:
+            raise UserError(f"{path} has more than one column called '{clean(headers[place])[0]}'; rename one of them")
     missing = [field for field in required if field not in found]
-    if not missing:
+    if not missing or names is None:
         return
     listed = [clean(header)[0][:40] for header in headers if header.strip()]
     columns = ", ".join(f"'{header}'" for header in listed[:20]) + (", ..." if len(listed) > 20 else "")
@@ -176,7 +135,10 @@ def _check_columns(
     hint = ""
     if not found:
         line = ",".join(field for field in names if field in required)
-        hint = f"\nIf its first line is already a row, put a line of column names above it, such as: {line}"
+        hint = (
+            f"\nIf its first line is already a row, put a line of column names above it, such as: {line}\n"
+            f"If it is a table of another kind, make a task for it: make new-task NAME=mine SOURCE={path}"
+        )
     raise UserError(
         f"{path} has no column for {' or '.join(missing)}. Columns found: {columns}\n"
         f"Accepted names (any case, any order):\n{wanted}{hint}"
@@ -187,63 +149,21 @@ def _check_columns(
 
 
 def _csv_rows(
-    lines: _Lines, first: str, path: Path, names: Mapping[str, Sequence[str]], required: Sequence[str]
-) -> tuple[dict[str, str], Iterator[Row]]:
+    lines: Lines, first: str, path: Path, names: Names, required: Sequence[str]
+) -> tuple[str, dict[str, str], Iterator[Row]]:
     # The delimiter is the one under which the header holds the most names that the task knows.
-    splits = {delimiter: first.split(delimiter) for delimiter in ",;\t|"}
+    splits = {delimiter: first.split(delimiter) for delimiter in FORMS}
     delimiter = max(splits, key=lambda d: (len(_find_columns(splits[d], names)), len(splits[d])))
-    records = _csv_records(lines, delimiter)
+    records = csv_records(lines, delimiter)
     headers = next((cells for _, cells, _ in records if cells), [])
     found = _find_columns(headers, names)
     _check_columns(found, headers, path, names, required)
     width = len(headers)
     while width and not headers[width - 1].strip():
         width -= 1  # a spreadsheet's empty columns at the right
-    places = [found.get(field, -1) for field in names]
-    return {field: clean(headers[place])[0] for field, place in found.items()}, _fit(records, width, places)
-
-
-def _csv_records(lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
-    """`(line, cells, problem)` of every record that is not blank.
-
-    Python's parser is lenient: one quote that is never closed makes it swallow rows up to the next quote, or to
-    the end of the file, without a word. In strict mode it stops; then only the line where the quote opened is
-    lost, and reading goes on with the line after it.
-    """
-
-    def parse(source: Iterable[str]) -> Iterator[list[str]]:
-        return csv.reader(source, delimiter=delimiter, strict=True, skipinitialspace=True)
-
-    space_after_quote = re.compile(f'" +(?=[{re.escape(delimiter)}\r\n])')
-    reader = parse(lines)
-    while True:
-        lines.begin()
-        start = lines.number + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            problem = _problem(str(error), len(lines.record))
-            lines.give_back(len(lines.record) - 1)
-            reader = parse(lines)
-            # `"Woke" ,"aware"` is the one slip whose meaning is beyond doubt.
-            tidy = space_after_quote.sub('"', lines.record[0])
-            try:
-                cells = next(parse([tidy])) if problem == STRAY_QUOTE else []
-            except csv.Error:
-                cells = []
-            if not cells:
-                yield start, [], problem
-                continue
-        if len(cells) > 1 or (cells and cells[0].strip()):
-            yield start, cells, ""
-
-
-def _problem(error: str, lines: int) -> str:
-    if lines > 1 or "unexpected end" in error:
-        return OPEN_QUOTE
-    return TOO_LONG if "field larger" in error or TOO_LONG in error else STRAY_QUOTE
+    places = [found.get(field, -1) for field in names or found]
+    columns = {field: clean(headers[place])[0] for field, place in found.items()}
+    return FORMS[delimiter], columns, _fit(records, width, places)
 
 
 def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list[int]) -> Iterator[Row]:
@@ -258,47 +178,72 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
             yield Row(number, line, [cells[place] if place >= 0 else "" for place in places], "")
 
 
-# --- JSON Lines -----------------------------------------------------------------------------------------------
+# --- JSON Lines and Parquet -----------------------------------------------------------------------------------
 
 
-def _json_rows(
-    lines: _Lines, path: Path, names: Mapping[str, Sequence[str]], required: Sequence[str]
-) -> tuple[dict[str, str], Iterator[Row]]:
-    objects = _json_objects(lines, path)
+def _json_rows(lines: Lines, path: Path, names: Names, required: Sequence[str]) -> tuple[dict[str, str], Iterator[Row]]:
+    objects = json_objects(lines, path)
     first = list(islice(objects, 100))  # an object may leave out what others have
     headers = list(dict.fromkeys(key for _, item in first for key in item))
     found = _find_columns(headers, names)
     _check_columns(found, headers, path, names, required)
     columns = {field: headers[place] for field, place in found.items()}
-
-    def rows() -> Iterator[Row]:
-        for number, (line, item) in enumerate(chain(first, objects), 1):
-            values = [item.get(columns[field]) if field in columns else None for field in names]
-            if any(isinstance(value, (list, dict, bool)) for value in values):
-                yield Row(number, line, None, NOT_TEXT)
-            else:
-                yield Row(number, line, ["" if value is None else str(value) for value in values], "")
-
-    return {field: clean(header)[0] for field, header in columns.items()}, rows()
+    rows = _keyed_rows(chain(first, objects), [columns.get(field) for field in names or found])
+    return {field: clean(header)[0] for field, header in columns.items()}, rows
 
 
-def _json_objects(lines: _Lines, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
-        for line in lines:
-            lines.begin()
-            text = line.strip("\ufeff\x00 \t\r\n")
-            if not text:
-                continue
-            try:
-                item = json.loads(text, strict=False)
-            except (ValueError, RecursionError):  # ValueError also where a number has 5,000 digits
-                item = None
-            if not isinstance(item, dict):
-                shown = text if len(text) <= 60 else f"{text[:60]}..."
-                raise UserError(
-                    f"{path}, line {lines.number} is not a JSON object: {clean(shown)[0]}\n"
-                    f"Write one object a line; from a list of objects: jq -c '.[]' {path.name} > rows.jsonl"
-                )
-            yield lines.number, item
-    except csv.Error:
-        raise UserError(f"{path}, line {lines.number} has over {MAX_LINE:,} characters") from None
+        file = ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is a Parquet file that cannot be read: {_first_line(error)}") from None
+    headers = file.schema_arrow.names
+    read = 0
+
+    def items() -> Iterator[tuple[int, Mapping[str, object]]]:
+        nonlocal read
+        try:
+            for batch in file.iter_batches(batch_size=1024, columns=list(columns.values())):
+                for item in batch.to_pylist():
+                    read += 1
+                    yield read, item
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} cannot be read beyond row {read}: {_first_line(error)}") from None
+
+    try:
+        found = _find_columns(headers, names)
+        _check_columns(found, headers, path, names, required)
+    except BaseException:
+        file.close()
+        raise
+    columns = {field: headers[place] for field, place in found.items()}
+    rows = _keyed_rows(items(), [columns.get(field) for field in names or found])
+    share = path.stat().st_size / max(file.metadata.num_rows, 1)
+    return Table("Parquet", "", columns, rows, lambda: round(read * share), file.close)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _keyed_rows(items: Iterator[tuple[int, Mapping[str, object]]], headers: Sequence[str | None]) -> Iterator[Row]:
+    """Rows of `(line, values by header)`; a header is None for a column that the source lacks."""
+    for number, (line, item) in enumerate(items, 1):
+        cells = [_text_of(item.get(header)) if header is not None else "" for header in headers]
+        known = [cell for cell in cells if cell is not None]
+        yield Row(number, line, known, "") if len(known) == len(cells) else Row(number, line, None, NOT_TEXT)
+
+
+def _text_of(value: object) -> str | None:
+    """A cell's text; the messages of a dialogue, a list of objects, as JSON. None for what is no text."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        try:
+            return json.dumps(value, ensure_ascii=False)
+        except TypeError:
+            return None
+    if isinstance(value, (list, dict, bool, bytes)):
+        return None
+    return "" if value is None or value != value else str(value)  # NaN is the number that is not itself

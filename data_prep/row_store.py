@@ -22,13 +22,21 @@ class Entry(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A row that does not, and why. `of` is the row it repeats; `line` is given where it could not be read."""
+    """A row that does not, and why. `of` is the row it repeats; `line` is given where it could not be read.
+
+    Rows are counted by `reason`; `detail` is what it was in this one.
+    """
 
     row: int
     reason: str
     key: str = ""
     of: int | None = None
     line: int | None = None
+    detail: str | None = None
+
+
+class Unusable(Exception):
+    """A row cannot be used: `Unusable(reason, detail)`, as in `Drop`."""
 
 
 class RowStore:
@@ -41,7 +49,8 @@ class RowStore:
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;
             CREATE TABLE rows (row INTEGER PRIMARY KEY, hash INTEGER, key TEXT, cells TEXT);
-            CREATE TABLE dropped (row INTEGER PRIMARY KEY, reason TEXT, key TEXT, of INTEGER, line INTEGER);
+            CREATE TABLE dropped
+                (row INTEGER PRIMARY KEY, reason TEXT, key TEXT, of INTEGER, line INTEGER, detail TEXT);
             BEGIN;
             """
         )
@@ -62,7 +71,7 @@ class RowStore:
 
     def drop(self, drops: Sequence[Drop]) -> None:
         self.remove([drop.row for drop in drops])
-        self._db.executemany("INSERT INTO dropped VALUES (?, ?, ?, ?, ?)", drops)
+        self._db.executemany("INSERT INTO dropped VALUES (?, ?, ?, ?, ?, ?)", drops)
 
     def remove(self, rows: Iterable[int]) -> None:
         self._db.executemany("DELETE FROM rows WHERE row = ?", ((row,) for row in rows))

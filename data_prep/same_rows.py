@@ -15,13 +15,15 @@ NEAR = "near-duplicate of a held-out row"
 def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
     """One row per key: the first, with its gaps filled from those that say the same; how many went into others.
 
-    A row which gives the key another meaning is dropped, as its example and context are about that one.
+    A row which gives the key another meaning is dropped, as its example and context are about that one. Where a task
+    requires nothing but the key, as dialogues do, unlike rows of one key stay; all are in one split.
     """
     other = f"repeated {task.data.key}, another {' or '.join(task.data.required[1:])}"
     places, merged, seen = task.meaning, 0, 0
 
     def meaning(entry: Entry) -> str:
-        return Wording.of(entry.cells, entry.key, places).rest
+        wording = Wording.of(entry.cells, entry.key, places)
+        return wording.rest if places else wording.whole
 
     with Progress(f"Merging repeated {task.data.key}", number_of_rows) as progress:
         for first, others in store.repeated():
@@ -32,9 +34,8 @@ def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
                     cells = [mine or theirs for mine, theirs in zip(cells, entry.cells, strict=True)]
                 rows = {entry.row for entry in same}
                 store.remove(rows)
-                store.drop(
-                    [Drop(entry.row, other, entry.key, of=first.row) for entry in batch if entry.row not in rows]
-                )
+                unlike = [entry for entry in batch if entry.row not in rows] if places else []
+                store.drop([Drop(entry.row, other, entry.key, of=first.row) for entry in unlike])
                 merged += len(same)
                 seen += len(batch)
                 progress.at(seen)

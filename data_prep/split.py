@@ -1,6 +1,7 @@
 """Which split a row belongs to: a hash of its key decides, so a row never moves when others come or go."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 
 SPLITS = ("training", "validation", "test")
 HASH_BITS = 62  # a share of 1.0 must still fit an SQLite integer
@@ -20,3 +21,12 @@ def ranges(validation: float, test: float) -> dict[str, tuple[int, int]]:
     one = 1 << HASH_BITS
     test_end, validation_end = round(test * one), round((test + validation) * one)
     return {"training": (validation_end, one), "validation": (test_end, validation_end), "test": (0, test_end)}
+
+
+def seed_that_fills(keys: Sequence[str], splits: Mapping[str, tuple[int, int]]) -> int | None:
+    """The first seed that leaves none of `splits`, as `ranges` cuts them, empty; None where none of a thousand does."""
+    for seed in range(1000):
+        hashes = [hash_of(key, seed) for key in keys]
+        if all(any(first <= hashed < end for hashed in hashes) for first, end in splits.values()):
+            return seed
+    return None

@@ -20,7 +20,6 @@ _BINARY = {
     b"%PDF": "a PDF",
     b"PK\x03\x04": "a zip archive or an Excel workbook (save the sheet as CSV UTF-8)",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook (save the sheet as CSV UTF-8)",
-    b"PAR1": "a Parquet file",
     b"\x1f\x8b": "a gzip archive (unpack it with gunzip)",
     b"SQLite format 3": "an SQLite database",
     b"\x7fELF": "a program",
@@ -43,7 +42,7 @@ def encoding_of(path: Path) -> tuple[str, str]:
     if not path.exists():
         raise UserError(f"no such file: {path}")
     if path.is_dir():
-        raise UserError(f"{path} is a folder; name a CSV, TSV or JSONL file in it")
+        raise UserError(f"{path} is a folder; name a CSV, TSV, JSONL or Parquet file in it")
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; write its rows to one first")
     with path.open("rb") as file:
@@ -55,10 +54,10 @@ def encoding_of(path: Path) -> tuple[str, str]:
                 return encoding, CP1252_STRAYS if encoding == "utf-8-sig" else "replace"
         for magic, kind in _BINARY.items():
             if head.startswith(magic):
-                raise UserError(f"{path} is {kind}, not a CSV, TSV or JSONL file")
+                raise UserError(f"{path} is {kind}, not a CSV, TSV, JSONL or Parquet file")
         odd = len(head.translate(None, bytes(range(32, 256)) + b"\t\n\v\f\r\x00"))
         if odd > len(head) / 50:
-            raise UserError(f"{path} looks like a binary file, not a CSV, TSV or JSONL file")
+            raise UserError(f"{path} looks like a binary file, not a CSV, TSV, JSONL or Parquet file")
         bad = _first_byte_not_utf8(head, file)
         if bad is None:
             return "utf-8", "strict"

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +23,10 @@ class SplitWriter:
 
         row_fields(columns, prompt) -> dict       the prompt's fields of a row, made from its columns
         split_rows(rows, split, task) -> rows     all rows of a split, made from all source rows of that split
+        make_rows(sources, task, folder) -> dict  the rows of each split, made from the source rows of each; files of
+                                                  the module's own may be written into `folder`
+
+    and, where cells are more than a line of text each, a `Reader` (see dialogues.py).
 
     Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
 
@@ -33,11 +37,23 @@ class SplitWriter:
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
         self._task, self._prompt = task, task.prompt
         self._module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
+        self._made: dict[str, Iterable[dict[str, Any]]] = {}
         self._tokenizer: Any = None
         if tokenizer_file:
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+
+    def begin(self, folder: Path, sources: Mapping[str, tuple[Iterable[list[Entry]], Iterable[str]]]) -> bool:
+        """Let the module make rows of all splits from `(batches, fields)` of each; whether it does."""
+        make_rows = getattr(self._module, "make_rows", None)
+        if make_rows:
+            rows = {
+                split: chain.from_iterable(self._sources(batches, set(fields)))
+                for split, (batches, fields) in sources.items()
+            }
+            self._made = make_rows(rows, self._task, folder)
+        return bool(make_rows)
 
     def write(self, path: Path, batches: Iterable[list[Entry]], fields: Iterable[str]) -> dict[str, Any]:
         """Write a split, each row from the columns `fields` alone.
@@ -46,7 +62,8 @@ class SplitWriter:
             Its part of the manifest: rows, bytes, sha256 and, with a tokenizer, tokens.
         """
         kept = set(fields)
-        digest, rows, size, lengths = hashlib.sha256(), 0, 0, list[int]()
+        digest, rows, size = hashlib.sha256(), 0, 0
+        lengths, learned = list[int](), 0
         with path.open("wb") as file:
             for written in self._rows(path.stem, batches, kept):
                 lines = "".join(_to_json(row) + "\n" for row in written).encode()
@@ -55,23 +72,31 @@ class SplitWriter:
                 size += len(lines)
                 rows += len(written)
                 if self._tokenizer and len(lengths) < COUNTED_ROWS:
-                    lengths += self._count(written[: COUNTED_ROWS - len(lengths)])
+                    for tokens, tokens_learned in self._count(written[: COUNTED_ROWS - len(lengths)]):
+                        lengths.append(tokens)
+                        learned += tokens_learned
         split: dict[str, Any] = {"rows": rows, "bytes": size, "sha256": digest.hexdigest()}
         if self._tokenizer:
             mean = round(sum(lengths) / max(len(lengths), 1), 1)
-            split["tokens"] = {"total": sum(lengths), "mean": mean, "max": max(lengths, default=0)}
-            split["tokens"]["counted_rows"] = len(lengths)
+            split["tokens"] = {"total": sum(lengths), "learned": learned, "mean": mean}
+            split["tokens"] |= {"max": max(lengths, default=0), "counted_rows": len(lengths)}
         return split
 
     def _rows(self, split: str, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
         """The rows of a split, in batches."""
-        sources = ([self._columns(entry, kept) for entry in batch] for batch in batches)
-        if split_rows := getattr(self._module, "split_rows", None):
+        sources = self._sources(batches, kept)
+        if split in self._made:
+            rows = iter(self._made[split])
+        elif split_rows := getattr(self._module, "split_rows", None):
             rows = iter(split_rows(chain.from_iterable(sources), split, self._task))
-            while batch := list(islice(rows, BATCH)):
-                yield batch
         else:
             yield from ([self._row(columns) for columns in batch] for batch in sources)
+            return
+        while batch := list(islice(rows, BATCH)):
+            yield batch
+
+    def _sources(self, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+        return ([self._columns(entry, kept) for entry in batch] for batch in batches)
 
     def _columns(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
         """A row's columns, empty where not `kept`: the prompt's own context is for asking, not for rows without one."""
@@ -85,6 +110,11 @@ class SplitWriter:
         wanted = {"input": self._prompt.write_instruction(**values), "output": self._prompt.write_response(**values)}
         return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
-    def _count(self, rows: list[dict[str, Any]]) -> list[int]:
-        texts = ["".join(text for text, _ in self._prompt.pieces(row)) for row in rows]
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(texts)]
+    def _count(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+        """Of each row its tokens and those learned: as training/batches.py makes them, with BOS and the end tokens."""
+        pieces = [self._prompt.pieces(row) for row in rows]
+        texts = [text for parts in pieces for text, _ in parts]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        for parts in pieces:
+            lengths = [len(next(encodings).ids) + learned for _, learned in parts]
+            yield 1 + sum(lengths), sum(length for length, (_, learned) in zip(lengths, parts, strict=True) if learned)

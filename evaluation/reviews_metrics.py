@@ -66,10 +66,10 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
 
 def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
     """Each answer read as a review is."""
-    from data_prep.knowledge import Reader
+    from data_prep.knowledge import ReviewReader
 
     film = evidence.data["reviews"]
-    reader = Reader(film["title"], film.get("aspects") or {})
+    reader = ReviewReader(film["title"], film.get("aspects") or {})
     return [reader.read(0, line["text"]) for line in generations]
 
 

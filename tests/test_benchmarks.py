@@ -108,14 +108,14 @@ def test_the_command_writes_one_table_from_what_it_measured(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [f"model.path={tiny_base}", "systems=hf-fp32,hf-bf16-weights,automodel", "rows=16", "rounds=2", "warmup=1",
+    words = [f"model.path={tiny_base}", "systems=hf-fp32,hf-bf16-weights,litgpt", "rows=16", "rounds=2", "warmup=1",
              "length=64", "task.train.learning_rate=1e-3"]  # fmt: skip
     result = benchmark(tmp_path, *words)
     assert result.returncode == 0, result.stderr
     (file,) = (tmp_path / "benchmarks/results").glob("*.json")
     found = json.loads(file.read_text())
     assert str(tmp_path) not in file.read_text() and "source=slang.csv" in found["command"]
-    assert found["systems"]["automodel"]["not_run"]
+    assert found["systems"]["litgpt"]["not_run"]
     assert (
         found["data"]["tokens"]
         == 64 * found["data"]["rows"]
@@ -124,7 +124,7 @@ def test_the_command_writes_one_table_from_what_it_measured(
     assert len(found["systems"]["hf-bf16-weights"]["rounds"]) == 2
     assert found["versions"]["hf-fp32"]["torch"] == torch.__version__
     text = (tmp_path / "docs/benchmarks.md").read_text()
-    assert text.count("\n## ") == 1 and "| automodel | not run: " in text
+    assert text.count("\n## ") == 1 and "| litgpt | not run: " in text
     assert f"| {found['systems']['hf-fp32']['tokens_per_second']:,.0f} |" in text
     table.write_docs(tmp_path / "benchmarks/results")  # again: its section is replaced, not added
     assert (tmp_path / "docs/benchmarks.md").read_text() == text

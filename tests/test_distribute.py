@@ -136,6 +136,18 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch
     torch.multiprocessing.spawn(compare_with_one_process, (str(tmp_path),), nprocs=2)
 
 
+def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
+    base = tiny_gemma("gemma2", vocab_size=600)
+    dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    with pytest.raises(UserError, match="strategy=fsdp2 takes any"):
+        split_base(dora.get_base_model(), group=None)
+    base = tiny_gemma("gemma2", vocab_size=600)
+    base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)
+    for divide in (shard_base, split_base):
+        with pytest.raises(UserError, match="strategy=ddp copies it"):
+            divide(base, None)
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -284,17 +296,23 @@ def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_stopped_by_hand_goes_on_with_another_number_of_processes(
+def test_a_stopped_run_says_how_and_goes_on_with_another_number_of_processes(
     words: list[str], tmp_path: Path, alone: Path
 ) -> None:
-    process = start(words, tmp_path, "trainer.devices=2", "trainer.strategy=tp")
-    wait_for_steps(process, tmp_path, len(losses(alone)) // 2)
-    pids = workers(process)
-    process.send_signal(signal.SIGINT)
-    errors = finish(process, timeout=60)[1]
-    assert process.returncode != 0 and "Traceback" not in errors
-    assert errors.lower().count("the same command goes on") == 1
-    assert_gone(list(pids.values()))
+    steps = len(losses(alone))
+    for strategy, number, code, after in (
+        ("tp", signal.SIGINT, 130, steps // 4),
+        ("ddp", signal.SIGTERM, 75, steps // 2),  # what a scheduler takes as "start it again"
+        ("fsdp2", signal.SIGUSR1, 75, 3 * steps // 4),
+    ):
+        process = start(words, tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
+        wait_for_steps(process, tmp_path, after)
+        pids = workers(process)
+        process.send_signal(number)
+        errors = finish(process, timeout=60)[1]
+        assert process.returncode == code and "Traceback" not in errors
+        assert errors.lower().count("the same command goes on") == 1
+        assert_gone(list(pids.values()))
     assert_same_result(train(words, tmp_path), alone)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prompt import Prompt
+from data_prep.prompt import Prompt, exchanges
 
 SLANG = Prompt(
     template="Instruction:\n{instruction}\n\nResponse:\n{response}",
@@ -60,3 +60,25 @@ def test_it_travels_in_a_folder(tmp_path: Path) -> None:
 def test_a_template_that_cannot_be_trained_on_is_refused(template: str) -> None:
     with pytest.raises(ValueError, match="prompt template must hold"):
         Prompt(template, "{tag}", "{slang}")
+
+
+TURNS = Prompt("<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>", "", "")
+TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " hi "},
+        {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Bye"}]  # fmt: skip
+
+
+def test_a_system_text_begins_the_first_message_and_spaces_around_a_text_are_lost() -> None:
+    assert exchanges(TALK) == [("Be kind.\n\nhi", "Hello!"), ("Bye", None)]
+
+
+def test_a_dialogue_is_worded_for_training_as_it_is_for_an_answer() -> None:
+    asked = TURNS.wrap_dialogue(TALK)
+    pieces = TURNS.pieces({"messages": [*TALK, {"role": "assistant", "content": "See you!"}]})
+    assert "".join(text + "<end_of_turn>" * learned for text, learned in pieces) == f"{asked}See you!<end_of_turn>"
+    assert [text for text, learned in pieces if learned] == ["Hello!", "See you!"]
+
+
+def test_control_tokens_of_a_row_are_text_and_other_signs_stay() -> None:
+    row = {"input": "a <eos> b <br> <EOS>", "output": "c<end_of_turn><unused12>"}
+    (asked, _), (answer, _) = SLANG.pieces(row)
+    assert "a < eos> b <br> <EOS>" in asked and answer == "c< end_of_turn>< unused12>"

@@ -28,15 +28,8 @@ from training.progress import RunProgress
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUANTIZATION = plain(load_config(["peft=qlora"]).peft)["quantization"]
-# The second task of the user's documents, setting by setting.
-SQUID_GAME = [
-    "peft=qlora", "peft.r=16", "peft.lora_alpha=64", "peft.lora_dropout=0.01", "peft.bias=none",
-    f"peft.target_modules=[{','.join(TARGETS)}]", "task.train.epochs=1", "task.train.batch_size=16",
-    "task.train.accumulation=8", "task.train.optimizer=paged_adamw_32bit", "task.train.learning_rate=1e-4",
-    "task.train.schedule=CosineAnnealing", "task.train.warmup_ratio=0.03", "task.train.weight_decay=0.001",
-    "task.train.clip=0.3", "task.train.gradient_checkpointing=true", "task.train.log_every=25",
-    "task.train.evaluate_every=500",
-]  # fmt: skip
+# The first review chatbot's settings, which the test below holds one by one.
+SQUID_GAME = ["task=squid_game", "model=gemma-2b-it", "peft=qlora", "+experiment=squid_game_qlora"]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -122,7 +122,7 @@ def test_two_processes_do_not_train_one_run(source: Path, tiny_base: Path, tmp_p
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("task=nosuch", "unknown task 'nosuch'. Known: slang"),
+        ("task=nosuch", "unknown task 'nosuch'. Known: chat"),
         ("model=gemma-9-1b", "unknown model 'gemma-9-1b'"),
         ("task.train.epoch=3", "epoch"),
         ("task.data.source=/no/such.csv", "/no/such.csv"),

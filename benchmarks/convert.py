@@ -1,0 +1,166 @@
+"""Memory and speed of merging an adapter into its base: this project beside `cp` and beside transformers with peft.
+
+    python -m benchmarks.convert                    (the base model of the default configuration)
+    python -m benchmarks.convert layers=2,6         (how many of Gemma 3 27B's 62 layers the synthetic models have)
+
+The synthetic models have Gemma 3 27B's widths and zeros for weights, in sparse files; the merged ones are as large as
+they say, so that layers=62 needs 55 GB of disk. Peak memory is the kernel's figure for the whole process, asked for by
+its parent. Writes docs/converters.md.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from converters import hf
+from converters.__main__ import table
+from converters.streamed import empty_model
+from nemo_configs.command_line import UserError, load_config, run
+from training.__main__ import describe_environment
+from training.base_model import ensure_base_model
+
+DOCS = Path("docs/converters.md")
+# https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
+GEMMA_3_27B = {
+    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262_144, "hidden_size": 5376,
+    "intermediate_size": 21_504, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
+    "query_pre_attn_scalar": 168, "sliding_window": 1024, "dtype": "bfloat16",
+}  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEERS = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+base, adapter, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base)
+PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(target)
+AutoTokenizer.from_pretrained(base).save_pretrained(target)
+"""
+HEADER = """# Converters
+
+What can be converted to what, as `python -m converters --help` prints it:
+
+{table}
+
+## Memory and speed
+
+`python -m benchmarks.convert {words}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
+base. Ours also opens what it wrote, compares every tensor and runs both sides; `until written` is the time before that.
+`× cp` is of processor seconds, which other work on the machine does not lengthen as it does those by the clock. {note}
+
+| model | by | GB | seconds | until written | processor seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
+|---|---|---|---|---|---|---|---|---|
+"""
+NOTE = """`gemma-3-27b, n of 62 layers` has that model's widths, and zeros for weights: memory depends on its largest
+tensor, and not on how many there are."""
+
+
+def main(words: list[str]) -> None:
+    layers = [2, 6]
+    for word in words:
+        name, _, value = word.partition("=")
+        if name != "layers" or not all(number.isdigit() and 0 < int(number) <= 62 for number in value.split(",")):
+            raise UserError(f"{word} is unknown. Known: layers=2,6 with numbers from 1 to 62")
+        layers = [int(number) for number in value.split(",")]
+    real = ensure_base_model(load_config().model).resolve()
+    lines = []
+    Path("exports").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir="exports") as scratch:
+        for count in [0, *layers]:
+            folder = Path(scratch) / (f"gemma-3-27b, {count} of 62 layers" if count else real.name)
+            folder.mkdir()
+            base = write_sparse(folder / "base", count) if count else real
+            write_adapter(base, folder / "adapter")
+            lines += compare(base, folder, with_peers=not count)
+            shutil.rmtree(folder)
+    machine = describe_environment()
+    text = HEADER.format(table=table(), words=" ".join(words), machine=f"{machine['cpu']}, {machine['cores']} cores",
+                         date=f"{datetime.now(UTC):%Y-%m-%d}", note=NOTE)  # fmt: skip
+    DOCS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    print(f"written: {DOCS}")
+
+
+def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
+    """Lines of the table. Each system reads the base anew; what it wrote is removed before the next."""
+    python, target = sys.executable, folder / "merged"
+    systems: dict[str, Sequence[str | Path]] = {
+        "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
+        "ours": [python, "-m", "converters", folder / "adapter", "--to", "merged", "--base", base, "--out", target],
+    }
+    if with_peers:
+        systems["transformers, peft"] = [python, "-c", PEERS, base, folder / "adapter", target]
+    tensors = hf.read(base).tensors.values()
+    allowed = 2 * max(tensor.nbytes for tensor in tensors) / 2**30 + 1
+    size = sum(tensor.nbytes for tensor in tensors) / 1e9
+    lines = []
+    copied = 0.0
+    for name, command in systems.items():
+        seconds, busy, peak = measured(command)
+        copied = copied or busy
+        record = target / "conversion.json"
+        until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
+        # A process begins with its parent's peak in its books, so that cp's would be this one's.
+        memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
+        lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
+                     f"{busy / copied:.1f} | {memory} |")  # fmt: skip
+        print(lines[-1], flush=True)
+        shutil.rmtree(target)
+    return lines
+
+
+def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
+    """Seconds by the clock and of processors, and GiB of memory at the peak."""
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise UserError(f"{' '.join(map(str, command[:3]))} … failed; its words are above")
+    return time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
+
+
+def write_sparse(folder: Path, layers: int) -> Path:
+    """A model of `layers` of Gemma 3 27B's, in a file whose zeros take no room."""
+    from converters.safetensors_file import header
+
+    config = {**GEMMA_3_27B, "num_hidden_layers": layers}
+    folder.mkdir()
+    hf.write_json(folder / "config.json", config)
+    shapes = {name: tensor.to(torch.bfloat16) for name, tensor in empty_model(config).state_dict().items()}
+    shapes.pop("lm_head.weight")  # is the embedding
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header(shapes))
+        file.truncate(file.tell() + sum(tensor.nbytes for tensor in shapes.values()))
+    return folder
+
+
+def write_adapter(base: Path, folder: Path) -> None:
+    """Random, of rank 8, on every linear layer of `base`."""
+    folder.mkdir()
+    chance = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, weight in hf.read(base).tensors.items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith(tuple(TARGETS)):
+            tensors[f"base_model.model.{layer}.lora_A.weight"] = (
+                torch.randn(8, weight.shape[1], generator=chance) * 0.02
+            )
+            tensors[f"base_model.model.{layer}.lora_B.weight"] = (
+                torch.randn(weight.shape[0], 8, generator=chance) * 0.02
+            )
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": TARGETS,
+                "base_model_name_or_path": str(base)}  # fmt: skip
+    hf.write_json(folder / "adapter_config.json", settings)
+
+
+if __name__ == "__main__":
+    run(main)

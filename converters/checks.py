@@ -1,0 +1,82 @@
+"""What came from outside, before it is used: is it a Gemma of the shapes that it names, and are its values numbers?"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.checkpoint import Checkpoint, Lazy
+from converters.safetensors_file import NAMES
+from converters.streamed import FAMILIES, empty_model
+from nemo_configs.command_line import UserError
+
+MAX_LAYERS = 200  # Gemma's largest has 62
+
+
+def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
+    """
+    Raises:
+        UserError: another family than Gemma 1, 2 or 3 text; a tensor that is missing, too many, or of another shape or
+            dtype than transformers makes for its configuration.
+    """
+    config = checkpoint.config
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"{where} holds a model of type {str(family)[:40]!r}; only Gemma 1, 2 and 3 (text) are converted"
+        )
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise UserError(f"{where}: num_hidden_layers is {str(layers)[:40]}, which no Gemma has")
+    try:
+        model = empty_model(config)
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    except Exception as error:  # transformers checks each value in a way of its own
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(
+            f"{where}: its configuration is none of a {family} ({type(error).__name__}: {reason})"
+        ) from None
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    found = checkpoint.tensors
+    for name in sorted(expected.keys() - found.keys()):
+        raise UserError(f"{where} has no {name}, which its configuration asks for; copy or download it again")
+    for name in sorted(found.keys() - expected.keys()):
+        raise UserError(f"{where} holds {name}, which a {family} of {layers} layers does not have")
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise UserError(
+                f"{where}: {name} has shape {list(found[name].shape)}; its configuration asks for {list(shape)}"
+            )
+        if found[name].dtype not in NAMES:
+            raise UserError(f"{where}: {name} is of {found[name].dtype}, which is no whole weight of 16 or 32 bits")
+
+
+def checked(
+    tensors: Mapping[str, Lazy], where: Path, seen: Callable[[int], object] = lambda size: None
+) -> dict[str, Lazy]:
+    """`tensors` of the file `where`, each looked at as it is read; `seen` is told its size in bytes.
+
+    Reading raises a UserError where the file fails, or the values are not finite.
+    """
+    return {name: _checked(name, tensor, where, seen) for name, tensor in tensors.items()}
+
+
+def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]) -> Lazy:
+    def read() -> Tensor:
+        try:
+            values = tensor.read()
+        except (OSError, ValueError, RuntimeError, EOFError) as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(f"{where}: {name} cannot be read ({type(error).__name__}: {reason})") from None
+        if tuple(values.shape) != tuple(tensor.shape) or values.dtype != tensor.dtype:
+            raise UserError(
+                f"{where}: {name} is {values.dtype} {list(values.shape)}, not {tensor.dtype} {list(tensor.shape)}"
+            )
+        if values.numel() and not all(torch.isfinite(end) for end in values.aminmax()):
+            raise UserError(f"{where}: {name} holds values that are not finite numbers")
+        seen(tensor.nbytes)
+        return values
+
+    return Lazy(tensor.shape, tensor.dtype, read)

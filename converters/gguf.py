@@ -1,0 +1,351 @@
+"""GGUF, the file of llama.cpp: whole Gemmas in F32, F16, BF16 or Q8_0, and LoRA adapters, both ways.
+
+Reads, into bfloat16, every type of block that the `gguf` package can dequantize: Q4_0 … Q8_0, K-quants, I-quants.
+
+The layout, beside transformers' (see `hf`):
+
+- Names are llama.cpp's: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`, see `gguf.TensorNameMap`.
+  Shapes, row order and the heads' order are the same.
+- Norms hold w + 1, in float32, since llama.cpp multiplies by the weight itself. That sum is exact for the weights of
+  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 bits behind the point.
+- The output layer is the embedding and is not stored twice. The embedding has a row for every token that is listed.
+- A LoRA's two factors stand as `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
+  the whole file, and the update is weighed by alpha / r, r being that of each tensor.
+
+What llama.cpp has no field for, the prompt and the origin, stands as JSON under keys of this project.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFType,
+    GGUFWriter,
+    Keys,
+    LlamaFileType,
+    ReaderTensor,
+    dequantize,
+    get_tensor_name_map,
+    quantize,
+)
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from converters.adapter import targets
+from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
+from converters.hf import as_prompt
+from converters.merge_lora import updates
+from converters.streamed import empty_model
+from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
+from data_prep.progress import Progress
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import UserError
+
+TITLE = "GGUF file of llama.cpp: a model, or a LoRA adapter"
+READS = {Checkpoint, Adapter}
+WRITES = {Checkpoint: ".gguf", Adapter: ".gguf"}
+DTYPES = ("source", "f32", "f16", "bf16", "q8_0")
+TOLERANCE = {"mean_kl_divergence": 0.005}  # Q8_0 rounds; see above for norms in float32
+
+# How matrices are stored, as `--dtype` or the source says, and the number that llama.cpp shows for it.
+KINDS = {
+    "f32": GGMLQuantizationType.F32, torch.float32: GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16, torch.float16: GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16, torch.bfloat16: GGMLQuantizationType.BF16,
+    "q8_0": GGMLQuantizationType.Q8_0,
+}  # fmt: skip
+FILE_TYPES = {
+    GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
+    GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
+    GGMLQuantizationType.BF16: LlamaFileType.MOSTLY_BF16,
+    GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+PROMPT, ORIGIN = "gemma_nemo.prompt", "gemma_nemo.origin"
+CHUNK = 1 << 24  # values converted at a time
+
+
+def recognizes(path: Path) -> bool:
+    """A GGUF file, or a folder with one in it."""
+    file = _file(path)
+    if file is None:
+        return False
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
+def _file(path: Path) -> Path | None:
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        return found[0] if len(found) == 1 else None
+    return path if path.is_file() else None
+
+
+def read(path: Path) -> Checkpoint | Adapter:
+    """
+    Raises:
+        UserError: not a whole GGUF of a text Gemma, or one whose tensors are not those that its fields describe.
+    """
+    file = _file(path)
+    if file is None:
+        raise UserError(f"{path} is no GGUF file, nor a folder with one")
+    try:
+        header = Header(file)
+        fields = {key: field.contents() for key, field in header.fields.items()}
+    # The reader has no errors of its own: what is damaged ends in whichever of Python's or numpy's it runs into.
+    except Exception as error:
+        raise UserError(f"{file} is not a whole GGUF file ({type(error).__name__}: {error})") from None
+    if header.byte_order != "I" or fields.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) != 1:
+        raise UserError(f"{file} is big-endian or one of several parts; join the parts with llama.cpp's gguf-split")
+    families = {MODEL_ARCH_NAMES[arch]: family for family, arch in FAMILIES.items()}
+    family = families.get(str(fields.get(Keys.General.ARCHITECTURE)))
+    if family is None:
+        raise UserError(
+            f"{file} is of architecture {fields.get(Keys.General.ARCHITECTURE)!r}, not of {', '.join(families)}"
+        )
+    try:
+        if fields.get(Keys.General.TYPE) == GGUFType.ADAPTER:
+            return _read_adapter(file, header, fields, family)
+        return _read_model(file, header, fields, family)
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{file}: a field is missing or of the wrong kind ({type(error).__name__}: {error})") from None
+
+
+def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], family: str) -> Checkpoint:
+    stored = {tensor.name: tensor for tensor in header.tensors}
+    config = read_config(fields, family, stored)
+    if "output.weight" in stored:
+        config["tie_word_embeddings"] = False
+    names = {llama: name for name, llama in _names(family, config["num_hidden_layers"]).items()}
+    dtype = getattr(torch, config["dtype"])
+    tensors: dict[str, Lazy] = {}
+    for llama, tensor in stored.items():
+        name = names.get(llama.removesuffix(".weight"))
+        if name is None:
+            raise UserError(f"{file} has a tensor {llama}, which no {family} of so many layers has")
+        shape = tuple(reversed(tensor.shape.tolist()))
+        read_it = partial(_read_tensor, file, tensor, shape, dtype, name.endswith("norm"))
+        tensors[f"{name}.weight"] = Lazy(shape, dtype, read_it)
+    # An instruction-tuned model ends its turn with another token than a text.
+    stops = [config["eos_token_id"]]
+    if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
+        stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID]})
+    config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    generation = GenerationConfig.from_model_config(AutoConfig.for_model(**config))
+    return Checkpoint(
+        config=config,
+        tensors=tensors,
+        files=of_gguf(file) | {"generation_config.json": generation.to_json_string().encode()},
+        prompt=_read_prompt(file, fields),
+        origin=_read_origin(file, fields)
+        or {"name": str(fields.get(Keys.General.NAME, file.stem)), "source": file.name},
+    )
+
+
+def _read_tensor(file: Path, tensor: ReaderTensor, shape: tuple[int, ...], dtype: torch.dtype, norm: bool) -> Tensor:
+    """A tensor in `dtype`, read and dequantized some rows at a time."""
+    kind, into = tensor.tensor_type, torch.empty(shape, dtype=dtype)
+    rows = into.view(-1, shape[-1])
+    row_bytes = int(tensor.n_bytes) // len(rows)
+    step = max(1, CHUNK // shape[-1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        raw = np.fromfile(file, np.uint8, len(part) * row_bytes, offset=int(tensor.data_offset) + start * row_bytes)
+        if raw.size != len(part) * row_bytes:
+            raise UserError(f"{file} ends within {tensor.name}")
+        if kind in PLAIN:
+            values = torch.from_numpy(raw).view(PLAIN[kind]).view(part.shape)
+        else:
+            values = torch.from_numpy(dequantize(raw.reshape(len(part), row_bytes), kind))
+        part.copy_(values - 1 if norm else values)
+    return into
+
+
+def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], family: str) -> Adapter:
+    if fields.get(Keys.Adapter.TYPE) != "lora":
+        raise UserError(f"{file} is an adapter of type {fields.get(Keys.Adapter.TYPE)!r}, not a LoRA")
+    stored = {tensor.name: tensor for tensor in header.tensors}
+    blocks = [int(name.split(".")[1]) for name in stored if name.startswith("blk.")]
+    hugging_face = {llama: name for name, llama in _names(family, min(max(blocks, default=0), len(stored)) + 1).items()}
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, set[int]] = {}
+    for name, tensor in stored.items():
+        layer, _, factor = name.rpartition(".weight.lora_")
+        if layer not in hugging_face or factor not in ("a", "b") or len(tensor.shape) != 2:
+            raise UserError(f"{file}: {name} is no LoRA of a {family}'s layer")
+        if tensor.tensor_type not in PLAIN:
+            raise UserError(f"{file}: {name} is quantized, which no adapter of peft is")
+        inner, outer = tensor.shape.tolist()
+        ranks.setdefault(layer, set()).add(outer if factor == "a" else inner)
+        full = f"base_model.model.{hugging_face[layer]}.lora_{factor.upper()}.weight"
+        tensors[full] = _read_tensor(file, tensor, (outer, inner), PLAIN[tensor.tensor_type], False)
+    for layer, found in ranks.items():
+        if len(found) != 1 or {f"{layer}.weight.lora_a", f"{layer}.weight.lora_b"} - stored.keys():
+            raise UserError(f"{file}: the two factors of {layer} do not fit each other")
+    if not ranks:
+        raise UserError(f"{file} is an adapter without tensors")
+    by_layer = {hugging_face[layer]: found.pop() for layer, found in ranks.items()}
+    rank, alpha = max(by_layer.values()), float(fields[Keys.Adapter.LORA_ALPHA])
+    if not (math.isfinite(alpha) and alpha):
+        raise UserError(f"{file}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
+    peft: dict[str, Any] = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "bias": "none",
+            "target_modules": targets(by_layer)}  # fmt: skip
+    # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
+    if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
+        peft["rank_pattern"] = smaller
+    return Adapter(peft, tensors, base=_read_origin(file, fields), prompt=_read_prompt(file, fields))
+
+
+def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") -> None:
+    """Write the file `target`.
+
+    Args:
+        dtype: how matrices are stored, of `DTYPES`. Unasked, nothing is rounded: as the source has them.
+
+    Raises:
+        UserError: llama.cpp has no field for something that the model needs, or no tokenizer comes with it.
+    """
+    if isinstance(content, Adapter):
+        _write_adapter(content, target)
+        return
+    if content.config.get("model_type") not in FAMILIES:
+        raise UserError(
+            f"no GGUF of a {content.config.get('model_type')} is known here; of {', '.join(FAMILIES)} one is"
+        )
+    config = AutoConfig.for_model(**content.config)
+    kind = KINDS[content.tensors["model.embed_tokens.weight"].dtype if dtype == "source" else dtype]
+    writer = _writer(target, config.model_type, GGUFType.MODEL, FILE_TYPES[kind], content.prompt, content.origin)
+    add_config(writer, config)
+    add_to_gguf(writer, read_vocabulary(content.files, config))
+    names = _names(config.model_type, config.num_hidden_layers)
+    tensors = {}
+    for name, lazy in content.tensors.items():
+        if name.endswith("norm.weight"):
+            lazy = Lazy(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
+        tensors[f"{names[name.removesuffix('.weight')]}.weight"] = lazy
+    _write_tensors(writer, tensors, {name: kind for name, lazy in tensors.items() if len(lazy.shape) == 2})
+
+
+def _writer(
+    target: Path, family: str, of: str, file_type: LlamaFileType, prompt: Prompt | None, origin: Mapping[str, str]
+) -> GGUFWriter:
+    writer = GGUFWriter(target, MODEL_ARCH_NAMES[FAMILIES[family]])
+    writer.add_type(of)
+    writer.add_name(origin.get("name", target.stem))
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if prompt is not None:
+        writer.add_string(PROMPT, json.dumps(asdict(prompt), ensure_ascii=False))
+    if origin:
+        writer.add_string(ORIGIN, json.dumps(dict(origin), ensure_ascii=False))
+    return writer
+
+
+def _write_adapter(adapter: Adapter, target: Path) -> None:
+    family = (adapter.config or {}).get("model_type")
+    if family not in FAMILIES:
+        raise UserError("an adapter in GGUF names the family of its base; give the folder of that Gemma with --base")
+    if adapter.peft.get("use_dora"):
+        raise UserError("llama.cpp has no DoRA: convert --to merged, and that folder --to gguf")
+    found = updates(adapter, target)
+    names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
+    # One alpha for the whole file: where layers differ in alpha, their B takes the difference.
+    alpha = max(update.scale * len(update.lora_a) for update in found.values())
+    tensors: dict[str, Lazy] = {}
+    for layer, update in found.items():
+        ratio = update.scale * len(update.lora_a) / alpha
+        for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
+            tensors[f"{names[layer]}.weight.lora_{factor}"] = of_memory(tensor)
+    kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
+    file_type = FILE_TYPES[kinds[f"{names[next(iter(found))]}.weight.lora_a"]]
+    writer = _writer(target, family, GGUFType.ADAPTER, file_type, adapter.prompt, adapter.base)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+    _write_tensors(writer, tensors, kinds)
+
+
+def _write_tensors(writer: GGUFWriter, tensors: Mapping[str, Lazy], kinds: Mapping[str, GGMLQuantizationType]) -> None:
+    """Fill the writer's file, one tensor in memory at a time. Those without a kind are stored in float32."""
+    kinds = {name: kinds.get(name, GGMLQuantizationType.F32) for name in tensors}
+    for name, lazy in tensors.items():
+        row_bytes = _row_bytes(lazy.shape[-1], kinds[name], name)
+        size = row_bytes * (lazy.nbytes // lazy.dtype.itemsize // lazy.shape[-1])
+        # A dtype that says nothing: `raw_dtype` holds.
+        writer.add_tensor_info(name, lazy.shape, np.dtype(np.float32), size, kinds[name])
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        with Progress("Writing", sum(lazy.nbytes for lazy in tensors.values())) as progress:
+            done = 0
+            for name, lazy in tensors.items():
+                writer.write_tensor_data(_encoded(lazy.read(), kinds[name], name))
+                done += lazy.nbytes
+                progress.at(done)
+    finally:
+        writer.close()
+
+
+def _row_bytes(values: int, kind: GGMLQuantizationType, name: str) -> int:
+    block, size = GGML_QUANT_SIZES[kind]
+    if values % block:
+        raise UserError(
+            f"{name} has rows of {values} values, which {kind.name} cannot divide by {block}; use --dtype bf16"
+        )
+    return values // block * size
+
+
+def _encoded(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
+    """The bytes of `tensor` as `kind`, rounded some rows at a time."""
+    if PLAIN.get(kind) == tensor.dtype:
+        return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    rows = tensor.view(-1, tensor.shape[-1])
+    into = np.empty((len(rows), _row_bytes(rows.shape[1], kind, name)), np.uint8)
+    step = max(1, CHUNK // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        if kind in PLAIN:
+            rounded = part.to(PLAIN[kind])
+            if not torch.isfinite(rounded).all():
+                raise UserError(f"{name} holds values that {kind.name} cannot hold; use --dtype bf16")
+            into[start : start + step] = rounded.view(torch.uint8).numpy()
+        else:
+            into[start : start + step] = quantize(part.float().numpy(), kind)
+    return into
+
+
+def _names(family: str, layers: int) -> dict[str, str]:
+    """Transformers' name of a module (`model.layers.0.mlp.up_proj`) → llama.cpp's (`blk.0.ffn_up`)."""
+    known = get_tensor_name_map(FAMILIES[family], layers)
+    model = empty_model({"model_type": family, "num_hidden_layers": layers, "tie_word_embeddings": False})
+    return {name: str(known.get_name(name)) for name in (key.removesuffix(".weight") for key in model.state_dict())}
+
+
+def _read_prompt(file: Path, fields: Mapping[str, Any]) -> Prompt | None:
+    return as_prompt(_json_field(file, fields, PROMPT), file) if PROMPT in fields else None
+
+
+def _read_origin(file: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+    found = _json_field(file, fields, ORIGIN) if ORIGIN in fields else {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(f"{file}: {ORIGIN} is damaged")
+    return found
+
+
+def _json_field(file: Path, fields: Mapping[str, Any], key: str) -> Any:
+    try:
+        return json.loads(fields[key])
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{file}: {key} is damaged") from None

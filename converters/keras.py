@@ -1,0 +1,260 @@
+"""KerasHub's Gemmas: presets and `.weights.h5` files, both ways. The LoRA files of KerasHub are in `keras_lora`.
+
+A preset is a folder of `config.json` (of the backbone, in Keras' own words), `model.weights.h5` or its shards, and the
+SentencePiece model in `assets/tokenizer/`. A `.weights.h5` alone names no family and no settings: the family shows in
+its norms, and the settings are those that Google published for a model of that many layers.
+
+The layout, beside transformers' (see `hf`), with d hidden_size, f intermediate_size, n query heads, k key and value
+heads, and h values a head:
+
+- `layers/gemma_decoder_block_3/<part>/vars/0` for layer 3, without a number for layer 0, `gemma3_decoder_block` in
+  Gemma 3; numbers are places in the list of layers.
+- `query` [n, d, h], `key` and `value` [k, d, h], `attention_output` [n, h, d]: a head at a time, its matrix for row
+  vectors, as are `gating_ffw` and `gating_ffw_2` [d, f] and `ffw_linear` [f, d]. Norms [d] and the embedding are as
+  transformers'. `intermediate_dim` of Gemma 1 and 2 counts gate and up together: 2·f.
+- bfloat16 stands as two opaque bytes with an attribute `dtype`.
+
+The files of transformers' tokenizer lie in a folder `transformers`, since KerasHub has a `tokenizer.json` of its own.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from converters import keras_lora
+from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.hf import read_json, read_prompt, write_json
+from converters.keras_config import CLASSES, published, read_config, settings_of
+from converters.keras_h5 import SIGNATURE, dataset, dtype_of, opened, tensor_of, write_tensor
+from converters.vocabulary import of_sentencepiece, read_vocabulary, to_sentencepiece
+from data_prep.progress import Progress
+from nemo_configs.command_line import UserError
+
+TITLE = "KerasHub preset or .weights.h5; LoRA of KerasHub (.lora.h5)"
+READS = {Checkpoint, Adapter}
+WRITES = {Checkpoint: "", Adapter: ".lora.h5"}
+
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json"
+SENTENCEPIECE = "assets/tokenizer/vocabulary.spm"
+COMPANIONS = "transformers"  # folder of what KerasHub has no place for
+# A whole task's file holds the backbone within.
+ROOTS = ("layers/gemma_backbone/", "layers/gemma3_backbone/", "backbone/", "")
+BLOCK = re.compile(r"gemma3?_decoder_block(?:_(\d+))?")
+# transformers' name of a part of a layer → KerasHub's.
+PARTS = {
+    "input_layernorm": "pre_attention_norm",
+    "self_attn.q_proj": "attention/query_dense",
+    "self_attn.k_proj": "attention/key_dense",
+    "self_attn.v_proj": "attention/value_dense",
+    "self_attn.o_proj": "attention/output_dense",
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "pre_ffw_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "mlp.gate_proj": "gating_ffw",
+    "mlp.up_proj": "gating_ffw_2",
+    "mlp.down_proj": "ffw_linear",
+}
+
+
+class Layout(NamedTuple):
+    """How a matrix lies with KerasHub: in so many dimensions, and its way to transformers' [out, in] and back."""
+
+    dimensions: int
+    to_ours: Callable[[Tensor], Tensor]
+    to_keras: Callable[[Tensor, PretrainedConfig], Tensor]
+
+
+_HEADS_OUT = Layout(
+    3,
+    lambda w: w.transpose(1, 2).flatten(0, 1),
+    lambda w, config: w.unflatten(0, (-1, config.head_dim)).transpose(1, 2),
+)
+_TRANSPOSED = Layout(2, lambda w: w.T, lambda w, config: w.T)
+LAYOUTS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _HEADS_OUT),
+    "o_proj": Layout(3, lambda w: w.flatten(0, 1).T, lambda w, config: w.T.unflatten(0, (-1, config.head_dim))),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _TRANSPOSED),
+}
+
+
+def recognizes(path: Path) -> bool:
+    """A preset's folder, or an HDF5 file."""
+    if path.is_dir():
+        return (path / CONFIG).is_file() and ((path / WEIGHTS).is_file() or (path / SHARDS).is_file())
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
+
+
+def read(path: Path) -> Checkpoint | Adapter:
+    """
+    Raises:
+        UserError: damaged, hostile, of another family, or without what its settings ask for.
+    """
+    if path.is_dir():
+        return _read_preset(path)
+    with opened(path) as file:
+        of_lora = "lora" in file
+    if of_lora:
+        return keras_lora.read(path)
+    tensors, family, heads = _read_weights([path])
+    config = read_config(published(family, tensors, heads, path), family, tensors, path)
+    return Checkpoint(config, tensors, origin={"name": path.name.split(".")[0]})
+
+
+def _read_preset(folder: Path) -> Checkpoint:
+    settings = read_json(folder / CONFIG)
+    tensors, family, _ = _read_weights(_weight_files(folder))
+    config = read_config(settings.get("config"), family, tensors, folder / CONFIG)
+    if settings.get("class_name") != CLASSES[family]:
+        raise UserError(f"{folder / CONFIG} is of {settings.get('class_name')}, and the weights are of a {family}")
+    files: dict[str, bytes | Path] = {
+        file.name: file for file in sorted((folder / COMPANIONS).glob("*")) if file.is_file()
+    }
+    if not files and (folder / SENTENCEPIECE).is_file():
+        files = {**of_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
+    return Checkpoint(config, tensors, files, read_prompt(folder), {"name": folder.resolve().name})
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / SHARDS).exists():
+        return [folder / WEIGHTS]
+    found = read_json(folder / SHARDS).get("weight_map")
+    names = (
+        {name for entry in found.values() for name in ([entry] if isinstance(entry, str) else entry)}
+        if found
+        else set()
+    )
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{folder / SHARDS} names files that are not of its own folder, or none")
+    return [folder / name for name in sorted(names)]
+
+
+def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str, dict[str, tuple[int, ...]]]:
+    """The tensors under transformers' names and in their shapes, their family, and KerasHub's shapes in layer 0."""
+    tensors: dict[str, Lazy] = {}
+    first: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with opened(path) as file:
+            root = next((root for root in ROOTS if isinstance(file.get(f"{root}layers"), h5py.Group)), None)
+            if root is None:
+                raise UserError(f"{path} holds no layers of a Gemma of KerasHub")
+            for name, place in _places(file[f"{root}layers"]).items():
+                found = dataset(file, f"{root}layers/{place}/vars/0")
+                if found is not None:
+                    tensors[name] = _lazy(path, found, name)
+                    if name.startswith("model.layers.0.self_attn"):
+                        first[name.split(".")[-2]] = found.shape
+    if "q_norm" in first:
+        return tensors, "gemma3_text", first
+    if "model.layers.0.post_feedforward_layernorm.weight" in tensors:
+        return tensors, "gemma2", first
+    # With one norm before the MLP, it is the one that transformers names by what comes before it.
+    names = {name: name.replace("pre_feedforward_layernorm", "post_attention_layernorm") for name in tensors}
+    return {names[name]: tensor for name, tensor in tensors.items()}, "gemma", first
+
+
+def _places(layers: Iterable[str]) -> dict[str, str]:
+    """transformers' name → KerasHub's place below `layers`, of all that the Gemma in this file can have."""
+    found = {"model.embed_tokens.weight": "reversible_embedding", "model.norm.weight": "rms_normalization"}
+    for place in layers:
+        if block := BLOCK.fullmatch(place):
+            found |= {f"model.layers.{block[1] or 0}.{name}.weight": f"{place}/{part}" for name, part in PARTS.items()}
+    return found
+
+
+def _lazy(path: Path, found: h5py.Dataset, name: str) -> Lazy:
+    layout, place, shape = LAYOUTS.get(name.split(".")[-2]), found.name.strip("/"), found.shape
+    if layout is not None:
+        if len(shape) != layout.dimensions:
+            raise UserError(f"{path}: {place} has shape {list(shape)}, with other dimensions than {name} has")
+        shape = tuple(layout.to_ours(torch.empty(shape, device="meta")).shape)
+
+    def read() -> Tensor:
+        with opened(path) as file:
+            found = dataset(file, place)
+            assert found is not None  # it was there
+            tensor = tensor_of(found)
+        return layout.to_ours(tensor).contiguous() if layout else tensor
+
+    return Lazy(shape, dtype_of(found), read)
+
+
+def write(content: Checkpoint | Adapter, target: Path) -> None:
+    """
+    Raises:
+        UserError: KerasHub has no setting for something that the model needs, or no place for its tokenizer.
+    """
+    if isinstance(content, Adapter):
+        keras_lora.write(content, target)
+        return
+    family = content.config.get("model_type")
+    if family not in CLASSES:
+        raise UserError(f"model_type is {family!r}; KerasHub is known here for {', '.join(CLASSES)}")
+    if "lm_head.weight" in content.tensors:
+        raise UserError("this model has an output layer of its own; KerasHub's Gemmas use the embedding for it")
+    config = AutoConfig.for_model(**content.config)
+    settings = settings_of(config)
+    places = {
+        name: place for name, place in _all_places(family, config.num_hidden_layers).items() if name in content.tensors
+    }
+    if missing := content.tensors.keys() - places.keys():
+        raise UserError(f"KerasHub has no place for {sorted(missing)[0]} in a {family}")
+    target.mkdir()
+    keras = "keras_hub.src.models." + ("gemma3.gemma3_backbone" if family == "gemma3_text" else "gemma.gemma_backbone")
+    write_json(target / CONFIG, _object(keras, CLASSES[family], settings))
+    if "tokenizer.json" in content.files:
+        _write_tokenizer(content, config, target)
+    if content.prompt:
+        content.prompt.save(target)
+    with (
+        h5py.File(target / WEIGHTS, "w") as file,
+        Progress("Writing", sum(t.nbytes for t in content.tensors.values())) as progress,
+    ):
+        done = 0
+        for name, place in places.items():
+            layout, tensor = LAYOUTS.get(name.split(".")[-2]), content.tensors[name].read()
+            write_tensor(file, f"layers/{place}/vars/0", layout.to_keras(tensor, config) if layout else tensor)
+            done += content.tensors[name].nbytes
+            progress.at(done)
+
+
+def _all_places(family: str, layers: int) -> dict[str, str]:
+    block = "gemma3_decoder_block" if family == "gemma3_text" else "gemma_decoder_block"
+    found = _places([f"{block}_{number}" if number else block for number in range(layers)])
+    if family != "gemma":
+        return found
+    renamed = {name for name in found if "feedforward_layernorm" in name or "post_attention_layernorm" in name}
+    other = {name.replace("pre_feedforward", "post_attention"): found[name] for name in renamed if "pre_feed" in name}
+    return {name: place for name, place in found.items() if name not in renamed} | other
+
+
+def _object(module: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    package = module.split(".")[0]
+    return {"module": module, "class_name": name, "config": dict(config), "registered_name": f"{package}>{name}"}
+
+
+def _write_tokenizer(content: Checkpoint, config: PretrainedConfig, target: Path) -> None:
+    vocabulary = read_vocabulary(content.files, config)
+    given = content.files.get("tokenizer.model")
+    model = given.read_bytes() if isinstance(given, Path) else given
+    (target / SENTENCEPIECE).parent.mkdir(parents=True)
+    (target / SENTENCEPIECE).write_bytes(model or to_sentencepiece(vocabulary))
+    settings = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False, "dtype": "int32"}
+    module, name = "gemma.gemma_tokenizer", "GemmaTokenizer"
+    if config.model_type == "gemma3_text":
+        module, name = "gemma3.gemma3_tokenizer", "Gemma3Tokenizer"
+        settings["has_vision_tokens"] = {"<start_of_image>", "<img>", "<end_of_image>"} <= set(vocabulary.tokens)
+    write_json(target / "tokenizer.json", _object(f"keras_hub.src.models.{module}", name, settings))
+    (target / COMPANIONS).mkdir()
+    for name, file in content.files.items():
+        (target / COMPANIONS / name).write_bytes(file.read_bytes() if isinstance(file, Path) else file)

@@ -1,0 +1,182 @@
+"""This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a whole model.
+
+An adapter's weights have peft's names and shapes, see adapter.py; its configuration names the base by hash. A whole
+model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights
+are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
+
+Nothing in an archive from elsewhere is run, unpacked to disk or followed: members are read under fixed names.
+"""
+
+import json
+import tarfile
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from converters.adapter import plain_lora
+from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.hf import COMPANIONS, as_prompt
+from converters.torch_file import read_tensors, write_tensors
+from nemo_configs.command_line import UserError
+
+TITLE = ".nemo of this project"
+READS = {Checkpoint, Adapter}
+WRITES = {Checkpoint: ".nemo", Adapter: ".nemo"}
+
+CONFIG, WEIGHTS, FILES = "model_config.yaml", "model_weights.ckpt", "files/"
+MEGATRON = {"num_layers", "encoder_seq_length", "megatron_amp_O2"}  # in the configuration of NeMo 1's models
+MAX_CONFIG = 2**18  # bytes
+MAX_DEPTH = 20
+MAX_MEMBERS = 100
+
+
+def recognizes(path: Path) -> bool:
+    """Whatever is named so and is not NeMo 1's own: one that is damaged or of another kind is told so by `read`."""
+    if path.suffix != ".nemo" or not path.is_file():
+        return False
+    try:
+        return not MEGATRON & _config(_members(path), path).keys()
+    except UserError:
+        return True
+
+
+def read(path: Path) -> Checkpoint | Adapter:
+    members = _members(path)
+    config = _config(members, path)
+    if missing := {CONFIG, WEIGHTS} - members.keys():
+        raise UserError(f"{path} is not a whole .nemo of this project: it has no {', '.join(sorted(missing))}")
+    prompt = as_prompt(config["prompt"], path) if config.get("prompt") is not None else None
+    tensors = read_tensors(path, *members[WEIGHTS])
+    if "config" in config:
+        values = _section(config, "config", path)
+        files = {
+            name.removeprefix(FILES): _bytes(path, *place) for name, place in members.items() if name.startswith(FILES)
+        }
+        for name in files:
+            if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or Path(name).name != name:
+                raise UserError(f"{path}: {FILES}{name} is none of the files that belong to a model beside its weights")
+        return Checkpoint(values, tensors, files, prompt, _texts(config.get("origin") or {}, "origin", path))
+    if missing := {"base", "peft", "dtype"} - config.keys():
+        raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
+    dtype = getattr(torch, str(config["dtype"]), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"{path}: dtype {config['dtype']!r} in {CONFIG} is no floating-point type")
+    quantization = _section(config, "quantization", path) if config.get("quantization") else None
+    settings = {key: value for key, value in _section(config, "peft", path).items() if key != "name"}
+    adapter = {name: tensor.read() for name, tensor in tensors.items()}
+    return Adapter(plain_lora(settings, adapter, path), adapter, _texts(config["base"], "base", path), None, prompt,
+                   str(config["dtype"]), quantization)  # fmt: skip
+
+
+def write(content: Checkpoint | Adapter, target: Path) -> None:
+    prompt = vars(content.prompt) if content.prompt else None
+    files: Mapping[str, bytes | Path] = {}
+    tensors: Mapping[str, Lazy]
+    config: dict[str, Any]
+    if isinstance(content, Checkpoint):
+        config = {"config": content.config, "origin": content.origin, "prompt": prompt}
+        tensors, files = content.tensors, content.files
+    else:
+        tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
+        base = {key: content.base.get(key, "") for key in ("name", "source", "revision", "sha256")}
+        config = {
+            "base_folder": content.base.get("folder", ""), "base": base, "prompt": prompt, "seed": 0,
+            "dtype": content.dtype or _dtype(content.config or {}), "quantization": content.quantization,
+            "peft": {"name": "qlora" if content.quantization else "lora", **content.peft},
+            "target": "training.gemma_lora.GemmaLoRA",
+        }  # fmt: skip
+    with target.open("wb") as file:
+        # Through JSON: what stands in it twice is written twice, not by reference.
+        text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode()
+        file.write(_header(CONFIG, len(text)) + _padded(text))
+        for name, where in files.items():
+            text = where.read_bytes() if isinstance(where, Path) else where
+            file.write(_header(FILES + name, len(text)) + _padded(text))
+        write_tensors(tensors, file, lambda size: _header(WEIGHTS, size))
+        file.write(bytes(-file.tell() % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE))  # a tar ends with two empty blocks
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
+# --- the archive ------------------------------------------------------------------------------------------------
+
+
+def _members(path: Path) -> dict[str, tuple[int, int]]:
+    """Name → where its bytes begin in `path`, and how many there are."""
+    found: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:  # not packed: nothing in it is larger than the file
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse() or member.name.startswith("/") or ".." in Path(name).parts:
+                    raise UserError(f"{path} is not a whole .nemo of this project: its member {member.name!r} is a "
+                                    f"link, or lies outside the archive")  # fmt: skip
+                if member.offset_data + member.size > path.stat().st_size:
+                    raise UserError(f"{path} is not a whole .nemo of this project: it ends within {name}")
+                if name in found or len(found) >= MAX_MEMBERS:
+                    raise UserError(f"{path} is not a whole .nemo of this project: {name!r} is one member too many")
+                found[name] = (member.offset_data, member.size)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole .nemo of this project ({type(error).__name__}: {error})") from None
+    return found
+
+
+def _bytes(path: Path, begin: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(size)
+
+
+def _config(members: Mapping[str, tuple[int, int]], path: Path) -> dict[str, Any]:
+    begin, size = members.get(CONFIG, (0, 0))
+    text = _bytes(path, begin, size) if size <= MAX_CONFIG else b""
+    try:
+        _refuse_growth(text)
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not a whole .nemo of this project: it has no readable {CONFIG}")
+    return config
+
+
+def _refuse_growth(text: bytes) -> None:
+    """A few lines of YAML that refer to each other stand for gigabytes, and deep nesting takes hours to read."""
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            raise ValueError("it refers to itself, or is nested too deeply")
+
+
+def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    values = config[name]
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and values")
+    return values
+
+
+def _texts(values: Any, name: str, path: Path) -> dict[str, str]:
+    if not isinstance(values, dict) or not all(isinstance(text, str) for pair in values.items() for text in pair):
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and texts")
+    return values
+
+
+def _header(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(f"./{name}")
+    member.size = size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def _padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % tarfile.BLOCKSIZE)

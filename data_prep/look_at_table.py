@@ -1,0 +1,133 @@
+"""What is in a table that nobody has described yet: its form, and of each column how full, how varied and how long."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.clean_text import clean
+from data_prep.progress import Progress
+from data_prep.read_table import plain_header
+from data_prep.sources import Source, open_source
+
+ROWS = 20_000  # looked at: enough for every figure here, and done in seconds
+FEW = 30  # different values, of a column that sorts rows rather than says something
+# Words of a header whose cells are about a row and not what it says.
+ABOUT = {"id", "ids", "uid", "uuid", "index", "no", "nr", "url", "link", "date", "time", "timestamp", "unnamed"}
+
+
+@dataclass
+class Column:
+    """A column.
+
+    Attributes:
+        header: as it stands in the file.
+        cells: cleaned, "" where there is nothing.
+    """
+
+    header: str
+    cells: list[str]
+
+    @cached_property
+    def words(self) -> list[str]:
+        return plain_header(self.header).split()
+
+    @cached_property
+    def filled(self) -> list[str]:
+        return [cell for cell in self.cells if cell]
+
+    @cached_property
+    def different(self) -> int:
+        return len(set(self.filled))
+
+    @cached_property
+    def mean_length(self) -> float:
+        """Characters of a cell that is not empty."""
+        return sum(map(len, self.filled)) / max(len(self.filled), 1)
+
+    @cached_property
+    def holds(self) -> str:
+        """One of nothing, dialogues, numbers, signs (no letters: dates, emoji), ids (or links, dates), labels, text."""
+        if not self.filled:
+            return "nothing"
+
+        def most(pattern: str) -> bool:
+            return sum(bool(re.match(pattern, cell)) for cell in self.filled) >= 0.9 * len(self.filled)
+
+        if most(r'\[\s*\{"'):
+            return "dialogues"
+        if most(r"[-+]?[\d.,]+( ?%)?$"):
+            return "numbers"
+        if most(r"[\W\d_]*$"):
+            return "signs"
+        if ABOUT & set(self.words) or most(r"(https?://\S+|[0-9a-f-]{32,36}|\d{4}-\d\d-\d\d\S*)$"):
+            return "ids"
+        return "labels" if self.different <= min(FEW, len(self.filled) / 5) else "text"
+
+
+@dataclass
+class Look:
+    """What was seen of a table.
+
+    Attributes:
+        form: see `read_table.Table`.
+        rows: those that could be read, of the first `ROWS`.
+        unreadable: the reasons of those that could not, counted.
+        is_whole: whether these are all.
+    """
+
+    form: str
+    encoding: str
+    columns: list[Column]
+    rows: int
+    unreadable: Counter[str]
+    is_whole: bool
+
+
+def look_at(source: Source) -> Look:
+    """Raises UserError: see `open_table`."""
+    table = open_source(source, None, ())
+    rows, unreadable, is_whole = list[list[str]](), Counter[str](), True
+    try:
+        with Progress(f"Looking at {source.name}", ROWS) as progress:
+            for row in table.rows:
+                if row.number > ROWS:
+                    is_whole = False
+                    break
+                if row.cells is None:
+                    unreadable[row.problem] += 1
+                else:
+                    rows.append([clean(cell)[0] for cell in row.cells])
+                progress.at(row.number)
+    finally:
+        table.close()
+    columns = [Column(header, [row[place] for row in rows]) for place, header in enumerate(table.columns.values())]
+    return Look(table.form, table.encoding, columns, len(rows), unreadable, is_whole)
+
+
+def show(look: Look, source: Source, console: Console) -> None:
+    """Print it, a line a column."""
+    some = "" if look.is_whole else "the first "
+    encoding = look.encoding and f", {look.encoding.removesuffix('-sig').upper()}"
+    console.print(f"{source}: {look.form}{encoding}, {some}{look.rows:,} rows\n")
+    table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold", expand=True)
+    table.add_column("column", max_width=24, no_wrap=True)
+    for title in ("filled", "different", "letters"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("holds", no_wrap=True)
+    table.add_column("for example", no_wrap=True, ratio=1)
+    for column in look.columns:
+        lengths = [len(cell) for cell in column.filled] or [0]
+        example = column.filled[0] if column.filled else ""
+        table.add_row(
+            Text(column.header), f"{len(column.filled) / max(look.rows, 1):.0%}", f"{column.different:,}",
+            f"{min(lengths)}-{max(lengths)}", column.holds, Text(example[:200], style="dim"),
+        )  # fmt: skip
+    console.print(table)
+    for problem, count in look.unreadable.items():
+        console.print(f"   {count:,} rows cannot be read: {problem}")
+    console.print()

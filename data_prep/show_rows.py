@@ -1,0 +1,107 @@
+"""What a user should see before training: the counts of a data folder, and rows with what is learned of them marked."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from data_prep.data_folder import read_manifest
+from data_prep.prompt import EOS, Prompt
+
+EXAMPLES = 2
+BOS = "<bos>"  # of every Gemma, as text
+LINES = 14  # shown of one piece of a row; of a longer one, its beginning and end
+
+
+def show(folder: Path, prompt: Prompt, examples: int) -> None:
+    """Print the counts of `folder`'s manifest and its first `examples` training rows.
+
+    Lines that a model learns have a bar at their left, and colour in a terminal. A text goes to training in just these
+    pieces (`Prompt.pieces`), each learned one with the end token after it, and BOS before all of them.
+    """
+    console = plain_console()
+    manifest = read_manifest(folder)
+    source = manifest["source"]
+    at = f" at {source['revision'][:12]}" if "revision" in source else ""
+    rows_in, rows_out = manifest["rows_in"], manifest["rows_out"]
+    console.print(f"{folder}: {rows_in:,} rows in, {rows_out:,} out, from {source['name']}{at}\n")
+    console.print(_splits(manifest["splits"]))
+    for count, what in _left_out(folder, manifest):
+        console.print(f"{count:>8,}  {what}" if what else "")
+    with (folder / "training.jsonl").open(encoding="utf-8") as file:
+        for number, line in enumerate(islice(file, examples), 1):
+            row = json.loads(line)
+            of = f" (row {row['row']} of the source)" if "row" in row else ""
+            console.print(f"\nExample {number} of {manifest['splits']['training']['rows']:,}{of}")
+            _show_row(console, row, prompt)
+    if examples:
+        console.print(f"\n{_mark(console)} is what the model learns to say; it is given the rest.", style="dim")
+
+
+def plain_console() -> Console:
+    """A console that leaves words as they are; 120 wide where there is no terminal, as a log file has no width."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def _splits(splits: dict[str, Any]) -> Table:
+    table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold")
+    table.add_column("split")
+    for title in ("rows", *(("tokens of a row", "longest", "learned") if "tokens" in splits["training"] else ())):
+        table.add_column(title, justify="right")
+    for name, split in splits.items():
+        cells = [name, f"{split['rows']:,}"]
+        if tokens := split.get("tokens"):
+            share = tokens["learned"] / max(tokens["total"], 1)
+            cells += [f"{tokens['mean']:,.0f}", f"{tokens['max']:,}", f"{share:.0%}"]
+        table.add_row(*cells)
+    return table
+
+
+def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str]]:
+    """How many of what was not taken as it is; after an empty line."""
+    if manifest["repaired"] or manifest["merged"] or manifest["dropped"]:
+        yield 0, ""
+    if manifest["repaired"]:
+        yield manifest["repaired"], "cells repaired (encoding, quotes, control characters)"
+    if manifest["merged"]:
+        yield manifest["merged"], "rows merged into an earlier one that says the same"
+    yield from ((count, note) for note, count in manifest["notes"].items() if count)
+    if dropped := manifest["dropped"]:
+        yield sum(dropped.values()), f"rows dropped, listed in {folder / 'dropped.jsonl'}:"
+        yield from ((count, f"  {reason}") for reason, count in dropped.items())
+
+
+def _mark(console: Console) -> str:
+    return "▌" if console.encoding.startswith("utf") else ">"
+
+
+def _show_row(console: Console, row: dict[str, Any], prompt: Prompt) -> None:
+    end = prompt.template.partition("{response}")[2] or EOS
+    column = 0  # where the line stands at which the next piece begins
+    for number, (text, learned) in enumerate(prompt.pieces(row)):
+        text = text if number else BOS + text
+        if column and text.startswith("\n"):
+            text, column = text[1:], 0
+        style = "green" if learned else "dim"
+        # A piece that begins within a line begins below the end of the piece before.
+        shown = Text(" " * column) + Text(text, style=style)
+        if learned:
+            shown.append(end, style="bold green")
+        lines = list(shown.wrap(console, console.width - 4, tab_size=4))
+        column = min(len(lines[-1]), console.width // 2)
+        if not column:
+            lines.pop()  # the piece ends in a line break, and the next one begins there
+        if len(lines) > LINES:
+            hidden = len(lines) - LINES + 1
+            lines[LINES // 2 : LINES // 2 + hidden] = [Text(f"... {hidden} more lines", style="italic")]
+        for line in lines:
+            line.rstrip()
+            console.print(Text.assemble((f"  {_mark(console)} " if learned else "    ", "bold green"), line))
