@@ -9,16 +9,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.prompt import Prompt
 from evaluation.questions import Question
 from evaluation.sampling import sample
-from training.batches import Batches, learned_loss
-from training.packing import use_packed_attention
+from training.batches import Batches, row_losses
 
 
 def answer(
@@ -37,8 +34,7 @@ def measure(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    held_out: Dataset,
-    micro_batch_tokens: int,
+    held_out: Batches,
     questions: Sequence[Question],
     sampling: Mapping[str, Any],
     seed: int,
@@ -46,26 +42,19 @@ def measure(
     """`{"loss", "perplexity", "rows", "answers"}` of a model.
 
     `loss` is the mean cross-entropy of a learned token in nats, `rows` the `[sum of it, learned tokens]` of each row
-    of `held_out`, in their order, for intervals (evaluation/metrics.py).
+    of `held_out`, in their order, for intervals (evaluation/intervals.py).
     """
     gemma = model.get_base_model() if isinstance(model, PeftModel) else model
-    rows = row_losses(gemma, held_out, micro_batch_tokens)
+    rows = row_losses(gemma, held_out)
     loss = sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
     texts = [question.text_in for question in questions]
     answers = sample(model, tokenizer, prompt, texts, [seed] * len(texts), sampling)
-    return {"loss": loss, "perplexity": math.exp(loss), "rows": rows, "answers": [answer.text for answer in answers]}
-
-
-def row_losses(gemma: PreTrainedModel, rows: Dataset, micro_batch_tokens: int) -> list[tuple[float, int]]:
-    """Sum of the cross-entropy over the learned tokens of each row, and how many they are."""
-    losses = []
-    usual_attention = use_packed_attention(gemma)
-    with torch.inference_mode():
-        for step in Batches(rows, 1, micro_batch_tokens, seed=None):
-            (batch,) = step.micro_batches
-            losses.append((round(learned_loss(gemma, batch.to(gemma.device)).item(), 4), step.learned))
-    gemma.set_attn_implementation(usual_attention)
-    return losses
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "rows": [(round(nats, 4), tokens) for nats, tokens in rows],
+        "answers": [answer.text for answer in answers],
+    }
 
 
 def without_adapter(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:

@@ -1,5 +1,7 @@
 """Figures of a run's answers, each with an interval: `metrics.json`.
 
+`task.evaluate.metrics` names a family of more: METRICS of `<family>_metrics.py` join those below.
+
 A metric is a function of the answers and what they are held against; its result has a score for each answer, or None
 where it does not apply. The first paragraph of its docstring is what the report says about it.
 """
@@ -21,7 +23,6 @@ from data_prep.prompt import Prompt
 from evaluation.intervals import estimates
 from evaluation.runs import Lines, read_json, read_lines
 
-FAMILIES = ("slang", "reviews")  # task.evaluate.metrics: METRICS of evaluation/<family>_metrics.py join those below
 Scores = list[float | None]
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
-from training.batches import Batches, held_out_loss, learned_loss, tokenize
+from training.batches import Batches, held_out_loss, learned_loss, row_losses, tokenize
 from training.packing import use_packed_attention
 
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "Slang: {slang}")
@@ -88,6 +88,18 @@ def test_processes_share_a_step_without_overlap(rows) -> None:  # type: ignore[n
     for step, left, right in zip(alone, *parts, strict=True):
         assert left.learned == right.learned == step.learned
         assert sum(len(b.targets) for part in (left, right) for b in part.micro_batches) == step.learned
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_row_s_loss_is_the_one_that_it_has_alone(rows) -> None:  # type: ignore[no-untyped-def]
+    model = tiny_gemma("gemma3_text")
+    together = row_losses(model, Batches(rows, 32, 256, seed=None))
+    assert len(together) == len(rows)
+    for place in (0, 3, len(rows) - 1):
+        (alone,) = row_losses(model, Batches(rows.select([place]), 1, 256, seed=None))
+        assert together[place] == pytest.approx(alone, rel=1e-4)
+    loss, tokens = (sum(part) for part in zip(*together, strict=True))
+    assert held_out_loss(model, Batches(rows, 32, 256, seed=None)) == pytest.approx(loss / tokens)
 
 
 def test_processes_take_equally_many_micro_batches_and_an_empty_one_has_no_loss(rows) -> None:  # type: ignore[no-untyped-def]

@@ -14,14 +14,15 @@ def test_loss_and_gradient_equal_plain_cross_entropy(vocabulary: int, softcap: f
     hidden = torch.randn(37, 64, requires_grad=True)
     weight = torch.randn(vocabulary, 64)
     targets = torch.randint(vocabulary, (37,))
+    shares = torch.rand(37)  # of the tokens in what is minimized
 
     logits = hidden @ weight.T
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    plain = F.cross_entropy(logits, targets, reduction="sum")
-    (plain_grad,) = torch.autograd.grad(plain, hidden)
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    (plain_grad,) = torch.autograd.grad(plain @ shares, hidden)
     loss = linear_cross_entropy(hidden, weight, targets, softcap)
-    (grad,) = torch.autograd.grad(loss, hidden)
+    (grad,) = torch.autograd.grad(loss @ shares, hidden)
 
     torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(grad, plain_grad, rtol=1e-4, atol=1e-4)
@@ -41,7 +42,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 128), torch.randn(5000, 128) * 0.1
     targets = torch.randint(5000, (64,))
-    exact = linear_cross_entropy(hidden, weight, targets)
-    rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
+    exact = linear_cross_entropy(hidden, weight, targets).sum()
+    rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets).sum()
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=2e-3)

@@ -118,7 +118,7 @@ def train(
     from data_prep.prompt import Prompt
     from evaluation import report
     from evaluation.compare import measure
-    from training.batches import tokenize
+    from training.batches import Batches, tokenize
     from training.fit import fit
     from training.gemma_lora import weights_dtype
     from training.load_model import load_base
@@ -140,7 +140,8 @@ def train(
     need = check_memory(config, base_folder, splits["training"], weights_dtype())
     asked = listed_questions(plain(config.task.evaluate)["questions"], prompt)[:1]
     asked += held_out_questions(data_folder / "test.jsonl", SAMPLES - len(asked), prompt)
-    measured = splits["test"], config.trainer.micro_batch_tokens, asked, plain(config.task.generate), config.seed
+    held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
+    measured = held_out, asked, plain(config.task.generate), config.seed
 
     before_file = run_folder / "before.json"
     if not before_file.exists():

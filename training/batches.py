@@ -34,6 +34,7 @@ class MicroBatch:
             than once, where rows with the same prompt share it.
         targets: [learned], int64: those next tokens.
         lengths: tokens of each of its rows, as many as without packing.
+        rows: the place of each in the data set.
     """
 
     input_ids: Tensor
@@ -41,6 +42,7 @@ class MicroBatch:
     sources: Tensor
     targets: Tensor
     lengths: list[int]
+    rows: list[int]
 
     @property
     def tokens(self) -> int:
@@ -50,7 +52,7 @@ class MicroBatch:
         ids, sources, targets = (
             part.to(device, non_blocking=True) for part in (self.input_ids, self.sources, self.targets)
         )
-        return MicroBatch(ids, self.layout.to(device), sources, targets, self.lengths)
+        return MicroBatch(ids, self.layout.to(device), sources, targets, self.lengths, self.rows)
 
 
 @dataclass
@@ -154,18 +156,18 @@ class Batches:
             shares = [list(self._cut(chosen[rank :: self.world_size])) for rank in range(self.world_size)]
             # Processes exchange tensors in every micro-batch, so all take equally many; the last may be empty.
             missing = max(map(len, shares)) - len(shares[self.rank])
-            mine = shares[self.rank] + [_micro_batch([]) for _ in range(missing)]
+            mine = shares[self.rank] + [_micro_batch({}) for _ in range(missing)]
             yield Step(mine, sum(self.learned[i] for i in chosen), sum(self.lengths[i] for i in chosen))
 
     def _cut(self, chosen: list[int]) -> Iterator[MicroBatch]:
         """Rows sorted by their tokens, as many to a micro-batch as fit."""
         rows = {index: self.rows[index] for index in chosen}
-        part: list[Any] = []
-        for row in sorted(rows.values(), key=lambda row: row["input_ids"]):
-            if part and _unique_tokens([*part, row]) > self.micro_batch_tokens:
+        part: dict[int, Any] = {}
+        for index, row in sorted(rows.items(), key=lambda item: item[1]["input_ids"]):
+            if part and _unique_tokens([*part.values(), row]) > self.micro_batch_tokens:
                 yield _micro_batch(part)
-                part = []
-            part.append(row)
+                part = {}
+            part[index] = row
         if part:
             yield _micro_batch(part)
 
@@ -177,21 +179,26 @@ def _unique_tokens(rows: list[Any]) -> int:
     return sum(map(len, ids)) - shared
 
 
-def _micro_batch(rows: list[Any]) -> MicroBatch:
-    packed = pack([row["input_ids"][:-1] for row in rows])
+def _micro_batch(rows: dict[int, Any]) -> MicroBatch:
+    packed = pack([row["input_ids"][:-1] for row in rows.values()])
     sources, targets = [], []
-    for row, prefix, rest in zip(rows, packed.prefixes, packed.rests, strict=True):
+    for row, prefix, rest in zip(rows.values(), packed.prefixes, packed.rests, strict=True):
         places = [*prefix, *rest]
         for first, end in row["learned"]:
             sources += places[first - 1 : end - 1]
             targets += row["input_ids"][first:end]
     as_int64 = partial(torch.tensor, dtype=torch.int64)
-    lengths = [len(row["input_ids"]) for row in rows]
-    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), lengths)
+    lengths = [len(row["input_ids"]) for row in rows.values()]
+    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), lengths, list(rows))
 
 
 def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Sum of the cross-entropy over the learned tokens of `batch`, a float32 scalar.
+    """Sum of the cross-entropy over the learned tokens of `batch`, a float32 scalar."""
+    return token_losses(gemma, batch).sum()
+
+
+def token_losses(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """The cross-entropy of each learned token of `batch`, [learned], float32.
 
     Only the hidden states that predict a learned token reach the output layer. `gemma` uses packed attention.
     """
@@ -203,14 +210,22 @@ def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
     return linear_cross_entropy(learned, gemma.lm_head.weight, batch.targets, softcap)
 
 
-def held_out_loss(gemma: PreTrainedModel, batches: Batches) -> float:
-    """Mean cross-entropy per learned token over `batches`; its exponential is the perplexity."""
-    loss, tokens = 0.0, 0
+def row_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float, int]]:
+    """Sum of the cross-entropy over the learned tokens of each row, and how many they are; in the order of the rows."""
+    losses = {}
     usual_attention = use_packed_attention(gemma)
     with torch.inference_mode():
         for step in batches:
             for batch in step.micro_batches:
-                loss += learned_loss(gemma, batch.to(gemma.device)).item()
-                tokens += len(batch.targets)
+                learned = [batches.learned[row] for row in batch.rows]
+                parts = token_losses(gemma, batch.to(gemma.device)).split(learned)
+                sums = torch.stack([part.sum() for part in parts]).tolist()
+                losses |= dict(zip(batch.rows, zip(sums, learned, strict=True), strict=True))
     gemma.set_attn_implementation(usual_attention)
-    return loss / tokens
+    return [losses[row] for row in sorted(losses)]
+
+
+def held_out_loss(gemma: PreTrainedModel, batches: Batches) -> float:
+    """Mean cross-entropy per learned token over `batches`; its exponential is the perplexity."""
+    rows = row_losses(gemma, batches)
+    return sum(loss for loss, _ in rows) / sum(tokens for _, tokens in rows)

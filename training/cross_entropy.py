@@ -15,7 +15,7 @@ ROUND = 64  # tokens are padded to a multiple: few shapes, few kernels for oneDN
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None = None) -> Tensor:
-    """Sum over tokens of `-log softmax(logits)[target]` with `logits = softcap · tanh(hidden @ weight.T / softcap)`.
+    """Each token's `-log softmax(logits)[target]` with `logits = softcap · tanh(hidden @ weight.T / softcap)`.
 
     Args:
         hidden: [tokens, features], float32 or bfloat16; gets a gradient.
@@ -24,7 +24,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
         softcap: Gemma 2's `final_logit_softcapping`; None for plain logits.
 
     Returns:
-        A float32 scalar. Products are rounded to the dtype of `hidden`, sums are kept in float32.
+        [tokens], float32. Products are rounded to the dtype of `hidden`, sums are kept in float32.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, softcap)
 
@@ -69,9 +69,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tanh = torch.tanh(target_logit / softcap)
             target_logit, target_side = tanh * softcap, target_weight * (1 - tanh.square())
         ctx.save_for_backward(mean_weight.div_(total).sub_(target_side).to(hidden.dtype)[:learned])
-        return (maximum + total.log() - target_logit)[:learned].sum()
+        return (maximum + total.log() - target_logit)[:learned, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), None, None, None
+        return grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None
