@@ -5,8 +5,8 @@
     python -m converters google/gemma-2-2b --to nemo
 
 What SOURCE is, is seen from its content. The target is a folder; it appears when it has passed its proof,
-`conversion.json`, or not at all. `merged`, or `hf` of an adapter, is the adapter folded into its base, as a Hugging Face
-folder.
+`conversion.json`, or not at all. `merged`, or `hf` of an adapter, is the adapter folded into its base, as a Hugging
+Face folder.
 """
 
 import argparse
