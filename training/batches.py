@@ -212,7 +212,7 @@ def token_losses(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
 
 def row_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float, int]]:
     """Sum of the cross-entropy over the learned tokens of each row, and how many they are; in the order of the rows."""
-    losses = {}
+    losses: dict[int, tuple[float, int]] = {}
     usual_attention = use_packed_attention(gemma)
     with torch.inference_mode():
         for step in batches:
