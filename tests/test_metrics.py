@@ -170,7 +170,6 @@ def test_what_no_review_says_is_without_support(reviews: Evidence) -> None:
 
 
 def test_aspects_and_judgements_are_held_against_the_reviews(reviews: Evidence) -> None:
-    pytest.importorskip("data_prep.knowledge")
     texts = "The acting is wonderful, but the ending is terrible.", "Awful acting. Great music!", "It is a series."
     assert reviews_metrics.aspects_named(said(*texts), reviews) == [2, 1, 0]
     # Nine of ten praise the acting; three of four find something bad in the ending; nobody judges the music.
