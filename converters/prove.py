@@ -15,12 +15,15 @@ from torch import Tensor
 
 from converters.adapter import PART
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.merge_lora import updates
 from converters.streamed import logits
 from nemo_configs.command_line import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
 # predicted distributions must stay far below what separates the fine-tuned model from its base.
 MERGED_LIMITS = {"mean_kl_divergence": 0.005}
+# A scale inside of B is multiplied before the products in place of after them: float32's roundings fall elsewhere.
+RESCALED_LIMITS = {"mean_kl_divergence": 1e-6}
 SHARE_OF_TRAINING = 0.1  # and at most this share of the divergence between base and fine-tuned model
 
 PROBES = (
@@ -69,7 +72,8 @@ def prove(
         "tokens": len(expected),
         **differences(expected, found),
     }
-    limits = {"max_logit_difference": 0.0} if tolerance is None else dict(tolerance)
+    exact = RESCALED_LIMITS if _rescaled(source, target) else {"max_logit_difference": 0.0}
+    limits = dict(exact if tolerance is None else tolerance)
     if merged and base:
         del found
         trained = differences(expected, _run(base, base, probes))["mean_kl_divergence"]
@@ -115,6 +119,7 @@ def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tupl
         raise UserError(
             f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}"
         )
+    left, right = {**left, **_rescaled(source, target)}, {**right, **_rescaled(target, source)}
     return len(left), [name for name in sorted(left) if not _same_bits(left[name].read(), right[name].read())]
 
 
@@ -130,6 +135,18 @@ def _tensors(side: Checkpoint | Adapter) -> Mapping[str, Lazy]:
     if isinstance(side, Checkpoint):
         return side.tensors
     return {name: of_memory(tensor) for name, tensor in side.tensors.items()}
+
+
+def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, Lazy]:
+    """An adapter's B with the scale in it, where `other` has another scale: a format without alpha keeps it there."""
+    if not isinstance(side, Adapter) or not isinstance(other, Adapter):
+        return {}
+    mine, theirs = (updates(adapter, Path("the adapter")) for adapter in (side, other))
+    return {
+        f"base_model.model.{layer}.lora_B.weight": of_memory(update.lora_b.float() * update.scale)
+        for layer, update in mine.items()
+        if layer in theirs and update.scale != theirs[layer].scale
+    }
 
 
 # --- what both sides are asked ----------------------------------------------------------------------------------

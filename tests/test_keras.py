@@ -284,6 +284,21 @@ def test_a_lora_of_keras_goes_on_from_the_folder_of_peft(tmp_path: Path) -> None
     assert list((tmp_path / "gguf").glob("*.gguf"))
 
 
+@pytest.mark.parametrize("alpha", [8, 12])
+def test_a_scale_that_goes_into_b_is_proven_too(alpha: int, tmp_path: Path) -> None:
+    model = tiny("gemma3_text")
+    model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=alpha, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "slang")
+    convert(tmp_path / "slang", "keras", tmp_path / "keras", tmp_path / "base")
+    proof = json.loads((tmp_path / "keras/conversion.json").read_text())["proof"]
+    assert proof["tensors_with_the_same_bits"] == proof["tensors"] == 4 * model.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"layers_to_transform": [1]}])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_of_peft_changes_the_same_in_keras(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
