@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import distributions
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,8 @@ def write_whole(file: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def last_words(log: Path) -> str:
-    """The end of a worker's traceback where there is one (torchrun says much after it), else of the whole log."""
+    """The end of a worker's traceback, where there is one: torchrun says much after it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return "\n".join(([line for line in lines if line.startswith("[rank")] or lines)[-5:])
+    of_workers = [line for line in lines if line.startswith("[rank")]
+    before_torchrun = list(takewhile(lambda line: "distributed/elastic" not in line, lines))
+    return "\n".join((of_workers or before_torchrun or lines)[-5:])
