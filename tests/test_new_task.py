@@ -209,6 +209,9 @@ def test_few_rows_are_dealt_so_that_no_split_is_empty(tmp_path: Path, rows_of: C
         rows = made_up(12, 3, 5, seed=seed)
         new_task(f"few{seed}", str(write(tmp_path / "a.csv", ["question", "answer"], rows)))
         rows_of(f"few{seed}")
+        splits = [tmp_path / "data" / f"few{seed}" / f"{name}.jsonl" for name in ("training", "validation", "test")]
+        counts = [len(split.read_text().splitlines()) for split in splits]
+        assert min(counts) >= 1 and sum(counts) == 12
 
 
 def test_the_row_asked_before_and_after_training_is_held_out(tmp_path: Path, rows_of: Callable[..., Any]) -> None:

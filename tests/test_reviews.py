@@ -171,9 +171,13 @@ def test_representative_sentences_are_near_all_and_unlike_each_other(reader: Rev
 # --- what is said -----------------------------------------------------------------------------------------------
 
 
-def check_rows(folder: Path, sources: dict[int, str]) -> None:
-    """What holds for the rows of any reviews: nothing invented, nothing shared between splits, nothing twice."""
+def check_rows(folder: Path, sources: dict[int, str]) -> int:
+    """What holds for the rows of any reviews: nothing invented, nothing shared between splits, nothing twice.
+
+    Returns how many quotes were found in their reviews.
+    """
     splits = read_all(folder)
+    found = 0
     seen: dict[str, set[int]] = {split: set() for split in SPLITS}
     for split, rows in splits.items():
         assert len({(row["input"], row["output"]) for row in rows}) == len({row["output"] for row in rows}) == len(rows)
@@ -184,16 +188,18 @@ def check_rows(folder: Path, sources: dict[int, str]) -> None:
             assert len(quotes) == len(texts)
             for quote in quotes:
                 assert any(quote in text for text in texts), f"{quote!r} is in none of {row['quoted']}"
+                found += 1
                 assert len(quote) < 150 or len(re.findall(r"\w+", quote)) < 2 * QUOTE.stop
             assert len(row["output"].split()) <= WORDS
             assert row["output"][0].isupper() or not row["output"][0].isalpha()
             assert not re.search(r"[{}]|  |\.\.(?!\.)|:\s*$", re.sub("“[^”]*”", "“”", row["output"])), row["output"]
     assert not seen["training"] & seen["test"] and not seen["training"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
+    return found
 
 
 def test_every_answer_rests_on_the_reviews_of_its_own_split(sample: Path) -> None:
-    check_rows(sample, read_sources(SAMPLE))
+    assert check_rows(sample, read_sources(SAMPLE)) > 200
 
 
 def test_counts_in_answers_are_the_reviews_behind_them(sample: Path) -> None:
