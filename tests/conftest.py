@@ -4,6 +4,7 @@ import csv
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from converters.checkpoint import Adapter, Checkpoint
+from converters.checks import check_shapes, checked
 from nemo_configs.command_line import load_config
 from training.base_model import ensure_base_model
 from training.stopping import StopSignals
@@ -122,3 +125,12 @@ def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dat
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:
+    """What a format's file reads, checked as `python -m converters` checks it."""
+    found: Adapter | Checkpoint = module.read(path)
+    if isinstance(found, Checkpoint):
+        check_shapes(found, path)
+        found.tensors = checked(found.tensors, path)
+    return found

@@ -10,6 +10,7 @@ transformers' own loader stands in for it, and for Gemma 1, which that does not 
 import random
 import struct
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, tiny_gemma
+from conftest import FAMILIES, read_checked, tiny_gemma
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_tokenizer import TEXTS, tiny_tokenizer
@@ -26,7 +27,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
 from converters.checkpoint import Adapter, Checkpoint, of_memory
-from converters.checks import check_shapes, checked
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 
@@ -61,13 +61,7 @@ def checkpoint(folder: Path) -> Checkpoint:
     return found
 
 
-def read(path: Path) -> Checkpoint | Adapter:
-    """As the command does."""
-    found = gguf.read(path)
-    if isinstance(found, Checkpoint):
-        check_shapes(found, path)
-        found.tensors = checked(found.tensors, path)
-    return found
+read = partial(read_checked, gguf)
 
 
 def same(found: Checkpoint, expected: Checkpoint) -> None:

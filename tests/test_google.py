@@ -7,16 +7,16 @@ and 3 with the layers of 2B, 2B and 1B. Read here, they gave transformers the lo
 import json
 import pickle
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_gemma
+from conftest import FAMILIES, read_checked, tiny_gemma
 from torch import Tensor
 
 from converters import google
-from converters.checks import check_shapes, checked
 from nemo_configs.command_line import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,12 +43,7 @@ def state(model: Any) -> dict[str, Tensor]:
     return {**found, "local_freqs_cis": torch.polar(torch.ones(4, 8), torch.ones(4, 8))}
 
 
-def read(path: Path) -> Any:
-    """As the command does."""
-    found = google.read(path)
-    check_shapes(found, path)
-    found.tensors = checked(found.tensors, path)
-    return found
+read = partial(read_checked, google)
 
 
 def same(found: Any, model: Any) -> None:

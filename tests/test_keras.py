@@ -11,6 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, tiny_gemma
+from conftest import FAMILIES, read_checked, tiny_gemma
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_tokenizer import TEXTS, tiny_tokenizer
 from torch import Tensor
@@ -27,7 +28,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converters import hf, keras
 from converters.__main__ import convert
 from converters.checkpoint import Adapter, Checkpoint, of_memory
-from converters.checks import check_shapes, checked
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 
@@ -112,13 +112,7 @@ def preset(model: Any, folder: Path) -> Path:
     return folder
 
 
-def read(path: Path) -> Any:
-    """As the command does."""
-    found = keras.read(path)
-    if isinstance(found, Checkpoint):
-        check_shapes(found, path)
-        found.tensors = checked(found.tensors, path)
-    return found
+read = partial(read_checked, keras)
 
 
 def same(found: Checkpoint, model: Any) -> None:
