@@ -10,8 +10,10 @@ prompt's instruction that is a column of the task's data (slang's `context`), or
 """
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,7 @@ def main(words: list[str]) -> None:
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     if sys.stdin.isatty():
         import readline  # noqa: F401  (input() then has line editing and a history)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for line in _lines(console):
         if line.startswith("/"):
             command, _, text = line.partition(" ")
@@ -68,7 +71,8 @@ def _lines(console: Console) -> Iterator[str]:
     """What the user types until Ctrl-D, or the lines of a pipe, shown as if they were typed."""
     while True:
         try:
-            line = input("you: ")
+            with _interruptible():
+                line = input("you: ")
         except KeyboardInterrupt:
             console.print()
             _say(console, "Ctrl-D or /exit leaves")
@@ -81,13 +85,26 @@ def _lines(console: Console) -> Iterator[str]:
         yield line.rstrip()
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt in here. Elsewhere there is nothing to stop, and a second one must not leave."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _answer(dialogue: "Dialogue", text: str, console: Console) -> None:
     forgotten = dialogue.forgotten
     try:
-        remark = dialogue.ask(text, lambda part: console.out(part, end="", highlight=False))
+        with _interruptible():
+            remark = dialogue.ask(text, lambda part: console.out(part, end="", highlight=False))
     except ValueError as error:
         _say(console, str(error))
         return
+    except KeyboardInterrupt:  # after the answer's last word
+        remark = ""
     console.print()
     if dialogue.forgotten > forgotten:
         remark = "; ".join(filter(None, [remark, "the dialogue no longer fits in the model's window: it was not given "

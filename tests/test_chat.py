@@ -475,7 +475,9 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(run_folder: Path
         process.send_signal(signal.SIGINT)
         place = wait_for("you: ", wait_for("stopped", place))
         while "Ctrl-D or /exit leaves" not in seen[place:]:  # one that comes as readline begins is lost in Python
-            process.send_signal(signal.SIGINT)
+            for _ in range(3):  # an impatient hand
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.01)
             if select.select([master], [], [], 2)[0]:
                 seen += os.read(master, 4096).decode(errors="replace")
         place = wait_for("you: ", wait_for("Ctrl-D or /exit leaves", place))
