@@ -9,8 +9,8 @@ A token's values do not depend on what else is in the step: every sum runs in an
 prompts and shared beginnings therefore change no bit of an answer.
 
 Layouts, in C order:
-    weights       [rows / 16][columns / 32][16][32]; of gate and up, 16 rows of one, then 16 of the other
-    activations   [tokens / 16][columns / 32][3 summands][16 pairs of columns][16 tokens][2]
+    weights       [rows / 16][columns / 2][16 rows][2]; of gate and up, 16 rows of one, then 16 of the other
+    activations   [tokens / 16][columns / 32][3 summands][16 tokens][32]
     keys, values  [layer][slot][kv head][head size], float32; slot = 16 * block + place in it
 */
 #define _GNU_SOURCE
@@ -21,7 +21,7 @@ Layouts, in C order:
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -44,7 +44,7 @@ typedef struct { /* rows and columns are multiples of 16 and 32 */
 typedef struct {
     Matrix site[SITES];
     const float *input_norm, *after_attention_norm, *before_mlp_norm, *after_mlp_norm, *q_norm, *k_norm; /* or NULL */
-    const float *frequencies; /* [head_size / 2] */
+    int32_t rope;             /* which of the model's */
     int32_t window;           /* 0: all */
 } Layer;
 
@@ -58,6 +58,8 @@ typedef struct {
     int32_t layers, vocabulary, hidden, intermediate, heads, kv_heads, head_size;
     float eps, scale, attention_cap, final_cap, embedding_scale;
     const Layer *layer;
+    const float *frequencies; /* [ropes][head_size / 2] */
+    int32_t ropes;
     Matrix head;
     const void *embedding; /* [vocabulary][hidden], bf16 or float32 */
     int32_t embedding_is_float, rounds_embedding;
@@ -102,6 +104,7 @@ typedef struct {
 typedef struct Scratch {
     int32_t wanted, longest, ranks;
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
+    float *turns; /* [tokens][ropes][cosines, sines] */
     float *x, *normed, *y, *inner, *scores, *best, *parts;
     bf16 *packed;
 } Scratch;
@@ -186,17 +189,16 @@ static void norm(float *out, const float *x, const float *weight, float eps, int
 
 /* Split a token's float32 values into three bfloat16 summands, where the products expect them. */
 static void pack(bf16 *packed, const float *x, int columns, int token) {
-    bf16 *out = packed + (size_t)(token / 16) * columns * 48 + token % 16 * 2;
-    for (int k = 0; k < columns; k += 2) {
-        bf16 *pair = out + (size_t)(k / 32) * 1536 + k % 32 / 2 * 32;
-        for (int j = 0; j < 2; j++) {
+    bf16 *out = packed + (size_t)(token / 16) * columns * 48 + token % 16 * 32;
+    for (int k = 0; k < columns; k += 32, out += 1536)
+#pragma omp simd
+        for (int j = 0; j < 32; j++) {
             float rest = x[k + j];
-            for (int part = 0; part < 3; part++) {
-                pair[part * 512 + j] = to_bf16(rest);
-                rest -= to_float(pair[part * 512 + j]);
-            }
+            bf16 high = to_bf16(rest);
+            rest -= to_float(high);
+            bf16 middle = to_bf16(rest);
+            out[j] = high, out[512 + j] = middle, out[1024 + j] = to_bf16(rest - to_float(middle));
         }
-    }
 }
 
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
@@ -204,29 +206,32 @@ static void pack(bf16 *packed, const float *x, int columns, int token) {
 /* Without AMX: y[token][row] for the 16 rows of a block. */
 static void product_plain(float *y, int stride, const Matrix *m, int block, const float *x, int tokens) {
     int columns = m->columns;
-    for (int row = 0; row < 16; row++)
-        for (int first = 0; first < tokens; first += 8) {
-            int some = tokens - first < 8 ? tokens - first : 8;
-            float sums[8][32] = {{0}};
-            for (int k = 0; k < columns; k += 32) {
-                size_t at = (size_t)block * columns * 16 + k * 16 + row * 32;
-                float wide[32];
-                if (m->scales)
-                    for (int j = 0; j < 32; j++) wide[j] = ((const int8_t *)m->weight)[at + j];
-                else
-                    for (int j = 0; j < 32; j++) wide[j] = to_float(((const bf16 *)m->weight)[at + j]);
-                for (int t = 0; t < some; t++) {
-                    const float *from = x + (size_t)(first + t) * columns + k;
-#pragma omp simd
-                    for (int j = 0; j < 32; j++) sums[t][j] += wide[j] * from[j];
+    for (int first = 0; first < tokens; first += 8) {
+        int some = tokens - first < 8 ? tokens - first : 8;
+        float sums[8][16] = {{0}};
+        for (int k = 0; k < columns; k += 2) {
+            size_t at = (size_t)block * columns * 16 + k * 16;
+            float even[16], odd[16];
+            if (m->scales) {
+                const int8_t *pair = (const int8_t *)m->weight + at;
+                for (int row = 0; row < 16; row++) even[row] = pair[2 * row], odd[row] = pair[2 * row + 1];
+            } else {
+                const uint32_t *pair = (const uint32_t *)((const bf16 *)m->weight + at);
+                for (int row = 0; row < 16; row++) {
+                    even[row] = bits_to_float(pair[row] << 16);
+                    odd[row] = bits_to_float(pair[row] & 0xffff0000u);
                 }
             }
             for (int t = 0; t < some; t++) {
-                float sum = 0;
-                for (int j = 0; j < 32; j++) sum += sums[t][j];
-                y[(size_t)(first + t) * stride + row] = m->scales ? sum * m->scales[block * 16 + row] : sum;
+                const float *from = x + (size_t)(first + t) * columns + k;
+#pragma omp simd
+                for (int row = 0; row < 16; row++) sums[t][row] += even[row] * from[0] + odd[row] * from[1];
             }
         }
+        for (int t = 0; t < some; t++)
+            for (int row = 0; row < 16; row++)
+                y[(size_t)(first + t) * stride + row] = m->scales ? sums[t][row] * m->scales[block * 16 + row] : sums[t][row];
+    }
 }
 
 #if HAS_AMX
@@ -237,21 +242,21 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* 16 rows of 32 int8 weights as bfloat16, which holds them exactly. */
+/* 512 int8 weights as bfloat16, which holds them exactly. */
 static inline const bf16 *widen(const int8_t *weight, bf16 *wide) {
-    for (int i = 0; i < 512; i += 16) {
-        __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weight + i))));
-        __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(value), 16));
-        _mm256_storeu_si256((__m256i *)(wide + i), high);
+    for (int i = 0; i < 512; i += 32) {
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weight + i))));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weight + i + 16))));
+        _mm512_storeu_si512(wide + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
     return wide;
 }
 
-/* A tile of sums, [16 rows][16 tokens], to y[token][row]. */
+/* A tile of sums, [16 tokens][16 rows], to y[token][row]. */
 static void put(float *y, int stride, const float *tile, int tokens, const float *scales) {
+    __m512 factor = scales ? _mm512_loadu_ps(scales) : _mm512_set1_ps(1);
     for (int t = 0; t < tokens; t++)
-        for (int row = 0; row < 16; row++)
-            y[(size_t)t * stride + row] = scales ? tile[row * 16 + t] * scales[row] : tile[row * 16 + t];
+        _mm512_storeu_ps(y + (size_t)t * stride, _mm512_mul_ps(_mm512_load_ps(tile + t * 16), factor));
 }
 
 #define WEIGHTS(number, row)                                                                     \
@@ -281,31 +286,31 @@ static void product_amx(float *const *y, int stride, const Matrix *m, const int 
                         for (int line = 0; line < (m->scales ? 512 : 1024); line += 64)
                             _mm_prefetch(next + line, _MM_HINT_T0);
                     }
-                if (two) {
+                if (two) { /* sums 0, 1: of the first block; 2, 3: of the second */
                     WEIGHTS(4, half);
                     if (some > 1) WEIGHTS(5, half + 1);
                     for (int s = 0; s < 3; s++) {
                         _tile_loadd(6, now + s * 512, 64);
                         _tile_loadd(7, now + part + s * 512, 64);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_dpbf16ps(1, 4, 7);
-                        if (some > 1) { _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7); }
+                        _tile_dpbf16ps(0, 6, 4);
+                        _tile_dpbf16ps(1, 7, 4);
+                        if (some > 1) { _tile_dpbf16ps(2, 6, 5); _tile_dpbf16ps(3, 7, 5); }
                     }
                 } else {
                     _tile_loadd(5, now, 64); _tile_loadd(6, now + 512, 64); _tile_loadd(7, now + 1024, 64);
                     WEIGHTS(4, 0);
-                    _tile_dpbf16ps(0, 4, 5); _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(0, 4, 7);
+                    _tile_dpbf16ps(0, 5, 4); _tile_dpbf16ps(0, 6, 4); _tile_dpbf16ps(0, 7, 4);
                     if (blocks > 1) {
                         WEIGHTS(4, 1);
-                        _tile_dpbf16ps(1, 4, 5); _tile_dpbf16ps(1, 4, 6); _tile_dpbf16ps(1, 4, 7);
+                        _tile_dpbf16ps(1, 5, 4); _tile_dpbf16ps(1, 6, 4); _tile_dpbf16ps(1, 7, 4);
                     }
                     if (blocks > 2) {
                         WEIGHTS(4, 2);
-                        _tile_dpbf16ps(2, 4, 5); _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(2, 4, 7);
+                        _tile_dpbf16ps(2, 5, 4); _tile_dpbf16ps(2, 6, 4); _tile_dpbf16ps(2, 7, 4);
                     }
                     if (blocks > 3) {
                         WEIGHTS(4, 3);
-                        _tile_dpbf16ps(3, 4, 5); _tile_dpbf16ps(3, 4, 6); _tile_dpbf16ps(3, 4, 7);
+                        _tile_dpbf16ps(3, 5, 4); _tile_dpbf16ps(3, 6, 4); _tile_dpbf16ps(3, 7, 4);
                     }
                 }
             }
@@ -460,16 +465,12 @@ static void remember(const Pool *pool, int number, int token, float *qkv) {
     const Layer *layer = &m->layer[number];
     const Rows *row = &pool->step->row[pool->scratch->row_of[token]];
     int size = m->head_size, half = size / 2, position = pool->scratch->position[token];
-    float cosines[half], sines[half];
-    for (int i = 0; i < half; i++) {
-        float angle = (float)position * layer->frequencies[i];
-        cosines[i] = cosf(angle), sines[i] = sinf(angle);
-    }
+    const float *turn = pool->scratch->turns + ((size_t)token * m->ropes + layer->rope) * size;
     for (int head = 0; head < m->heads + m->kv_heads; head++) {
         float *x = qkv + head * size;
         const float *weight = head < m->heads ? layer->q_norm : layer->k_norm;
         if (weight) norm(x, x, weight, m->eps, size);
-        rotate(x, cosines, sines, half);
+        rotate(x, turn, turn + half, half);
     }
     size_t slot = ((size_t)number * m->slots + (size_t)row->blocks[position / BLOCK] * BLOCK + position % BLOCK);
     size_t many = (size_t)m->kv_heads * size;
@@ -489,7 +490,17 @@ static void attend(const Pool *pool, int number, int token, int kv_head, float *
     for (int j = 0; j < length; j++) {
         int at = begin + j;
         const float *key = m->keys + start + ((size_t)row->blocks[at / BLOCK] * BLOCK + at % BLOCK) * many;
-        for (int g = 0; g < group; g++) scores[(size_t)g * length + j] = dot(queries + g * size, key, size) * m->scale;
+        int g = 0;
+        for (; g + 4 <= group; g += 4) { /* four sums that do not wait for each other */
+            const float *q = queries + g * size;
+            float sum[4], a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
+            for (int i = 0; i < size; i++)
+                a += q[i] * key[i], b += q[i + size] * key[i], c += q[i + 2 * size] * key[i], d += q[i + 3 * size] * key[i];
+            sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d;
+            for (int i = 0; i < 4; i++) scores[(size_t)(g + i) * length + j] = sum[i] * m->scale;
+        }
+        for (; g < group; g++) scores[(size_t)g * length + j] = dot(queries + g * size, key, size) * m->scale;
     }
     for (int g = 0; g < group; g++) {
         float *line = scores + (size_t)g * length, highest = -INFINITY, sum = 0;
@@ -568,6 +579,11 @@ static void work(Pool *pool, int thread) {
 #endif
     for (int t; (t = next_piece(pool, phase)) < tokens;) {
         embed(m, step->token[t], s->x + (size_t)t * hidden);
+        for (int i = 0, half = m->head_size / 2; i < m->ropes * half; i++) {
+            float angle = (float)s->position[t] * m->frequencies[i];
+            float *turn = s->turns + ((size_t)t * m->ropes + i / half) * m->head_size + i % half;
+            turn[0] = cosf(angle), turn[half] = sinf(angle);
+        }
         norm(s->normed + (size_t)t * hidden, s->x + (size_t)t * hidden, m->layer[0].input_norm, m->eps, hidden);
         give(pool, 0, QKV, t, s->normed + (size_t)t * hidden);
     }
@@ -729,6 +745,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
     s.position = room(tokens, sizeof(int32_t), &failed);
     s.wanted_token = room(s.wanted, sizeof(int32_t), &failed);
     s.wanted_row = room(s.wanted, sizeof(int32_t), &failed);
+    s.turns = room((size_t)tokens * model->ropes * model->head_size, sizeof(float), &failed);
     s.x = room((size_t)tokens * model->hidden, sizeof(float), &failed);
     s.normed = room((size_t)tokens * deepest, sizeof(float), &failed);
     s.y = room((size_t)tokens * widest, sizeof(float), &failed);
@@ -765,7 +782,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     } else
         failed = 1;
-    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.x, s.normed, s.y, s.inner, s.scores, s.best, s.parts, s.packed};
+    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.inner, s.scores, s.best, s.parts, s.packed};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;
 }

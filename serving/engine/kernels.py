@@ -43,7 +43,7 @@ class _Layer(c.Structure):
     _fields_ = (
         ("site", _Matrix * 4), ("input_norm", c.c_void_p), ("after_attention_norm", c.c_void_p),
         ("before_mlp_norm", c.c_void_p), ("after_mlp_norm", c.c_void_p), ("q_norm", c.c_void_p),
-        ("k_norm", c.c_void_p), ("frequencies", c.c_void_p), ("window", c.c_int32),
+        ("k_norm", c.c_void_p), ("rope", c.c_int32), ("window", c.c_int32),
     )  # fmt: skip
 
 
@@ -56,7 +56,8 @@ class _Model(c.Structure):
         *((name, c.c_int32) for name in
           ("layers", "vocabulary", "hidden", "intermediate", "heads", "kv_heads", "head_size")),
         *((name, c.c_float) for name in ("eps", "scale", "attention_cap", "final_cap", "embedding_scale")),
-        ("layer", c.POINTER(_Layer)), ("head", _Matrix), ("embedding", c.c_void_p),
+        ("layer", c.POINTER(_Layer)), ("frequencies", c.c_void_p), ("ropes", c.c_int32), ("head", _Matrix),
+        ("embedding", c.c_void_p),
         ("embedding_is_float", c.c_int32), ("rounds_embedding", c.c_int32), ("norm", c.c_void_p),
         ("keys", c.c_void_p), ("values", c.c_void_p), ("slots", c.c_int64),
     )  # fmt: skip
@@ -99,15 +100,17 @@ class KernelGemma:
         weights = Weights(folder, torch.bfloat16, torch.device("cpu"))
         self.kept: list[Any] = []  # what C points at
         embedding = self._keep(weights["embed_tokens"])
-        ropes = {rope: self._keep(_frequencies(config, *rope)) for rope in set(config.ropes)}
+        ropes = sorted(set(config.ropes))
+        frequencies = self._keep(torch.stack([_frequencies(config, *rope) for rope in ropes]))
         layers = (_Layer * config.layers)(
-            *(self._layer(weights, i, ropes[config.ropes[i]], int8) for i in range(config.layers))
+            *(self._layer(weights, i, ropes.index(config.ropes[i]), int8) for i in range(config.layers))
         )
         shape = config.layers, blocks * BLOCK, config.kv_heads, config.head_size
         self.model = _Model(
             config.layers, config.vocabulary, config.hidden, config.intermediate, config.heads, config.kv_heads,
             config.head_size, config.eps, config.scale, config.attention_cap, config.final_cap,
-            config.hidden**0.5, layers, self._matrix(embedding, int8), embedding.data_ptr(), 0, 0,
+            config.hidden**0.5, layers, frequencies.data_ptr(), len(ropes), self._matrix(embedding, int8),
+            embedding.data_ptr(), 0, 0,
             self._keep(1 + weights["norm"].float()).data_ptr(), self._keep(torch.zeros(shape)).data_ptr(),
             self._keep(torch.zeros(shape)).data_ptr(), blocks * BLOCK,
         )  # fmt: skip
@@ -139,7 +142,7 @@ class KernelGemma:
         self.kept.append(tensor)
         return tensor
 
-    def _layer(self, weights: Weights, i: int, frequencies: Tensor, int8: bool) -> _Layer:
+    def _layer(self, weights: Weights, i: int, rope: int, int8: bool) -> _Layer:
         at = f"layers.{i}"
         gate, up = (weights[f"{at}.mlp.{name}_proj"] for name in ("gate", "up"))
         inputs = gate.shape[1]
@@ -156,7 +159,7 @@ class KernelGemma:
             (_Matrix * 4)(*(self._matrix(site, int8) for site in sites)), norms["input_layernorm"],
             None if first else after, after if first else norms["pre_feedforward_layernorm"],
             norms.get("post_feedforward_layernorm"), norms.get("self_attn.q_norm"), norms.get("self_attn.k_norm"),
-            frequencies.data_ptr(), self.config.windows[i],
+            rope, self.config.windows[i],
         )  # fmt: skip
 
     def _matrix(self, weight: Tensor, int8: bool) -> _Matrix:
@@ -167,9 +170,9 @@ class KernelGemma:
         scales = None
         if int8:
             scales = self._keep((weight.abs().amax(1).float() / 127).clamp_min(1e-30))
-            weight = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8)
-                                for part, scale in zip(weight.split(4096), scales.split(4096), strict=True)])  # fmt: skip
-        packed = self._keep(weight.view(-1, 16, columns // 32, 32).transpose(1, 2))
+            parts = zip(weight.split(4096), scales.split(4096), strict=True)  # a large matrix is not copied as float32
+            weight = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in parts])
+        packed = self._keep(weight.view(-1, 16, columns // 2, 2).transpose(1, 2))
         return _Matrix(len(weight), columns, packed.data_ptr(), scales.data_ptr() if scales is not None else None)
 
     def _lora(self, adapter: Adapter | None) -> int | None:
