@@ -292,7 +292,7 @@ class Supervisor:
             writer.close()
 
     async def _ask_triton(self) -> None:
-        """Triton lives while it says so and its stubs have moved since they last did; without an engine, the one has."""
+        """Triton lives while it says so and its stubs have moved since they last did."""
         await asyncio.sleep(2 * TICK)
         if not self.triton.is_up:
             ready = await self.http.get("/v2/models/gemma/ready", timeout=1)
