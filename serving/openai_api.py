@@ -120,7 +120,7 @@ class Completion(BaseModel):
             form = cls.model_validate_json(body)
         except ValidationError as error:
             wrong = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in wrong["loc"] if not str(part).startswith(("str", "list[")))
+            where = ".".join(str(part) for part in wrong["loc"] if part not in ("str", "list[str]"))
             text = wrong["msg"].removeprefix("Value error, ")
             if wrong["type"] == "json_invalid":
                 raise ApiError(400, f"the body is not JSON in UTF-8: {text.removeprefix('Invalid JSON: ')}") from None

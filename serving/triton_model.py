@@ -13,12 +13,14 @@ of the request. Unlike there, a parameter that is unknown or out of range is an 
 code (`protocol.CODES`).
 """
 
+import contextlib
 import itertools
 import json
 import locale
 import logging
 import logging.handlers
 import os
+import select
 import socket
 import sys
 import threading
@@ -37,6 +39,7 @@ ENGINE = "engine.sock"
 STATUS = "status.json"  # written by the supervisor
 LOG = "requests.jsonl"
 LOG_BYTES, LOG_FILES = 10 << 20, 3
+WRITE_SECONDS = 1.0  # that a busy engine has to take a line
 TICK = 0.05  # seconds between two looks for clients that have left
 PATIENCE = 0.25  # seconds between two attempts to reach the engine
 TO_RETURN = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
@@ -118,10 +121,23 @@ class TritonPythonModel:
                 raise protocol.RequestError("the engine has ended and is being started again", protocol.UNAVAILABLE)
             self.waiting[generate.id] = given
             try:
-                self.engine.sendall(line)
+                self._write(line)
             except OSError:
                 del self.waiting[generate.id]
                 raise protocol.RequestError("the engine has ended", protocol.UNAVAILABLE) from None
+
+    def _write(self, line: bytes) -> None:
+        """
+        Raises:
+            OSError: the engine has not taken it. Half a line may have gone, so nothing more goes this way.
+        """
+        assert self.engine
+        try:
+            self.engine.sendall(line)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.engine.shutdown(socket.SHUT_RDWR)
+            raise
 
     # --- the thread that hears the engine -----------------------------------------------------------------------------
 
@@ -138,18 +154,17 @@ class TritonPythonModel:
 
     def _hear_engine(self) -> None:
         assert self.engine
-        self.engine.settimeout(TICK)
+        self.engine.settimeout(WRITE_SECONDS)
         heard, look_at, beat_at = b"", 0.0, 0.0
         while not self.closing:
             try:
-                part = self.engine.recv(1 << 18)
-                if not part:
-                    break
-                *lines, heard = (heard + part).split(b"\n")
-                for line in lines:
-                    self._take(protocol.decode(line))
-            except TimeoutError:
-                pass
+                if select.select([self.engine], [], [], TICK)[0]:
+                    part = self.engine.recv(1 << 18)
+                    if not part:
+                        break
+                    *lines, heard = (heard + part).split(b"\n")
+                    for line in lines:
+                        self._take(protocol.decode(line))
             except OSError:
                 break
             except Exception as error:  # one answer that could not be given is not the end of the others
@@ -183,9 +198,9 @@ class TritonPythonModel:
             given = self.waiting.get(number)
             if given and given.sender.is_cancelled():
                 given.cancelled = True
-                with self.lock:
+                with self.lock, contextlib.suppress(OSError):
                     if self.engine:
-                        self.engine.sendall(protocol.encode({"op": "cancel", "id": number}))
+                        self._write(protocol.encode({"op": "cancel", "id": number}))
 
     def _take(self, message: dict[str, Any]) -> None:
         if "beat" in message:

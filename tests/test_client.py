@@ -272,8 +272,9 @@ def test_a_full_queue_is_busy_to_who_does_not_wait(stack: Stack) -> None:
                 task.cancel()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-    kinds = {type(outcome) for outcome in asyncio.run(crowd())}
-    assert Busy in kinds and kinds <= {Busy, asyncio.CancelledError}
+    outcomes = {repr(outcome) for outcome in asyncio.run(crowd())}
+    assert all(outcome.startswith(("Busy(", "CancelledError(")) for outcome in outcomes), outcomes
+    assert any("requests are waiting already" in outcome for outcome in outcomes)
     assert eventually(lambda: stack.stats()["running"] == 0)
 
 
@@ -505,9 +506,9 @@ def test_the_command_line_streams_prints_json_and_cancels_on_ctrl_c(stack: Stack
 
     (tmp_path / "said.json").write_text(json.dumps({"messages": DIALOGUE}))
     piped = command("chat", *where, input="Hi!\nHow are you?\n")
-    assert piped.returncode == 0 and piped.stdout.strip()
+    assert piped.returncode == 0 and piped.stdout and piped.stderr.count("cut after 24 tokens") == 2
     from_file = command("chat", tmp_path / "said.json", *where)
-    assert from_file.returncode == 0 and from_file.stdout.strip()
+    assert from_file.returncode == 0 and from_file.stdout
 
     words = [
         sys.executable,

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def wait_for(port: int, seconds: float = 30.0) -> None:
+    """Until somebody listens at `port`."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < end, f"nobody listens at {port}"
+            time.sleep(0.05)
+
+
 @contextmanager
 def serve_tiny(base: Path, scratch: Path) -> Iterator[Stack]:
     """`python -m serving`, ready to be asked."""
@@ -132,6 +144,7 @@ def serve_tiny(base: Path, scratch: Path) -> Iterator[Stack]:
                 break
         else:
             raise AssertionError(f"the server did not start:\n{said}")
+        wait_for(ports["door"])
         yield Stack(process, folder, ports)
     finally:
         process.send_signal(signal.SIGTERM)
