@@ -65,7 +65,7 @@ async def serve(options: Options, state: State, console: Console) -> None:
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()
     with console.status("Loading"):
-        while not running.done() and not (supervisor.engine.is_up and supervisor.triton.is_up):
+        while not running.done() and not supervisor.is_up:
             await asyncio.sleep(0.1)
     if not running.done():
         console.print(f"Ready after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")

@@ -5,6 +5,7 @@ serves a base as `gemma`. FUZZ_REQUESTS and STORM_SECONDS make the two long test
 """
 
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -33,7 +34,7 @@ import tritonclient.grpc as grpc_client
 import yaml
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from tiny_serving import SERVING_PYTHON, Stack, serve_tiny
+from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve_tiny
 from transformers import AutoModelForCausalLM
 from tritonclient.utils import InferenceServerException
 from vllm_contract import Refused, Server, tensors
@@ -632,6 +633,32 @@ def usage(stack: Stack) -> dict[str, int]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
+def test_the_real_base_alone_as_a_user_starts_it(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(base_folder.parent)
+    prepare([], "slang", "gemma-3-270m", "embedded", tmp_path / "serve")
+    assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
+    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    process = subprocess.Popen([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path / "serve", *words], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        said = "".join(itertools.takewhile(lambda line: not line.startswith("Try: "), lines))
+        assert "Serving gemma-3-270m alone" in said
+        server = Server(f"http://127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}")
+        (answer,) = server.ask("http", "The capital of France is", {"temperature": 0, "max_tokens": 8})
+        assert answer["text_output"].startswith("The capital of France is the") or "Paris" in answer["text_output"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
 # --- what is served -----------------------------------------------------------------------------------------------
 
 
@@ -696,11 +723,18 @@ def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> N
     assert not (work / "serve/repository").exists()
 
 
-def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other-base"
-    shutil.copytree(tiny_base, other)
+def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path, stack: Stack) -> None:
+    shutil.copytree(tiny_base, work / "other-base")
     config = yaml.safe_load((work / "runs/chat/tiny-1/config.yaml").read_text())
-    config["model"]["path"] = str(other)
+    config["model"]["path"] = str(work / "other-base")
     (work / "runs/chat/tiny-1/config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"share one base, but these are slang on .*, chat on other-base"):
         prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", work / "serve")
+    with pytest.raises(UserError, match=r"the running server has the base tiny-base0, and these tasks other-base"):
+        prepare(["chat"], None, "gemma-3-270m", "embedded", stack.folder)
+
+
+@pytest.mark.usefixtures("work")
+def test_the_repository_of_a_running_server_is_not_written_anew(stack: Stack) -> None:
+    with pytest.raises(UserError, match=r"a server is running from .*; stop it first"):
+        prepare(["slang"], None, "gemma-3-270m", "vllm", stack.folder)
