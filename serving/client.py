@@ -23,15 +23,16 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
-from data_prep.prompt import Prompt
+from serving.adapter import Adapter, Answer, Message, Request
 from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, UnknownAdapter
+from serving.protocol import RequestError, check_prompt
 from serving.transport import connect
 
 __all__ = [
@@ -41,107 +42,6 @@ __all__ = [
 DEFAULT_URL = "127.0.0.1:8001"
 CATALOGUE_SECONDS = 5.0  # how old what is known of an adapter may be
 T = TypeVar("T")
-Message = Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What is served under a name, as its catalogue says.
-
-    Attributes:
-        sampling: what its task samples with, in the names of vLLM's sampling parameters.
-        has_turns: whether it is given a whole dialogue; otherwise each message stands by itself.
-        base: the name of the model that it was trained on.
-        field: the field of the prompt's instruction that a question fills; None makes it the whole instruction.
-    """
-
-    name: str
-    title: str
-    prompt: Prompt
-    sampling: dict[str, Any]
-    has_turns: bool
-    base: str
-    field: str | None
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> "Adapter":
-        prompt = Prompt(**entry["prompt"])
-        fields = prompt.instruction_fields()
-        return cls(
-            entry["name"], entry.get("title") or entry["name"], prompt, dict(entry.get("sampling") or {}),
-            bool(entry.get("has_turns", prompt.end)), entry.get("base", ""),
-            entry.get("field") or (fields[0] if len(fields) == 1 else None),
-        )  # fmt: skip
-
-    def write(self, asked: str | Mapping[str, str]) -> str:
-        """Everything the model is given for a question, or for values of the prompt's fields; others take defaults.
-
-        Raises:
-            InvalidRequest: a field that the prompt does not have, or a value that is no text.
-        """
-        if isinstance(asked, str):
-            return self.prompt.wrap(self._instruction(asked))
-        known = self.prompt.instruction_fields()
-        for name, value in asked.items():
-            if name not in known:
-                raise InvalidRequest(f"'{self.name}' has no field '{name}'; its prompt has {', '.join(known)}")
-            if not isinstance(value, str):
-                raise InvalidRequest(f"field '{name}' of '{self.name}' must be a text, not {type(value).__name__}")
-        return self.prompt.wrap(self.prompt.write_instruction(**asked))
-
-    def write_dialogue(self, messages: Sequence[Message]) -> str:
-        """Everything the model is given before it answers the last of `messages`, the user's.
-
-        Without turns that is the last message alone, after a system text if there is one.
-
-        Raises:
-            InvalidRequest: messages that are no dialogue.
-        """
-        seen = list(messages)
-        if not self.has_turns:
-            seen = [message for message in seen[:1] if message.get("role") == "system" and len(seen) > 1] + seen[-1:]
-        try:
-            asked = [
-                {**message, "content": self._instruction(message["content"])}
-                if message.get("role") == "user"
-                and isinstance(message.get("content"), str)
-                and message["content"].strip()
-                else message
-                for message in seen
-            ]
-            return self.prompt.wrap_dialogue(asked)
-        except ValueError as error:
-            raise InvalidRequest(f"messages: {error}") from None
-
-    def request(self, text: str, base: bool, sampling: Mapping[str, Any]) -> "_Request":
-        """`text` for this adapter, or for the base alone, sampled as its task is unless `sampling` says otherwise."""
-        return _Request(text, {**self.sampling, **sampling, **({} if base else {"lora_name": self.name})}, self.prompt)
-
-    def _instruction(self, text: str) -> str:
-        return self.prompt.write_instruction(**{self.field: text}) if self.field else text
-
-
-@dataclass
-class Answer:
-    """What a model said.
-
-    Attributes:
-        finish_reason: "stop" where the model ended it, "length" at max_tokens, "cancelled".
-        fields: the parts of a task's answer by name, e.g. slang, description and example.
-    """
-
-    text: str = ""
-    finish_reason: str = "cancelled"
-    input_tokens: int = 0
-    output_tokens: int = 0
-    fields: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Request:
-    text: str
-    sampling: dict[str, Any]
-    prompt: Prompt | None = None
 
 
 class AsyncClient:
@@ -196,7 +96,7 @@ class AsyncClient:
         Args:
             sampling: vLLM's parameters: temperature, top_p, top_k, max_tokens, stop, seed, ….
         """
-        return AsyncStream(self, self.plain(text, adapter, sampling))
+        return AsyncStream(self, partial(self.plain, text, adapter, sampling))
 
     async def generate(self, text: str, adapter: str | None = None, **sampling: Any) -> Answer:
         """As `stream`, in one piece."""
@@ -211,7 +111,7 @@ class AsyncClient:
             base: give the same prompt to the base alone.
             sampling: in place of the task's own.
         """
-        return AsyncStream(self, self.asked(adapter, asked, base, sampling))
+        return AsyncStream(self, partial(self.asked, adapter, asked, base, sampling))
 
     def slang(
         self, context: str | None = None, condition: str | None = None, *, base: bool = False, **sampling: Any
@@ -223,7 +123,7 @@ class AsyncClient:
         self, messages: Sequence[Message], adapter: str = "chat", *, base: bool = False, **sampling: Any
     ) -> "AsyncStream":
         """The answer to the last of `messages`, `{"role", "content"}` in turn after one system message at most."""
-        return AsyncStream(self, self.said(adapter, messages, base, sampling))
+        return AsyncStream(self, partial(self.said, adapter, messages, base, sampling))
 
     async def close(self) -> None:
         await self._transport.close()
@@ -235,16 +135,16 @@ class AsyncClient:
         await self.close()
 
     # What `Client` shares: requests to be, each written when it is sent.
-    async def plain(self, text: str, adapter: str | None, sampling: Mapping[str, Any]) -> _Request:
-        return _Request(text, {**sampling, "lora_name": adapter} if adapter else dict(sampling))
+    async def plain(self, text: str, adapter: str | None, sampling: Mapping[str, Any]) -> Request:
+        return Request(text, {**sampling, "lora_name": adapter} if adapter else dict(sampling))
 
     async def asked(
         self, name: str, asked: str | Mapping[str, str], base: bool, sampling: Mapping[str, Any]
-    ) -> _Request:
+    ) -> Request:
         adapter = await self.adapter(name)
         return adapter.request(adapter.write(asked), base, sampling)
 
-    async def said(self, name: str, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any]) -> _Request:
+    async def said(self, name: str, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any]) -> Request:
         adapter = await self.adapter(name)
         return adapter.request(adapter.write_dialogue(messages), base, sampling)
 
@@ -272,20 +172,23 @@ class AsyncClient:
         except TimeoutError:
             raise DeadlineExceeded(f"{self.url}: no catalogue within {self._token_deadline:g} s") from None
 
-    async def run(self, request: Coroutine[Any, Any, _Request], answer: Answer, show: Callable[[str], None]) -> None:
+    async def run(self, request: Callable[[], Awaitable[Request]], answer: Answer, show: Callable[[str], None]) -> None:
         """Send `request` and fill `answer` with what comes, each part given to `show` too. What the streams run on."""
         try:
             async with asyncio.timeout(self._deadline):
-                asked = await request
-                await self._retried(lambda: self._receive(asked, answer, show), lambda: not answer.output_tokens)
+                asked = await request()
+                sampling = _checked(asked)
+                await self._retried(
+                    lambda: self._receive(asked.text, sampling, answer, show), lambda: not answer.output_tokens
+                )
         except TimeoutError:
             raise DeadlineExceeded(f"{self.url}: the answer was not complete within {self._deadline:g} s; ask for "
                                    f"fewer tokens, or give it a longer deadline") from None  # fmt: skip
         if asked.prompt:
             answer.fields = asked.prompt.read_response(answer.text)
 
-    async def _receive(self, request: _Request, answer: Answer, show: Callable[[str], None]) -> None:
-        async with aclosing(self._transport.parts(request.text, request.sampling)) as parts:
+    async def _receive(self, text: str, sampling: str, answer: Answer, show: Callable[[str], None]) -> None:
+        async with aclosing(self._transport.parts(text, sampling)) as parts:
             reason = None
             while True:
                 wait = self._token_deadline if answer.output_tokens else self._first_token_deadline
@@ -327,7 +230,7 @@ class AsyncStream:
     Leaving `async with`, or dropping the last reference, cancels what is left, in the engine too.
     """
 
-    def __init__(self, client: AsyncClient, request: Coroutine[Any, Any, _Request]) -> None:
+    def __init__(self, client: AsyncClient, request: Callable[[], Awaitable[Request]]) -> None:
         self._answer = Answer()
         self._parts: asyncio.Queue[str | None] = asyncio.Queue()
         self._task = asyncio.ensure_future(client.run(request, self._answer, self._parts.put_nowait))
@@ -342,14 +245,16 @@ class AsyncStream:
     def cancel(self) -> None:
         self._task.cancel()
 
-    def __await__(self) -> Iterator[Any]:
+    def __await__(self) -> Generator[Any, Any, Answer]:
         return self._whole().__await__()
 
     async def _whole(self) -> Answer:
         try:
-            await self._task
+            await asyncio.wait([self._task])
         finally:
             self._task.cancel()
+        if not self._task.cancelled():
+            self._task.result()
         return self._answer
 
     def __aiter__(self) -> AsyncIterator[str]:
@@ -387,8 +292,8 @@ class Client:
     def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
         self.url = url
         self._client = AsyncClient(url, **options)
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name=f"client of {url}", daemon=True)
+        self._loop, self._lock, self._closed = asyncio.new_event_loop(), threading.Lock(), False
+        thread = threading.Thread(target=_run_loop, args=[self._loop], name=f"client of {url}", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _end_loop, self._loop, thread, self._client)
 
@@ -399,10 +304,10 @@ class Client:
         return self._wait(self._client.is_ready())
 
     def generate(self, text: str, adapter: str | None = None, **sampling: Any) -> Answer:
-        return self._ask(self._client.plain(text, adapter, sampling), False)
+        return self._ask(partial(self._client.plain, text, adapter, sampling), False)
 
     def stream(self, text: str, adapter: str | None = None, **sampling: Any) -> "Stream":
-        return self._ask(self._client.plain(text, adapter, sampling), True)
+        return self._ask(partial(self._client.plain, text, adapter, sampling), True)
 
     @overload
     def ask(self, adapter: str, asked: str | Mapping[str, str], *, stream: Literal[False] = ..., base: bool = ...,
@@ -415,7 +320,7 @@ class Client:
     def ask(
         self, adapter: str, asked: str | Mapping[str, str], *, stream: bool = False, base: bool = False, **sampling: Any
     ) -> "Answer | Stream":
-        return self._ask(self._client.asked(adapter, asked, base, sampling), stream)
+        return self._ask(partial(self._client.asked, adapter, asked, base, sampling), stream)
 
     @overload
     def slang(self, context: str | None = ..., condition: str | None = ..., *, stream: Literal[False] = ...,
@@ -430,7 +335,7 @@ class Client:
         **sampling: Any,
     ) -> "Answer | Stream":  # fmt: skip
         fields = _given(context=context, condition=condition)
-        return self._ask(self._client.asked("slang", fields, base, sampling), stream)
+        return self._ask(partial(self._client.asked, "slang", fields, base, sampling), stream)
 
     @overload
     def chat(self, messages: Sequence[Message], adapter: str = ..., *, stream: Literal[False] = ..., base: bool = ...,
@@ -444,10 +349,12 @@ class Client:
         self, messages: Sequence[Message], adapter: str = "chat", *, stream: bool = False, base: bool = False,
         **sampling: Any,
     ) -> "Answer | Stream":  # fmt: skip
-        return self._ask(self._client.said(adapter, messages, base, sampling), stream)
+        return self._ask(partial(self._client.said, adapter, messages, base, sampling), stream)
 
     def close(self) -> None:
         """End what is still on its way, the connection and the thread."""
+        with self._lock:  # what was submitted before is in the loop's queue, ahead of the end
+            self._closed = True
         self._end()
 
     def __enter__(self) -> Self:
@@ -456,7 +363,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: Coroutine[Any, Any, _Request], stream: bool) -> Any:
+    def _ask(self, request: Callable[[], Awaitable[Request]], stream: bool) -> Any:
         answer, parts = Answer(), queue.SimpleQueue[str | None]()
         future = self._submit(self._client.run(request, answer, parts.put if stream else lambda part: None))
         if stream:
@@ -468,10 +375,11 @@ class Client:
         return _result(self._submit(coroutine))
 
     def _submit(self, coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
-        if not self._end.alive:
-            coroutine.close()
-            raise ServingError(f"this client of {self.url} is closed")
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._lock:
+            if self._closed:
+                coroutine.close()
+                raise ServingError(f"this client of {self.url} is closed")
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
 
 class Stream:
@@ -517,6 +425,21 @@ class Stream:
         self.cancel()
 
 
+def _checked(request: Request) -> str:
+    """The sampling parameters of a request as JSON.
+
+    Raises:
+        InvalidRequest: they, or its text, are not to be sent at all.
+    """
+    try:
+        check_prompt(request.text)
+        return json.dumps(request.sampling, allow_nan=False)
+    except RequestError as error:
+        raise InvalidRequest(error.sentence) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"sampling parameters: {error}") from None
+
+
 def _given(**fields: str | None) -> dict[str, str]:
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -532,6 +455,11 @@ def _result(future: "Future[T]") -> T:
         raise
 
 
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client: AsyncClient) -> None:
     async def end() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -539,11 +467,11 @@ def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await client.close()
+        loop.stop()
 
-    asyncio.run_coroutine_threadsafe(end(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    asyncio.run_coroutine_threadsafe(end(), loop)
+    if threading.current_thread() is not thread:  # where a forgotten client may be collected too
+        thread.join()
 
 
 if __name__ == "__main__":

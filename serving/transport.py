@@ -7,7 +7,7 @@ a request, which a model that streams does not give. Both speak the inputs and o
 
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -37,8 +37,11 @@ class Part(NamedTuple):
 class Transport(Protocol):
     """One connection to a server, for any number of requests at once, in the event loop that it was made in."""
 
-    def parts(self, text: str, sampling: Mapping[str, Any]) -> AsyncIterator[Part]:
+    def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
         """An answer as it comes. Closing the iterator early cancels the request in the engine.
+
+        Args:
+            sampling: the JSON of vLLM's sampling parameters.
 
         Raises:
             ServingError: of the kind that fits; never an exception of grpc or httpx.
@@ -98,8 +101,8 @@ class Grpc:
             self._where, ssl=self._secure, root_certificates=self._ca_file and str(self._ca_file), channel_args=options
         )
 
-    async def parts(self, text: str, sampling: Mapping[str, Any]) -> AsyncIterator[Part]:
-        inputs = [_bytes("text_input", text), _bytes("sampling_parameters", json.dumps(sampling))]
+    async def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
+        inputs = [_bytes("text_input", text), _bytes("sampling_parameters", sampling)]
         inputs += [_bool(name, value) for name, value in FLAGS.items()]
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
@@ -182,8 +185,8 @@ class Http:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         )  # fmt: skip
 
-    async def parts(self, text: str, sampling: Mapping[str, Any]) -> AsyncIterator[Part]:
-        body = {"text_input": text, "sampling_parameters": json.dumps(sampling), **FLAGS}
+    async def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
+        body = {"text_input": text, "sampling_parameters": sampling, **FLAGS}
         try:
             async with self._client.stream("POST", f"/v2/models/{MODEL}/generate_stream", json=body) as response:
                 if response.status_code != 200:
