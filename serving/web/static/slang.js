@@ -29,10 +29,10 @@ form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); form.requestSubmit(); }
 });
 $("again").addEventListener("click", () => ask(questionOf(newSeed())));
-document.querySelectorAll(".scene").forEach((chip) => chip.addEventListener("click", () => {
-  form.context.value = chip.textContent;
-  ask(questionOf(newSeed()));
-}));
+$("scene")?.addEventListener("click", () => {
+  const scenes = JSON.parse($("scene").dataset.scenes);
+  form.context.value = scenes[(scenes.indexOf(form.context.value) + 1) % scenes.length];
+});
 
 // --- the answer ---
 
