@@ -67,6 +67,7 @@ class Settings:
 def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(reviews_of, settings.data, FILM)  # or the first visitor would wait for the reading
         # Not there now is shown at once, not after a long patience: a visitor has a button to try again.
         async with AsyncClient(settings.triton, first_token_deadline=45, token_deadline=10, retry_for=3) as client:
             app.state.client = client
