@@ -96,6 +96,16 @@ class Adapter:
         return self.prompt.write_instruction(**{self.field: text}) if self.field else text
 
 
+# The base alone, under the name of its Triton model. Gemma's instruction-tuned models know these turns; others do not,
+# but there is no better way to ask them. https://ai.google.dev/gemma/docs/core/prompt-structure
+BASE = Adapter(
+    "gemma", "The base, without an adapter",
+    Prompt("<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>",
+           "{message}", "{answer}"),
+    {"max_tokens": 256, "stop": ["<end_of_turn>"]}, True, "", "message",
+)  # fmt: skip
+
+
 @dataclass
 class Answer:
     """What a model said.

@@ -51,7 +51,8 @@ def error_of(text: str, where: str) -> ServingError:
     """The error behind the `text` of a Triton response from `where`: `busy: …` is a `Busy`."""
     coded = _CODED.search(text)
     if coded:
-        return _KINDS[coded[1]](f"{where}: {coded[2].strip()}")
+        kind, sentence = _KINDS[coded[1]], coded[2].strip()
+        return kind(sentence if issubclass(kind, InvalidRequest) else f"{where}: {sentence}")
     if _NOT_LOADED.search(text):
         return Unavailable(f"{where}: the model does not answer just now ({text.strip()})")
     return ServingError(f"{where}: {text.strip()}")
