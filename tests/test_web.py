@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 
 from data_prep.prepare import prepare
 from nemo_configs.command_line import load_config
-from serving.web.dictionary import Dictionary, Entry, csv_of
+from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
 from serving.web.evidence import Reviews
 from serving.web.tasks import task_config
 
@@ -225,7 +226,7 @@ def test_every_response_has_a_strict_policy(site: Site, path: str) -> None:
     headers = site.ask("GET", path).headers
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
-    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
 
 
 @pytest.mark.parametrize("method,path", [("POST", "/api/answer"), ("POST", "/api/dictionary"),
@@ -273,7 +274,6 @@ def test_reports_are_shown_without_scripts(site: Site, open_page: Callable[..., 
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Report of bad").click()
     assert opened.value.title() == "report"
-    assert page.errors.pop() and page.errors == []  # Chromium says what it did not run
     assert "sandbox" in site.ask("GET", "/runs/slang/good/report.html").headers["content-security-policy"]
 
 
@@ -339,9 +339,9 @@ def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
 
 def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     """The loop: what visitors kept is what data preparation reads, cell by cell."""
+    with (ROOT / "data_prep/samples/slang.csv").open(encoding="utf-8", newline="") as file:
+        kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
     store = Dictionary(tmp_path / "d.sqlite3")
-    kept = [Entry(f"term{number}", f'Meaning {number}, with a "quote".', f"Example {number}; it says a lot.",
-                  f"Scene {number} where nobody was.") for number in range(60)]  # fmt: skip
     for entry in kept:
         store.keep("a", entry, 0)
     store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
@@ -350,9 +350,10 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
                           cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
     assert "60 rows" in said.stdout
     data = prepare(load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"]), None)
-    outputs = {json.loads(line)["output"] for split in ("training", "validation", "test")
+    learned = {json.loads(line)["output"] for split in ("training", "validation", "test")
                for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()}  # fmt: skip
-    assert outputs == {f"Slang: {e.slang}\nDefinition: {e.description}\nExample: {e.example}" for e in kept}
+    for entry in kept:
+        assert f"Slang: {entry.slang}\nDefinition: {entry.description}\nExample: {entry.example}" in learned
     manifest = json.loads((data / "manifest.json").read_text())
     assert (manifest["rows_in"], manifest["rows_out"], manifest["dropped"]) == (60, 60, {})
 
@@ -428,27 +429,23 @@ def signed_in(site: Site) -> str:
     return SignIn(None, PASSWORD, Dictionary(site.database).key).cookie()
 
 
-def test_whoever_asks_too_often_waits(folder: Path, tmp_path: Path) -> None:
-    site = Site(tmp_path, "--triton", f"127.0.0.1:{free_port()}").wait()
-    try:
-        question = {"adapter": "slang", "fields": {}, "seed": 1}
-        # Malformed ones count too, and are answered at once.
-        answers = [site.ask("POST", "/api/answer", json={**question, "seed": -1}) for _ in range(20)]
-        assert [answer.status_code for answer in answers][:15] == [422] * 15
-        assert answers[-1].status_code == 429 and int(answers[-1].headers["retry-after"]) >= 1
-        assert "Try again" in answers[-1].json()["detail"]
-        assert site.ask("GET", "/").status_code == 200  # to look is still allowed
-        claimed = {"origin": site.address, "x-forwarded-for": "203.0.113.9"}
-        assert site.ask("POST", "/api/answer", json=question, headers=claimed).status_code == 429
-    finally:
-        site.end()
+def test_whoever_asks_too_often_waits(guarded: Site) -> None:
+    cookies = {"session": signed_in(guarded)}
+    malformed = {"adapter": "slang", "fields": {}, "seed": -1}  # counted too, and answered at once
+    answers = [guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies) for _ in range(20)]
+    assert [answer.status_code for answer in answers][:10] == [422] * 10
+    assert answers[-1].status_code == 429 and int(answers[-1].headers["retry-after"]) >= 1
+    assert "Try again" in answers[-1].json()["detail"]
+    assert guarded.ask("GET", "/", cookies=cookies).status_code == 200  # to look is still allowed
+    claimed = {"origin": guarded.address, "x-forwarded-for": "203.0.113.9"}
+    assert guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies, headers=claimed).status_code == 429
 
 
 def test_nothing_that_was_typed_is_logged(site: Site) -> None:
-    site.ask("POST", "/api/answer", json={"adapter": "slang", "fields": {"context": "my secret scene"}, "seed": 1}, timeout=30)
-    site.ask("GET", "/api/dictionary?q=secret-search")
+    site.ask("POST", "/api/answer", json={"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}, timeout=30)
+    site.ask("GET", "/api/dictionary?q=hush-search")
     log = site.log.read_text()
-    assert "POST /api/answer 200" in log and "GET /api/dictionary 200" in log and "secret" not in log
+    assert "POST /api/answer 200" in log and "GET /api/dictionary 200" in log and "hush" not in log
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
