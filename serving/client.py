@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
 from serving.adapter import BASE, Adapter, Answer, Message, Request
-from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, UnknownAdapter
+from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 from serving.protocol import RequestError, check_prompt
 from serving.transport import connect
 
 __all__ = [
     "BASE", "Adapter", "Answer", "AsyncClient", "AsyncStream", "Busy", "Client", "DeadlineExceeded", "InvalidRequest",
-    "ServingError", "Stream", "Unavailable", "UnknownAdapter",
+    "ServingError", "Stream", "TooLong", "Unavailable", "UnknownAdapter",
 ]  # fmt: skip
 DEFAULT_URL = "127.0.0.1:8001"
 CATALOGUE_SECONDS = 5.0  # how old what is known of an adapter may be
@@ -120,14 +120,22 @@ class AsyncClient:
         return self.ask("slang", _given(context=context, condition=condition), base=base, **sampling)
 
     def chat(
-        self, messages: Sequence[Message], adapter: str | None = "chat", *, base: bool = False, **sampling: Any
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = "chat",
+        *,
+        base: bool = False,
+        forget: bool = False,
+        **sampling: Any,
     ) -> "AsyncStream":
         """The answer to the last of `messages`, `{"role", "content"}` in turn after one system message at most.
 
         Args:
             adapter: None asks the base alone in Gemma's own turns; with `base` it is asked in the adapter's.
+            forget: leave out the oldest exchanges of a dialogue that does not fit in the model's window; otherwise it
+                is `TooLong`. `Answer.forgotten` says how many.
         """
-        return AsyncStream(self, partial(self.said, adapter, messages, base, sampling))
+        return AsyncStream(self, partial(self.said, adapter, messages, base, sampling, forget))
 
     async def close(self) -> None:
         await self._transport.close()
@@ -149,10 +157,10 @@ class AsyncClient:
         return adapter.request(adapter.write(asked), base, sampling)
 
     async def said(
-        self, name: str | None, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any]
+        self, name: str | None, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool
     ) -> Request:
         adapter = BASE if name is None else await self.adapter(name)
-        return adapter.request(adapter.write_dialogue(messages), base or name is None, sampling)
+        return adapter.dialogue(messages, base or name is None, sampling, forget)
 
     async def adapter(self, name: str) -> Adapter:
         """What is served as `name`, a few seconds old at most."""
@@ -183,10 +191,16 @@ class AsyncClient:
         try:
             async with asyncio.timeout(self._deadline):
                 asked = await request()
-                sampling = _checked(asked)
-                await self._retried(
-                    lambda: self._receive(asked.text, sampling, answer, show), lambda: not answer.output_tokens
-                )
+                while True:
+                    send = partial(self._receive, asked.text, _checked(asked), answer, show)
+                    try:
+                        await self._retried(send, lambda: not answer.output_tokens)
+                        break
+                    except TooLong:  # the server counts the tokens
+                        if asked.shorter is None:
+                            raise
+                        asked = asked.shorter()
+                        answer.forgotten += 1
         except TimeoutError:
             raise DeadlineExceeded(f"{self.url}: the answer was not complete within {self._deadline:g} s; ask for "
                                    f"fewer tokens, or give it a longer deadline") from None  # fmt: skip
@@ -345,17 +359,17 @@ class Client:
 
     @overload
     def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[False] = ...,
-             base: bool = ..., **sampling: Any) -> Answer: ...  # fmt: skip
+             base: bool = ..., forget: bool = ..., **sampling: Any) -> Answer: ...  # fmt: skip
 
     @overload
     def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[True],
-             base: bool = ..., **sampling: Any) -> "Stream": ...  # fmt: skip
+             base: bool = ..., forget: bool = ..., **sampling: Any) -> "Stream": ...  # fmt: skip
 
     def chat(
         self, messages: Sequence[Message], adapter: str | None = "chat", *, stream: bool = False, base: bool = False,
-        **sampling: Any,
+        forget: bool = False, **sampling: Any,
     ) -> "Answer | Stream":  # fmt: skip
-        return self._ask(partial(self._client.said, adapter, messages, base, sampling), stream)
+        return self._ask(partial(self._client.said, adapter, messages, base, sampling, forget), stream)
 
     def close(self) -> None:
         """End what is still on its way, the connection and the thread."""

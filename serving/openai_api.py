@@ -27,6 +27,7 @@ from serving.client import (
     DeadlineExceeded,
     InvalidRequest,
     ServingError,
+    TooLong,
     Unavailable,
     UnknownAdapter,
 )
@@ -59,6 +60,8 @@ class ApiError(Exception):
         match error:
             case UnknownAdapter():
                 return cls(404, str(error), "model_not_found", "model")
+            case TooLong():
+                return cls(400, str(error), "context_length_exceeded")
             case InvalidRequest():
                 return cls(400, str(error), param=_named(str(error)))
             case Busy():
