@@ -9,8 +9,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,9 +19,13 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import ROOT
+from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve
 
 from data_prep.prepare import prepare
-from nemo_configs.command_line import load_config
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import load_config, plain
+from serving.repository import put_adapter, write_repository
 from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
 from serving.web.evidence import Reviews
 from serving.web.tasks import task_config
@@ -31,8 +33,6 @@ from serving.web.tasks import task_config
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = ROOT / ".venv-serve/bin/python"
 PAGES = ("/", "/reviews", "/chat", "/runs", "/privacy")
 PASSWORD = "correct horse"
 PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
@@ -40,20 +40,19 @@ PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"doc
 WORD = Entry("plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.",
              "A friend always wins.")  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs the serving environment: make serve-env")
+pytestmark = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 
 
 class Site:
     """A site of its own, in a process; what it prints is in `log`."""
 
     def __init__(self, folder: Path, *words: str, **environment: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
         self._process = subprocess.Popen(
-            [PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
             cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -101,7 +100,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def sites(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Site]]:
     """Two without a model: an open one, and one with a password that keeps it clean."""
-    nobody = f"127.0.0.1:{free_port()}"
+    nobody = f"127.0.0.1:{free_ports(1)[0]}"
     sites = (
         Site(folder, "--triton", nobody),
         Site(tmp_path_factory.mktemp("guarded"), "--triton", nobody, "--clean", WEB_PASSWORD=PASSWORD),
@@ -119,11 +118,6 @@ def site(sites: tuple[Site, Site]) -> Site:
 @pytest.fixture(scope="module")
 def guarded(sites: tuple[Site, Site]) -> Site:
     return sites[1]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +255,8 @@ def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
 
 @pytest.mark.parametrize("path", [
     "/runs/slang/..%2f..%2f/report.html", "/runs/..%2f/good/report.html", "/runs/slang/half/report.html",
-    "/runs/%2e%2e/%2e%2e/report.html", "/static/..%2f..%2fapp.py", "/static/%2e%2e/app.py", "/runs/slang/good/config.yaml",
-    "/runs/slang/..%2f..%2fsecret.html", "/runs/slang/good%00/report.html",
+    "/runs/%2e%2e/%2e%2e/report.html", "/static/..%2f..%2fapp.py", "/static/%2e%2e/app.py",
+    "/runs/slang/good/config.yaml", "/runs/slang/..%2f..%2fsecret.html", "/runs/slang/good%00/report.html",
 ])  # fmt: skip
 def test_no_path_leads_out_of_the_reports(site: Site, path: str) -> None:
     assert site.ask("GET", path).status_code == 404
@@ -328,10 +322,11 @@ def test_a_link_cannot_bring_markup_or_settings_that_do_not_exist(site: Site, op
 def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
     token = site.token(WORD)
     forged = ("A" if token[0] != "A" else "B") + token[1:]
-    assert [site.ask("POST", "/api/dictionary", json={"token": text}).status_code for text in (forged, "", "é", "AAAA")] == [
-        400, 400, 400, 400]  # fmt: skip
+    for text in (forged, "", "é", "AAAA"):
+        assert site.ask("POST", "/api/dictionary", json={"token": text}).status_code == 400
     kept = site.ask("POST", "/api/dictionary", json={"token": token})
-    assert kept.status_code == 200 and "HttpOnly" in kept.headers["set-cookie"] and "SameSite" in kept.headers["set-cookie"]
+    assert kept.status_code == 200 and "HttpOnly; " in kept.headers["set-cookie"]
+    assert "SameSite=lax" in kept.headers["set-cookie"]
     number = kept.json()["id"]  # of somebody else, for whoever has no cookie
     assert site.ask("DELETE", f"/api/dictionary/{number}").status_code == 404
     assert site.ask("PUT", f"/api/dictionary/{10**30}", json={"thumb": 1}).status_code == 422
@@ -349,7 +344,8 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     said = subprocess.run([sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
                           cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
     assert "60 rows" in said.stdout
-    data = prepare(load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"]), None)
+    config = load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"])
+    data = prepare(config, None)
     learned = {json.loads(line)["output"] for split in ("training", "validation", "test")
                for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()}  # fmt: skip
     for entry in kept:
@@ -367,7 +363,7 @@ def test_a_formula_in_the_csv_is_text_to_a_spreadsheet() -> None:
 def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(folder: Path) -> None:
     reviews = Reviews(folder / "data/squid_game", task_config("squid_game")["data"]["reviews"])
     real = reviews.knowledge["aspects"][0]["praise"][0]
-    found = reviews.behind("What about the acting?", f"One viewer says: “{real['quote']}” Another: “I made this one up.”")
+    found = reviews.behind("What about the acting?", f"One says: “{real['quote']}” Another: “I made this one up.”")
     acting = next(aspect for aspect in reviews.knowledge["aspects"] if aspect["name"] == "acting")
     assert [aspect["name"] for aspect in found["aspects"]] == ["acting"]
     assert found["aspects"][0]["praised"] == acting["favourable"] + acting["both"]
@@ -382,13 +378,16 @@ def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(folder: Pat
     assert reviews.behind("Who wrote Hamlet?", "The reviews do not say.")["aspects"] == []
 
 
-def test_the_picture_of_aspects_and_bars_are_those_of_the_data(site: Site, open_page: Callable[..., Any], folder: Path) -> None:
+def test_the_picture_of_aspects_and_bars_are_those_of_the_data(
+    site: Site, open_page: Callable[..., Any], folder: Path
+) -> None:
     known = json.loads((folder / "data/squid_game/knowledge.json").read_text())["aspects"][0]
     page = open_page(f"{site.address}/reviews")
-    bar = page.locator(".aspect").first
-    assert bar.get_attribute("aria-label").startswith(f"{known['name']}: criticised by {known['unfavourable'] + known['both']}")
+    said = page.locator(".aspect").first.get_attribute("aria-label")
+    assert said.startswith(f"{known['name']}: criticised by {known['unfavourable'] + known['both']}, ")
     picture = site.ask("GET", "/reviews/aspects.svg")
-    assert picture.headers["content-type"].startswith("image/svg") and "sandbox" in picture.headers["content-security-policy"]
+    assert picture.headers["content-type"].startswith("image/svg")
+    assert "sandbox" in picture.headers["content-security-policy"]
 
 
 def test_the_password_is_asked_everywhere_and_remembered(guarded: Site, open_page: Callable[..., Any]) -> None:
@@ -415,6 +414,16 @@ def test_passwords_cannot_be_guessed_fast(guarded: Site) -> None:
     assert codes[-1] == 429
 
 
+def test_explicit_words_of_a_model_are_masked_before_they_are_shown() -> None:
+    from serving.web.answers import _Shown
+
+    shown = _Shown(clean=True)
+    parts = ["Well, ", "what a ", "mother", "fucker", " that ", "is, and ", "all of ", "it goes ", "on and ", "on."]
+    seen = [shown.add(part) for part in parts] + [shown.rest()]
+    assert "".join(seen) == "Well, what a •••••••••••• that is, and all of it goes on and on."
+    assert not any("mother" in part for part in seen) and any(seen[:-1])
+
+
 def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarded: Site, site: Site) -> None:
     cookie = {"session": signed_in(guarded)}
     question = {"adapter": "slang", "fields": {"context": "A motherfucker walks in."}, "seed": 1}
@@ -423,7 +432,7 @@ def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarde
 
 
 def signed_in(site: Site) -> str:
-    """The cookie of somebody who knows the password, made as the site makes it: its door may have had enough for now."""
+    """The cookie of somebody who knows the password, made as the site makes it, which may have had enough for now."""
     from serving.web.guard import SignIn
 
     return SignIn(None, PASSWORD, Dictionary(site.database).key).cookie()
@@ -442,13 +451,233 @@ def test_whoever_asks_too_often_waits(guarded: Site) -> None:
 
 
 def test_nothing_that_was_typed_is_logged(site: Site) -> None:
-    site.ask("POST", "/api/answer", json={"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}, timeout=30)
+    question = {"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}
+    site.ask("POST", "/api/answer", json=question, timeout=30)
     site.ask("GET", "/api/dictionary?q=hush-search")
     log = site.log.read_text()
     assert "POST /api/answer 200" in log and "GET /api/dictionary 200" in log and "hush" not in log
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
-    other = subprocess.run([PYTHON, "-m", "serving.web", "--alone", "--port", str(site.port), "--database", str(tmp_path / "d")],
-                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
+    other = subprocess.run([SERVING_PYTHON, "-m", "serving.web", *words], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
+
+
+# --- with the real model --------------------------------------------------------------------------------------
+
+SLANG = ROOT / "exports/slang/adapter"
+SCENE = "Someone in the group chat answers a serious question with a single thumbs up."
+PATIENCE = 120_000  # milliseconds for an answer, on a machine that may be busy
+
+
+@pytest.fixture(scope="module")
+def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Triton with the real base and a trained slang generator, whose weights stand in for tasks not trained here."""
+    if not (SLANG / "adapter_model.safetensors").exists():
+        pytest.skip("needs a trained adapter: make train TASK=slang && make convert TASK=slang")
+    scratch = tmp_path_factory.mktemp("serving")
+    for task in ("slang", "squid_game", "chat"):
+        trained = ROOT / "exports" / task / "adapter"
+        found = scratch / task
+        shutil.copytree(trained if trained.exists() else SLANG, found)
+        config = load_config([f"task={task}"]).task
+        prompt = Prompt(**plain(config.prompt))
+        prompt.save(found)
+        put_adapter(scratch / "serve", found, {
+            "name": task, "task": task, "title": task, "base": base_folder.name, "run": f"run-of-{task}",
+            "sampling": {"temperature": config.generate.temperature, "max_tokens": 60}, "has_turns": bool(prompt.end),
+            "field": "context" if task == "slang" else None,
+        })  # fmt: skip
+    write_repository(scratch / "serve", base_folder)
+    with serve(scratch / "serve") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def live(stack: Stack, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    words = ["--data", str(folder / "data"), "--triton", stack.grpc]
+    site = Site(tmp_path_factory.mktemp("live"), *words)
+    yield site.wait()
+    site.end()
+
+
+def expect(locator: Any) -> Any:
+    return sync_api.expect(locator)
+
+
+def coin(page: Any) -> str:
+    """The answer to the form as it stands, when it is complete."""
+    page.get_by_role("button", name="Coin a word").click()
+    return coined(page)
+
+
+def coined(page: Any) -> str:
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    return str(page.locator("#after-text").inner_text())
+
+
+@pytest.mark.slow
+def test_a_word_streams_in_is_shared_kept_and_rolled_again(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(live.address, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Where are you?").fill(SCENE)
+    page.get_by_label("Creativity").fill("0.9")
+    lengths = page.evaluate_handle("""() => {
+        const seen = [], text = document.querySelector("#after-text");
+        new MutationObserver(() => seen.push(text.textContent.length)).observe(text, { childList: true, subtree: true });
+        return seen;
+    }""")
+    text = coin(page)
+    assert len(set(lengths.json_value())) > 5  # it grew before the visitor's eyes
+    expect(page.locator("#after .term")).not_to_be_empty()
+    page.get_by_role("button", name="Share").click()
+    expect(page.locator("#toast")).to_contain_text("Link copied")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert SCENE.split()[0] in httpx.URL(link).fragment and SCENE.split()[0] not in link.partition("#")[0]
+    again = open_page(link)  # somebody else, elsewhere
+    assert coined(again) == text
+    assert again.get_by_label("Creativity").input_value() == "0.9"
+
+    page.get_by_role("button", name="Keep").click()
+    expect(page.locator("#entries li")).to_have_count(1)
+    assert page.locator("#entries .context").inner_text() == SCENE
+    page.locator("#tools").get_by_role("button", name="Thumbs up").click()
+    expect(page.locator("#entries").get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Another roll").click()
+    assert coined(page) != text
+    assert violations(page) == []
+
+
+@pytest.mark.slow
+def test_the_base_model_stands_beside_on_a_desktop_and_below_on_a_phone(
+    live: Site, open_page: Callable[..., Any]
+) -> None:
+    link = f"{live.address}/#{httpx.QueryParams({'seed': 4, 'context': SCENE, 'creativity': 0.3, 'compare': 1})}"
+    for width in (1280, 390):
+        page = open_page(link, viewport={"width": width, "height": 800}, has_touch=width < 800, is_mobile=width < 800)
+        coined(page)
+        after, before = (page.locator(name).bounding_box() for name in ("#after", "#before"))
+        assert (before["x"] > after["x"] + 100) == (width == 1280)
+        assert (before["y"] > after["y"] + 100) == (width == 390)
+        assert page.locator("#before-text").inner_text() != page.locator("#after-text").inner_text() != ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/reviews", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.get_by_role("button", name="Summarize and explain Squid Game").click()
+    expect(page.locator(".evidence").first).to_be_visible(timeout=PATIENCE)
+    page.get_by_label("Your question").fill("What about the acting?")
+    page.keyboard.press("Enter")
+    evidence = page.locator(".exchange").nth(1).locator(".evidence")
+    expect(evidence).to_contain_text("acting", timeout=PATIENCE)
+    expect(evidence).to_contain_text("reviews name it")
+    assert page.locator(".exchange").nth(1).locator(".answer").inner_text().strip()
+    assert violations(page) == []
+
+
+@pytest.mark.slow
+def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/chat")
+    sent = []
+    page.on("request", lambda request: request.url.endswith("/api/answer") and sent.append(request.post_data_json))
+    expect(page.locator("#adapter option")).to_have_count(3)
+    bubbles, message = page.locator(".bubble"), page.get_by_label("Your message")
+    message.fill("Hello! I am Ada.")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    first = bubbles.nth(1).inner_text()
+    message.fill("Tell me a long story about a ship.")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    assert [one["role"] for one in sent[-1]["messages"]] == ["user", "assistant", "user"]
+    assert sent[-1]["messages"][1]["content"] == first
+    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert len(sent) == 3 and sent[2]["messages"] == sent[1]["messages"] and sent[2]["seed"] != sent[1]["seed"]
+    expect(bubbles).to_have_count(4)
+    for _ in range(100):
+        if not stack.stats()["running"]:
+            break
+        time.sleep(0.1)
+    assert stack.stats()["running"] == 0  # stopped in the engine too
+    page.get_by_label("with").select_option("squid_game")
+    expect(bubbles).to_have_count(0)
+    message.fill("Is it violent?")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    assert sent[-1]["adapter"] == "squid_game" and len(sent[-1]["messages"]) == 1
+    assert violations(page) == []
+
+
+@pytest.mark.slow
+def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any]) -> None:
+    """The base goes on with what it is full of; greedy, so that it does every time."""
+    page = open_page(live.address)
+    line = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\n"
+    page.get_by_label("Where are you?").fill(line * 8)
+    page.get_by_label("Put the base model beside it").check()
+    page.get_by_label("Creativity").fill("0.1")
+    coin(page)
+    assert "<script>" in page.locator("#before-text").inner_text()
+    assert page.locator("#before-text img, #after-text img, main script").count() == 0
+    assert page.title() == "Slang · Own Gemma"
+
+
+@pytest.mark.slow
+def test_two_browsers_at_once_do_not_meet(live: Site, open_page: Callable[..., Any]) -> None:
+    pages = [open_page(f"{live.address}/chat") for _ in range(2)]
+    for number, page in enumerate(pages):
+        page.get_by_label("Your message").fill(f"My name is visitor{number}. Who won the match?")
+        page.get_by_label("Your message").press("Enter")
+    for number, page in enumerate(pages):
+        expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+        assert page.locator(".bubble").count() == 2 and f"visitor{1 - number}" not in page.locator("#log").inner_text()
+
+
+@pytest.mark.slow
+def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
+    question = {"adapter": "chat", "messages": [{"role": "user", "content": "Tell me a story."}], "seed": 1}
+    streams = []
+    try:
+        for _ in range(4):
+            request = httpx.Client().stream("POST", f"{live.address}/api/answer", json=question, timeout=60,
+                                            headers={"origin": live.address})  # fmt: skip
+            streams.append(request)
+        codes = [stream.__enter__().status_code for stream in streams]
+        assert codes[:3] == [200] * 3 and codes[3] == 429
+    finally:
+        for stream in streams:
+            stream.__exit__(None, None, None)
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
+    live: Site, stack: Stack, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(live.address)
+    page.get_by_label("Where are you?").fill(SCENE)
+    page.get_by_label("Put the base model beside it").check()
+    page.get_by_role("button", name="Coin a word").click()
+    expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
+    stack.part("engine").kill()
+    killed = time.monotonic()
+    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    assert time.monotonic() - killed < 5
+    assert page.locator("#before-text").inner_text()  # what came is still there
+    assert page.get_by_label("Where are you?").input_value() == SCENE
+    assert violations(page) == []
+    expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
+    page.get_by_role("button", name="Try again").click()
+    assert coined(page)
+    expect(page.locator("#alert")).to_be_hidden()
+
+
+@pytest.mark.slow
+def test_the_page_of_runs_shows_what_is_served(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/runs")
+    expect(page.locator(".model")).to_have_count(3)
+    assert "run-of-slang" in page.locator(".model", has_text="slang").first.inner_text()
+    assert violations(page) == []

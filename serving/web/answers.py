@@ -3,7 +3,8 @@
 Events, each with a JSON object:
     part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   fields: where answers have parts
     waiting  {"seconds": n}                                   nothing came for a while; it is being waited for
-    done     {"side", "finish_reason", "tokens", "seconds", "keep": token or null}    the token is dictionary.py's
+    done     {"side", "finish_reason", "tokens", "seconds", "keep", "forgotten"}
+             keep: the token by which dictionary.py keeps it, or null; forgotten: exchanges that were too old to be read
     error    {"side", "message", "kind"}                      in words for a visitor; the other side goes on
 A stream that ends without `done` or `error` of a side was cut. Closing the connection cancels in the engine.
 """
@@ -27,6 +28,7 @@ from serving.client import (
     DeadlineExceeded,
     InvalidRequest,
     ServingError,
+    TooLong,
     Unavailable,
     UnknownAdapter,
 )
@@ -40,6 +42,7 @@ SAYS = {
     "What you typed is kept; try again in a few seconds.",
     UnknownAdapter: "This model is not being served at the moment. Choose another one.",
     DeadlineExceeded: "The model took too long to answer. Try again, or ask for less.",
+    TooLong: "This is more than the model can read at once. Make it shorter.",
     InvalidRequest: "The model cannot take this: ",
     ServingError: "Something went wrong on our side. It has been noted; try again.",
 }
@@ -131,7 +134,7 @@ async def _one_side(
             keep = dictionary.token_of(entry)
         events.put_nowait(
             _event("done", side=side, finish_reason=said.finish_reason, tokens=said.output_tokens,
-                   seconds=round(time.monotonic() - began, 2), keep=keep)
+                   seconds=round(time.monotonic() - began, 2), keep=keep, forgotten=said.forgotten)
         )  # fmt: skip
     except ServingError as error:
         kind = next(kind for kind in SAYS if isinstance(error, kind))
@@ -149,7 +152,7 @@ def _ask(client: AsyncClient, question: Question, base: bool) -> AsyncStream:
         sampling["temperature"] = question.temperature
     if question.messages is not None:
         messages = [message.model_dump() for message in question.messages]
-        return client.chat(messages, adapter=question.adapter, base=base, **sampling)
+        return client.chat(messages, adapter=question.adapter, base=base, forget=True, **sampling)
     # An empty field is one that was not filled in: it takes the task's own value.
     fields = {name: value for name, value in (question.fields or {}).items() if value.strip()}
     return client.ask(question.adapter, fields, base=base, **sampling)

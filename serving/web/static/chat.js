@@ -19,7 +19,7 @@ function begin() {
   messages = [];
   bubbles.forEach((bubble) => bubble.remove());
   bubbles = [];
-  $("tools").hidden = true;
+  $("tools").hidden = $("forgotten").hidden = true;
   $("starters").hidden = $("adapter").value !== "chat";
   $("message").focus();
 }
@@ -63,7 +63,7 @@ async function ask(chosen) {
       bubble.textContent = text += data.text;
       if (low) scrollTo(bubble, "end");
     },
-    done() {},
+    done(side, data) { $("forgotten").hidden = !data.forgotten; },
   });
   bubble.setAttribute("aria-busy", "false");
   if (dialogue !== messages || bubbles.at(-1) !== bubble) return; // another dialogue, or message, since

@@ -40,6 +40,7 @@ async function ask(question) {
   last = { question, text: { after: "", before: "" }, fields: {}, keep: null, id: null, thumb: 0 };
   const mine = last;
   $("before").hidden = !question.compare;
+  document.querySelector(".workbench").classList.toggle("compare", question.compare);
   $("tools").hidden = true;
   $("facts").textContent = "";
   for (const side of ["after", "before"]) show(side, "", null), $(side).setAttribute("aria-busy", "true");
