@@ -124,15 +124,21 @@ def wait_for(port: int, seconds: float = 30.0) -> None:
 
 @contextmanager
 def serve_tiny(base: Path, scratch: Path) -> Iterator[Stack]:
-    """`python -m serving`, ready to be asked."""
+    """The tiny folder under `python -m serving`."""
+    write_tiny_folder(scratch / "serve", base, scratch)
+    with serve(scratch / "serve", "--threads", "1") as stack:
+        yield stack
+
+
+@contextmanager
+def serve(folder: Path, *options: str) -> Iterator[Stack]:
+    """`python -m serving` of a folder, ready to be asked."""
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
-    folder = scratch / "serve"
-    write_tiny_folder(folder, base, scratch)
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--threads", "1", "--max-waiting", str(QUEUE), *words],
+        [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
