@@ -5,6 +5,7 @@ MODEL  ?= gemma-3-270m
 PEFT   ?= lora
 ENGINE ?= lightning
 TO     ?= adapter
+RUNTIME ?= auto
 PYTHON ?= python3
 
 # Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
@@ -26,20 +27,36 @@ $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
 ENGINES := lightning automodel
 $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
-$(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
+RUNTIMES := auto local container slurm k8s
+$(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Known: $(RUNTIMES)))
+
+# Where a training runs. Each launcher takes a module and its words; what a scheduler wants to know besides (NODES,
+# GPUS_PER_NODE, PARTITION, ACCOUNT, TIME, DRY_RUN, IMAGE ...) it finds in the environment, where make puts whatever was
+# given on its command line. `auto` is the container where an engine that answers and an NVIDIA GPU are there.
+ifeq ($(RUNTIME),auto)
+GPU := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl)
+WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) -m docker.container --why-not 2>&1)),there is no NVIDIA GPU)
+override RUNTIME := $(if $(WHY),local,container)
+$(if $(filter train,$(MAKECMDGOALS)),$(info RUNTIME=auto: $(RUNTIME), as $(or $(WHY),there are an NVIDIA GPU and a container engine)))
+endif
+LAUNCH_local = $(RUN)
+LAUNCH_container = $(PYTHON) -m docker.container
+LAUNCH_slurm = $(PYTHON) -m docker.slurm
+LAUNCH_k8s = $(PYTHON) -m docker.kubernetes
+LAUNCH = $(LAUNCH_$(RUNTIME))
 
 RUN := .venv/bin/python -m
 # Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),trainer.devices=$(GPUS)) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data new-task base generate chat report compare convert publish attempts
-train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
-	@$(RUN) training $(CONFIG)
+train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp))  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv GPUS=8 ARGS="seed=1"
+	@$(LAUNCH) training $(CONFIG)
 
 data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
@@ -106,6 +123,7 @@ help:
 	@echo "MODEL: $(call known,model)"
 	@echo "PEFT:  $(call known,peft)"
 	@echo "ENGINE: $(ENGINES)"
+	@echo "RUNTIME: $(RUNTIMES)"
 
 # --- environments ---------------------------------------------------------------------------------------------
 # A stamp file per lock file: a second run starts at once, a renewed lock is installed.
