@@ -19,9 +19,9 @@ export override RUNS := $(value RUNS)
 export override REPO := $(value REPO)
 export override DATASET := $(value DATASET)
 
-# A name that does not exist is answered before anything is installed.
+# A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
-check = $(if $(filter $2,$(call known,$1)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
+check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
