@@ -99,6 +99,11 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 .venv-bench/bench.stamp: bench.lock
 	$(install_environment)
 
+# --- containers ---------------------------------------------------------------------------------------------------
+.PHONY: image
+image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
+	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
