@@ -4,7 +4,6 @@ from __future__ import annotations  # the host's Python may be older than the pr
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Optional
 
 
 class UserError(Exception):

@@ -22,11 +22,12 @@ from docker.image import ROOT, Engine, build, find_engine, has_gpu, tag, variant
 INSIDE = Path("/opt/gemma-nemo")  # the project's folder in the image
 HOME = "/tmp"  # and the user's home there
 FOLDERS = ("models", "data", "runs", "exports")
-# A word that names something on this machine; False: it is only read.
-PATHS = {"task.data.source": False, "model.path": False, "model.models_dir": True, "data_dir": True, "runs_dir": True}
+READ = ("task.data.source", "model.path", "run")  # words that name something outside of them
+WRITTEN = ("data_dir", "runs_dir", "model.models_dir")
 # Passed by name: a value in argv would be seen by everybody on the machine.
 PASSED = (
     "HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA",
     "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy",
 )  # fmt: skip
 STOP_SECONDS = 300  # what is left to a step and its checkpoint after `docker stop`
@@ -89,7 +90,7 @@ def run_command(engine: Engine, image: str, words: Sequence[str]) -> list[str]:
         command += ["--env", name] if name in os.environ else []
     for folder in FOLDERS:
         (ROOT / folder).mkdir(exist_ok=True)  # docker would make it root's
-        command += ["--volume", f"{(ROOT / folder).resolve()}:{INSIDE / folder}"]
+        command.append(f"--volume={(ROOT / folder).resolve()}:{INSIDE / folder}")
     command += mounts(words)
     return [*command, image, "python", "-m", *words]
 
@@ -116,20 +117,24 @@ def gpu_flags(engine: Engine) -> list[str]:
 
 
 def mounts(words: Sequence[str]) -> list[str]:
-    """`--volume` for what the words name, at the place inside that they name there."""
+    """`--volume` for what the words name, at the place inside that they name there.
+
+    Raises:
+        UserError: something would be written where it is lost with the container.
+    """
     command = []
     for word in words:
         name, _, value = word.lstrip("+").partition("=")
-        value = value.strip("'\"")
-        if name not in PATHS or value.startswith("hf:"):
-            continue
-        there = (ROOT / Path(value).expanduser()).resolve()
-        if PATHS[name]:
-            there.mkdir(parents=True, exist_ok=True)
-        if there.exists():  # what is not is answered by the command, better than by the engine
-            inside = os.path.normpath(INSIDE / value.replace("~", HOME, 1))
-            command += ["--volume", f"{there}:{inside}" + ("" if PATHS[name] else ":ro")]
-    return command
+        path = Path(value.strip("'\"")).expanduser()
+        if name in READ and (ROOT / path).exists():  # what is not there is answered by the command
+            inside = os.path.normpath(INSIDE / value.strip("'\"").replace("~", HOME, 1))
+            command.append(f"--volume={(ROOT / path).resolve()}:{inside}:ro")
+        elif name in WRITTEN and not path.is_absolute() and path.parts[0] not in FOLDERS:
+            raise UserError(f"{word} is not shared with the container: name a folder of {' '.join(FOLDERS)}, or /...")
+        elif name in WRITTEN and path.is_absolute():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            command.append(f"--volume={path.parent}:{path.parent}")  # a folder of data is replaced as a whole
+    return list(dict.fromkeys(command))
 
 
 if __name__ == "__main__":
