@@ -114,6 +114,14 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
 	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
 
+# --- the website ----------------------------------------------------------------------------------------------------
+.PHONY: web web-pictures
+web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      WEB_PASSWORD=... ARGS="--port 8081 --clean"
+	@.venv-serve/bin/python -m serving.web $(ARGS)
+
+web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site               ARGS="http://127.0.0.1:8080"
+	@$(RUN) serving.web.screenshot $(ARGS)
+
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
