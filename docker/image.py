@@ -112,8 +112,8 @@ def build(engine: Engine, kind: str, variant: str, quiet: bool = False) -> str:
     environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
     if subprocess.run(command + (["--quiet"] if quiet else []), cwd=ROOT, stdout=output, env=environment).returncode:
         raise UserError(
-            f"{engine.command} could not build {tag(kind, variant)}: see above. Without access to the image it is "
-            "built on, name another: BASE_IMAGE=docker.io/library/debian:bookworm-slim VARIANT=cpu"
+            f"{engine.command} could not build {tag(kind, variant)}: see above. Where the image it is built on "
+            "cannot be had, name one that can, with apt or Python 3.11 or 3.12 in it: BASE_IMAGE=..."
         )
     return tag(kind, variant)
 
