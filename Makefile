@@ -3,7 +3,7 @@
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
 PEFT   ?= lora
-ENGINES := $(if $(filter serve,$(MAKECMDGOALS)),embedded vllm,lightning automodel)
+ENGINES := $(if $(filter serve up,$(MAKECMDGOALS)),embedded vllm,lightning automodel)
 ENGINE ?= $(firstword $(ENGINES))
 TO     ?= adapter
 RUNTIME ?= auto
@@ -110,9 +110,15 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 	$(install_environment)
 
 # --- containers ---------------------------------------------------------------------------------------------------
-.PHONY: image
+.PHONY: image up down
 image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
 	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+
+up:  ## Triton, website, Prometheus and Grafana in containers              TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
+	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
+
+down:  ## end what `make up` began
+	@$(PYTHON) -m docker.stack down
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures

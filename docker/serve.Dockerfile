@@ -9,11 +9,14 @@ ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.06-vllm-python-py3
 FROM scratch AS wheels
 
 FROM ${BASE_IMAGE}
-# libpython: what Triton runs Python models with; a Python of its own (as in docker.io/library/python) brings one.
+# tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must be heard.
+# libpython: Triton runs Python models with it; Debian's Python leaves it out.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
-RUN apt-get update \
-    && python="$(python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv libpython3-dev)" \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates make tini ${python} \
+RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates make tini \
+    && { python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y --no-install-recommends python3 python3-venv; } \
+    && { [ "$(command -v python3)" != /usr/bin/python3 ] || apt-get install -y --no-install-recommends \
+        "libpython$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; } \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 
 WORKDIR /opt/gemma-nemo
