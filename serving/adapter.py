@@ -21,6 +21,7 @@ class Adapter:
         has_turns: whether it is given a whole dialogue; otherwise each message stands by itself.
         base: the name of the model that it was trained on.
         field: the field of the prompt's instruction that a question fills; None makes it the whole instruction.
+        run: the name of the training run's folder.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Adapter:
     has_turns: bool
     base: str
     field: str | None
+    run: str = ""
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Adapter":
@@ -38,7 +40,7 @@ class Adapter:
         return cls(
             entry["name"], entry.get("title") or entry["name"], prompt, dict(entry.get("sampling") or {}),
             bool(entry.get("has_turns", prompt.end)), entry.get("base", ""),
-            entry.get("field") or (fields[0] if len(fields) == 1 else None),
+            entry.get("field") or (fields[0] if len(fields) == 1 else None), entry.get("run", ""),
         )  # fmt: skip
 
     def write(self, asked: str | Mapping[str, str]) -> str:
