@@ -73,8 +73,8 @@ def find_compose(engine: Engine) -> list[str]:
         except FileNotFoundError:
             continue
         if answer.returncode == 0:
-            if not engine.is_docker:
-                os.environ.setdefault("DOCKER_HOST", podman_socket())
+            if not engine.is_docker and "DOCKER_HOST" not in os.environ:
+                os.environ["DOCKER_HOST"] = podman_socket()
             return [*words, "--file", "docker/compose.yaml"]
     raise UserError("docker compose is missing. Install it: sudo apt-get install docker-compose-v2 (or docker-compose)")
 
