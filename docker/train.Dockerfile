@@ -19,10 +19,10 @@ WORKDIR /opt/gemma-nemo
 COPY Makefile pyproject.toml train.lock ./
 # Settings of the network this is built in are mounted and leave nothing behind: a CA file, pip's and uv's configuration.
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip_conf --mount=type=secret,id=uv_toml \
-    --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/root/.cache \
+    --mount=type=bind,from=wheels,target=/mnt --mount=type=cache,target=/root/.cache \
     settings() { [ ! -s "/run/secrets/$1" ] || export "$2=/run/secrets/$1"; } \
     && settings ca SSL_CERT_FILE && settings ca PIP_CERT && settings pip_conf PIP_CONFIG_FILE && settings uv_toml UV_CONFIG_FILE \
-    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/wheels UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv/train.stamp
+    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/mnt UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv/train.stamp
 
 COPY . .
 # Any user may run it (--user), so there is no home and no name but these.
