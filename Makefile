@@ -3,9 +3,10 @@
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
 PEFT   ?= lora
-ENGINES := $(if $(filter serve,$(MAKECMDGOALS)),embedded vllm,lightning automodel)
+ENGINES := $(if $(filter serve up,$(MAKECMDGOALS)),embedded vllm,lightning automodel)
 ENGINE ?= $(firstword $(ENGINES))
 TO     ?= adapter
+RUNTIME ?= auto
 PYTHON ?= python3
 
 # Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
@@ -19,27 +20,43 @@ export override RUNS := $(value RUNS)
 export override REPO := $(value REPO)
 export override DATASET := $(value DATASET)
 
-# A name that does not exist is answered before anything is installed.
+# A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
 known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
-check = $(if $(filter $2,$(call known,$1)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
+check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
 $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
-$(if $(filter-out auto local,$(RUNTIME)),$(error RUNTIME=$(RUNTIME) is not built yet. Known: local))
+RUNTIMES := auto local container slurm k8s
+$(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Known: $(RUNTIMES)))
+
+# Where a training runs. Each launcher takes a module and its words; what a scheduler wants to know besides (NODES,
+# GPUS_PER_NODE, PARTITION, ACCOUNT, TIME, DRY_RUN, IMAGE ...) it finds in the environment, where make puts whatever was
+# given on its command line. `auto` is the container where an engine that answers and an NVIDIA GPU are there.
+ifeq ($(RUNTIME),auto)
+GPU := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl)
+WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) -m docker.container --why-not 2>&1)),there is no NVIDIA GPU)
+override RUNTIME := $(if $(WHY),local,container)
+$(if $(filter train,$(MAKECMDGOALS)),$(info RUNTIME=auto: $(RUNTIME), as $(or $(WHY),there are an NVIDIA GPU and a container engine)))
+endif
+LAUNCH_local = $(RUN)
+LAUNCH_container = $(PYTHON) -m docker.container
+LAUNCH_slurm = $(PYTHON) -m docker.slurm
+LAUNCH_k8s = $(PYTHON) -m docker.kubernetes
+LAUNCH = $(LAUNCH_$(RUNTIME))
 
 RUN := .venv/bin/python -m
 # Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),trainer.devices=$(GPUS)) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data new-task base generate chat report compare convert publish attempts
-train: .venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp)  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv ARGS="seed=1"
-	@$(RUN) training $(CONFIG)
+train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp))  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv GPUS=8 ARGS="seed=1"
+	@$(LAUNCH) training $(CONFIG)
 
 data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
@@ -92,6 +109,17 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 .venv-bench/bench.stamp: bench.lock
 	$(install_environment)
 
+# --- containers ---------------------------------------------------------------------------------------------------
+.PHONY: image up down
+image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
+	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+
+up:  ## Triton, website, Prometheus and Grafana in containers              TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
+	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
+
+down:  ## end what `make up` began
+	@$(PYTHON) -m docker.stack down
+
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
 web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      WEB_PASSWORD=... ARGS="--port 8081 --clean"
@@ -124,10 +152,12 @@ help:
 	@echo "MODEL: $(call known,model)"
 	@echo "PEFT:  $(call known,peft)"
 	@echo "ENGINE: $(ENGINES); make serve: embedded vllm"
+	@echo "RUNTIME: $(RUNTIMES)"
 
 # --- environments ---------------------------------------------------------------------------------------------
 # A stamp file per lock file: a second run starts at once, a renewed lock is installed.
-# torch, in this order: the one this Python already has (a container's), a wheel from pip's own wheel folder
+# torch, in this order: the one this Python already has (a container's; where that Python is of a virtual environment
+# itself, as in NVIDIA's NeMo image, outer.pth names its packages, which a venv of a venv does not see), a wheel from pip's own wheel folder
 # (--find-links, for machines without network), else the build that fits the machine's GPU or CPU.
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 
@@ -140,6 +170,8 @@ define install_environment
 	@echo "Installing $< into $(@D) (once; about 2 GB, a few minutes)"
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "torch: the one $(PYTHON) already has"; $(PYTHON) -m venv --clear --system-site-packages $(@D); \
+		$(PYTHON) -c 'import site, sys; print(*site.getsitepackages() if sys.prefix != sys.base_prefix else [], sep="\n")' \
+			> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	else $(PYTHON) -m venv --clear $(@D); fi
 	@sed -n '/^uv==/,/[^\\]$$/p' $< > $(@D)/uv.lock && $(@D)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(@D)/uv.lock
 	@$(@D)/bin/python -c 'import torch' 2>/dev/null || \
