@@ -7,8 +7,8 @@ From the environment: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, Q
 image by pyxis; SWEEP="peft.r=4,8 seed=0,1" is an array of one job for each combination; DRY_RUN=1 prints the script.
 What else sbatch can do, it reads from variables of its own (SBATCH_CONSTRAINT, SBATCH_MEM_PER_NODE, …).
 
-Script and log lie in runs/<task>/slurm/<job>.{sbatch,log}. The job does what docker/train.sbatch says. The job's name is
-a hash of what it does: the same command given again follows a job that waits or runs, and starts another otherwise.
+Script and log lie in runs/<task>/slurm/<job>.{sbatch,log}. What a job does stands in docker/train.sbatch. Its name has
+a hash of that: the same command given again follows a job that waits or runs, and submits another otherwise.
 
 Needs only Python 3.9 and Slurm's own commands, as a login node has them. Neither submitit (it starts a pickled Python
 function, ours is a command) nor NeMo-Run (500 MB of dependencies, its launcher is torchrun) would save a line of what
@@ -51,7 +51,7 @@ class UserError(Exception):
 
 def main(words: list[str]) -> int:
     if words[:1] != ["training"]:
-        raise UserError("RUNTIME=slurm is for `make train`; everything else runs here or on a node you are logged in to")
+        raise UserError("RUNTIME=slurm is for `make train`; the rest runs here, or on a node you are logged in to")
     words = words[1:]
     runs = Path(value_of(words, "runs_dir") or "runs")
     folder = (PROJECT / runs / (value_of(words, "task") or "slang") / "slurm").absolute()
@@ -61,8 +61,8 @@ def main(words: list[str]) -> int:
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 prints "
-                        "the script that would be submitted")  # fmt: skip
+        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 shows "
+                        "the script that it would submit")  # fmt: skip
     if job := ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%F").split():
         job = job[0]
         print(f"Job {job} does this already", flush=True)
@@ -210,28 +210,27 @@ def submit(script: str, folder: Path) -> str:
 
 
 def explain(answer: str) -> str:
-    """What sbatch complains about, as a sentence with what there is instead."""
-    lines = [re.sub(r"^(sbatch: )?((error|fatal): )?", "", line) for line in answer.strip().splitlines()] or ["nothing"]
-    said = re.sub(r"^(Batch job submission failed|allocation failure): ", "", lines[-1])
-    asked = {name: os.environ.get(name, "") for name in ("PARTITION", "ACCOUNT", "QOS", "TIME")}
-    there = "; ".join(dict.fromkeys(
-        line.strip() for line in ask("sinfo", "--noheader", "--format=%R: %D nodes of %c CPUs, %G, up to %l").splitlines()
-    ))  # fmt: skip
-    if "partition name" in said:
-        return f"PARTITION={asked['PARTITION']} is not a partition of this cluster. There are {there}"
-    if "account" in said.lower():
-        mine = ask("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}", "format=account")
-        yours = ", ".join(sorted(set(mine.split()))) or "none that sacctmgr knows of"
-        return f"ACCOUNT={asked['ACCOUNT']} may not be used here (Slurm: {said}). Your accounts: {yours}"
-    if "qos" in said.lower():
-        return f"QOS={asked['QOS']} may not be used here (Slurm: {said}). `sacctmgr show assoc user=$USER` lists yours"
-    if "--time" in said or "time limit" in said.lower():
-        return f"TIME={asked['TIME']} is not possible (Slurm: {said}). Minutes, or hours:minutes:seconds. There are {there}"
-    if "configuration" in said or "count" in said.lower():
-        return f"no partition has that many nodes, GPUs or CPUs for one job (Slurm: {said}). There are {there}"
+    """What sbatch complains about, in one sentence with what there is instead."""
+    lines = answer.strip().splitlines() or ["no reason given"]
+    said = re.sub(r"^(sbatch: )?((error|fatal): )?(Batch job submission failed: |allocation failure: )?", "", lines[-1])
     if "controller" in said or "configuration source" in said:
         return f"Slurm does not answer: {said}. `scontrol ping` says more"
-    return f"Slurm refused the job: {said}"
+    # "Invalid account or account/partition combination" is about the account.
+    named = [name for name in ("ACCOUNT", "QOS", "PARTITION", "TIME") if name.lower() in said.lower()]
+    names = named[:1] or ["NODES", "GPUS_PER_NODE", "CPUS_PER_NODE", "PARTITION"]
+    given = " ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+    text = f"Slurm refuses {given or 'the job'}: {said}. "
+    if names == ["ACCOUNT"]:
+        user = f"user={getpass.getuser()}"
+        known = ask("sacctmgr", "--noheader", "--parsable2", "show", "associations", user, "format=account,partition")
+        return text + f"Your accounts: {', '.join(sorted(set(known.replace('|', ' ').splitlines()))) or 'none'}"
+    return text + f"There are {partitions()}"
+
+
+def partitions() -> str:
+    """What partitions the cluster has, of what nodes."""
+    lines = ask("sinfo", "--noheader", "--format=%R (%D nodes of %c CPUs, %G, up to %l)").splitlines()
+    return ", ".join(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
 def states(job: str) -> list[dict[str, str]]:
@@ -250,43 +249,55 @@ def exit_code(record: dict[str, str]) -> int:
 
 def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
     """Show what becomes of a job until it has ended; its exit code, or the highest of an array's."""
-    shown, told = 0, dict[str, str]()
-    log = folder / f"{job}.log"
-    changed = time.monotonic()
-    records: list[dict[str, str]] = []
+    log = folder / (f"{job}_*.log" if elements else f"{job}.log")
+    told: dict[str, str] = {}
+    shown, changed, silent = 0, time.monotonic(), 0
     try:
         while True:
-            now = states(job)
-            for record in now:
-                which = record.get("ArrayTaskId", "")
-                news = tell(record, folder / f"{job}_{which}.log" if elements else log)
-                if told.get(which) != news:
-                    about = " ".join(elements[int(which)]) if elements and which.isdecimal() else ""
-                    print(f"--> {f'[{which}] {about}: ' if which else ''}{news}", flush=True)
-                    told[which], changed = news, time.monotonic()
-                if record["JobState"] == "PENDING" and record.get("Reason") in HOPELESS:
-                    ask("scancel", job)
-                    raise UserError(f"the job {HOPELESS[record['Reason']]} (Slurm: {record['Reason']}): it is withdrawn. {explain('configuration')}")
+            records = states(job)
+            silent = 0 if records else silent + 1
+            if silent == 10:
+                raise UserError(f"Slurm does not answer, or no longer knows job {job}. Its log: {log}")
             if not elements:
                 shown = copy(log, shown)
-            records = now or records
-            if not now or all(record["JobState"] in ENDED for record in now):
+            for record in records:
+                which = record.get("ArrayTaskId", "")
+                if told.get(which) != (news := tell(record)):
+                    about = f"[{which}] {' '.join(elements[int(which)])}: " if which.isdecimal() else ""
+                    print(f"--> {about}{news}", flush=True)
+                    told[which], changed = news, time.monotonic()
+            if impossible := [record["Reason"] for record in records if record.get("Reason") in HOPELESS]:
+                ask("scancel", job)
+                raise UserError(f"the job {HOPELESS[impossible[0]]}, and is withdrawn. There are {partitions()}")
+            if records and all(record["JobState"] in ENDED for record in records):
                 break
-            # Slurm is asked every second while something happens, every half a minute during a long training.
+            # Every second while something happens, every half a minute in a long training: the cluster has other users.
             until = time.monotonic() + min(30, 1 + (time.monotonic() - changed) / 10)
             while time.monotonic() < until:
                 time.sleep(0.5)
                 if not elements:
                     shown = copy(log, shown)
     except KeyboardInterrupt:
-        print(f"\nDetached: job {job} goes on. The same command shows it again; its log: {log if not elements else folder}; to end it: "
+        print(f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
               f"scancel {job}", file=sys.stderr)  # fmt: skip
         return 130
-    return max(exit_code(record) for record in records)
+    if elements:
+        copy(folder / f"{job}.table", 0)
+    code = max(exit_code(record) for record in records)
+    if code and elements:
+        print(f"Not all have ended well: see {log}", file=sys.stderr)
+    return code
 
 
-def tell(record: dict[str, str], log: Path) -> str:
-    return record["JobState"]
+def tell(record: dict[str, str]) -> str:
+    """A job's state in words."""
+    state, reason = record["JobState"], record.get("Reason", "None")
+    again = f", start {int(record['Restarts']) + 1}" if record.get("Restarts", "0") != "0" else ""
+    if state == "PENDING":
+        return "waits in the queue" + (f" ({reason})" if reason != "None" else "") + again
+    if state in ("RUNNING", "COMPLETING"):
+        return f"runs on {record.get('NodeList')}{again}"
+    return "is done" if state == "COMPLETED" else f"{state}, code {exit_code(record)}"
 
 
 def copy(log: Path, shown: int) -> int:

@@ -4,7 +4,7 @@
 
 Debian's packages `slurm-wlm` and `munge` and root are all it needs (`bash .ci/slurm` installs them). Everything it
 writes lies in its folder, every port is a free one, and what it started is gone when it ends. Partitions: `batch`, the
-default, whose jobs give way to those of `urgent` with eight seconds' notice.
+default, whose jobs give way to those of `urgent`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SlurmdTimeout={silence}
 MessageTimeout=5
-KillWait=8
+KillWait=20
 ReturnToService=2
 GresTypes=gpu
 PropagateResourceLimits=NONE
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=16 RealMemory=8000 Gres=gpu:{gpus}
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=16 RealMemory=8000 Gres=gpu:{gpus}
-PartitionName=batch Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=1-0 DefaultTime=60 GraceTime=8 State=UP
+PartitionName=batch Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=1-0 DefaultTime=60 State=UP
 PartitionName=urgent Nodes=node[1-2] PriorityTier=10 State=UP
 """
 
@@ -110,9 +110,6 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if "slurmctld" in self.daemons:
-            self.ask("scancel", "--user=root", "--signal=KILL", "--full")
-            self.ask("scancel", "--user=root")
         for node in ("node1", "node2"):
             self.lose_node(node)
         for daemon in reversed(self.daemons.values()):
@@ -140,12 +137,15 @@ class Cluster:
         """As if its power were cut: the daemon and all that it had started are killed at once."""
         if not (daemon := self.daemons.pop(node, None)):
             return
-        # A step's own daemon leaves slurmd's session: it is known by its name, and its tasks by what they are told.
-        own = [pid for pid, told in _processes(self.folder) if f"SLURMD_NODENAME={node}" in told or node in told]
-        for pid in (daemon.pid, *own):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        daemon.kill()  # first, so that it starts no more
         daemon.wait()
+        mine = {f"SLURM_CONF={self.folder}/slurm.conf".encode(), f"SLURMD_NODENAME={node}".encode()}
+        log = self.folder / f"slurmd-{node}.log"  # which every step's own daemon has open
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                task = mine <= set((process / "environ").read_bytes().split(b"\0"))
+                if task or any(file.readlink() == log for file in (process / "fd").iterdir()):
+                    os.kill(int(process.name), signal.SIGKILL)
 
     def ask(self, *words: str) -> str:
         """What one of Slurm's own commands answers, its complaints too."""
@@ -163,15 +163,6 @@ class Cluster:
                 logs = [file.read_text(errors="replace")[-3000:] for file in sorted(self.folder.glob("*.log"))]
                 raise TimeoutError("\n".join([self.ask("squeue"), self.ask("sinfo", "-N"), *logs]))
             time.sleep(0.1)
-
-
-def _processes(folder: Path) -> Iterator[tuple[int, str]]:
-    """Of each process that belongs to the cluster in `folder`: its id, its words and its environment."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            told = [(process / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ")]
-            if f"SLURM_CONF={folder}/slurm.conf" in told[1]:
-                yield int(process.name), "\0".join(told)
 
 
 if __name__ == "__main__":
