@@ -291,7 +291,7 @@ def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: li
 def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
     assert job.end() == 2
-    assert "Key 'epoch' is not in struct" in job.said and "ended with code 2" in job.said
+    assert "Could not override 'task.train.epoch'" in job.said and "ended with code 2" in job.said
     assert cluster.job(job.number)["Restarts"] == "0" and "Traceback" not in job.said
 
 
