@@ -42,6 +42,8 @@ HOPELESS = {
     "InvalidQOS": "names a QOS that does not exist",
     "BadConstraints": "asks for what no node has",
 }
+# Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
+IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
 CPUS = 4  # for each process, where CPUS_PER_NODE says nothing: the training, its checkpoints, the GPU's driver
 
 
@@ -61,8 +63,8 @@ def main(words: list[str]) -> int:
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 shows "
-                        "the script that it would submit")  # fmt: skip
+        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
+                        "shows the script that it would submit")  # fmt: skip
     if job := ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%F").split():
         job = job[0]
         print(f"Job {job} does this already", flush=True)
@@ -141,13 +143,13 @@ def write_script(words: list[str], elements: list[list[str]], folder: Path) -> t
     for option, value in options.items():
         if "\n" in str(value):
             raise UserError(f"--{option} has a line break in it: {value!r}")
-    python = "python" if container else ".venv/bin/python"
+    python = IMAGE_PYTHON if container else [".venv/bin/python"]
     values = [
         f"project={shlex.quote(str(PROJECT))}",
         f"folder={shlex.quote(str(folder))}",
         f"runs={shlex.quote(str(folder.parent))}",
         f"words=({shlex.join(words)})",
-        f"python=({python})",
+        f"python=({shlex.join(python)})",
         f"container=({shlex.join(container_options(container, words)) if container else ''})",
         f"stamps=({'' if container else shlex.join(['.venv/train.stamp', *stamps])})",
     ]
@@ -155,7 +157,8 @@ def write_script(words: list[str], elements: list[list[str]], folder: Path) -> t
         choices = [f"    {n}) words+=({shlex.join(element)}) ;;" for n, element in enumerate(elements)]
         values += ["case $SLURM_ARRAY_TASK_ID in", *choices, "esac"]
     header = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value]
-    body = ["#SBATCH --requeue", "", *values, "", (PROJECT / "docker/train.sbatch").read_text()]
+    ours = "# shellcheck disable=SC2016,SC2054 # what follows are other programs' words"
+    body = ["#SBATCH --requeue", "", ours, *values, "", (PROJECT / "docker/train.sbatch").read_text()]
     text = "\n".join([*header, *body])
     name = f"{folder.parent.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name, f"#!/bin/bash\n#SBATCH --job-name={shlex.quote(name)}\n{text}"
