@@ -3,7 +3,8 @@
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
 PEFT   ?= lora
-ENGINE ?= lightning
+ENGINES := $(if $(filter serve up,$(MAKECMDGOALS)),embedded vllm,lightning automodel)
+ENGINE ?= $(firstword $(ENGINES))
 TO     ?= adapter
 RUNTIME ?= auto
 PYTHON ?= python3
@@ -25,7 +26,6 @@ check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. K
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
-ENGINES := lightning automodel
 $(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
 RUNTIMES := auto local container slurm k8s
 $(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Known: $(RUNTIMES)))
@@ -90,6 +90,16 @@ publish: .venv/train.stamp  ## newest run to the Hugging Face hub               
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
 	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
+# --- serving ------------------------------------------------------------------------------------------------------
+# TASKS=a,b or a TASK that was named must have a finished run; the default one is served if it has.
+comma := ,
+served := $(or $(subst $(comma), ,$(TASKS)),$(if $(filter file default,$(origin TASK)),,$(TASK)))
+$(foreach task,$(served),$(call check,task,$(task),TASKS))
+.PHONY: serve
+serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton              TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
+	@$(RUN) serving.prepare $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
+	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m serving $(ARGS))
+
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
 bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks.md      SOURCE=my.csv ARGS="rows=128"
@@ -98,6 +108,25 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 
 .venv-bench/bench.stamp: bench.lock
 	$(install_environment)
+
+# --- containers ---------------------------------------------------------------------------------------------------
+.PHONY: image up down
+image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
+	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+
+up:  ## Triton, website, Prometheus and Grafana in containers              TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
+	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
+
+down:  ## end what `make up` began
+	@$(PYTHON) -m docker.stack down
+
+# --- the website ----------------------------------------------------------------------------------------------------
+.PHONY: web web-pictures
+web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      WEB_PASSWORD=... ARGS="--port 8081 --clean"
+	@.venv-serve/bin/python -m serving.web $(ARGS)
+
+web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site               ARGS="http://127.0.0.1:8080"
+	@$(RUN) serving.web.screenshot $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick lint lock clean help
@@ -122,7 +151,7 @@ help:
 	@echo "TASK:  $(call known,task)"
 	@echo "MODEL: $(call known,model)"
 	@echo "PEFT:  $(call known,peft)"
-	@echo "ENGINE: $(ENGINES)"
+	@echo "ENGINE: $(ENGINES); make serve: embedded vllm"
 	@echo "RUNTIME: $(RUNTIMES)"
 
 # --- environments ---------------------------------------------------------------------------------------------

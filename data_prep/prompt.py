@@ -131,6 +131,10 @@ class Prompt:
                 found[current] = f"{found.get(current, '')}\n{line}".strip()
         return found
 
+    def instruction_fields(self) -> list[str]:
+        """The names of the fields that an instruction is made of, in order."""
+        return _FIELD.findall(self.instruction)
+
     def labels(self) -> dict[str, str]:
         """Field → the label before it in a response, e.g. `{"description": "Definition:"}`."""
         lines = [line for line in self.response.split("\n") if _FIELD.search(line)]

@@ -10,9 +10,9 @@ FROM scratch AS wheels
 FROM ${BASE_IMAGE}
 # tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must end in a checkpoint.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
-RUN apt-get update \
-    && python="$(python3 -c 'import ensurepip, venv' 2>/dev/null || echo python3 python3-venv)" \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates make tini ${python} \
+RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
+    && apt-get install -y --no-install-recommends ca-certificates make tini \
+    && { python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y --no-install-recommends python3 python3-venv; } \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 
 WORKDIR /opt/gemma-nemo

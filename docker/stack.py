@@ -1,0 +1,122 @@
+"""Bring up Triton, the website, Prometheus and Grafana from docker/compose.yaml, and take them down.
+
+make up [TASKS=slang,chat] [VARIANT=cpu]    with the newest runs; VARIANT=gpu (or ENGINE=vllm) is NVIDIA's Triton
+make up PROFILES=cpu                        without Prometheus and Grafana
+make down
+python3 -m docker.stack up slang chat       the same; the words go to serving.prepare
+"""
+
+from __future__ import annotations  # the host's Python may be older than the project's
+
+import json
+import os
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+from docker import UserError, run
+from docker.container import FOLDERS, gpu_flags
+from docker.image import ROOT, Engine, build, find_engine, tag, variant
+
+PATIENCE = 1800.0  # seconds: the first time a base may have to be fetched, and vLLM reads it for minutes
+PORTS = {"DOOR_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
+
+
+def main(words: Sequence[str]) -> None:
+    if words[:1] not in (["up"], ["down"]):
+        raise UserError("say up, with the tasks to serve, or down")
+    engine = find_engine(("docker", "podman"))
+    os.environ["VARIANT"] = chosen = "gpu" if os.environ.get("ENGINE") == "vllm" else variant()
+    os.environ.setdefault("OWNER", "0:0" if engine.rootless else f"{os.getuid()}:{os.getgid()}")
+    compose = find_compose(engine)
+    if words[0] == "down":
+        profiles = [f"--profile={name}" for name in ("cpu", "gpu", "monitoring")]
+        raise SystemExit(subprocess.run([*compose, *profiles, "down"], cwd=ROOT).returncode)
+    if chosen == "gpu":
+        gpu_flags(engine)  # or what is missing for it
+    os.environ["SERVED"] = " ".join(words[1:]) or "--default slang"
+    for folder in FOLDERS:
+        (ROOT / folder).mkdir(exist_ok=True)  # docker would make it root's
+    for kind in ("train", "serve"):
+        print(f"Building {tag(kind, chosen)} with {engine.command}: minutes at first, then from its cache", flush=True)
+        build(engine, kind, chosen)
+    profiles = (os.environ.get("PROFILES") or f"{chosen} monitoring").split()
+    up = [*compose, *(f"--profile={name}" for name in profiles), "up", "--detach"]
+    if subprocess.run(up, cwd=ROOT).returncode:
+        raise UserError("it did not come up: see above. Images of Prometheus and Grafana come from Docker Hub; "
+                        f"make up PROFILES={chosen} leaves them out")  # fmt: skip
+    wait(compose, profiles)
+    about = {"DOOR_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
+    if "monitoring" in profiles:
+        about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
+    for name, what in about.items():
+        print(f"  http://127.0.0.1:{port(name)}  {what}")
+    print("make down ends it.")
+
+
+def port(name: str) -> int:
+    return int(os.environ.get(name) or PORTS[name])
+
+
+def find_compose(engine: Engine) -> list[str]:
+    """The command of a compose that speaks with `engine`, and the project's file.
+
+    Raises:
+        UserError: none is installed, or podman's socket is not there for it.
+    """
+    for words in (["docker", "compose"], ["docker-compose"], ["podman", "compose"]):
+        try:
+            answer = subprocess.run([*words, "version"], capture_output=True)
+        except FileNotFoundError:
+            continue
+        if answer.returncode == 0:
+            if not engine.is_docker:
+                os.environ.setdefault("DOCKER_HOST", podman_socket())
+            return [*words, "--file", "docker/compose.yaml"]
+    raise UserError("docker compose is missing. Install it: sudo apt-get install docker-compose-v2 (or docker-compose)")
+
+
+def podman_socket() -> str:
+    sockets = [Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "podman/podman.sock", Path("/run/podman/podman.sock")]
+    for socket in sockets:
+        if os.access(socket, os.W_OK):
+            return f"unix://{socket}"
+    raise UserError("compose speaks to podman over its socket, which is not there. Start it: systemctl --user start "
+                    "podman.socket, or podman system service --time=0, and name it in DOCKER_HOST")  # fmt: skip
+
+
+def wait(compose: list[str], profiles: list[str]) -> None:
+    """Until the door's /health has generated a token.
+
+    Raises:
+        UserError: a container has ended with an error, or it takes too long.
+    """
+    began, shown = time.monotonic(), ""
+    while time.monotonic() - began < PATIENCE:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port('DOOR_PORT')}/health", timeout=15):
+                print(f"Ready after {time.monotonic() - began:.0f} s")
+                return
+        except (urllib.error.URLError, OSError):
+            pass
+        asked = subprocess.run(
+            [*compose, *(f"--profile={name}" for name in profiles), "ps", "--all", "--format", "json"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        states = {row["Service"]: (row["State"], row["ExitCode"]) for row in map(json.loads, asked.stdout.splitlines())}
+        failed = [name for name, (state, code) in states.items() if state == "exited" and code]
+        if failed:
+            raise UserError(f"{failed[0]} ended with code {states[failed[0]][1]}: {' '.join(compose)} logs {failed[0]}")
+        now = ", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items()))
+        if now != shown:
+            print(f"{time.monotonic() - began:4.0f} s  {now}", flush=True)
+        shown = now
+        time.sleep(1)
+    raise UserError(f"no answer after {PATIENCE:.0f} s: {' '.join(compose)} logs")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,224 @@
+"""Ask a served model from the command line: `python -m serving.client COMMAND`, whose --help says the rest."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from serving.client import DEFAULT_URL, Client, Stream
+from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable
+
+ABOUT = """\
+examples:
+  python -m serving.client slang --context "You missed the last bus home."
+  python -m serving.client ask squid_game "Is it too violent?" --json
+  python -m serving.client chat                      talk; Ctrl-C stops an answer, Ctrl-D leaves
+  python -m serving.client chat dialogue.json        the answer to its last message
+  echo "Once upon a time" | python -m serving.client generate - --base --max-tokens 40
+
+exit codes: 0 answered, 1 the server failed, 2 a mistake in what was asked, 3 busy or not there, 4 too late, 130 Ctrl-C,
+which cancels the answer in the engine too. A key for the server, where it wants one, is taken from SERVING_API_KEY.
+"""
+EXIT_CODES = {InvalidRequest: 2, Busy: 3, Unavailable: 3, DeadlineExceeded: 4, ServingError: 1}
+RETRY_SECONDS = 5.0  # somebody is waiting
+# What a terminal would obey rather than show.
+CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "seed": int}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the command line and exits with one of its codes; no traceback for what a user can mend."""
+    options = _parser().parse_args(words)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    key = os.environ.get("SERVING_API_KEY")
+    try:
+        with Client(
+            options.url, headers={"authorization": f"Bearer {key}"} if key else None, ca_file=options.ca_file,
+            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline),
+        ) as client:  # fmt: skip
+            sys.exit(options.run(client, options))
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind)))
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--url", default=DEFAULT_URL, help=f"HOST:PORT or grpc(s)://, http(s)://; default {DEFAULT_URL}")
+    every.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed the server's certificate")
+    every.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="for it all; default 120")
+    every.add_argument("--json", action="store_true", help="one JSON object in place of text")
+    asks = argparse.ArgumentParser(add_help=False, parents=[every])
+    asks.add_argument("--base", action="store_true", help="ask the base alone, without the adapter")
+    asks.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
+                      help="show each word as it comes; the default on a terminal")  # fmt: skip
+    for name, kind in SAMPLING.items():
+        asks.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
+    asks.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
+
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.client", description="Ask a served model.", epilog=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Client, argparse.Namespace], int], about: str, parent: Any = asks) -> Any:
+        added = commands.add_parser(name, help=about, description=about, parents=[parent])
+        added.set_defaults(run=run)
+        return added
+
+    slang = command("slang", _slang, "a slang term for a scene")
+    slang.add_argument("--context", metavar="TEXT", help="the scene; the task's own where it is left out")
+    slang.add_argument("--condition", metavar="TEXT", help="what the term has to be like")
+    ask = command("ask", _ask, "a question to the adapter of a task")
+    ask.add_argument("adapter")
+    ask.add_argument("question", help="or - for standard input")
+    chat = command("chat", _chat, "talk, or the answer to the last message of a file")
+    chat.add_argument("file", nargs="?", help='JSON: [{"role": "user", "content": "…"}, …], or {"messages": […]}')
+    chat.add_argument("--adapter", default="chat", help="default chat")
+    generate = command("generate", _generate, "continue a text as it is")
+    generate.add_argument("text", help="or - for standard input")
+    generate.add_argument("--adapter", help="the base alone where it is left out")
+    command("adapters", _adapters, "what is served", every)
+    command("health", _health, "whether the server generates", every)
+    return parser
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 < seconds < 1e6:
+        raise argparse.ArgumentTypeError(f"{word} is no time to wait")
+    return seconds
+
+
+def _slang(client: Client, options: argparse.Namespace) -> int:
+    stream = client.slang(options.context, options.condition, stream=True, base=options.base, **_sampling(options))
+    return _show(stream, options)
+
+
+def _ask(client: Client, options: argparse.Namespace) -> int:
+    question = _text(options.question)
+    return _show(client.ask(options.adapter, question, stream=True, base=options.base, **_sampling(options)), options)
+
+
+def _generate(client: Client, options: argparse.Namespace) -> int:
+    adapter = None if options.base else options.adapter
+    return _show(client.stream(_text(options.text), adapter, **_sampling(options)), options)
+
+
+def _adapters(client: Client, options: argparse.Namespace) -> int:
+    found = client.adapters()
+    if options.json:
+        print(json.dumps([asdict(adapter) for adapter in found], ensure_ascii=False))
+    for adapter in [] if options.json else found:
+        print(f"{adapter.name:16} {adapter.title}, on {adapter.base}; asked with {', '.join(adapter.fields)}")
+    return 0
+
+
+def _health(client: Client, options: argparse.Namespace) -> int:
+    names = [adapter.name for adapter in client.adapters()]  # which connects, too
+    begin = time.monotonic()
+    client.generate("Hello", max_tokens=1, temperature=0)
+    seconds = round(time.monotonic() - begin, 3)
+    if options.json:
+        print(json.dumps({"generates": True, "seconds": seconds, "adapters": names}))
+    else:
+        print(f"{client.url} generates; a token took {seconds} s. Adapters: {', '.join(names) or 'none'}")
+    return 0
+
+
+def _chat(client: Client, options: argparse.Namespace) -> int:
+    def answer(messages: list[dict[str, str]]) -> Stream:
+        return client.chat(messages, options.adapter, stream=True, base=options.base, **_sampling(options))
+
+    if options.file:
+        return _show(answer(_messages(options.file)), options)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (input() then has line editing and a history)
+
+        print("Ctrl-C stops an answer, Ctrl-D leaves, /reset begins a new dialogue", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    for line in _lines():
+        if line == "/reset":
+            messages = []
+            continue
+        stream = answer([*messages, {"role": "user", "content": line}])
+        try:
+            _show(stream, options)
+        except KeyboardInterrupt:
+            stream.cancel()
+            print("\nstopped", file=sys.stderr)
+        except InvalidRequest as error:  # the next message may be a better one
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        if stream.answer.text.strip():
+            messages += [{"role": "user", "content": line}, {"role": "assistant", "content": stream.answer.text}]
+    return 0
+
+
+def _lines() -> Iterator[str]:
+    """What is typed until Ctrl-D, or comes through a pipe, without empty lines."""
+    prompt = "you: " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def _messages(name: str) -> Any:
+    try:
+        found = json.loads(_text("-") if name == "-" else Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequest(f"{name}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} is not JSON in UTF-8: {error}") from None
+    messages = found.get("messages") if isinstance(found, dict) else found
+    if not isinstance(messages, list):
+        raise InvalidRequest(f'{name} holds no messages: [{{"role": "user", "content": "…"}}, …]')
+    return messages
+
+
+def _text(word: str) -> str:
+    return sys.stdin.read() if word == "-" else word
+
+
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    given = {name: getattr(options, name) for name in (*SAMPLING, "stop")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _show(stream: Stream, options: argparse.Namespace) -> int:
+    """Print an answer, whole or as it comes."""
+    begin, first, terminal = time.monotonic(), None, sys.stdout.isatty()
+    as_it_comes = not options.json and (terminal if options.stream is None else options.stream)
+    with stream:
+        for part in stream:
+            first = first or time.monotonic() - begin
+            if as_it_comes:
+                print(part.translate(CONTROLS) if terminal else part, end="", flush=True)
+    answer = stream.answer
+    if options.json:
+        times = {"seconds": round(time.monotonic() - begin, 3), "first_token_seconds": round(first or 0, 3)}
+        print(json.dumps({**asdict(answer), **times}, ensure_ascii=False))
+    elif as_it_comes:
+        print()
+    else:
+        print(answer.text.translate(CONTROLS) if terminal else answer.text)
+    if answer.finish_reason == "length" and not options.json:
+        print(f"cut after {answer.output_tokens} tokens; --max-tokens allows more", file=sys.stderr)
+    return 0

@@ -1,0 +1,125 @@
+"""From logits to the next token, as vLLM defines it: penalties, temperature, min_p, top_k, top_p, in this order.
+
+A request draws from a generator of its own, one number a token, so its answer does not depend on who else is in the
+batch. The number is looked up in the distribution's sum rather than compared with a random number for each of Gemma's
+262,144 tokens, which would take longer than the layers do.
+"""
+
+import random
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+
+from serving.protocol import Sampling
+
+Floats = npt.NDArray[np.float32]
+
+
+class Sampler:
+    """The choices of one request."""
+
+    def __init__(self, sampling: Sampling, prompt: list[int], ends: tuple[int, ...]) -> None:
+        """
+        Args:
+            sampling: how to choose.
+            prompt: its tokens; the repetition penalty counts them.
+            ends: tokens that may not be chosen before `min_tokens`.
+        """
+        self.sampling, self.ends = sampling, np.array(ends, np.int64)
+        self.random = random.Random(sampling.seed)
+        self.counts: Counter[int] = Counter()
+        self.repeated = sampling.repetition_penalty != 1
+        self.penalized = self.repeated or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self.seen = set(prompt) if self.repeated else set()
+        self.chosen = 0
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next choice is anything but the most likely token of the model's own logits."""
+        return self.sampling.temperature > 0 or self.penalized or self.chosen < self.sampling.min_tokens
+
+    def choose(self, logits: Floats) -> int:
+        """
+        Args:
+            logits: [vocabulary] of this request's row; changed in place.
+        """
+        self._penalize(logits)
+        return int(logits.argmax()) if not self.sampling.temperature else self._draw(logits)
+
+    def accept(self, token: int) -> None:
+        """Count what has been chosen."""
+        self.chosen += 1
+        if self.penalized:
+            self.counts[token] += 1
+            if self.repeated:
+                self.seen.add(token)
+
+    def _penalize(self, logits: Floats) -> None:
+        sampling = self.sampling
+        if self.chosen < sampling.min_tokens:
+            logits[self.ends] = -np.inf
+        if self.seen:
+            seen = np.fromiter(self.seen, np.int64)
+            values = logits[seen]
+            penalty = np.float32(sampling.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if self.counts and (sampling.presence_penalty or sampling.frequency_penalty):
+            tokens = np.fromiter(self.counts, np.int64)
+            times = np.fromiter(self.counts.values(), np.float32)
+            logits[tokens] -= np.float32(sampling.frequency_penalty) * times + np.float32(sampling.presence_penalty)
+
+    def _draw(self, logits: Floats) -> int:
+        sampling, point = self.sampling, self.random.random()
+        logits *= np.float32(1 / sampling.temperature)
+        highest = logits.max()
+        if not (sampling.top_p < 1 or sampling.min_p > 0 or 0 < sampling.top_k < len(logits)):
+            return _at(np.exp(logits - highest), point)
+        tokens, every = _candidates(logits, highest, sampling)
+        order = np.argsort(-logits[tokens], kind="stable")
+        tokens = tokens[order]
+        likelihood = np.exp((logits[tokens] - highest).astype(np.float64))
+        if sampling.top_p < 1:
+            total = likelihood.sum() if every is None else every
+            before = np.cumsum(likelihood) - likelihood
+            kept = max(1, int(np.count_nonzero(before < sampling.top_p * total)))
+            tokens, likelihood = tokens[:kept], likelihood[:kept]
+        return int(tokens[_at(likelihood, point)])
+
+
+def _candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:
+    """Tokens that min_p and top_k leave, and, where only top_p cuts, at least those it leaves.
+
+    Returns:
+        The tokens, and the sum over all tokens of exp(logit - highest); None: the sum is that of the tokens returned.
+    """
+    lowest = highest + np.float32(np.log(sampling.min_p)) if sampling.min_p > 0 else np.float32(-np.inf)
+    wanted = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
+    every = None if wanted or sampling.min_p > 0 else float(np.exp(logits - highest).sum(dtype=np.float64))
+    for distance in (8, 16, 32, np.inf):  # sorting a few hundred is a thousand times quicker than sorting all
+        limit = max(lowest, np.float32(highest - distance))
+        tokens = np.flatnonzero(logits >= limit)
+        if wanted and len(tokens) > wanted:
+            least = np.partition(logits[tokens], -wanted)[-wanted]
+            return tokens[logits[tokens] >= least], None
+        if limit == lowest or distance == np.inf:
+            return tokens, every
+        if every and np.exp((logits[tokens] - highest).astype(np.float64)).sum() >= sampling.top_p * every:
+            return tokens, every
+        if wanted and len(tokens) == wanted:
+            return tokens, None
+    raise AssertionError
+
+
+def _at(likelihood: npt.NDArray[np.floating], point: float) -> int:
+    """The index at which the running sum passes `point` of the whole; in two strides, as summing all costs most."""
+    stride = 512
+    if len(likelihood) <= stride:
+        sums = np.cumsum(likelihood, dtype=np.float64)
+        return min(int(np.searchsorted(sums, point * sums[-1], side="right")), len(sums) - 1)
+    parts = np.add.reduceat(likelihood, np.arange(0, len(likelihood), stride), dtype=np.float64)
+    sums = np.cumsum(parts)
+    part = min(int(np.searchsorted(sums, point * sums[-1], side="right")), len(sums) - 1)
+    start = part * stride
+    inner = np.cumsum(likelihood[start : start + stride], dtype=np.float64) + (sums[part - 1] if part else 0.0)
+    return start + min(int(np.searchsorted(inner, point * sums[-1], side="right")), len(inner) - 1)

@@ -1,0 +1,143 @@
+"""Triton's model repository and the adapters beside it, `exports/serve`: the same for the embedded engine and for vLLM.
+
+    repository/gemma/     config.pbtxt, 1/model.py and protocol.py; or, for NVIDIA's vLLM backend, 1/model.json and
+                          1/multi_lora.json
+    repository/adapters/  config.pbtxt, 1/model.py: the catalogue of what is served
+    adapters/<name>/      a PEFT folder with prompt.json and serving.json; it comes and goes while the server runs
+    base                  a link to the base's Hugging Face folder
+
+Everything gets its final name when it is complete.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+MOUNT = "/serve"  # where NVIDIA's container sees this folder
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
+
+# The inputs and outputs of NVIDIA's vLLM backend, without pictures and log-probabilities; these are refused by name.
+GEMMA = """\
+# {title}
+name: "gemma"
+backend: "python"
+max_batch_size: 0
+model_transaction_policy {{ decoupled: true }}
+input [
+  {{ name: "text_input" data_type: TYPE_STRING dims: [ 1 ] }},
+{inputs}
+]
+output [
+  {{ name: "text_output" data_type: TYPE_STRING dims: [ -1 ] }},
+  {{ name: "finish_reason" data_type: TYPE_STRING dims: [ -1 ] }},
+  {{ name: "num_input_tokens" data_type: TYPE_UINT32 dims: [ 1 ] }},
+  {{ name: "num_output_tokens" data_type: TYPE_UINT32 dims: [ -1 ] }}
+]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+"""
+OPTIONAL = {"sampling_parameters": "STRING", "stream": "BOOL", "exclude_input_in_output": "BOOL",
+            "return_finish_reason": "BOOL", "return_cumulative_logprob": "BOOL", "return_logprobs": "BOOL",
+            "return_num_input_tokens": "BOOL", "return_num_output_tokens": "BOOL"}  # fmt: skip
+VLLM = """\
+# The base and adapters of this folder with NVIDIA's vLLM backend, which adds its own inputs and outputs
+name: "gemma"
+backend: "vllm"
+model_transaction_policy { decoupled: true }
+instance_group [ { count: 1 kind: KIND_MODEL } ]
+"""
+CATALOGUE = """\
+# What is served, and how it is asked
+name: "adapters"
+backend: "python"
+max_batch_size: 0
+input [ { name: "name" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [ { name: "catalogue" data_type: TYPE_STRING dims: [ 1 ] } ]
+instance_group [ { count: 1 kind: KIND_CPU } ]
+"""
+KEEPS_LOADED = 'parameters { key: "keeps_loaded" value: { string_value: "gemma" } }\n'
+
+
+def write_repository(folder: Path, base: Path) -> None:
+    """`folder`/repository for the embedded engine, and the link to its base."""
+    inputs = ",\n".join(f'  {{ name: "{name}" data_type: TYPE_{kind} dims: [ 1 ] optional: true }}'
+                        for name, kind in OPTIONAL.items())  # fmt: skip
+    title = "The base and adapters of this folder, by an engine in a process of its own"
+    _write(folder, base, {
+        "gemma/config.pbtxt": GEMMA.format(title=title, inputs=inputs),
+        "gemma/1/model.py": HERE / "triton_model.py", "gemma/1/protocol.py": HERE / "protocol.py",
+        "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED, "adapters/1/model.py": HERE / "triton_catalogue.py",
+    })  # fmt: skip
+
+
+def write_vllm_repository(folder: Path, base: Path) -> None:
+    """`folder`/repository for NVIDIA's Triton container with the vLLM backend, which has this folder at `MOUNT`."""
+    ranks = {path.name: _rank(path) for path in sorted((folder / "adapters").iterdir())}
+    model: dict[str, Any] = {"model": f"{MOUNT}/base", "dtype": "bfloat16", "gpu_memory_utilization": 0.9}
+    files: dict[str, str | Path] = {}
+    if ranks:
+        rank = next((known for known in RANKS if known >= max(ranks.values())), RANKS[-1])
+        model |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": len(ranks)}
+        loras = {name: f"{MOUNT}/adapters/{name}" for name in ranks}
+        files["gemma/1/multi_lora.json"] = json.dumps(loras, indent=2) + "\n"
+    _write(folder, base, {
+        "gemma/config.pbtxt": VLLM, "gemma/1/model.json": json.dumps(model, indent=2) + "\n", **files,
+        "adapters/config.pbtxt": CATALOGUE, "adapters/1/model.py": HERE / "triton_catalogue.py",
+    })  # fmt: skip
+
+
+def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
+    """Bring the PEFT folder `source` to `folder`/adapters, with `serving` as its serving.json. False: it is there."""
+    name = serving["name"]
+    target, partial = folder / "adapters" / name, folder / f".{name}.partial"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for file in ADAPTER_FILES:
+        shutil.copyfile(source / file, partial / file)
+    text = json.dumps(serving, indent=2, ensure_ascii=False) + "\n"
+    (partial / "serving.json").write_text(text, encoding="utf-8")
+    if target.is_dir() and _content(target) == _content(partial):
+        shutil.rmtree(partial)
+        return False
+    remove_adapter(target)
+    partial.rename(target)
+    return True
+
+
+def remove_adapter(target: Path) -> None:
+    """Take an adapter's folder away at once, then its files."""
+    if target.exists():
+        gone = target.parent.parent / f".{target.name}.gone"
+        shutil.rmtree(gone, ignore_errors=True)
+        target.rename(gone)
+        shutil.rmtree(gone)
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def _rank(adapter: Path) -> int:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return max([config["r"], *(config.get("rank_pattern") or {}).values()])
+
+
+def _write(folder: Path, base: Path, files: dict[str, str | Path]) -> None:
+    partial, target = folder / ".repository.partial", folder / "repository"
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, content in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, Path):
+            shutil.copyfile(content, partial / name)
+        else:
+            (partial / name).write_text(content, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    link = folder / ".base.partial"
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(base.resolve(), folder.resolve()))
+    link.rename(folder / "base")

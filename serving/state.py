@@ -1,0 +1,53 @@
+"""The state folder of a server, `exports/serve/state`: who runs there, and what it leaves for others to see.
+
+Whoever holds the lock of `lock` is the server; the kernel lets go of it whatever way a process ends. `status.json` says
+its addresses, its base and how often a part of it was started again. Logs, sockets and beats lie beside them.
+"""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+STATUS = "status.json"
+ENGINE_SOCKET = "engine.sock"
+
+
+class State:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+
+    def take(self) -> bool:
+        """Become the server of this folder; False where another process is."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return False
+        self._lock = lock
+        return True
+
+    def is_taken(self) -> bool:
+        """Whether a server runs from this folder."""
+        if not (self.folder / "lock").exists() or not self.take():
+            return (self.folder / "lock").exists()
+        assert self._lock is not None
+        os.close(self._lock)
+        self._lock = None
+        return False
+
+    def write(self, status: dict[str, Any]) -> None:
+        partial = self.folder / f".{STATUS}.partial"
+        partial.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+        partial.rename(self.folder / STATUS)
+
+    def read(self) -> dict[str, Any]:
+        """What the server has written; {} where there is nothing yet."""
+        try:
+            return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}

@@ -1,0 +1,84 @@
+"""`model.py` of the Triton model `adapters`: what is served, and how it is asked. The standard library is all it needs.
+
+Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list of `{…serving.json, "prompt": prompt.json}`.
+The adapters' folders lie beside the model repository and are read at each request.
+
+Before the embedded engine it also keeps the gate: `gemma` unloads itself when its engine has ended, and is loaded again
+here, which lasts until the engine answers. So Triton's own readiness is true at every moment, and nobody outside needs
+leave to load and unload models.
+"""
+
+import json
+import locale
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+LOOK = 0.1  # seconds
+BEAT = 0.25
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        self.folder = Path(args["model_repository"]).resolve().parent.parent / "adapters"
+        self.parent, self.closing = os.getppid(), False
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.keeper: threading.Thread | None = None
+        if "keeps_loaded" in parameters:
+            model = parameters["keeps_loaded"]["string_value"]
+            self.keeper = threading.Thread(target=self._keep_loaded, args=(model,), daemon=True)
+            threading.Thread(target=self._beat, args=(args["model_name"],), daemon=True).start()
+
+    def finalize(self) -> None:
+        self.closing = True
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        if self.keeper and not self.keeper.ident:
+            self.keeper.start()  # a question shows that Triton has started; before, it may not be asked about models
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            name = pb_utils.get_input_tensor_by_name(request, "name").as_numpy().reshape(-1)[0].decode()
+            found = [read(folder) for folder in sorted(self.folder.glob("*/serving.json"))]
+        except (OSError, ValueError) as error:
+            return refusal(f"internal: {error}", pb_utils.TritonError.INTERNAL)
+        chosen = [adapter for adapter in found if name in ("", adapter["name"])]
+        if name and not chosen:
+            known = ", ".join(adapter["name"] for adapter in found) or "none"
+            return refusal(f"unknown_adapter: there is no adapter {name[:60]!r}; known: {known}",
+                           pb_utils.TritonError.NOT_FOUND)  # fmt: skip
+        text = json.dumps(chosen, ensure_ascii=False).encode()
+        return pb_utils.InferenceResponse([pb_utils.Tensor("catalogue", np.array([text], dtype=np.object_))])
+
+    def _keep_loaded(self, model: str) -> None:
+        while not self.closing:
+            time.sleep(LOOK)
+            try:
+                if not pb_utils.is_model_ready(model):
+                    pb_utils.load_model(model)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"{model} could not be loaded: {error}")
+                time.sleep(1)
+
+    def _beat(self, name: str) -> None:
+        while not self.closing:
+            if os.getppid() != self.parent:
+                os._exit(1)
+            Path(f"{name}.beat").touch()
+            time.sleep(BEAT)
+
+
+def read(serving: Path) -> dict[str, Any]:
+    adapter = json.loads(serving.read_text(encoding="utf-8"))
+    return {**adapter, "prompt": json.loads((serving.parent / "prompt.json").read_text(encoding="utf-8"))}
+
+
+def refusal(sentence: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(sentence, code))

@@ -1,0 +1,90 @@
+// The chat: a dialogue that lives in this page alone, with any adapter that is served.
+import { $, Answering, composer, copy, newSeed, onStatus, scrollTo } from "./site.js";
+
+const MOST = 21; // messages that the model is given; the oldest are left out, and the first is the visitor's
+let messages = [], bubbles = [], seed = 0;
+const turns = new Map(); // adapter → whether it was trained on dialogues
+const answering = new Answering(() => messages.length && ask(seed));
+
+composer($("ask"), $("message"), (text) => { settle(); add("user", text); ask(newSeed()); });
+document.querySelectorAll("#starters .chip").forEach((chip) => chip.addEventListener("click", () => { add("user", chip.textContent); ask(newSeed()); }));
+$("regenerate").addEventListener("click", () => { forgetAnswer(); ask(newSeed()); });
+$("copy").addEventListener("click", () => copy(messages.at(-1).content));
+$("new").addEventListener("click", begin);
+$("adapter").addEventListener("change", () => { begin(); sayTurns(); });
+
+function begin() {
+  answering.stop();
+  answering.alert("");
+  messages = [];
+  bubbles.forEach((bubble) => bubble.remove());
+  bubbles = [];
+  $("tools").hidden = true;
+  $("starters").hidden = $("adapter").value !== "chat";
+  $("message").focus();
+}
+
+// A message follows one that got no answer, or half of one: the dialogue goes on with what there is.
+function settle() {
+  answering.stop();
+  if (messages.at(-1)?.role !== "user") return;
+  const half = bubbles.at(-1).classList.contains("assistant") ? bubbles.at(-1).textContent : "";
+  messages.push({ role: "assistant", content: half || "…" });
+}
+
+function add(role, text) {
+  $("starters").hidden = true;
+  if (role === "user") messages.push({ role, content: text });
+  const bubble = document.createElement("p");
+  bubble.className = `bubble ${role}`;
+  bubble.dir = "auto";
+  bubble.textContent = text;
+  $("log").append(bubble);
+  bubbles.push(bubble);
+  scrollTo(bubble);
+  return bubble;
+}
+
+function forgetAnswer() {
+  if (messages.at(-1)?.role === "assistant") messages.pop();
+  while (bubbles.at(-1)?.classList.contains("assistant")) bubbles.pop().remove();
+}
+
+async function ask(chosen) {
+  seed = chosen;
+  forgetAnswer();
+  const dialogue = messages, bubble = add("assistant", "");
+  bubble.setAttribute("aria-busy", "true");
+  $("tools").hidden = true;
+  let text = "";
+  const ended = await answering.ask({ adapter: $("adapter").value, messages: dialogue.slice(-MOST), seed }, {
+    part(side, data) {
+      const low = innerHeight + scrollY > document.body.scrollHeight - 160;
+      bubble.textContent = text += data.text;
+      if (low) scrollTo(bubble, "end");
+    },
+    done() {},
+  });
+  bubble.setAttribute("aria-busy", "false");
+  if (dialogue !== messages || bubbles.at(-1) !== bubble) return; // another dialogue, or message, since
+  if (ended === "failed") {
+    if (!text) bubbles.pop().remove();
+    return;
+  }
+  if (!text) bubble.textContent = ended === "stopped" ? "Stopped." : "(nothing)";
+  messages.push({ role: "assistant", content: text || "…" });
+  $("tools").hidden = false;
+}
+
+function sayTurns() { $("no-turns").hidden = turns.get($("adapter").value) !== false; }
+
+onStatus((status) => {
+  const chosen = $("adapter").value;
+  for (const adapter of status.adapters) turns.set(adapter.name, adapter.has_turns);
+  const names = [...turns.keys()];
+  const options = [...$("adapter").options].map((option) => option.value);
+  if (!names.length || names.join() === options.join()) return;
+  $("adapter").replaceChildren(...names.map((name) => new Option(status.adapters.find((one) => one.name === name)?.title ?? name, name)));
+  $("adapter").value = names.includes(chosen) ? chosen : names[0];
+  sayTurns();
+});
