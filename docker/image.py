@@ -121,16 +121,11 @@ def build(engine: Engine, kind: str, variant: str, quiet: bool = False) -> str:
 def main(words: Sequence[str]) -> None:
     kind = words[0] if words else "train"
     if kind not in KINDS:
-        raise UserError(
-            f"unknown: {' '.join(words)}. Known: KIND={' or '.join(KINDS)}, VARIANT={' or '.join(VARIANTS)}"
-        )
+        raise UserError(f"KIND={kind} is unknown. Known: {' '.join(KINDS)}")
     if len(words) > 1:
         os.environ["VARIANT"] = words[1]
     engine, chosen = find_engine(), variant()
-    print(
-        f"Building {tag(kind, chosen)} with {engine.command} (the first time some minutes, then from its cache)",
-        flush=True,
-    )
+    print(f"Building {tag(kind, chosen)} with {engine.command}: minutes at first, then from its cache", flush=True)
     print(build(engine, kind, chosen))
 
 

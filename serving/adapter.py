@@ -1,8 +1,9 @@
 """What is served under a name, and how it is asked: the adapter's prompt, its sampling, and the answer's parts."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from data_prep.prompt import Prompt
@@ -20,6 +21,7 @@ class Adapter:
         has_turns: whether it is given a whole dialogue; otherwise each message stands by itself.
         base: the name of the model that it was trained on.
         field: the field of the prompt's instruction that a question fills; None makes it the whole instruction.
+        run: the name of the training run's folder.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Adapter:
     has_turns: bool
     base: str
     field: str | None
+    run: str = ""
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Adapter":
@@ -37,7 +40,7 @@ class Adapter:
         return cls(
             entry["name"], entry.get("title") or entry["name"], prompt, dict(entry.get("sampling") or {}),
             bool(entry.get("has_turns", prompt.end)), entry.get("base", ""),
-            entry.get("field") or (fields[0] if len(fields) == 1 else None),
+            entry.get("field") or (fields[0] if len(fields) == 1 else None), entry.get("run", ""),
         )  # fmt: skip
 
     def write(self, asked: str | Mapping[str, str]) -> str:
@@ -74,6 +77,17 @@ class Adapter:
         except ValueError as error:
             raise InvalidRequest(f"messages: {error}") from None
 
+    def dialogue(
+        self, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool = False
+    ) -> "Request":
+        """`messages` for this adapter; with `forget`, ready to leave out the oldest exchange where they do not fit."""
+        request = self.request(self.write_dialogue(messages), base, sampling)
+        first = int(messages[0]["role"] == "system")
+        rest = [*messages[:first], *messages[first + 2 :]]
+        if forget and self.has_turns and len(rest) > first:
+            return replace(request, shorter=partial(self.dialogue, rest, base, sampling, True))
+        return request
+
     def request(self, text: str, base: bool, sampling: Mapping[str, Any]) -> "Request":
         """`text` for this adapter, or for the base alone, sampled as its task is unless `sampling` says otherwise."""
         return Request(text, {**self.sampling, **sampling, **({} if base else {"lora_name": self.name})}, self.prompt)
@@ -96,6 +110,16 @@ class Adapter:
         return self.prompt.write_instruction(**{self.field: text}) if self.field else text
 
 
+# The base alone, under the name of its Triton model. Gemma's instruction-tuned models know these turns; others do not,
+# but there is no better way to ask them. https://ai.google.dev/gemma/docs/core/prompt-structure
+BASE = Adapter(
+    "gemma", "The base, without an adapter",
+    Prompt("<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>",
+           "{message}", "{answer}"),
+    {"max_tokens": 256, "stop": ["<end_of_turn>"]}, True, "", "message",
+)  # fmt: skip
+
+
 @dataclass
 class Answer:
     """What a model said.
@@ -103,6 +127,7 @@ class Answer:
     Attributes:
         finish_reason: "stop" where the model ended it, "length" at max_tokens, "cancelled".
         fields: the parts of a task's answer by name, e.g. slang, description and example.
+        forgotten: how many of a dialogue's oldest exchanges the model was not given, as they did not fit.
     """
 
     text: str = ""
@@ -110,15 +135,21 @@ class Answer:
     input_tokens: int = 0
     output_tokens: int = 0
     fields: dict[str, str] = field(default_factory=dict)
+    forgotten: int = 0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is sent: the whole text, vLLM's sampling parameters, and the prompt that an answer is read with."""
+    """What is sent: the whole text, vLLM's sampling parameters, and the prompt that an answer is read with.
+
+    Attributes:
+        shorter: makes the same request with less before it, for a text that does not fit in the model's window.
+    """
 
     text: str
     sampling: dict[str, Any]
     prompt: Prompt | None = None
+    shorter: "Callable[[], Request] | None" = None
 
 
 def _object(text: str) -> dict[str, Any] | None:

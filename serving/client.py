@@ -30,14 +30,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
-from serving.adapter import Adapter, Answer, Message, Request
-from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, UnknownAdapter
+from serving.adapter import BASE, Adapter, Answer, Message, Request
+from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 from serving.protocol import RequestError, check_prompt
 from serving.transport import connect
 
 __all__ = [
-    "Adapter", "Answer", "AsyncClient", "AsyncStream", "Busy", "Client", "DeadlineExceeded", "InvalidRequest",
-    "ServingError", "Stream", "Unavailable", "UnknownAdapter",
+    "BASE", "Adapter", "Answer", "AsyncClient", "AsyncStream", "Busy", "Client", "DeadlineExceeded", "InvalidRequest",
+    "ServingError", "Stream", "TooLong", "Unavailable", "UnknownAdapter",
 ]  # fmt: skip
 DEFAULT_URL = "127.0.0.1:8001"
 CATALOGUE_SECONDS = 5.0  # how old what is known of an adapter may be
@@ -120,10 +120,22 @@ class AsyncClient:
         return self.ask("slang", _given(context=context, condition=condition), base=base, **sampling)
 
     def chat(
-        self, messages: Sequence[Message], adapter: str = "chat", *, base: bool = False, **sampling: Any
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = "chat",
+        *,
+        base: bool = False,
+        forget: bool = False,
+        **sampling: Any,
     ) -> "AsyncStream":
-        """The answer to the last of `messages`, `{"role", "content"}` in turn after one system message at most."""
-        return AsyncStream(self, partial(self.said, adapter, messages, base, sampling))
+        """The answer to the last of `messages`, `{"role", "content"}` in turn after one system message at most.
+
+        Args:
+            adapter: None asks the base alone in Gemma's own turns; with `base` it is asked in the adapter's.
+            forget: leave out the oldest exchanges of a dialogue that does not fit in the model's window; otherwise it
+                is `TooLong`. `Answer.forgotten` says how many.
+        """
+        return AsyncStream(self, partial(self.said, adapter, messages, base, sampling, forget))
 
     async def close(self) -> None:
         await self._transport.close()
@@ -136,7 +148,7 @@ class AsyncClient:
 
     # What `Client` shares: requests to be, each written when it is sent.
     async def plain(self, text: str, adapter: str | None, sampling: Mapping[str, Any]) -> Request:
-        return Request(text, {**sampling, "lora_name": adapter} if adapter else dict(sampling))
+        return Request(text, dict(sampling) if adapter is None else {**sampling, "lora_name": adapter})
 
     async def asked(
         self, name: str, asked: str | Mapping[str, str], base: bool, sampling: Mapping[str, Any]
@@ -144,9 +156,11 @@ class AsyncClient:
         adapter = await self.adapter(name)
         return adapter.request(adapter.write(asked), base, sampling)
 
-    async def said(self, name: str, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any]) -> Request:
-        adapter = await self.adapter(name)
-        return adapter.request(adapter.write_dialogue(messages), base, sampling)
+    async def said(
+        self, name: str | None, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool
+    ) -> Request:
+        adapter = BASE if name is None else await self.adapter(name)
+        return adapter.dialogue(messages, base or name is None, sampling, forget)
 
     async def adapter(self, name: str) -> Adapter:
         """What is served as `name`, a few seconds old at most."""
@@ -154,7 +168,7 @@ class AsyncClient:
         if known is None or time.monotonic() - read > CATALOGUE_SECONDS:
             known = next((adapter for adapter in await self._catalogue(name) if adapter.name == name), None)
             if known is None:
-                raise UnknownAdapter(f"{self.url}: no adapter '{name}' is served")
+                raise UnknownAdapter(f"no adapter '{name}' is served")
             self._known[name] = time.monotonic(), known
         return known
 
@@ -177,10 +191,16 @@ class AsyncClient:
         try:
             async with asyncio.timeout(self._deadline):
                 asked = await request()
-                sampling = _checked(asked)
-                await self._retried(
-                    lambda: self._receive(asked.text, sampling, answer, show), lambda: not answer.output_tokens
-                )
+                while True:
+                    send = partial(self._receive, asked.text, _checked(asked), answer, show)
+                    try:
+                        await self._retried(send, lambda: not answer.output_tokens)
+                        break
+                    except TooLong:  # the server counts the tokens
+                        if asked.shorter is None:
+                            raise
+                        asked = asked.shorter()
+                        answer.forgotten += 1
         except TimeoutError:
             raise DeadlineExceeded(f"{self.url}: the answer was not complete within {self._deadline:g} s; ask for "
                                    f"fewer tokens, or give it a longer deadline") from None  # fmt: skip
@@ -338,18 +358,18 @@ class Client:
         return self._ask(partial(self._client.asked, "slang", fields, base, sampling), stream)
 
     @overload
-    def chat(self, messages: Sequence[Message], adapter: str = ..., *, stream: Literal[False] = ..., base: bool = ...,
-             **sampling: Any) -> Answer: ...  # fmt: skip
+    def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[False] = ...,
+             base: bool = ..., forget: bool = ..., **sampling: Any) -> Answer: ...  # fmt: skip
 
     @overload
-    def chat(self, messages: Sequence[Message], adapter: str = ..., *, stream: Literal[True], base: bool = ...,
-             **sampling: Any) -> "Stream": ...  # fmt: skip
+    def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[True],
+             base: bool = ..., forget: bool = ..., **sampling: Any) -> "Stream": ...  # fmt: skip
 
     def chat(
-        self, messages: Sequence[Message], adapter: str = "chat", *, stream: bool = False, base: bool = False,
-        **sampling: Any,
+        self, messages: Sequence[Message], adapter: str | None = "chat", *, stream: bool = False, base: bool = False,
+        forget: bool = False, **sampling: Any,
     ) -> "Answer | Stream":  # fmt: skip
-        return self._ask(partial(self._client.said, adapter, messages, base, sampling), stream)
+        return self._ask(partial(self._client.said, adapter, messages, base, sampling, forget), stream)
 
     def close(self) -> None:
         """End what is still on its way, the connection and the thread."""

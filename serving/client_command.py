@@ -141,7 +141,7 @@ def _health(client: Client, options: argparse.Namespace) -> int:
 
 def _chat(client: Client, options: argparse.Namespace) -> int:
     def answer(messages: list[dict[str, str]]) -> Stream:
-        return client.chat(messages, options.adapter, stream=True, base=options.base, **_sampling(options))
+        return client.chat(messages, options.adapter, stream=True, base=options.base, forget=True, **_sampling(options))
 
     if options.file:
         return _show(answer(_messages(options.file)), options)
@@ -219,6 +219,8 @@ def _show(stream: Stream, options: argparse.Namespace) -> int:
         print()
     else:
         print(answer.text.translate(CONTROLS) if terminal else answer.text)
+    if answer.forgotten and not options.json:
+        print(f"the oldest {answer.forgotten} exchanges no longer fit and were not given to the model", file=sys.stderr)
     if answer.finish_reason == "length" and not options.json:
         print(f"cut after {answer.output_tokens} tokens; --max-tokens allows more", file=sys.stderr)
     return 0

@@ -17,6 +17,10 @@ class InvalidRequest(ServingError):
     code = protocol.INVALID
 
 
+class TooLong(InvalidRequest):
+    """The text, or with it the answer, is longer than the model's window."""
+
+
 class UnknownAdapter(InvalidRequest):
     """No adapter of this name is served."""
 
@@ -42,6 +46,8 @@ class DeadlineExceeded(ServingError):
 
 
 _KINDS = {kind.code: kind for kind in (InvalidRequest, UnknownAdapter, Busy, Unavailable, ServingError)}
+# As the embedded engine says it, and vLLM.
+_TOO_LONG = re.compile(r"the prompt has [\d,]+ (tokens|characters)|maximum (context|model) length", re.I)
 _CODED = re.compile(rf"\b({'|'.join(_KINDS)}): (.*)", re.DOTALL)
 # What Triton itself says while the model is being loaded, has been unloaded, or has lost its process.
 _NOT_LOADED = re.compile(r"unknown model|not ready|no available versions|unavailable|stub process|shutting down", re.I)
@@ -51,7 +57,12 @@ def error_of(text: str, where: str) -> ServingError:
     """The error behind the `text` of a Triton response from `where`: `busy: …` is a `Busy`."""
     coded = _CODED.search(text)
     if coded:
-        return _KINDS[coded[1]](f"{where}: {coded[2].strip()}")
+        kind, sentence = _KINDS[coded[1]], coded[2].strip()
+        if kind is InvalidRequest and _TOO_LONG.search(sentence):
+            return TooLong(sentence)
+        return kind(sentence if issubclass(kind, InvalidRequest) else f"{where}: {sentence}")
+    if _TOO_LONG.search(text):
+        return TooLong(text.strip())
     if _NOT_LOADED.search(text):
         return Unavailable(f"{where}: the model does not answer just now ({text.strip()})")
     return ServingError(f"{where}: {text.strip()}")

@@ -91,7 +91,7 @@ def answers(triton: str) -> bool:
 def start_stack() -> subprocess.Popen[bytes]:
     """`make serve`, in a process group of its own: Ctrl-C ends the site first, and the site ends it."""
     print("No model answers yet: starting `make serve`. The site is there meanwhile.", flush=True)
-    return subprocess.Popen(["make", "--no-print-directory", "serve"], cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(["make", "--no-print-directory", "serve", "ARGS="], cwd=ROOT, start_new_session=True)
 
 
 def report_end(stack: subprocess.Popen[bytes]) -> None:

@@ -14,9 +14,9 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from data_prep.clean_text import is_explicit, mask_explicit
 from serving.client import (
@@ -68,6 +68,12 @@ class Question(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2)
     compare: bool = False
 
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Question":
+        if (self.fields is None) == (self.messages is None):
+            raise ValueError("give either fields or messages")
+        return self
+
     def asked(self) -> str:
         """All that the visitor wrote."""
         return "\n".join([*(self.fields or {}).values(), *(message.content for message in self.messages or [])])
@@ -76,8 +82,6 @@ class Question(BaseModel):
 @router.post("/api/answer", response_class=EventSourceResponse)
 async def answer(question: Question, request: Request) -> AsyncIterator[ServerSentEvent]:
     client, settings = request.app.state.client, request.app.state.settings
-    if (question.fields is None) == (question.messages is None):
-        raise HTTPException(422, "Give either fields or messages.")
     if settings.clean and is_explicit(question.asked()):
         yield _event("error", side="after", message="This site keeps it clean. Please say it in other words.",
                      kind="explicit")  # fmt: skip

@@ -37,6 +37,7 @@ RATES = {
     "/api/answer": Rate(per_minute=30, burst=15),
     "/sign-in": Rate(per_minute=6, burst=5),
 }
+WATCH = 2  # seconds between two looks at what is served
 log = logging.getLogger("serving.web")
 
 
@@ -67,10 +68,13 @@ class Settings:
 def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(reviews_of, settings.data, FILM)  # or the first visitor would wait for the reading
         # Not there now is shown at once, not after a long patience: a visitor has a button to try again.
         async with AsyncClient(settings.triton, first_token_deadline=45, token_deadline=10, retry_for=3) as client:
-            app.state.client = client
+            app.state.client, app.state.served = client, None
+            watch = asyncio.create_task(_watch(app))
             yield
+            watch.cancel()
 
     store = dictionary.Dictionary(settings.database)
     guards = [
@@ -125,16 +129,16 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/runs")
     async def runs_page(request: Request) -> Response:
-        served, cards = await _served(app.state.client), await asyncio.to_thread(finished_runs, settings.runs)
+        served, cards = app.state.served, await asyncio.to_thread(finished_runs, settings.runs)
         return page(
             request, "runs", served=served, cards=cards, of_run={(card.task, card.name): card for card in cards}
         )
 
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
-        served = await _served(app.state.client)
-        adapters = [{"name": a.name, "title": a.title, "has_turns": a.has_turns, "run": a.run} for a in served or []]
-        return {"ready": served is not None and await app.state.client.is_ready(), "adapters": adapters}
+        served: list[Adapter] = app.state.served or []
+        adapters = [{"name": a.name, "title": a.title, "has_turns": a.has_turns, "run": a.run} for a in served]
+        return {"ready": app.state.served is not None, "adapters": adapters}
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -182,13 +186,16 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-async def _served(client: AsyncClient) -> list[Adapter] | None:
-    """What Triton serves; None while it does not answer."""
-    try:
-        async with asyncio.timeout(1.5):
-            return await client.adapters()
-    except (ServingError, TimeoutError):
-        return None
+async def _watch(app: FastAPI) -> None:
+    """Keeps `app.state.served` at what Triton serves, None while it is not ready, so that no page waits for it."""
+    while True:
+        client: AsyncClient = app.state.client
+        try:
+            async with asyncio.timeout(5):
+                app.state.served = await client.adapters() if await client.is_ready() else None
+        except (ServingError, TimeoutError):
+            app.state.served = None
+        await asyncio.sleep(WATCH)
 
 
 def _own_path(path: str) -> str:

@@ -58,7 +58,6 @@ class Reviews:
             "quotes": [
                 {"quote": quote, "reviews": sorted(self._said_in.get(_plain(quote), []))}
                 for quote in QUOTE.findall(answer)
-                for quote in QUOTE.findall(answer)
             ],
         }
 

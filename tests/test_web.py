@@ -1,0 +1,454 @@
+"""The website as a visitor and as an attacker see it: in Chromium, and over plain HTTP.
+
+The first part needs no model: pages, their weight and speed, accessibility, what is refused, the dictionary and its way
+back to training rows. The second runs on a real Triton with the real model.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from data_prep.prepare import prepare
+from nemo_configs.command_line import load_config
+from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
+from serving.web.evidence import Reviews
+from serving.web.tasks import task_config
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from axe_playwright_python.sync_playwright import Axe  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = ROOT / ".venv-serve/bin/python"
+PAGES = ("/", "/reviews", "/chat", "/runs", "/privacy")
+PASSWORD = "correct horse"
+PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
+            "</textarea><svg onload=document.title='owned'>")  # fmt: skip
+WORD = Entry("plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.",
+             "A friend always wins.")  # fmt: skip
+
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs the serving environment: make serve-env")
+
+
+class Site:
+    """A site of its own, in a process; what it prints is in `log`."""
+
+    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
+        folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
+        self._process = subprocess.Popen(
+            [PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
+            cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    def wait(self) -> "Site":
+        for _ in range(600):
+            try:
+                httpx.get(f"{self.address}/health")
+                return self
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """As a page of the site does, unless `headers` say otherwise."""
+        return httpx.request(method, self.address + path, **{"headers": {"origin": self.address}, **options})
+
+    def token(self, entry: Entry) -> str:
+        """What the site signs when its model has said `entry`."""
+        return Dictionary(self.database).token_of(entry)
+
+    def end(self) -> None:
+        self._process.terminate()
+        self._process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A house with real reviews, and with runs: a good one, and one whose report an attacker wrote."""
+    folder = tmp_path_factory.mktemp("web")
+    prepare(load_config(["task=squid_game", "trainer=cpu", f"data_dir={folder}/data/squid_game"]), None)
+    for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
+        run = folder / "runs/slang" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\n"
+                                         "peft: {name: lora, r: 8}\nseed: 0\n")  # fmt: skip
+        found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
+        (run / "evaluation.json").write_text(json.dumps(found))
+        (run / "report.html").write_text(report)
+    (folder / "runs/slang/half").mkdir()
+    (folder / "runs/slang/half/report.html").write_text("of a run that is not finished")
+    (folder / "secret.html").write_text("not for the internet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sites(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Site]]:
+    """Two without a model: an open one, and one with a password that keeps it clean."""
+    nobody = f"127.0.0.1:{free_port()}"
+    sites = (
+        Site(folder, "--triton", nobody),
+        Site(tmp_path_factory.mktemp("guarded"), "--triton", nobody, "--clean", WEB_PASSWORD=PASSWORD),
+    )
+    yield sites[0].wait(), sites[1].wait()
+    for site in sites:
+        site.end()
+
+
+@pytest.fixture(scope="module")
+def site(sites: tuple[Site, Site]) -> Site:
+    return sites[0]
+
+
+@pytest.fixture(scope="module")
+def guarded(sites: tuple[Site, Site]) -> Site:
+    return sites[1]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        program = shutil.which("chromium") or playwright.chromium.executable_path
+        if not Path(program).exists():
+            pytest.skip("no Chromium: apt-get install chromium, or .venv/bin/playwright install chromium")
+        options = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+        browser = playwright.chromium.launch(executable_path=program, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens pages; whatever they report as an error, in the console or as an exception, fails the test at its end."""
+    contexts, errors = [], []
+
+    def open_page(url: str, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.errors = errors
+        # Chromium itself notes each refused request; those are what some tests are about.
+        page.on("console", lambda said: said.type == "error" and "Failed to load resource" not in said.text
+                and errors.append(said.text))  # fmt: skip
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+# --- without a model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Callable[..., Any], path: str) -> None:
+    painted = []
+    for _ in range(3):  # of which the best counts: other programs may be busy here
+        page, received = open_page("about:blank"), []
+        page.on("response", lambda response, received=received: received.append(response))
+        page.goto(site.address + path, wait_until="load")
+        sync_api.expect(page.locator("#status")).to_be_visible()  # the last that it asks for
+        page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
+        painted.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        if painted[-1] < 1000:
+            break
+    assert min(painted) < 1000
+    assert sum(len(response.body()) for response in received if response.status == 200) < 200_000
+    assert {httpx.URL(response.url).host for response in received} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("theme,width", [("dark", 390), ("light", 1280)])
+def test_pages_have_no_serious_violations_and_do_not_scroll_sideways(
+    site: Site, open_page: Callable[..., Any], theme: str, width: int
+) -> None:
+    for path in PAGES:
+        page = open_page(site.address + path, color_scheme=theme, viewport={"width": width, "height": 800})
+        assert violations(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def violations(page: Any) -> list[str]:
+    """What axe finds that is serious: which rule, where."""
+    found = Axe().run(page).response["violations"]
+    return [f"{page.url} {one['id']}: {node['target']}" for one in found
+            if one["impact"] in ("serious", "critical") for node in one["nodes"]]  # fmt: skip
+
+
+def test_the_theme_follows_the_system_until_it_is_chosen(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.address, color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    dark = page.evaluate(background)
+    page.get_by_role("button", name="Switch between dark and light").click()
+    light = page.evaluate(background)
+    page.reload()
+    assert dark != light == page.evaluate(background)
+
+
+def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.address)
+    sync_api.expect(page.locator("#status")).to_have_text("Model away")
+    page.get_by_label("Where are you?").fill("A quiet library.")
+    page.get_by_role("button", name="Coin a word").click()
+    sync_api.expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    assert page.get_by_label("Where are you?").input_value() == "A quiet library."
+    with page.expect_request("**/api/answer") as asked:
+        page.get_by_role("button", name="Try again").click()
+    assert asked.value.post_data_json["fields"]["context"] == "A quiet library."
+
+
+@pytest.mark.parametrize("path", [*PAGES, "/static/site.js", "/api/dictionary", "/nowhere"])
+def test_every_response_has_a_strict_policy(site: Site, path: str) -> None:
+    headers = site.ask("GET", path).headers
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("method,path", [("POST", "/api/answer"), ("POST", "/api/dictionary"),
+                                         ("PUT", "/api/dictionary/1"), ("DELETE", "/api/dictionary/1")])  # fmt: skip
+@pytest.mark.parametrize("origin", ["", "null", "https://evil.example", "http://127.0.0.1:1"])
+def test_a_change_that_comes_from_another_site_is_refused(site: Site, method: str, path: str, origin: str) -> None:
+    assert site.ask(method, path, headers={"origin": origin}, json={}).status_code == 403
+
+
+def test_a_name_that_is_not_the_site_s_own_is_refused(site: Site) -> None:
+    assert site.ask("GET", "/", headers={"host": "rebound.example"}).status_code == 400
+
+
+@pytest.mark.parametrize("wrong", [
+    {}, {"adapter": "slang", "seed": 1}, {"adapter": "slang", "fields": {}, "seed": -1},
+    {"adapter": "slang", "fields": {"context": "a" * 4001}, "seed": 1},
+    {"adapter": "slang", "fields": {}, "seed": 1, "temperature": -1},
+    {"adapter": "chat", "messages": [{"role": "system", "content": "obey"}], "seed": 1},
+    {"adapter": "chat", "messages": [{"role": "user", "content": "a"}] * 61, "seed": 1},
+])  # fmt: skip
+def test_a_malformed_question_is_refused_without_repeating_it(site: Site, wrong: dict[str, Any]) -> None:
+    refused = site.ask("POST", "/api/answer", json=wrong)
+    assert refused.status_code == 422
+    assert "aaaa" not in refused.text and "obey" not in refused.text
+
+
+def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
+    chunks = (b" " * 65536 for _ in range(200))  # without a length
+    assert site.ask("POST", "/api/evidence", content=b" " * 2**20).status_code == 413
+    assert site.ask("POST", "/api/evidence", content=chunks).status_code == 413
+
+
+@pytest.mark.parametrize("path", [
+    "/runs/slang/..%2f..%2f/report.html", "/runs/..%2f/good/report.html", "/runs/slang/half/report.html",
+    "/runs/%2e%2e/%2e%2e/report.html", "/static/..%2f..%2fapp.py", "/static/%2e%2e/app.py", "/runs/slang/good/config.yaml",
+    "/runs/slang/..%2f..%2fsecret.html", "/runs/slang/good%00/report.html",
+])  # fmt: skip
+def test_no_path_leads_out_of_the_reports(site: Site, path: str) -> None:
+    assert site.ask("GET", path).status_code == 404
+
+
+def test_reports_are_shown_without_scripts(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{site.address}/runs")
+    assert page.get_by_role("cell", name="16.66").count() == 2
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="Report of bad").click()
+    assert opened.value.title() == "report"
+    assert "sandbox" in site.ask("GET", "/runs/slang/good/report.html").headers["content-security-policy"]
+
+
+def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(site.address)
+    others = [Entry(f"word {number}", "A meaning.", "", "") for number in range(3)]
+    for entry in (*others, WORD):
+        page.request.post(f"{site.address}/api/dictionary", data={"token": site.token(entry)},
+                          headers={"origin": site.address})  # fmt: skip
+    page.reload()
+    entries = page.locator("#entries li")
+    sync_api.expect(entries).to_have_count(4)
+    page.get_by_role("searchbox").fill("ARMOR exam")
+    sync_api.expect(entries).to_have_count(1)
+    entries.get_by_role("button", name="Thumbs up").click()
+    sync_api.expect(entries.get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("searchbox").fill("word 1")
+    entries.get_by_role("button", name="Thumbs down").click()
+    sync_api.expect(entries).to_have_class(re.compile("down"))
+    page.get_by_role("searchbox").fill("word 2")
+    sync_api.expect(entries).to_contain_text(["word 2"])
+    entries.get_by_role("button", name="Remove").click()
+    sync_api.expect(entries).to_have_text(["Nothing of that kind is in it."])
+    with page.expect_download() as download:
+        page.get_by_role("link", name="CSV").click()
+    rows = list(csv.DictReader(download.value.path().open(encoding="utf-8", newline="")))
+    assert [row["Slang"] for row in rows] == ["word 0", "plot armor"]  # neither voted down nor removed
+    assert open_page(site.address).locator("#entries li").count() == 0  # another visitor's is empty
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_payload_in_the_dictionary_is_text(site: Site, open_page: Callable[..., Any], payload: str) -> None:
+    page = open_page(site.address)
+    page.request.post(f"{site.address}/api/dictionary", headers={"origin": site.address},
+                      data={"token": site.token(Entry(payload, payload, payload, payload))})  # fmt: skip
+    page.reload()
+    sync_api.expect(page.locator("#entries .term")).to_have_text([payload])
+    assert page.title() == "Slang · Own Gemma"
+
+
+def test_a_link_cannot_bring_markup_or_settings_that_do_not_exist(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{site.address}/#seed=99999999999&context=never asked")
+    assert page.get_by_label("Where are you?").input_value() != "never asked"
+    link = httpx.QueryParams({"seed": 1, "creativity": 99, "context": PAYLOADS[2], "run": PAYLOADS[1]})
+    with page.expect_request("**/api/answer") as asked:
+        page.goto(f"{site.address}/#{link}")
+    assert asked.value.post_data_json["temperature"] == 1.5
+    assert page.get_by_label("Where are you?").input_value() == PAYLOADS[2]
+    assert page.title() == "Slang · Own Gemma"
+
+
+def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
+    token = site.token(WORD)
+    forged = ("A" if token[0] != "A" else "B") + token[1:]
+    assert [site.ask("POST", "/api/dictionary", json={"token": text}).status_code for text in (forged, "", "é", "AAAA")] == [
+        400, 400, 400, 400]  # fmt: skip
+    kept = site.ask("POST", "/api/dictionary", json={"token": token})
+    assert kept.status_code == 200 and "HttpOnly" in kept.headers["set-cookie"] and "SameSite" in kept.headers["set-cookie"]
+    number = kept.json()["id"]  # of somebody else, for whoever has no cookie
+    assert site.ask("DELETE", f"/api/dictionary/{number}").status_code == 404
+    assert site.ask("PUT", f"/api/dictionary/{10**30}", json={"thumb": 1}).status_code == 422
+
+
+def test_exported_words_become_training_rows(tmp_path: Path) -> None:
+    """The loop: what visitors kept is what data preparation reads, cell by cell."""
+    with (ROOT / "data_prep/samples/slang.csv").open(encoding="utf-8", newline="") as file:
+        kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
+    store = Dictionary(tmp_path / "d.sqlite3")
+    for entry in kept:
+        store.keep("a", entry, 0)
+    store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
+    out = tmp_path / "kept.csv"
+    said = subprocess.run([sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
+                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    assert "60 rows" in said.stdout
+    data = prepare(load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"]), None)
+    learned = {json.loads(line)["output"] for split in ("training", "validation", "test")
+               for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()}  # fmt: skip
+    for entry in kept:
+        assert f"Slang: {entry.slang}\nDefinition: {entry.description}\nExample: {entry.example}" in learned
+    manifest = json.loads((data / "manifest.json").read_text())
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["dropped"]) == (60, 60, {})
+
+
+def test_a_formula_in_the_csv_is_text_to_a_spreadsheet() -> None:
+    assert csv_of([Entry('=HYPERLINK("http://evil")', "+1", "-", "@a")]).splitlines()[1] == (
+        '"\'=HYPERLINK(""http://evil"")",\'+1,\'-,\'@a'
+    )
+
+
+def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(folder: Path) -> None:
+    reviews = Reviews(folder / "data/squid_game", task_config("squid_game")["data"]["reviews"])
+    real = reviews.knowledge["aspects"][0]["praise"][0]
+    found = reviews.behind("What about the acting?", f"One viewer says: “{real['quote']}” Another: “I made this one up.”")
+    acting = next(aspect for aspect in reviews.knowledge["aspects"] if aspect["name"] == "acting")
+    assert [aspect["name"] for aspect in found["aspects"]] == ["acting"]
+    assert found["aspects"][0]["praised"] == acting["favourable"] + acting["both"]
+    assert {quote["review"] for quote in found["aspects"][0]["praise"]} <= set(found["aspects"][0]["reviews"])
+    assert found["quotes"] == [{"quote": real["quote"], "reviews": [real["review"]]},
+                               {"quote": "I made this one up.", "reviews": []}]  # fmt: skip
+    # Whatever a row of training quotes is found again, in reviews that the row names.
+    for line in (folder / "data/squid_game/training.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for quote in reviews.behind(row["input"], row["output"])["quotes"]:
+            assert set(quote["reviews"]) & set(row["quoted"]), quote
+    assert reviews.behind("Who wrote Hamlet?", "The reviews do not say.")["aspects"] == []
+
+
+def test_the_picture_of_aspects_and_bars_are_those_of_the_data(site: Site, open_page: Callable[..., Any], folder: Path) -> None:
+    known = json.loads((folder / "data/squid_game/knowledge.json").read_text())["aspects"][0]
+    page = open_page(f"{site.address}/reviews")
+    bar = page.locator(".aspect").first
+    assert bar.get_attribute("aria-label").startswith(f"{known['name']}: criticised by {known['unfavourable'] + known['both']}")
+    picture = site.ask("GET", "/reviews/aspects.svg")
+    assert picture.headers["content-type"].startswith("image/svg") and "sandbox" in picture.headers["content-security-policy"]
+
+
+def test_the_password_is_asked_everywhere_and_remembered(guarded: Site, open_page: Callable[..., Any]) -> None:
+    assert guarded.ask("GET", "/api/dictionary").status_code == 401
+    assert guarded.ask("GET", "/runs/slang/good/report.html").headers["location"].startswith("/sign-in")
+    assert guarded.ask("GET", "/", headers={"cookie": "session=9999999999.00"}).status_code == 303
+    page = open_page(f"{guarded.address}/chat")
+    page.get_by_label("Password").fill("wrong")
+    page.get_by_role("button", name="Enter").click()
+    sync_api.expect(page.get_by_role("alert")).to_have_text("That is not the password.")
+    assert violations(page) == []
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Enter").click()
+    page.wait_for_url("**/chat")
+    (cookie,) = [cookie for cookie in page.context.cookies() if cookie["name"] == "session"]
+    assert cookie["httpOnly"] and cookie["sameSite"] == "Lax"
+    assert PASSWORD not in guarded.log.read_text()
+    elsewhere = {"password": PASSWORD, "next": "//evil.example"}
+    assert guarded.ask("POST", "/sign-in", data=elsewhere).headers["location"] == "/"
+
+
+def test_passwords_cannot_be_guessed_fast(guarded: Site) -> None:
+    codes = [guarded.ask("POST", "/sign-in", data={"password": str(number)}).status_code for number in range(8)]
+    assert codes[-1] == 429
+
+
+def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarded: Site, site: Site) -> None:
+    cookie = {"session": signed_in(guarded)}
+    question = {"adapter": "slang", "fields": {"context": "A motherfucker walks in."}, "seed": 1}
+    assert "keeps it clean" in guarded.ask("POST", "/api/answer", json=question, cookies=cookie).text
+    assert "keeps it clean" not in site.ask("POST", "/api/answer", json=question, timeout=30).text
+
+
+def signed_in(site: Site) -> str:
+    """The cookie of somebody who knows the password, made as the site makes it: its door may have had enough for now."""
+    from serving.web.guard import SignIn
+
+    return SignIn(None, PASSWORD, Dictionary(site.database).key).cookie()
+
+
+def test_whoever_asks_too_often_waits(guarded: Site) -> None:
+    cookies = {"session": signed_in(guarded)}
+    malformed = {"adapter": "slang", "fields": {}, "seed": -1}  # counted too, and answered at once
+    answers = [guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies) for _ in range(20)]
+    assert [answer.status_code for answer in answers][:10] == [422] * 10
+    assert answers[-1].status_code == 429 and int(answers[-1].headers["retry-after"]) >= 1
+    assert "Try again" in answers[-1].json()["detail"]
+    assert guarded.ask("GET", "/", cookies=cookies).status_code == 200  # to look is still allowed
+    claimed = {"origin": guarded.address, "x-forwarded-for": "203.0.113.9"}
+    assert guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies, headers=claimed).status_code == 429
+
+
+def test_nothing_that_was_typed_is_logged(site: Site) -> None:
+    site.ask("POST", "/api/answer", json={"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}, timeout=30)
+    site.ask("GET", "/api/dictionary?q=hush-search")
+    log = site.log.read_text()
+    assert "POST /api/answer 200" in log and "GET /api/dictionary 200" in log and "hush" not in log
+
+
+def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
+    other = subprocess.run([PYTHON, "-m", "serving.web", "--alone", "--port", str(site.port), "--database", str(tmp_path / "d")],
+                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
