@@ -8,8 +8,11 @@ apply it, and follows a training's log until it ends. The same command finds the
 followed again; once it has ended, it is made anew and goes on from the last checkpoint.
 
 In the environment: NODES, GPUS_PER_NODE, OVERLAY (a folder of docker/kubernetes/overlays), NAMESPACE, IMAGE, JOB
-(indexed, trainjob or pytorchjob, the last two Kubeflow's), DRY_RUN=1 (print the manifests only).
+(indexed, trainjob or pytorchjob, the last two Kubeflow's), TASKS (to serve), TRAIN_IMAGE (that makes the adapters ready
+for serving), DRY_RUN=1 (print the manifests only).
 """
+
+from __future__ import annotations  # the host's Python may be older than the project's
 
 import hashlib
 import json
@@ -20,11 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from docker import UserError, run
+from docker.image import tag
 
 MANIFESTS = Path(__file__).resolve().parent / "kubernetes"
-TRAIN_IMAGE, SERVE_IMAGE = "gemma-nemo-train", "gemma-nemo-serve"
 # What follows a training: the resource, its Pods, and those that are the first machine.
 INDEXED = "batch.kubernetes.io/job-name={}", "batch.kubernetes.io/job-completion-index=0"
 JOBS = {
@@ -40,11 +46,6 @@ LARGEST_SOURCE = 700_000  # bytes; a ConfigMap holds 1 MiB, as text or in base64
 PATIENCE = 20  # answers in a row that the cluster may fail to give, two seconds apart
 
 
-def fail(text: str) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 def setting(name: str, default: str = "") -> str:
     return os.environ.get(name) or default
 
@@ -52,23 +53,23 @@ def setting(name: str, default: str = "") -> str:
 def number(name: str, default: int, least: int) -> int:
     text = setting(name, str(default))
     if not text.isdecimal() or int(text) < least:
-        fail(f"{name}={text} must be a whole number from {least}")
+        raise UserError(f"{name}={text} must be a whole number from {least}")
     return int(text)
 
 
-def main(words: list[str]) -> int:
-    """Exit code of the training; 0 once the cluster has taken everything; 2 on a mistake."""
+def main(words: Sequence[str]) -> int:
+    """Exit code of the training; 0 once the cluster has taken everything."""
     if not words or words[0] not in ("training", "cluster"):
-        fail(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: training, cluster")
+        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: training, cluster")
     namespace, overlay = setting("NAMESPACE", "gemma"), setting("OVERLAY", "gpu" if gpus() else "cpu")
     if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
-        fail(f"NAMESPACE={namespace} is no name of a namespace: small letters, digits and '-', at most 63")
+        raise UserError(f"NAMESPACE={namespace} is no name of a namespace: small letters, digits and '-', at most 63")
     known = sorted(folder.name for folder in (MANIFESTS / "overlays").iterdir() if folder.is_dir())
     if overlay not in known:
-        fail(f"OVERLAY={overlay} is unknown. Known: {', '.join(known)}")
+        raise UserError(f"OVERLAY={overlay} is unknown. Known: {', '.join(known)}")
     if words[0] == "cluster":
         return make_cluster(namespace, overlay)
-    return train(words, namespace, overlay)
+    return train(list(words), namespace, overlay)
 
 
 def gpus() -> int:
@@ -88,7 +89,7 @@ def render(*layers: dict[str, Any], files: dict[str, bytes] | None = None) -> st
     tools = (["kubectl", "kustomize"], ["kustomize", "build"])
     command = next((words for words in tools if shutil.which(words[0])), None)
     if command is None:
-        fail("neither kubectl nor kustomize is installed: see https://kubernetes.io/docs/tasks/tools/")
+        raise UserError("neither kubectl nor kustomize is installed: see https://kubernetes.io/docs/tasks/tools/")
     with tempfile.TemporaryDirectory(prefix="gemma-kustomize-") as name:
         folder = Path(name).resolve()
         for depth, layer in enumerate(layers):
@@ -103,15 +104,15 @@ def render(*layers: dict[str, Any], files: dict[str, bytes] | None = None) -> st
             (folder / "0" / file).write_bytes(content)
         result = subprocess.run([*command, str(place)], capture_output=True, text=True)
     if result.returncode:
-        fail(f"the manifests cannot be rendered: {result.stderr.strip()}")
+        raise UserError(f"the manifests cannot be rendered: {result.stderr.strip()}")
     return result.stdout
 
 
-def image(name: str, given: str) -> dict[str, str]:
-    """Kustomize's words for: `given` (registry/name, with :tag or @digest) where a manifest says `name`."""
+def image(kind: str, given: str) -> dict[str, str]:
+    """Kustomize's words for: `given` (registry/name, with :tag or @digest) for the image of `kind`, train or serve."""
     path, _, digest = given.partition("@")
     tag = path.rpartition(":")[2] if ":" in path.rpartition("/")[2] else ""
-    words = {"name": name, "newName": path.removesuffix(f":{tag}") if tag else path}
+    words = {"name": f"gemma-nemo/{kind}", "newName": path.removesuffix(f":{tag}") if tag else path}
     return words | ({"digest": digest} if digest else {"newTag": tag} if tag else {})
 
 
@@ -125,8 +126,8 @@ def training_manifests(words: list[str], namespace: str, overlay: str) -> tuple[
     """Name and manifests of the Job that runs `python -m WORDS` on NODES machines."""
     nodes, kind = number("NODES", 1, 1), setting("JOB", "indexed")
     if kind not in JOBS:
-        fail(f"JOB={kind} is unknown. Known: {', '.join(JOBS)}")
-    given = setting("IMAGE", f"{TRAIN_IMAGE}:{'gpu' if gpus() else 'cpu'}")
+        raise UserError(f"JOB={kind} is unknown. Known: {', '.join(JOBS)}")
+    given = setting("IMAGE", tag("train", "gpu" if gpus() else "cpu"))
     words, files = take_source(words)
     sizes = {"trainer": "gpu" if gpus() else "cpu", "trainer.devices": gpus() or 1, "trainer.num_nodes": nodes}
     words += [f"{key}={size}" for key, size in sizes.items() if not any(word.startswith(f"{key}=") for word in words)]
@@ -140,7 +141,7 @@ def training_manifests(words: list[str], namespace: str, overlay: str) -> tuple[
     if gpus():
         share = {"nvidia.com/gpu": str(gpus())}
         container["resources"] = {"requests": share, "limits": share}
-    layer: dict[str, Any] = {"namespace": namespace, "images": [image(TRAIN_IMAGE, given)]}
+    layer: dict[str, Any] = {"namespace": namespace, "images": [image("train", given)]}
     if files:
         container["volumeMounts"] = [{"name": "source", "mountPath": SOURCE_FOLDER, "readOnly": True}]
         pod["volumes"] = [{"name": "source", "configMap": {"name": f"{name}-source"}}]
@@ -165,7 +166,7 @@ def take_source(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
         if key != "task.data.source" or not file.is_file():
             continue
         if file.stat().st_size > LARGEST_SOURCE:
-            fail(f"{file} has {file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job. Copy it to the "
+            raise UserError(f"{file} has {file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job. Copy it to the "
                  "claim `data` (docs/clusters.md) and name it as it is called there: SOURCE=data/NAME")  # fmt: skip
         name = f"source{file.suffix.lower()}"
         return [*words[:index], f"{key}={SOURCE_FOLDER}/{name}", *words[index + 1 :]], {name: file.read_bytes()}
@@ -177,7 +178,7 @@ def take_source(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
 
 def kubectl(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     if not shutil.which("kubectl"):
-        fail(
+        raise UserError(
             "kubectl is not installed: see https://kubernetes.io/docs/tasks/tools/. DRY_RUN=1 only prints the manifests"
         )
     return subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True)
@@ -187,7 +188,7 @@ def asked(*words: str, text: str | None = None) -> str:
     """What kubectl says; ends the program with its error where there is one."""
     result = kubectl(*words, text=text)
     if result.returncode:
-        fail(f"kubectl {' '.join(words[:2])}: {result.stderr.strip()}")
+        raise UserError(f"kubectl {' '.join(words[:2])}: {result.stderr.strip()}")
     return result.stdout
 
 
@@ -195,21 +196,28 @@ def check_cluster() -> None:
     result = kubectl("version", "--request-timeout=15s")
     if result.returncode:
         context = kubectl("config", "current-context").stdout.strip() or "none"
-        fail(f"no cluster answers (kubectl's context: {context}). {result.stderr.strip().splitlines()[-1]}\n"
+        raise UserError(f"no cluster answers (kubectl's context: {context}). {result.stderr.strip().splitlines()[-1]}\n"
              "kubectl config get-contexts lists those you have; DRY_RUN=1 only prints the manifests")  # fmt: skip
 
 
 def make_cluster(namespace: str, overlay: str) -> int:
-    layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
     variant = "gpu" if overlay == "gpu" else "cpu"
-    images = [image(name, f"{name}:{variant}") for name in (TRAIN_IMAGE, SERVE_IMAGE)]
-    layer["images"] = [image(SERVE_IMAGE, setting("IMAGE")) if setting("IMAGE") else images[1], images[0]]
+    given = {"serve": setting("IMAGE", tag("serve", variant)), "train": setting("TRAIN_IMAGE", tag("train", variant))}
+    layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
+    layer["images"] = [image(kind, name) for kind, name in given.items()]
+    if tasks := setting("TASKS").replace(",", " ").split():
+        args = "/spec/template/spec/initContainers/0/args/"  # python -m serving.prepare --default slang ...
+        change: list[dict[str, Any]] = [{"op": "remove", "path": f"{args}{place}"} for place in (4, 3)]
+        change += [{"op": "add", "path": f"{args}3", "value": task} for task in reversed(tasks)]
+        layer["patches"] = [{"target": {"kind": "Deployment"}, "patch": json.dumps(change)}]
     manifests = render(layer)
     if setting("DRY_RUN"):
         print(manifests, end="")
         return 0
     check_cluster()
     print(asked("apply", "-f", "-", text=manifests), end="")
+    print(f"Train: make train RUNTIME=k8s NAMESPACE={namespace}. Serving takes the newest run when its Pods start: "
+          f"kubectl rollout restart deployment/serve --namespace={namespace}")  # fmt: skip
     return 0
 
 
@@ -222,7 +230,7 @@ def train(words: list[str], namespace: str, overlay: str) -> int:
     resource = JOBS[setting("JOB", "indexed")][0]
     here = f"--namespace={namespace}"
     if kubectl("get", "persistentvolumeclaim", "runs", here).returncode:
-        fail(
+        raise UserError(
             f"namespace {namespace} has no claim `runs`. Make it first: make cluster RUNTIME=k8s NAMESPACE={namespace}"
         )
     before = json.loads(asked("get", resource, name, here, "--ignore-not-found", "--output=json") or "{}")
@@ -259,7 +267,7 @@ def follow(name: str, here: str) -> int:
         if silent:
             error = next(answer.stderr.strip() for answer in answers if answer.returncode)
             if "NotFound" in error or silent > PATIENCE:
-                fail(f"{name} cannot be followed: {error}")
+                raise UserError(f"{name} cannot be followed: {error}")
             time.sleep(2)
             continue
         job, pods = json.loads(answers[0].stdout), json.loads(answers[1].stdout)["items"]
@@ -313,4 +321,4 @@ def exit_code(pods: list[dict[str, Any]]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)
