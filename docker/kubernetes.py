@@ -166,8 +166,9 @@ def take_source(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
         if key != "task.data.source" or not file.is_file():
             continue
         if file.stat().st_size > LARGEST_SOURCE:
-            raise UserError(f"{file} has {file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job. Copy it to the "
-                 "claim `data` (docs/clusters.md) and name it as it is called there: SOURCE=data/NAME")  # fmt: skip
+            size = f"{file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job"
+            raise UserError(f"{file} has {size}. Copy it to the claim `data` (docs/clusters.md) and name it as it is "
+                            "called there: SOURCE=data/NAME")  # fmt: skip
         name = f"source{file.suffix.lower()}"
         return [*words[:index], f"{key}={SOURCE_FOLDER}/{name}", *words[index + 1 :]], {name: file.read_bytes()}
     return words, {}
