@@ -117,9 +117,10 @@ def image(kind: str, given: str) -> dict[str, str]:
 
 
 def patch(kind: str, **content: Any) -> dict[str, Any]:
-    """Kustomize's words for: `content` merged into the one resource of `kind`, whose name may change."""
+    """Kustomize's words for: `content` merged into the one resource of `kind`, which gets the name in it, if any."""
     merged = {"apiVersion": "of/target", "kind": kind, "metadata": {"name": "of-target"}} | content
-    return {"target": {"kind": kind}, "patch": json.dumps(merged), "options": {"allowNameChange": True}}
+    changes = {"options": {"allowNameChange": True}} if "metadata" in content else {}
+    return {"target": {"kind": kind}, "patch": json.dumps(merged), **changes}
 
 
 def training_manifests(words: list[str], namespace: str, overlay: str) -> tuple[str, str]:
