@@ -162,7 +162,8 @@ help:
 
 # --- environments ---------------------------------------------------------------------------------------------
 # A stamp file per lock file: a second run starts at once, a renewed lock is installed.
-# torch, in this order: the one this Python already has (a container's), a wheel from pip's own wheel folder
+# torch, in this order: the one this Python already has (a container's; where that Python is of a virtual environment
+# itself, as in NVIDIA's NeMo image, outer.pth names its packages, which a venv of a venv does not see), a wheel from pip's own wheel folder
 # (--find-links, for machines without network), else the build that fits the machine's GPU or CPU.
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml | head -n 1)
 
@@ -175,6 +176,8 @@ define install_environment
 	@echo "Installing $< into $(@D) (once; about 2 GB, a few minutes)"
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "torch: the one $(PYTHON) already has"; $(PYTHON) -m venv --clear --system-site-packages $(@D); \
+		$(PYTHON) -c 'import site, sys; print(*site.getsitepackages() if sys.prefix != sys.base_prefix else [], sep="\n")' \
+			> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"; \
 	else $(PYTHON) -m venv --clear $(@D); fi
 	@sed -n '/^uv==/,/[^\\]$$/p' $< > $(@D)/uv.lock && $(@D)/bin/python -m pip install -q --disable-pip-version-check --require-hashes -r $(@D)/uv.lock
 	@$(@D)/bin/python -c 'import torch' 2>/dev/null || \

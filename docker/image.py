@@ -42,8 +42,8 @@ def find_engine(names: Sequence[str] = ("docker", "podman", "buildah")) -> Engin
     """
     reasons = []
     for name in names:
-        if not shutil.which(name):
-            continue
+        if not shutil.which(name) or (name == "docker" and "podman" in os.environ.get("DOCKER_HOST", "")):
+            continue  # through podman's socket it is podman, with fewer words
         asked = subprocess.run(
             [name, "info"] + ([] if name == "buildah" else ["--format", "{{json .}}"]), capture_output=True, text=True
         )  # fmt: skip
@@ -88,7 +88,7 @@ def build_command(engine: Engine, kind: str, variant: str) -> list[str]:
             raise UserError(f"{variable}={file} is not a file: the build would go without it")
         command += ["--secret", f"id={name},src={file}"] if file else []
     wheels = os.environ.get("PIP_FIND_LINKS", "")
-    command += ["--build-context", f"wheels={wheels}"] if Path(wheels).is_dir() and wheels else []
+    command += [f"--build-context=wheels={wheels}"] if wheels and Path(wheels).is_dir() else []
     try:
         git = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -105,11 +105,16 @@ def build(engine: Engine, kind: str, variant: str, quiet: bool = False) -> str:
         Its tag.
 
     Raises:
-        UserError: the engine's build failed; what it said stands above.
+        UserError: the engine cannot build this, or failed; what it said stands above.
     """
     command = build_command(engine, kind, variant)
-    output = subprocess.DEVNULL if quiet else None
     environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
+    knows = subprocess.run([engine.command, "build", "--help"], capture_output=True, text=True, env=environment).stdout
+    if "--secret" not in knows:
+        raise UserError(f"{engine.command} builds without BuildKit here: sudo apt-get install docker-buildx")
+    if "--build-context" not in knows:  # docker before 23
+        command = [word for word in command if not word.startswith("--build-context")]
+    output = subprocess.DEVNULL if quiet else None
     if subprocess.run(command + (["--quiet"] if quiet else []), cwd=ROOT, stdout=output, env=environment).returncode:
         raise UserError(
             f"{engine.command} could not build {tag(kind, variant)}: see above. Where the image it is built on "

@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> None:
     if subprocess.run(up, cwd=ROOT).returncode:
         raise UserError("it did not come up: see above. Images of Prometheus and Grafana come from Docker Hub; "
                         f"make up PROFILES={chosen} leaves them out")  # fmt: skip
-    wait(compose, profiles)
+    wait(engine, compose, profiles)
     about = {"DOOR_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
     if "monitoring" in profiles:
         about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
@@ -73,8 +73,8 @@ def find_compose(engine: Engine) -> list[str]:
         except FileNotFoundError:
             continue
         if answer.returncode == 0:
-            if not engine.is_docker:
-                os.environ.setdefault("DOCKER_HOST", podman_socket())
+            if not engine.is_docker and "DOCKER_HOST" not in os.environ:
+                os.environ["DOCKER_HOST"] = podman_socket()
             return [*words, "--file", "docker/compose.yaml"]
     raise UserError("docker compose is missing. Install it: sudo apt-get install docker-compose-v2 (or docker-compose)")
 
@@ -88,7 +88,7 @@ def podman_socket() -> str:
                     "podman.socket, or podman system service --time=0, and name it in DOCKER_HOST")  # fmt: skip
 
 
-def wait(compose: list[str], profiles: list[str]) -> None:
+def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
     """Until the door's /health has generated a token.
 
     Raises:
@@ -106,11 +106,13 @@ def wait(compose: list[str], profiles: list[str]) -> None:
             [*compose, *(f"--profile={name}" for name in profiles), "ps", "--all", "--format", "json"],
             cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
-        states = {row["Service"]: (row["State"], row["ExitCode"]) for row in map(json.loads, asked.stdout.splitlines())}
-        failed = [name for name, (state, code) in states.items() if state == "exited" and code]
-        if failed:
-            raise UserError(f"{failed[0]} ended with code {states[failed[0]][1]}: {' '.join(compose)} logs {failed[0]}")
-        now = ", ".join(f"{name} {state}" for name, (state, _) in sorted(states.items()))
+        rows = [json.loads(line) for line in asked.stdout.splitlines()]
+        for row in rows:
+            inspect = [engine.command, "inspect", "--format", "{{.RestartCount}}", row["ID"]]
+            restarts = subprocess.run(inspect, capture_output=True, text=True).stdout.strip()
+            if (row["State"] == "exited" and row["ExitCode"]) or restarts not in ("", "0"):
+                raise UserError(f"{row['Service']} ended with an error: {' '.join(compose)} logs {row['Service']}")
+        now = ", ".join(sorted(f"{row['Service']} {row['State']}" for row in rows))
         if now != shown:
             print(f"{time.monotonic() - began:4.0f} s  {now}", flush=True)
         shown = now

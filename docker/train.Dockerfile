@@ -22,7 +22,7 @@ RUN --mount=type=secret,id=ca --mount=type=secret,id=pip_conf --mount=type=secre
     --mount=type=bind,from=wheels,target=/wheels --mount=type=cache,target=/root/.cache \
     settings() { [ ! -s "/run/secrets/$1" ] || export "$2=/run/secrets/$1"; } \
     && settings ca SSL_CERT_FILE && settings ca PIP_CERT && settings pip_conf PIP_CONFIG_FILE && settings uv_toml UV_CONFIG_FILE \
-    && PIP_FIND_LINKS=/wheels UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv/train.stamp
+    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/wheels UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv/train.stamp
 
 COPY . .
 # Any user may run it (--user), so there is no home and no name but these.

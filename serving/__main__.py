@@ -30,8 +30,9 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("exports/serve"))
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    for name, port, about in (("http", 8000, "Triton's HTTP"), ("grpc", 8001, "Triton's gRPC"),
-                              ("metrics", 8002, "Prometheus metrics"), ("door", 9000, "OpenAI's interface")):  # fmt: skip
+    ports = {"http": (8000, "Triton's HTTP"), "grpc": (8001, "Triton's gRPC"), "metrics": (8002, "Prometheus metrics"),
+             "door": (9000, "OpenAI's interface")}  # fmt: skip
+    for name, (port, about) in ports.items():
         parser.add_argument(f"--{name}-port", type=int, default=port, help=f"{about} (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the engine (default: the machine's cores)")
     parser.add_argument("--max-waiting", type=int, help="requests in the queue before others are told 'busy'")
@@ -69,8 +70,8 @@ async def serve(options: Options, state: State, console: Console) -> None:
         while not running.done() and not (supervisor.engine.is_up and supervisor.triton.is_up):
             await asyncio.sleep(0.1)
     if not running.done():
-        console.print(f"Ready after {time.monotonic() - began:.1f} s. Ctrl-C ends it.\n{addresses(state.read(), adapters)}",
-                      markup=False)  # fmt: skip
+        console.print(f"Ready after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")
+        console.print(addresses(state.read(), adapters), markup=False)
     await running
     console.print("Ended.")
 
@@ -90,8 +91,8 @@ def joined(folder: Path, state: State, console: Console) -> None:
             raise StartError(f"the running server (process {status.get('pid')}) has not taken {missing}; what it said "
                              f"is in {state.folder / 'engine.log'}")  # fmt: skip
         time.sleep(0.25)
-    console.print(f"A server is running already (process {status['pid']}); it serves {', '.join(wanted) or 'the base'}.",
-                  markup=False)  # fmt: skip
+    what = ", ".join(wanted) or "the base"
+    console.print(f"A server is running already (process {status['pid']}); it serves {what}.", markup=False)
     console.print(addresses(status, wanted), markup=False)
 
 

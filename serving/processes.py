@@ -1,4 +1,4 @@
-"""A part of the server as a process that does not outlive it: started, watched for life, ended with all its children."""
+"""A part of the server as a process that does not outlive it: started, watched, ended with all its children."""
 
 import contextlib
 import ctypes
@@ -16,6 +16,7 @@ import psutil
 LOG_BYTES = 10 << 20
 DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
 STEADY = 5.0  # seconds a part must have answered to have its deaths forgotten
+WORTH_A_LOOK = 0.5  # seconds of silence
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 _libc = ctypes.CDLL(None)
@@ -28,7 +29,8 @@ class Part:
     Attributes:
         is_up: whether it has answered since its last start; `up_at`: when it first did, on the monotonic clock.
         silence: seconds since its last sign of life, of those that the supervisor itself has been awake.
-        idleness: seconds since it last used the processor, counted likewise.
+        stillness: of them, those in which it did nothing and did not want to: on a machine that is busy, a process may
+            be silent only because it has to wait for a processor.
         deaths: how often it has died in a row; `start_at`: when it is started again.
     """
 
@@ -42,11 +44,10 @@ class Part:
     is_up: bool = False
     up_at: float = 0.0
     silence: float = 0.0
-    idleness: float = 0.0
+    stillness: float = 0.0
     deaths: int = 0
     start_at: float = 0.0
     ended_for: str = ""
-    _used: float = 0.0  # seconds of the processor
     _kills: int = 0
 
     def start(self) -> None:
@@ -55,7 +56,7 @@ class Part:
                 self.command, cwd=self.folder, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
                 stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with(os.getpid(), self.expendable),
             )  # fmt: skip
-        self.is_up, self.silence, self.idleness, self.ended_for = False, 0.0, 0.0, ""
+        self.is_up, self.silence, self.stillness, self.ended_for = False, 0.0, 0.0, ""
         self._kills = kills_for_memory()
 
     @property
@@ -66,16 +67,18 @@ class Part:
         """It has shown that it lives."""
         if not self.is_up:
             self.is_up, self.up_at = True, time.monotonic()
-        self.silence = self.idleness = 0.0
+        self.silence = self.stillness = 0.0
 
     def time_passes(self, seconds: float) -> None:
         """Without a sign of life, of which `answered` would tell."""
         self.silence += seconds
-        with contextlib.suppress(psutil.NoSuchProcess):
-            times = psutil.Process(self.pid).cpu_times()
-            used = times.user + times.system
-            self.idleness = self.idleness + seconds if used == self._used else 0.0
-            self._used = used
+        if self.silence < WORTH_A_LOOK or not any(map(wants_to_run, self.family)):
+            self.stillness += seconds
+
+    @property
+    def family(self) -> list[int]:
+        """Its process and that process's children."""
+        return [self.pid, *(process.pid for process in descendants(self.pid))]
 
     @property
     def pid(self) -> int:
@@ -137,6 +140,15 @@ class Part:
 def adopt_orphans() -> None:
     """Make this process the parent of its descendants' orphans, so that `Part.kill` leaves no zombies."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def wants_to_run(pid: int) -> bool:
+    """Whether a thread of it runs, waits for a processor or for a disk."""
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):
+            if thread.read_text().rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 def is_stopped(pid: int) -> bool:

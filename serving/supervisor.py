@@ -38,9 +38,11 @@ from serving.processes import LOG_BYTES, Part, adopt_orphans, descendants, is_st
 from serving.state import ENGINE_SOCKET, State
 
 TICK = 0.1  # seconds
-SILENCE = 1.5  # seconds without a sign of life after which a part hangs ...
-BUSY_SILENCE = 15.0  # ... or, of an engine that computes: a step of it may be long on a machine that is busy
-START = 30.0  # seconds that Triton may take once the engine answers
+# Seconds without a sign of life after which a part hangs ...
+SILENCE_STOPPED = 1.0  # ... that was stopped, or a process of it
+SILENCE = 1.5  # ... that does nothing
+SILENCE_BUSY = 15.0  # ... that computes, or waits for a processor: a step may be long on a machine that is busy
+START = 60.0  # seconds that Triton may take once the engine answers
 PROBE_EVERY = 10.0  # seconds without a generated token before one is asked for
 PROBE_DEADLINE = 5.0
 DRAIN = 7.0  # seconds that requests in flight have to end after SIGTERM, of 10 in all
@@ -234,10 +236,11 @@ class Supervisor:
                 if time.monotonic() >= part.start_at:
                     self._start(part)
                 continue
-            part.time_passes(TICK)
             if not part.is_running:
                 self._bury(part)
-            elif reason := self._hangs(part):
+                continue
+            part.time_passes(TICK)
+            if reason := self._hangs(part):
                 part.ended_for = reason
                 self._bury(part)
             elif part is self.door:
@@ -254,14 +257,10 @@ class Supervisor:
         """Why `part` must be ended though its process is there; "" where it need not."""
         if part is self.triton and (reason := self._lacks_a_stub()):
             return reason
-        if part.silence <= SILENCE:
-            return ""
-        if is_stopped(part.pid):
+        if part.silence > SILENCE_STOPPED and any(map(is_stopped, part.family)):
             return "it was stopped"
-        if part is self.engine and part.is_up and (part.idleness > SILENCE or part.silence > BUSY_SILENCE):
-            return f"no beat for {part.silence:.1f} s"
-        if part is self.triton and part.is_up:
-            return f"no answer for {part.silence:.1f} s"
+        if part.is_up and (part.stillness > SILENCE or part.silence > SILENCE_BUSY):
+            return f"no sign of life for {part.silence:.1f} s"
         late = part is self.triton and self.engine.is_up and time.monotonic() - self.engine.up_at > START
         return f"it does not answer {START:.0f} s after the engine" if late and part.silence > START else ""
 
@@ -293,7 +292,7 @@ class Supervisor:
             writer.close()
 
     async def _ask_triton(self) -> None:
-        """Triton lives while it says so and both stubs have moved since they last did."""
+        """Triton lives while it says so and its stubs have moved since they last did."""
         await asyncio.sleep(2 * TICK)
         if not self.triton.is_up:
             ready = await self.http.get("/v2/models/gemma/ready", timeout=1)
@@ -303,9 +302,10 @@ class Supervisor:
             asked = await self.http.post("/v2/models/adapters/generate", json={"name": ""}, timeout=5)
         else:
             asked = await self.http.get("/v2/health/live", timeout=1)
-        moved = {beat: (self.folder / beat).stat().st_mtime_ns for beat in BEATS}
+        expected = BEATS if self.engine.is_up else BEATS[1:]  # the model's stub is being replaced
+        moved = {beat: (self.folder / beat).stat().st_mtime_ns for beat in expected}
         if asked.status_code == 200 and all(self.moved.get(beat) != at for beat, at in moved.items()):
-            self.moved = moved
+            self.moved |= moved
             self.triton.answered()
 
     async def _probe(self) -> None:
@@ -322,7 +322,8 @@ class Supervisor:
             answer = await self.http.post("/v2/models/gemma/generate", json=body, timeout=PROBE_DEADLINE)
             problem = "" if answer.status_code == 200 or f"{protocol.BUSY}:" in answer.text else answer.text[:200]
         except httpx.HTTPError as error:
-            problem = type(error).__name__
+            is_slow = self.beat.get("running") or self.beat.get("waiting")  # but the engine has been asked
+            problem = "" if is_slow else type(error).__name__
         if not problem:
             self.generated_at = time.monotonic()
         elif before == [part.is_up and part.up_at for part in (self.engine, self.triton)] and not self.ending.is_set():
@@ -346,11 +347,9 @@ class Supervisor:
 
 async def _forever(watcher: Callable[[], Awaitable[None]]) -> None:
     while True:
-        try:
+        with contextlib.suppress(OSError, ValueError, httpx.HTTPError, protocol.RequestError):
             await watcher()
-        except (OSError, ValueError, httpx.HTTPError, protocol.RequestError):
-            pass  # there is nobody, or nobody any more
-        await asyncio.sleep(TICK)
+        await asyncio.sleep(TICK)  # there is nobody, or nobody any more
 
 
 def _event_log(file: Path) -> logging.Logger:

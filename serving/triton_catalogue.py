@@ -1,7 +1,7 @@
 """`model.py` of the Triton model `adapters`: what is served, and how it is asked. The standard library is all it needs.
 
-Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list of `{…serving.json, "prompt": prompt.json}`.
-The adapters' folders lie beside the model repository and are read at each request.
+Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list, an adapter as its `serving.json` with its
+`prompt.json` as "prompt". The adapters' folders lie beside the model repository and are read at each request.
 
 Before the embedded engine it also keeps the gate: `gemma` unloads itself when its engine has ended, and is loaded again
 here, which lasts until the engine answers. So Triton's own readiness is true at every moment, and nobody outside needs

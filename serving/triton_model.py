@@ -5,12 +5,12 @@ nor weights: requests go to the engine over a Unix socket, and what it says goes
 process may die and the weights stay loaded; and where the engine dies, everybody who waits is told so at once.
 
 Two threads: Triton's own calls `execute`; the other hears the engine, answers, notices clients that have left, and
-touches `gemma.beat`, by which the supervisor sees that it lives. The working directory is the supervisor's state folder.
+touches `gemma.beat`, by which the supervisor sees that it lives. The working directory is its state folder.
 
 As in NVIDIA's backend, parts of a stream are what is new since the last one, `stream` = false makes one response that
-begins with the prompt unless `exclude_input_in_output`, and parameters come as `sampling_parameters` or as parameters of
-the request. Unlike there, a parameter that is unknown or out of range is an error. An error's text begins with its code
-(`protocol.CODES`).
+begins with the prompt unless `exclude_input_in_output`, and parameters come as `sampling_parameters` or as parameters
+of the request. Unlike there, a parameter that is unknown or out of range is an error. An error's text begins with its
+code (`protocol.CODES`).
 """
 
 import itertools

@@ -29,7 +29,8 @@ def lay_out_backend(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "python").mkdir(parents=True)
     for file in (*(_server() / "backends" / "python").iterdir(), *stub.iterdir()):
-        shutil.copy2(file, folder / "python")
+        if file.is_file():  # where everything was compiled, as in an image, __pycache__ lies there too
+            shutil.copy2(file, folder / "python")
 
 
 def command(

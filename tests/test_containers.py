@@ -1,4 +1,4 @@
-"""Images, `make train RUNTIME=container` and `make up`. What needs a container engine runs where .ci/containers set it up."""
+"""Images, `make train RUNTIME=container` and `make up`. What needs an engine runs where .ci/containers set one up."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says:
 
 def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="no container engine is here. Install docker or podman"):
+    with pytest.raises(UserError, match=r"no container engine is here\. Install docker or podman"):
         image.find_engine()
     program(tmp_path, "docker", 'echo \'{"ServerErrors": ["Cannot connect to the daemon"]}\'')
     with pytest.raises(UserError, match="docker is installed, but: Cannot connect to the daemon"):
@@ -116,8 +117,8 @@ def test_gpus_limits_and_the_user_are_passed_on(tmp_path: Path, monkeypatch: pyt
 def test_what_the_words_name_is_mounted(tmp_path: Path) -> None:
     (tmp_path / "my rows.csv").touch()
     found = container.mounts([
-        f"task.data.source='{tmp_path}/my rows.csv'", "model.path=/nowhere", "runs_dir=runs/mine", f"data_dir={tmp_path}/d",
-        "task.data.source=hf:owner/name", "task.data.source=README.md",
+        f"task.data.source='{tmp_path}/my rows.csv'", "model.path=/nowhere", "runs_dir=runs/mine",
+        f"data_dir={tmp_path}/d", "task.data.source=hf:owner/name", "task.data.source=README.md",
     ])  # fmt: skip
     assert found == [
         f"--volume={tmp_path}/my rows.csv:{tmp_path}/my rows.csv:ro", f"--volume={tmp_path}:{tmp_path}",
@@ -151,9 +152,233 @@ def test_the_dashboard_asks_prometheus_and_its_panels_do_not_overlap() -> None:
 
 @pytest.mark.slow
 def test_gpus_are_processes_of_one_training(source: Path, tiny_base: Path, tmp_path: Path) -> None:
-    words = command(source, tiny_base, tmp_path)[3:]
-    result = make("train", "RUNTIME=local", "GPUS=2", f"ARGS={' '.join(words)} task.train.epochs=1")
+    words = command(source, tiny_base, tmp_path, "task.train.epochs=1")[3:]
+    result = make("train", "RUNTIME=local", "GPUS=2", f"ARGS={' '.join(words)}")
     assert result.returncode == 0, result.stderr
     run = only_run(tmp_path)
     assert (run / "logs/process1.log").exists()
     assert (run / "report.html").exists()
+
+
+# --- for real -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """The engine that .ci/containers has set up, with the images in it."""
+    if not os.environ.get("BASE_IMAGE"):
+        pytest.skip("BASE_IMAGE names no image to build on: bash .ci/containers makes one, and the engine for it")
+    os.environ["VARIANT"] = "cpu"
+    return image.find_engine(("docker", "podman"))
+
+
+def inside(engine: Engine, kind: str, script: str) -> str:
+    words = [engine.command, "run", "--rm", "--user=0", "--network=none", image.tag(kind, "cpu"), "sh", "-c"]
+    return subprocess.run([*words, script], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", image.KINDS)
+def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) -> None:
+    first = image.build(engine, kind, "cpu", quiet=True)
+    identity = [engine.command, "image", "inspect", "--format", "{{.Id}}", first]
+    before = subprocess.run(identity, capture_output=True, text=True, check=True).stdout
+    began = time.monotonic()
+    assert image.build(engine, kind, "cpu", quiet=True) == first
+    assert time.monotonic() - began < 20  # installing takes minutes
+    assert subprocess.run(identity, capture_output=True, text=True, check=True).stdout == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", image.KINDS)
+def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kind: str) -> None:
+    found = inside(engine, kind, "cd /opt/gemma-nemo; ls -A; find / -xdev \\( -name pip.conf -o -name .netrc -o -path"
+                   " '/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*' -o -path '/var/cache/apt/*'"
+                   " -o -path '/run/secrets/*' \\)")  # fmt: skip
+    environment = ".venv" if kind == "train" else ".venv-serve"
+    assert set(found.split()) == {
+        environment, "LICENSE", "Makefile", "converters", "data", "data_prep", "evaluation", "exports", "models",
+        "nemo_configs", "pyproject.toml", "runs", "serve.lock", "serving", "train.lock", "training",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", image.KINDS)
+def test_what_the_build_was_told_is_not_in_the_image(engine: Engine, kind: str) -> None:
+    told = Path(os.environ.get("PIP_CONFIG_FILE", ""))
+    if not told.is_file():
+        pytest.skip("PIP_CONFIG_FILE named nothing to the build: bash .ci/containers writes one")
+    (secret,) = re.findall("token (.+)", told.read_text())
+    assert inside(engine, kind, f"cd /; grep -rlF {secret} bin etc home opt root run srv tmp usr var || true") == ""
+    history = [engine.command, "history", "--no-trunc", "--format", "{{.CreatedBy}}", image.tag(kind, "cpu")]
+    said = subprocess.run(history, capture_output=True, text=True, check=True).stdout
+    assert "train.stamp" in said or "serve.stamp" in said
+    assert secret not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", image.KINDS)
+def test_an_image_says_what_it_is_and_how_it_is_well(engine: Engine, kind: str) -> None:
+    asked = subprocess.run(
+        [engine.command, "image", "inspect", image.tag(kind, "cpu")], capture_output=True, check=True
+    )
+    config = json.loads(asked.stdout)[0]["Config"]
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert len(labels["org.opencontainers.image.revision"]) >= 40
+    assert config["User"] == "10001:10001"
+    check = " ".join((config.get("Healthcheck") or {}).get("Test", []))
+    assert ("/v2/models/gemma/generate" in check) == (kind == "serve")
+
+
+@pytest.mark.slow
+def test_a_container_trains_to_the_same_bits(engine: Engine, source: Path, tiny_base: Path, tmp_path: Path) -> None:
+    words = {where: command(source, tiny_base, tmp_path / where, "task.train.epochs=1") for where in ("here", "there")}
+    result = train(words["here"])
+    assert result.returncode == 0, result.stderr
+    result = make("train", "RUNTIME=container", f"ARGS={' '.join(words['there'][3:])}", HF_TOKEN=SECRET)
+    assert result.returncode == 0, result.stderr
+    here, there = only_run(tmp_path / "here"), only_run(tmp_path / "there")
+    assert here.name == there.name
+    assert course(here) == course(there)
+    checkpoints = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (here, there)]
+    assert checkpoints[0] == checkpoints[1]  # named by the hash of their bytes
+    assert {path.stat().st_uid for path in there.rglob("*")} == {os.getuid()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [("stop", 75), ("Ctrl-C", 130)])
+def test_a_stopped_container_leaves_a_checkpoint(
+    engine: Engine, source: Path, tiny_base: Path, tmp_path: Path, how: str, code: int
+) -> None:
+    words = command(source, tiny_base, tmp_path, "task.train.epochs=400")[2:]
+    environment = {**ENVIRONMENT, "HF_TOKEN": SECRET}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "docker.container", *words], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    said = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if "epoch 1: validation" in line:
+                break
+        assert SECRET not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        if how == "stop":
+            subprocess.run([engine.command, "stop", f"gemma-nemo-{process.pid}"], capture_output=True, check=True)
+        else:
+            process.send_signal(signal.SIGINT)
+        said += process.stdout.readlines()
+        assert process.wait(60) == code, "".join(said)
+    finally:
+        process.kill()
+    assert "checkpoint written; the same command goes on" in said[-1]
+    assert list((only_run(tmp_path) / "checkpoints").glob("step=*.ckpt"))
+
+
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "DOOR_PORT", "WEB_PORT", "PROMETHEUS_PORT")
+
+
+@pytest.fixture(scope="session")
+def stack(engine: Engine) -> Iterator[dict[str, str]]:
+    """`make up` of the cpu profile: {name of a port: number}."""
+    if not shutil.which("docker-compose"):
+        pytest.skip("docker-compose is not installed: bash .ci/containers brings it")
+    if (ROOT / "exports").is_symlink():
+        pytest.skip("exports is a link: the container would not find the base beside it")
+    with contextlib.ExitStack() as sockets:
+        free = [sockets.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in PORTS]
+    ports = dict(zip(PORTS, map(str, free), strict=True))
+    settings = {**ports, "COMPOSE_PROJECT_NAME": "gemma-test", "PROFILES": "cpu", "VARIANT": "cpu"}
+    result = make("up", **settings)
+    try:
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        assert f"http://127.0.0.1:{ports['WEB_PORT']}" in result.stdout
+        yield ports
+    finally:
+        assert make("down", **settings).returncode == 0
+        left = subprocess.run([engine.command, "ps", "--all", "--format", "{{.Names}}"], capture_output=True, text=True)
+        assert "gemma-test" not in left.stdout
+
+
+def ask(port: str, path: str, body: dict[str, object] | None = None) -> str:
+    data = json.dumps(body).encode() if body else None
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read().decode()
+
+
+@pytest.mark.slow
+def test_the_stack_answers_through_triton_the_door_and_the_website(stack: dict[str, str]) -> None:
+    asked = {"text_input": "The sea is", "parameters": {"max_tokens": 4, "temperature": 0, "lora_name": "slang"}}
+    answer = json.loads(ask(stack["HTTP_PORT"], "/v2/models/gemma/generate", asked))
+    assert answer["text_output"].startswith("The sea is ")
+    models = json.loads(ask(stack["DOOR_PORT"], "/v1/models"))
+    assert "slang" in [model["id"] for model in models["data"]]
+    assert "slang" in ask(stack["WEB_PORT"], "/").lower()
+
+
+@pytest.mark.slow
+def test_every_metric_of_the_dashboard_is_told_by_a_running_stack(stack: dict[str, str]) -> None:
+    ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+    told = ask(stack["METRICS_PORT"], "/metrics") + ask(stack["DOOR_PORT"], "/metrics")
+    families = set(re.findall(r"^# TYPE (\S+)", told, re.MULTILINE)) | set(re.findall(r"^(\w+)", told, re.MULTILINE))
+    board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"\b(?:gemma|nv|door)_\w+", query)}
+    assert asked and asked <= families, asked - families
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="no Prometheus: bash .ci/containers brings Debian's")
+def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str], tmp_path: Path) -> None:
+    """A Prometheus of Debian's, outside of the containers: the addresses are the published ones."""
+    settings = (ROOT / "docker/prometheus/prometheus.yml").read_text()
+    for there, port in (("triton:8002", "METRICS_PORT"), ("door:9000", "DOOR_PORT")):
+        assert there in settings
+        settings = settings.replace(there, f"127.0.0.1:{stack[port]}")
+    (tmp_path / "prometheus.yml").write_text(settings.replace("scrape_interval: 5s", "scrape_interval: 1s"))
+    address = f"127.0.0.1:{stack['PROMETHEUS_PORT']}"
+    words = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+             f"--web.listen-address={address}"]  # fmt: skip
+    board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
+        try:
+            until, empty = time.monotonic() + 40, queries
+            while empty and time.monotonic() < until:
+                time.sleep(1)
+                ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+                with contextlib.suppress(OSError):
+                    empty = [query for query in empty if not found(stack["PROMETHEUS_PORT"], query)]
+            assert [query for query in empty if "failure" not in query and "restarts" not in query] == []
+        finally:
+            process.terminate()
+
+
+def found(port: str, query: str) -> list[object]:
+    """The series of a query; raises where Prometheus does not understand it."""
+    answer = json.loads(ask(port, f"/api/v1/query?query={urllib.parse.quote(query)}"))
+    series: list[object] = answer["data"]["result"]
+    return series
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "monitoring"])
+def test_compose_understands_its_file(profile: str) -> None:
+    if not shutil.which("docker-compose"):
+        pytest.skip("docker-compose is not installed: bash .ci/containers brings it")
+    words = ["docker-compose", "--file", "docker/compose.yaml", "--profile", profile, "config", "--format", "json"]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_TOKEN": ""})
+    assert result.returncode == 0, result.stderr
+    services = json.loads(result.stdout)["services"]
+    published = [port for service in services.values() for port in service.get("ports", [])]
+    assert published and all(port["host_ip"] == "127.0.0.1" for port in published)
+
+
+@pytest.mark.parametrize("kind", image.KINDS)
+def test_dockerfiles_are_clean(kind: str) -> None:
+    if not shutil.which("hadolint"):
+        pytest.skip("hadolint is not installed: bash .ci/containers brings it")
+    result = subprocess.run(["hadolint", f"docker/{kind}.Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

@@ -1,0 +1,138 @@
+"""A served folder that is ready in seconds: the tiny base with three random adapters, and the stack that serves it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from data_prep.prompt import Prompt
+from serving.repository import put_adapter, write_repository
+
+SERVING_PYTHON = ROOT / ".venv-serve/bin/python"
+TURNS = "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<eos>"
+PROMPTS = {
+    "slang": Prompt(
+        "Instruction:\n{instruction}\n\nResponse:\n{response}", "{tag}{context}{condition}",
+        "Slang: {slang}\nDefinition: {description}",
+        {"tag": "Make a term:\n", "context": "At the zoo. ", "condition": "Be brief."},
+    ),
+    "squid_game": Prompt(TURNS, "{question}", "{answer}", {"question": "Summarize"}),
+    "chat": Prompt(TURNS, "{message}", "{answer}", {"message": "Hi!"}),
+}  # fmt: skip
+SAMPLING = {"temperature": 0.7, "max_tokens": 24}
+QUEUE = 8  # requests that may wait, so that the tests meet a busy server
+
+
+@dataclass
+class Stack:
+    """What `python -m serving` runs: the addresses, and the process of each part."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    ports: dict[str, int]
+
+    @property
+    def grpc(self) -> str:
+        return f"127.0.0.1:{self.ports['grpc']}"
+
+    @property
+    def http(self) -> str:
+        return f"http://127.0.0.1:{self.ports['http']}"
+
+    @property
+    def door(self) -> str:
+        return f"http://127.0.0.1:{self.ports['door']}"
+
+    def part(self, name: str) -> psutil.Process:
+        """The process of the engine, of tritonserver or of the door."""
+        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.door"}[name]
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if any(word in argument for argument in child.cmdline()))
+
+    @contextmanager
+    def stopped(self, name: str) -> Iterator[None]:
+        """A part that hangs: it is there and does nothing. The supervisor sleeps too, or it would put an end to it."""
+        processes = [psutil.Process(self.process.pid), self.part(name)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in reversed(processes):
+                process.resume()
+
+    def stats(self) -> dict[str, Any]:
+        """What the engine says of itself: `running` and `waiting` requests, and more."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(os.path.relpath(self.folder / "state/engine.sock"))
+            connection.settimeout(20)
+            for line in connection.makefile(encoding="utf-8"):
+                if beat := json.loads(line).get("beat"):
+                    return dict(beat)
+        raise AssertionError("the engine has ended")
+
+
+def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
+    """What `serving.prepare` makes of finished runs, of adapters that nobody trained."""
+    for number, (name, prompt) in enumerate(PROMPTS.items()):
+        torch.manual_seed(number)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
+        )
+        model.save_pretrained(scratch / name)
+        prompt.save(scratch / name)
+        put_adapter(folder, scratch / name, {
+            "name": name, "task": name, "title": name.title(), "base": base.name, "sampling": SAMPLING, "run": "a-run",
+            "has_turns": bool(prompt.end), "field": "context" if name == "slang" else None,
+        })  # fmt: skip
+    write_repository(folder, base)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(one.getsockname()[1]) for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def serve_tiny(base: Path, scratch: Path) -> Iterator[Stack]:
+    """`python -m serving`, ready to be asked."""
+    if not SERVING_PYTHON.exists():
+        pytest.skip("needs the serving environment: make serve-env")
+    folder = scratch / "serve"
+    write_tiny_folder(folder, base, scratch)
+    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    process = subprocess.Popen(
+        [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--threads", "1", "--max-waiting", str(QUEUE), *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        said = ""
+        assert process.stdout
+        for line in process.stdout:
+            said += line
+            if line.startswith("Ready"):
+                break
+        else:
+            raise AssertionError(f"the server did not start:\n{said}")
+        yield Stack(process, folder, ports)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
