@@ -9,8 +9,12 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -390,3 +394,68 @@ def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_pa
         result, asked = follow(tmp_path / name, [complete], [[pod("a-10", 0, ended(0))]], before)
         assert result.returncode == 0 and "log of a-10" in result.stdout
         assert [words[0] for words in asked if words[0] in ("apply", "delete")] == made, name
+
+
+# --- the serving Pod, run -------------------------------------------------------------------------------------------
+
+
+def podman(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["podman", *words], capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The Pod of overlays/cpu as podman runs it, with folders of this machine for claims; the address of its door."""
+    for kind in ("train", "serve"):
+        if not shutil.which("podman") or podman("image", "exists", f"localhost/gemma-nemo/{kind}:cpu").returncode:
+            pytest.skip(f"podman has no gemma-nemo/{kind}:cpu: source .ci/containers-env, make image KIND={kind}")
+    spec = copy.deepcopy(one("Deployment", clusters["cpu"])["spec"]["template"]["spec"])
+    models = tmp_path / "models"
+    shutil.copytree(base_folder, models / base_folder.name)
+    for name in ("data", "runs"):
+        (tmp_path / name).mkdir()
+    tmp_path.chmod(0o755)
+    models.chmod(0o777)
+    for volume in spec["volumes"]:
+        if volume.pop("persistentVolumeClaim", None):
+            volume["hostPath"] = {"path": str(tmp_path / volume["name"]), "type": "Directory"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for container in spec["containers"] + spec["initContainers"]:
+        container["image"] = container["image"].replace("gemma-nemo/", "localhost/gemma-nemo/")
+        container["imagePullPolicy"] = "Never"
+        container["ports"] = [{**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", [])
+                              if p["name"] == "openai"]  # fmt: skip
+    del spec["topologySpreadConstraints"]  # podman has one machine
+    name = f"serve-{port}"
+    manifest = tmp_path / "pod.yaml"
+    manifest.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}))
+    played = podman("play", "kube", str(manifest))
+    try:
+        assert played.returncode == 0, played.stderr
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        podman("play", "kube", "--down", str(manifest))
+        podman("pod", "rm", "--force", name)
+        podman("volume", "rm", "--force", *(volume["name"] for volume in spec["volumes"] if "emptyDir" in volume))
+
+
+@CLUSTER
+@pytest.mark.slow
+def test_the_serving_pod_generates_in_a_container_engine(serving_pod: str) -> None:
+    until = time.monotonic() + 240
+    while True:
+        try:
+            with urllib.request.urlopen(f"{serving_pod}/health", timeout=20) as answer:
+                assert json.load(answer)["status"] == "ok"
+            break
+        except OSError:
+            assert time.monotonic() < until, podman("logs", f"{podman('ps', '-alq').stdout.strip()}").stderr
+            time.sleep(1)
+    asked = {"model": "gemma-3-270m", "prompt": "The capital of France is", "max_tokens": 5, "temperature": 0}
+    with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=20) as answer:
+        asked["model"] = json.load(answer)["data"][0]["id"]
+    request = urllib.request.Request(f"{serving_pod}/v1/completions", json.dumps(asked).encode(),
+                                     {"Content-Type": "application/json"})  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert "Paris" in json.load(answer)["choices"][0]["text"]
