@@ -120,6 +120,12 @@ up:  ## Triton, website, Prometheus and Grafana in containers              TASKS
 down:  ## end what `make up` began
 	@$(PYTHON) -m docker.stack down
 
+# --- Kubernetes ---------------------------------------------------------------------------------------------------
+.PHONY: cluster
+cluster:  ## a namespace with claims and serving on Kubernetes             RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
+	@$(if $(filter k8s,$(RUNTIME)),,$(error make cluster is for RUNTIME=k8s; Slurm clusters need nothing before make train))
+	@$(PYTHON) -m docker.kubernetes cluster
+
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
 web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      WEB_PASSWORD=... ARGS="--port 8081 --clean"

@@ -25,6 +25,8 @@ CONFIG_DIR = Path(__file__).resolve().parent
 class UserError(Exception):
     """A mistake of the user's or of the machine's: its text says what, where and what to do."""
 
+    exit_code = 2
+
 
 def names(group: str) -> list[str]:
     """The names a config group knows, e.g. `names("task")` → `["slang", ...]`."""
@@ -80,7 +82,8 @@ def _device() -> str:
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Call `main(sys.argv[1:])` and exit: 0 when done, 2 on a `UserError`, 130 on Ctrl-C. No traceback for those."""
+    """Call `main(sys.argv[1:])` and exit: 0 when done, 2 on a `UserError` that names no other code, 130 on Ctrl-C; no
+    traceback for those."""
     # Libraries' remarks about their own future, and progress bars in a log file, hide what a user needs to read.
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -91,7 +94,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

@@ -27,6 +27,7 @@ from training.distribute import AdapterParallel, shard_base, split_base
 from training.fast_layers import speed_up
 from training.launch import check_heads, check_processes
 from training.packing import use_packed_attention
+from training.stopping import LOST
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("ddp", "fsdp2", "tp")
@@ -282,7 +283,7 @@ def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
     pids = workers(process)
     os.kill(pids[1], signal.SIGKILL)
     errors = finish(process, timeout=60)[1]
-    assert process.returncode == 2
+    assert process.returncode == LOST
     assert "training process 1 of 2 was killed by SIGKILL" in errors and "Traceback" not in errors
     assert_gone(list(pids.values()))
 

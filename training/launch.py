@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_configs.command_line import UserError
-from training.stopping import Stopped
+from training.stopping import LOST, Stopped
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -36,6 +36,12 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to the workers, w
 CTRL_C = 130  # the exit code of a program stopped by it
 GRACE = 10.0  # seconds the others have to end by themselves when one has died
 JOIN = 3600.0  # seconds a machine waits for the first one to appear; what that one does before training has no limit
+
+
+class Lost(UserError):
+    """A process or machine of the run has gone, for a reason that need not be there the next time."""
+
+    exit_code = LOST
 
 
 def check_processes(config: DictConfig) -> int:
@@ -115,8 +121,8 @@ def open_store(config: DictConfig) -> "TCPStore":
             )
         except (DistNetworkError, DistStoreError) as error:
             if time.monotonic() > until:
-                what = "cannot listen" if first else "no answer"
-                raise UserError(f"{what} on MASTER_ADDR={address} MASTER_PORT={port}: {error}") from None
+                kind, what = (UserError, "cannot listen") if first else (Lost, "no answer")
+                raise kind(f"{what} on MASTER_ADDR={address} MASTER_PORT={port}: {error}") from None
 
 
 def follow(config: DictConfig) -> None:
@@ -128,7 +134,7 @@ def follow(config: DictConfig) -> None:
             time.sleep(0.2)
         folders = json.loads(store.get("folders"))
     except RuntimeError:
-        raise UserError("the first machine ended before it came to the training: see its output") from None
+        raise Lost("the first machine ended before it came to the training: see its output") from None
     if folders:
         watch(config, store, folders)
 
@@ -147,7 +153,7 @@ def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder:
         The memory in GiB that the largest of this machine's processes held.
 
     Raises:
-        UserError: what stopped them, once: the sentence of one of them, or which one died and how.
+        UserError: what stopped them, once: the sentence of one of them; `Lost`: which one died and how.
         SystemExit: with the workers' own exit code, where that says what a scheduler should do.
     """
     import gc
@@ -214,8 +220,8 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
     codes = {rank: worker.returncode for rank, worker in workers.items() if worker.returncode}
     if not codes and len(workers) == devices:
         return
-    if reason := _stopped(store):
-        raise UserError(reason)
+    if why := _stopped(store):
+        raise why
     died = {rank: code for rank, code in codes.items() if rank not in killed}
     answers = [code for code in died.values() if code > 2 and code != CTRL_C]
     if received and not answers:  # before a worker was ready to answer it
@@ -234,16 +240,19 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
     if written:
         reason += f". Its output: {', '.join(map(str, written))}"
     with contextlib.suppress(RuntimeError):  # the first machine may have gone
-        store.compare_set("stop", "", reason)
-    raise UserError(reason)
+        store.compare_set("lost", "", reason)
+    raise Lost(reason)
 
 
-def _stopped(store: "TCPStore") -> str | None:
+def _stopped(store: "TCPStore") -> UserError | None:
     """Why all have to stop, where one has said so."""
     try:
-        return store.get("stop").decode() if store.check(["stop"]) else None
+        for key, kind in (("stop", UserError), ("lost", Lost)):
+            if store.check([key]):
+                return kind(store.get(key).decode())
     except RuntimeError:
-        return "the first machine has gone: see its output. The same command goes on from the last checkpoint"
+        return Lost("the first machine has gone: see its output. The same command goes on from the last checkpoint")
+    return None
 
 
 def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:

@@ -5,6 +5,7 @@ that a layer keeps for its backward pass, summed over the architecture; they gro
 Three constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests/test_memory.py.
 """
 
+import copy
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nemo_configs.command_line import UserError, plain
 from training.batches import Batches
@@ -33,11 +34,11 @@ FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass
 class Estimate:
-    """Bytes at the peak of a training step."""
+    """Bytes at the peak of a training step, in each of the processes that share the work."""
 
     process: float
     weights: float
-    adapter: float  # float32, with its gradient
+    adapter: float  # float32, with its gradient; of several processes, with the message that sums gradients
     optimizer: float  # two moments in float32
     activations: float
     logits: float
@@ -90,20 +91,30 @@ def estimate(
         UserError: `config.peft` does not fit the model.
     """
     architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(architecture, dtype=dtype)
-    linear = sum(layer.weight.numel() for name, layer in base.named_modules()
-                 if isinstance(layer, nn.Linear) and name != "lm_head")  # fmt: skip
-    weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
+    trainer, layers = config.trainer, architecture.num_hidden_layers
+    processes = trainer.devices * trainer.num_nodes
     settings = {
         key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")
     }
-    if config.peft.quantization:
-        weights += linear * (FOUR_BITS - dtype.itemsize)
+    base = _without_memory(architecture, dtype)
+    linear = sum(layer.weight.numel() for name, layer in base.named_modules()
+                 if isinstance(layer, nn.Linear) and name != "lm_head")  # fmt: skip
+    weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
+    in_layers = sum(weight.numel() for weight in base.model.layers.parameters()) * dtype.itemsize
     with torch.device("meta"):
         model = add_lora(base, settings)
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    layers = architecture.num_hidden_layers
+    if config.peft.quantization:
+        weights += linear * (FOUR_BITS - dtype.itemsize)
+    if trainer.strategy == "fsdp2" and processes > 1:  # its share; whole the embedding, a layer, and the next one
+        weights = weights / processes + (weights - in_layers) + 2 * in_layers / layers
+    elif trainer.strategy == "tp":  # what remains is an architecture of fewer heads and features
+        weights -= linear * dtype.itemsize * (1 - 1 / trainer.devices)
+        architecture = copy.deepcopy(architecture)
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+            setattr(architecture, name, getattr(architecture, name) // trainer.devices)
+        with torch.device("meta"):
+            model = add_lora(_without_memory(architecture, dtype), settings)
     ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
     kept = layer_bytes(architecture, model, dtype, ours, longest) * (BACKWARD if ours else BACKWARD_OF_PEFT)
     if config.task.train.gradient_checkpointing:  # every layer's input, and one layer whole
@@ -113,11 +124,16 @@ def estimate(
     return Estimate(
         process=PROCESS if config.trainer.accelerator == "cpu" else 0,
         weights=weights,
-        adapter=8 * adapter,
+        adapter=(8 if processes == 1 else 12) * adapter,
         optimizer=8 * adapter,
         activations=tokens * kept,
         logits=learned * (BLOCK * (8 + dtype.itemsize) + 4 * architecture.hidden_size),
     )
+
+
+def _without_memory(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
 def layer_bytes(

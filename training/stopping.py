@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what a scheduler may take as "start the same command again"
+LOST = 69  # EX_UNAVAILABLE: a process or machine of the run has gone; the same command goes on, if that does not recur
 
 
 class Stopped(BaseException):

@@ -1,0 +1,461 @@
+"""What `make cluster RUNTIME=k8s` and `make train RUNTIME=k8s` render is what Kubernetes takes, and safe.
+
+Every document is held to Kubernetes' own schemas. No API server runs here: where a cluster has to answer, a stand-in
+for kubectl gives the answers that a real one (1.36) gave.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from conftest import ROOT
+
+from evaluation.gate import NOT_BETTER
+from nemo_configs.command_line import UserError
+from training.stopping import LOST, TRY_AGAIN
+
+OVERLAYS = ("cpu", "gpu")
+JOBS = ("indexed", "trainjob", "pytorchjob")
+SETTINGS = ("NODES", "GPUS_PER_NODE", "GPUS", "OVERLAY", "NAMESPACE", "IMAGE", "TRAIN_IMAGE", "JOB", "TASKS", "DRY_RUN")
+KUBEFLOW = ("TrainJob", "TrainingRuntime", "PyTorchJob")  # whose schemas are in no package
+CLUSTER = pytest.mark.skipif(
+    not shutil.which("kubectl") and not shutil.which("kustomize"),
+    reason="neither kubectl nor kustomize is installed: bash .ci/kubernetes",
+)
+
+Document = dict[str, Any]
+
+
+def command(*words: str, path: str = "", **settings: object) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "KUBECONFIG")}
+    environment |= {name: str(value) for name, value in settings.items()}
+    environment |= {"KUBECONFIG": "/nonexistent", "PATH": path or environment["PATH"]}
+    call = [sys.executable, "-m", "docker.kubernetes", *words]
+    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def rendered(*words: str, **settings: object) -> list[Document]:
+    result = command(*words, DRY_RUN=1, **settings)
+    assert result.returncode == 0, result.stderr
+    return list(yaml.safe_load_all(result.stdout))
+
+
+@pytest.fixture(scope="module")
+def clusters() -> dict[str, list[Document]]:
+    return {overlay: rendered("cluster", OVERLAY=overlay) for overlay in OVERLAYS}
+
+
+@pytest.fixture(scope="module")
+def trainings() -> dict[tuple[str, str], list[Document]]:
+    sizes: dict[str, dict[str, object]] = {"cpu": {"NODES": 2}, "gpu": {"NODES": 2, "GPUS_PER_NODE": 8}}
+    words = ("training", "task=squid_game", "seed=1")
+    return {(overlay, job): rendered(*words, JOB=job, **sizes[overlay]) for overlay in OVERLAYS for job in JOBS}
+
+
+def one(kind: str, documents: list[Document]) -> Document:
+    (found,) = [document for document in documents if document["kind"] == kind]
+    return found
+
+
+def pod_templates(document: Document) -> list[Document]:
+    """Every Pod template in a document, wherever a Kubeflow resource keeps it."""
+    if isinstance(document, list):
+        return [template for item in document for template in pod_templates(item)]
+    if not isinstance(document, dict):
+        return []
+    if "containers" in document.get("spec", {}):
+        return [document]
+    return [template for value in document.values() for template in pod_templates(value)]
+
+
+def validate(document: Document) -> None:
+    kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+# --- schemas --------------------------------------------------------------------------------------------------------
+
+
+@CLUSTER
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_serves_is_valid(clusters: dict[str, list[Document]], overlay: str) -> None:
+    kinds = [document["kind"] for document in clusters[overlay]]
+    assert {"Namespace", "PersistentVolumeClaim", "Deployment", "Service", "PodDisruptionBudget",
+            "HorizontalPodAutoscaler", "NetworkPolicy"} == set(kinds)  # fmt: skip
+    for document in clusters[overlay]:
+        validate(document)
+
+
+@CLUSTER
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_what_trains_is_valid(trainings: dict[tuple[str, str], list[Document]], overlay: str, job: str) -> None:
+    """Kubeflow's resources through the Job and the Pods inside them."""
+    documents = trainings[overlay, job]
+    for document in documents:
+        if document["kind"] not in KUBEFLOW:
+            validate(document)
+    head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "inside"}}
+    if job == "trainjob":
+        (inside,) = one("TrainingRuntime", documents)["spec"]["template"]["spec"]["replicatedJobs"]
+        validate(head | {"spec": inside["template"]["spec"]})
+        assert one("TrainJob", documents)["spec"]["trainer"] == {"numNodes": 2}
+    if job == "pytorchjob":
+        replicas = one("PyTorchJob", documents)["spec"]["pytorchReplicaSpecs"]
+        assert {role: replicas[role]["replicas"] for role in replicas} == {"Master": 1, "Worker": 1}
+        for role in replicas.values():
+            validate(head | {"spec": {"template": role["template"]}})
+
+
+@CLUSTER
+@pytest.mark.parametrize(
+    ("kind", "place", "value"),
+    [
+        ("Job", ["spec", "completions"], "two"),
+        ("Job", ["spec", "podFailurePolicies"], {}),
+        ("Job", ["spec", "podFailurePolicy", "rules", 0, "action"], None),
+        ("Job", ["spec", "template", "spec", "containers"], None),
+        ("Job", ["spec", "template", "spec", "securityContext", "runAsNonRoot"], "yes"),
+        ("NetworkPolicy", ["spec", "podSelector"], ["app"]),
+        ("Service", ["spec", "selectors"], {}),
+    ],
+)
+def test_a_broken_manifest_is_refused(
+    trainings: dict[tuple[str, str], list[Document]], kind: str, place: list[Any], value: object
+) -> None:
+    document = copy.deepcopy(one(kind, trainings["gpu", "indexed"]))
+    validate(document)
+    *way, last = place
+    inner: Any = document
+    for step in way:
+        inner = inner[step]
+    if value is None:
+        del inner[last]
+    else:
+        inner[last] = value
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(document)
+
+
+# --- what schemas do not say ----------------------------------------------------------------------------------------
+
+
+@CLUSTER
+def test_pods_keep_the_restricted_pod_security_standard(
+    clusters: dict[str, list[Document]], trainings: dict[tuple[str, str], list[Document]]
+) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, and read-only images without a token."""
+    documents = [document for group in (*clusters.values(), *trainings.values()) for document in group]
+    templates = [template for document in documents for template in pod_templates(document)]
+    assert len(templates) == 2 + 2 * (1 + 1 + 2)
+    for pod in (template["spec"] for template in templates):
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert {next(iter(set(volume) - {"name"})) for volume in pod["volumes"]} <= {
+            "emptyDir",
+            "persistentVolumeClaim",
+        }
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+        for container in pod["containers"] + pod.get("initContainers", []):
+            security = container["securityContext"]
+            assert security == {
+                "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
+            }  # fmt: skip
+            assert {"requests", "limits"} <= set(container["resources"]), container["name"]
+            for variable in container.get("env", []):
+                if variable["name"] in ("HF_TOKEN", "SERVING_API_KEY"):
+                    assert "value" not in variable and variable["valueFrom"]["secretKeyRef"]["optional"]
+    for group in clusters.values():
+        assert one("Namespace", group)["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@CLUSTER
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_names_that_refer_to_others_find_them(
+    clusters: dict[str, list[Document]], trainings: dict[tuple[str, str], list[Document]], overlay: str
+) -> None:
+    claims = {document["metadata"]["name"] for document in clusters[overlay] if "Claim" in document["kind"]}
+    for documents, kind in ((clusters[overlay], "Deployment"), (trainings[overlay, "indexed"], "Job")):
+        pod = one(kind, documents)["spec"]["template"]
+        labels, containers = pod["metadata"]["labels"], pod["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for container in containers for port in container.get("ports", [])}
+        volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
+        used = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if len(volume) == 2
+                and "persistentVolumeClaim" in volume}  # fmt: skip
+        assert used == claims
+        for container in containers + pod["spec"].get("initContainers", []):
+            assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
+        policy, service = one("NetworkPolicy", documents)["spec"], one("Service", documents)["spec"]
+        assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+        assert service["selector"].items() <= labels.items()
+        named = {port["port"] for rule in policy["ingress"] for port in rule.get("ports", [])}
+        assert named <= set(ports) and {port["targetPort"] for port in service.get("ports", [])} <= set(ports)
+        assert {document["metadata"].get("namespace", "gemma") for document in documents} == {"gemma"}
+    serving = clusters[overlay]
+    assert one("PodDisruptionBudget", serving)["spec"]["selector"] == one("Deployment", serving)["spec"]["selector"]
+    assert one("HorizontalPodAutoscaler", serving)["spec"]["scaleTargetRef"]["name"] == "serve"
+    job = one("Job", trainings[overlay, "indexed"])
+    assert (
+        job["spec"]["template"]["spec"]["subdomain"]
+        == one("Service", trainings[overlay, "indexed"])["metadata"]["name"]
+    )
+
+
+@CLUSTER
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
+    containers = one("Deployment", clusters[overlay])["spec"]["template"]["spec"]["containers"]
+    door = containers[-1]  # /health of the door has Triton generate a token: serving/door.py
+    assert door["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"} == door["startupProbe"]["httpGet"]
+    alive = containers[0]["livenessProbe"]
+    assert (
+        alive.get("httpGet", {}).get("path") == "/health" or "/v2/models/gemma/generate" in alive["exec"]["command"][2]
+    )
+
+
+@CLUSTER
+def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple[str, str], list[Document]]) -> None:
+    job = one("Job", trainings["gpu", "indexed"])["spec"]
+    disrupted, *codes = job["podFailurePolicy"]["rules"]
+    assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    actions = {code: rule["action"] for rule in codes for code in rule["onExitCodes"]["values"]}
+    assert actions == {TRY_AGAIN: "Ignore", 1: "FailJob", UserError.exit_code: "FailJob", NOT_BETTER: "FailJob"}
+    assert LOST not in actions and job["backoffLimit"] > 0, "a lost neighbour is tried again, but not for ever"
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "podFailurePolicy needs it"
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@CLUSTER
+def test_the_command_and_its_size_arrive_as_they_are() -> None:
+    image = "registry.example:5000/me/train@sha256:" + 64 * "0"
+    words = ("training", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
+    job = one("Job", rendered(*words, NODES=3, GPUS_PER_NODE=4, NAMESPACE="lab-1", IMAGE=image))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"] == ["python", "-m", *words, "trainer=gpu", "trainer.devices=4", "trainer.num_nodes=3"]
+    assert container["image"] == image and job["metadata"]["namespace"] == "lab-1"
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 3
+    assert (
+        container["resources"]["limits"]["nvidia.com/gpu"]
+        == container["resources"]["requests"]["nvidia.com/gpu"]
+        == "4"
+    )
+    environment = {variable["name"]: variable for variable in container["env"]}
+    assert environment["MASTER_ADDR"]["value"] == "$(JOB_NAME)-0.train"
+    assert list(environment).index("JOB_NAME") < list(environment).index("MASTER_ADDR"), "used before it is set"
+    assert re.fullmatch("train-squid-game-[0-9a-f]{8}", job["metadata"]["name"])
+    one_gpu = one("Job", rendered("training", "trainer.devices=1", GPUS_PER_NODE=1))
+    assert one_gpu["spec"]["template"]["spec"]["containers"][0]["args"].count("trainer.devices=1") == 1
+
+
+@CLUSTER
+def test_a_table_of_this_machine_travels_and_names_the_job(tmp_path: Path) -> None:
+    table = tmp_path / "my, slang's.CSV"
+    text = 'Slang,Description\nlumami,"To dor a ""vex"""\nÄhm,été\n'
+    table.write_text(text, encoding="utf-8")
+    words = ("training", f"task.data.source={table}")
+    first, again = rendered(*words), rendered(*words)
+    assert first == again
+    job, files = one("Job", first), one("ConfigMap", first)
+    assert files["data"] == {"source.csv": text}
+    pod = job["spec"]["template"]["spec"]
+    assert "task.data.source=/opt/gemma-nemo/source/source.csv" in pod["containers"][0]["args"]
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == "source")
+    assert volume["configMap"]["name"] == files["metadata"]["name"]
+    validate(files)
+    table.write_text(text + "more,of it\n", encoding="utf-8")
+    assert one("Job", rendered(*words))["metadata"]["name"] != job["metadata"]["name"]
+    table.write_bytes(b"x" * 1_000_000)
+    refused = command(*words, DRY_RUN=1)
+    assert refused.returncode == 2 and "claim `data`" in refused.stderr
+
+
+@CLUSTER
+def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them() -> None:
+    def prepares(**settings: object) -> list[str]:
+        pod = one("Deployment", rendered("cluster", **settings))["spec"]["template"]["spec"]
+        return pod["initContainers"][0]["args"][3:]
+
+    assert prepares() == ["--default", "slang"]
+    assert prepares(TASKS="slang, chat") == ["slang", "chat"]
+    assert prepares(OVERLAY="gpu", TASKS="chat") == ["chat", "--engine", "vllm"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"NODES": "two"}, "NODES=two must be a whole number from 1"),
+        ({"NODES": 0}, "NODES=0 must be a whole number from 1"),
+        ({"GPUS_PER_NODE": -1}, "GPUS_PER_NODE=-1 must be a whole number from 0"),
+        ({"OVERLAY": "tpu"}, "OVERLAY=tpu is unknown. Known: cpu, gpu"),
+        ({"JOB": "cron"}, "JOB=cron is unknown. Known: indexed, trainjob, pytorchjob"),
+        ({"NAMESPACE": "My Lab"}, "NAMESPACE=My Lab is no name of a namespace"),
+        ({"path": "/nonexistent"}, "neither kubectl nor kustomize is installed"),
+    ],
+)
+def test_a_mistake_is_answered_in_a_sentence(settings: dict[str, Any], says: str) -> None:
+    result = command("training", "task=slang", **settings)
+    assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: bash .ci/kubernetes")
+def test_without_a_cluster_it_says_so_and_how_to_look() -> None:
+    for words in (("cluster",), ("training", "task=slang")):
+        result = command(*words)
+        assert result.returncode == 2 and "no cluster answers" in result.stderr and "DRY_RUN=1" in result.stderr
+
+
+# --- following a job ------------------------------------------------------------------------------------------------
+
+STAND_IN = """#!{python}
+import json, pathlib, sys
+folder = pathlib.Path(__file__).parent
+words = sys.argv[1:]
+(folder / "asked").open("a").write(json.dumps(words) + "\\n")
+if words[0] == "kustomize":
+    print("kind: Job")
+elif words[:2] == ["get", "job.batch"] and "--ignore-not-found" in words:
+    print((folder / "before.json").read_text())
+elif words[:2] in (["get", "job.batch"], ["get", "pods"]):
+    answers = sorted(folder.glob(words[1][:3] + "-*.json"))
+    print(answers[0].read_text())
+    if len(answers) > 1:
+        answers[0].unlink()
+elif words[0] == "logs":
+    print("log of", words[2])
+elif words[0] == "apply":
+    sys.stdin.read()
+"""
+
+
+def pod(name: str, rank: int, state: Document) -> Document:
+    labels = {"batch.kubernetes.io/job-completion-index": str(rank)}
+    metadata = {"name": name, "uid": name, "labels": labels, "creationTimestamp": f"2026-11-22T10:18:{name[-2:]}Z"}
+    return {"metadata": metadata, "status": {"containerStatuses": [{"restartCount": 0, "state": state}]}}
+
+
+def ended(code: int, at: int = 0) -> Document:
+    return {"terminated": {"exitCode": code, "finishedAt": f"2026-11-22T10:19:{at:02}Z"}}
+
+
+def follow(folder: Path, jobs: list[Document], pods: list[list[Document]], before: Document | None = None) -> Any:
+    script = folder / "kubectl"
+    script.write_text(STAND_IN.format(python=sys.executable))
+    script.chmod(0o755)
+    (folder / "before.json").write_text(json.dumps(before or {}))
+    for number, job in enumerate(jobs):
+        (folder / f"job-{number}.json").write_text(json.dumps(job))
+    for number, items in enumerate(pods):
+        (folder / f"pod-{number}.json").write_text(json.dumps({"items": items}))
+    result = command("training", "task=slang", path=f"{folder}:{os.environ['PATH']}", NODES=2)
+    asked = [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
+    return result, asked
+
+
+FAILED = {"status": {"conditions": [
+    {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
+    {"type": "Failed", "status": "True", "reason": "PodFailurePolicy",
+     "message": "Container train for pod gemma/b-11 failed with exit code 3 matching FailJob rule at index 2"},
+]}}  # fmt: skip
+
+
+def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) -> None:
+    unscheduled = pod("a-10", 0, {})
+    why = {"reason": "Unschedulable", "message": "0/3 nodes are available"}
+    unscheduled["status"] = {"conditions": [{"type": "PodScheduled", "status": "False", **why}]}
+    stopped, lost = pod("a-10", 0, ended(TRY_AGAIN, 1)), pod("z-10", 1, ended(LOST, 30))
+    below = pod("b-11", 0, ended(NOT_BETTER, 20))
+    result, _ = follow(tmp_path, [{}, {}, FAILED], [[unscheduled], [stopped, lost], [stopped, lost, below]])
+    assert result.returncode == NOT_BETTER, "not that of a Pod which ended for the sake of another"
+    assert result.stdout.splitlines()[1:] == ["log of a-10", "log of b-11"]
+    assert "waiting: a-10: Unschedulable: 0/3 nodes are available" in result.stderr
+    assert "matching FailJob rule" in result.stderr
+
+
+def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_path: Path) -> None:
+    complete = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    for name, before, made in (("new", {}, ["apply"]), ("runs", {"status": {"active": 2}}, []),
+                               ("failed", FAILED, ["delete", "apply"])):  # fmt: skip
+        (tmp_path / name).mkdir()
+        result, asked = follow(tmp_path / name, [complete], [[pod("a-10", 0, ended(0))]], before)
+        assert result.returncode == 0 and "log of a-10" in result.stdout
+        assert [words[0] for words in asked if words[0] in ("apply", "delete")] == made, name
+
+
+# --- the serving Pod, run -------------------------------------------------------------------------------------------
+
+
+def podman(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["podman", *words], capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture
+def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The Pod of overlays/cpu as podman runs it, with folders of this machine for claims; the address of its door."""
+    for kind in ("train", "serve"):
+        if not shutil.which("podman") or podman("image", "exists", f"localhost/gemma-nemo/{kind}:cpu").returncode:
+            pytest.skip(f"podman has no gemma-nemo/{kind}:cpu: source .ci/containers-env, make image KIND={kind}")
+    spec = copy.deepcopy(one("Deployment", clusters["cpu"])["spec"]["template"]["spec"])
+    models = tmp_path / "models"
+    shutil.copytree(base_folder, models / base_folder.name)
+    for name in ("data", "runs"):
+        (tmp_path / name).mkdir()
+    tmp_path.chmod(0o755)
+    models.chmod(0o777)
+    for volume in spec["volumes"]:
+        if volume.pop("persistentVolumeClaim", None):
+            volume["hostPath"] = {"path": str(tmp_path / volume["name"]), "type": "Directory"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for container in spec["containers"] + spec["initContainers"]:
+        container["image"] = container["image"].replace("gemma-nemo/", "localhost/gemma-nemo/")
+        container["imagePullPolicy"] = "Never"
+        container["ports"] = [{**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", [])
+                              if p["name"] == "openai"]  # fmt: skip
+    del spec["topologySpreadConstraints"]  # podman has one machine
+    name = f"serve-{port}"
+    manifest = tmp_path / "pod.yaml"
+    manifest.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}))
+    played = podman("play", "kube", str(manifest))
+    try:
+        assert played.returncode == 0, played.stderr
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        podman("play", "kube", "--down", str(manifest))
+        podman("pod", "rm", "--force", name)
+        podman("volume", "rm", "--force", *(volume["name"] for volume in spec["volumes"] if "emptyDir" in volume))
+
+
+@CLUSTER
+@pytest.mark.slow
+def test_the_serving_pod_generates_in_a_container_engine(serving_pod: str) -> None:
+    until = time.monotonic() + 240
+    while True:
+        try:
+            with urllib.request.urlopen(f"{serving_pod}/health", timeout=20) as answer:
+                assert json.load(answer)["status"] == "ok"
+            break
+        except OSError:
+            assert time.monotonic() < until, podman("logs", f"{podman('ps', '-alq').stdout.strip()}").stderr
+            time.sleep(1)
+    asked = {"model": "gemma-3-270m", "prompt": "The capital of France is", "max_tokens": 5, "temperature": 0}
+    with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=20) as answer:
+        asked["model"] = json.load(answer)["data"][0]["id"]
+    request = urllib.request.Request(f"{serving_pod}/v1/completions", json.dumps(asked).encode(),
+                                     {"Content-Type": "application/json"})  # fmt: skip
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        assert "Paris" in json.load(answer)["choices"][0]["text"]

@@ -1,0 +1,224 @@
+"""What docs/scaling.md plans is what real processes hold, send and compute, as far as two of a CPU can show."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from conftest import ROOT, tiny_gemma
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_distribute import ENVIRONMENT, TARGETS, adapters, rows, tiny_lora
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.random_base import ARCHITECTURES
+from benchmarks.scaling import GPUS, Message, Sizes, Words, architecture_of, messages, plan, sizes_of
+from nemo_configs.command_line import UserError, load_config
+from training.batches import Batches
+from training.distribute import AdapterParallel, shard_base, split_base
+from training.flops import flops_of
+from training.memory import estimate
+
+CASE = Words([8, 64, 512])
+CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [  # outside of the embedding: tables of the Gemma 1 and Gemma 2 technical reports
+        ("gemma-2b", 1_981_884_416), ("gemma-7b", 7_751_248_896), ("gemma-2-2b", 2_024_517_888),
+        ("gemma-2-9b", 8_324_201_984), ("gemma-2-27b", 26_047_480_320),
+    ],
+)  # fmt: skip
+def test_architectures_have_the_parameters_that_their_reports_count(name: str, parameters: int) -> None:
+    family, options = ARCHITECTURES[name]
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
+    assert sum(p.numel() for p in base.parameters()) - base.model.embed_tokens.weight.numel() == parameters
+
+
+# --- what is sent and held ------------------------------------------------------------------------------------------
+
+
+class Traffic(TorchDispatchMode):
+    """Writes down each collective that torch is asked for: its kind and its bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("c10d.allreduce_"):
+            self.seen.append(("all_reduce", sum(tensor.nbytes for tensor in args[0])))
+        elif name.startswith("c10d._allgather_base_"):
+            self.seen.append(("all_gather", args[0].nbytes))
+        elif name.startswith("c10d."):
+            raise AssertionError(f"{name} is in no plan")
+        return func(*args, **(kwargs or {}))
+
+
+def watch_a_step(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    micro_batch = next(iter(Batches(rows(), 8, 4096, 0))).micro_batches[0]
+    for kind, checkpointing in (("ddp", False), ("fsdp2", False), ("fsdp2", True), ("tp", False), ("tp", True)):
+        model = tiny_lora("gemma2")
+        gemma = model.get_base_model()
+        in_layers, whole = (sum(p.nbytes for p in part.parameters() if not p.requires_grad)
+                            for part in (gemma.model.layers, gemma))  # fmt: skip
+        layers, hidden = gemma.config.num_hidden_layers, gemma.config.hidden_size
+        adapter = sum(p.nbytes for p in adapters(model))
+        if checkpointing:
+            gemma.gradient_checkpointing_enable({"use_reentrant": False})
+        strategy = AdapterParallel(kind)
+        strategy.parallel_devices = [torch.device("cpu")] * 2
+        if kind == "fsdp2":
+            shard_base(gemma, mesh)
+        elif kind == "tp":
+            split_base(gemma, mesh.get_group())
+        with Traffic() as traffic:
+            loss = gemma.learned_loss(micro_batch)
+            loss.backward()
+            strategy.sum_step(adapters(model), loss.detach())
+        # In float32 here, where the plan counts bfloat16.
+        sizes = Sizes(layers, in_layers / layers, whole - in_layers, adapter, 2 * hidden)
+        planned = messages(kind, sizes, 2, 2, micro_batch.input_ids.numel(), checkpointing)
+        for wanted in ("all_reduce", "all_gather"):
+            sent = [size for name, size in traffic.seen if name == wanted]
+            assert len(sent) == sum(message.count for message in planned if message.kind == wanted), (
+                kind,
+                wanted,
+                sent,
+            )
+            expected = sum(message.count * message.size for message in planned if message.kind == wanted)
+            assert sum(sent) == pytest.approx(expected, rel=1e-3), (kind, wanted)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_step_sends_the_messages_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2)
+
+
+def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> None:
+    """As test_distribute.py finds it in real processes: all; half, and a layer or two; half, but the embedding."""
+    base = tiny_gemma("gemma2", torch.bfloat16, vocab_size=600, num_hidden_layers=3)
+    base.save_pretrained(tmp_path)
+    layers, whole = (sum(p.nbytes for p in part.parameters()) for part in (base.model.layers, base))
+    norms = sum(p.nbytes for name, p in base.model.layers.named_parameters() if "norm" in name)
+
+    def need(*words: str) -> Any:
+        config = load_config(["trainer=cpu", *words])
+        return estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500, longest=50)
+
+    alone, ddp, fsdp2, tp = (
+        need(),
+        *(need("trainer.devices=2", f"trainer.strategy={kind}") for kind in ("ddp", "fsdp2", "tp")),
+    )
+    assert alone.weights == ddp.weights == whole
+    assert fsdp2.weights == pytest.approx(whole / 2 + (whole - layers) + 2 * layers / 3)
+    assert tp.weights == pytest.approx(whole - (layers - norms) / 2)
+    assert ddp.adapter == 1.5 * alone.adapter and tp.activations < alone.activations == fsdp2.activations
+
+
+# --- what is computed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool) -> None:
+    length, rank = 48, 4
+    model: PeftModel = get_peft_model(tiny_gemma("gemma2", attn_implementation="eager", sliding_window=64),
+                                      LoraConfig(r=rank, target_modules=TARGETS))  # fmt: skip
+    model.train()
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    config = model.config
+    flops = flops_of(config, [length], length, rank, TARGETS)
+    pairs = 2 * length / (length + 1)  # eager attention computes both halves of the mask
+    attention = flops.attention * pairs
+    forward = flops.layers / 2 + flops.adapters / 3 + attention / 3
+    expected = flops.layers + flops.adapters + flops.output + attention + checkpointing * forward
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)  # the first layer's inputs need no gradient
+
+
+# --- the model's own sense ------------------------------------------------------------------------------------------
+
+
+def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
+    gpu = GPUS["H100"]
+    eight = Message("all_reduce", 1, 8e9, 8)
+    assert eight.sent == 2 * 8e9 * 7 / 8
+    assert eight.seconds(gpu, 8) == pytest.approx(14e9 / (0.8 * 450e9), rel=1e-2)
+    across = Message("all_reduce", 1, 8e9, 64)
+    assert across.seconds(gpu, 8) == pytest.approx(across.sent / (0.8 * 8 * 50e9), rel=1e-2)
+    small = Message("all_gather", 10, 512, 512)
+    assert small.seconds(gpu, 8) == pytest.approx(10 * 511 * 5e-6, rel=1e-2)
+
+
+def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> None:
+    plans = {(gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora") for gpus, kind in
+             ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))}  # fmt: skip
+    sizes = sizes_of(architecture_of(load_config(["model=gemma-2-27b"])), 0)
+    whole = sizes.layers * sizes.layer + sizes.rest
+    assert plans[512, "ddp"].sent < 2 * whole / 100, "adapters' gradients are a small part of all gradients"
+    assert plans[8, "fsdp2"].efficiency > 0.95 > plans[512, "fsdp2"].efficiency
+    assert (
+        plans[512, "fsdp2"].memory["weights"] < plans[8, "fsdp2"].memory["weights"] < plans[8, "ddp"].memory["weights"]
+    )
+    assert plans[512, "ddp"].seconds < plans[8, "ddp"].seconds / 60
+    for one in plans.values():
+        assert one.mfu < one.efficiency <= 1
+    tokens = load_config(["trainer=gpu"]).trainer.micro_batch_tokens
+    assert plans[8, "ddp"].micro_batches * tokens * 8 == CASE.step_tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gpus=8,x"], "gpus is a whole number above 0"),
+        (["gpus=12"], "gpus=12 is no multiple of per_node=8"),
+        (["gpu=B9000"], "Known: H100"),
+        (["gpus=512", "step_tokens=1024"], "less than a row of 512"),
+    ],
+)
+def test_a_wrong_word_is_answered(words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        Words.read(words)
+
+
+def test_a_model_that_is_nowhere_is_answered_with_those_that_are(tmp_path: Path) -> None:
+    config = SimpleNamespace(model=SimpleNamespace(path=None, models_dir=str(tmp_path), name="gemma-9-9t"))
+    with pytest.raises(UserError, match="one of gemma-2b"):
+        architecture_of(config)
+
+
+@pytest.mark.slow
+def test_the_command_prints_any_model_on_any_cluster_and_writes_nothing() -> None:
+    before = (ROOT / "docs/scaling.md").read_bytes()
+    words = ["model=gemma-3-1b", "gpus=4,16", "gpu=A100", "step_tokens=65536", "peft.r=32"]
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert [line[:2] for line in lines if line[:1] in (["4"], ["16"]) and line[1] != "GPUs,"] == [
+        [gpus, strategy.split()[0]] for gpus in ("4", "16") for strategy in ("ddp", "ddp,", "fsdp2")
+    ]
+    assert "trainer.strategy=tp: gemma-3-1b has 1 key/value heads, so it cannot be split" in result.stdout
+    assert (ROOT / "docs/scaling.md").read_bytes() == before
