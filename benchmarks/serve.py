@@ -331,10 +331,12 @@ def table(result: dict[str, Any]) -> list[str]:
         for name, system in result["systems"].items()
         if system.get("versions")
     )
-    return [
-        f"{result['model']} on {result['machine']}, {result['tokens']} greedy tokens an answer, an adapter and its prompt, "
-        f"medians of {result['rounds']} rounds.", "", *lines, "", f"{result['finished'][:10]}, `{result['command']}`. Versions: {versions}.",
-    ]  # fmt: skip
+    about = (
+        f"{result['model']} on {result['machine']}, {result['tokens']} greedy tokens an answer, an adapter and its "
+        f"prompt, medians of {result['rounds']} rounds."
+    )
+    made = f"{result['finished'][:10]}, `{result['command']}`. Versions: {versions}."
+    return [about, "", *lines, "", made]
 
 
 def write_docs() -> Path:
