@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 LOG_BYTES = 10 << 20
-DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
-STEADY = 5.0  # seconds a part must have answered to have its deaths forgotten
+DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
+STEADY = 2.0  # seconds a part must have answered to have its deaths forgotten
 WORTH_A_LOOK = 0.5  # seconds of silence
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")

@@ -46,7 +46,7 @@ from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from serving.prepare import prepare
 from serving.processes import Part
-from serving.repository import put_adapter, remove_adapter, write_repository
+from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
 from training.base_model import describe
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -165,28 +165,17 @@ def test_values_may_be_texts(server: Server) -> None:
     assert server.ask("http", "Hi", texts) == server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
 
 
-@pytest.mark.parametrize("way", ["grpc cancel", "grpc vanish", "http vanish"])
-def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, way: str) -> None:
-    sampling = json.dumps(ENDLESS)
-    if way == "grpc cancel":
-        with server.grpc_stream() as (client, answers):
-            client.async_stream_infer(
-                "gemma", tensors({"text_input": "Hi", "sampling_parameters": sampling, "stream": True})
-            )
-            answers.get(timeout=20)
-            until(lambda: stack.stats()["running"] == 1, 5)
-    elif way == "grpc vanish":
-        parts = server.responses("grpc", "Hi", ENDLESS, stream=True)
-        next(parts)
-        parts.close()
-    else:
-        body = json.dumps({"text_input": "Hi", "sampling_parameters": sampling, "stream": True}).encode()
-        host, port = server.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v2/models/gemma/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            until(lambda: stack.stats()["running"] == 1, 5)
-    until(lambda: stack.stats()["running"] == 0, 1.5)  # beats come four times a second; the answer itself takes longer
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, protocol: str) -> None:
+    def cancelled() -> int:
+        return (stack.folder / "state/requests.jsonl").read_text().count('"outcome": "cancelled"')
+
+    before = cancelled()
+    parts = server.responses(protocol, "Hi", ENDLESS, stream=True)
+    next(parts)
+    parts.close()
+    until(lambda: cancelled() > before, 2)
+    assert stack.stats()["running"] == 0
 
 
 def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack) -> None:
@@ -358,14 +347,14 @@ def random_request(server: Server, draw: random.Random) -> str:
     values = [0, -1, 1, 0.5, 1e308, -1e308, "0.7", "", None, True, [], ["a"], {}, "x" * 100, 2**70, float("nan"), 7]
     names = ["temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "seed", "repetition_penalty", "n",
              "presence_penalty", "frequency_penalty", "ignore_eos", "lora_name", "logprobs", ""]  # fmt: skip
-    sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), **{draw.choice(names): draw.choice(values)
-                     for _ in range(draw.randint(0, 3))}}  # fmt: skip
-    encoded: Any = draw.choice(
-        [json.dumps(sampling)] * 4 + ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
-    )
+    sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), "temperature": draw.choice([0, 1, "0.7"])}
+    if draw.random() < 0.5:
+        sampling[draw.choice(names)] = draw.choice(values)
+    broken: list[Any] = ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
+    encoded = json.dumps(sampling) if draw.random() < 0.8 else draw.choice(broken)
     flags = {name: draw.choice([True, False]) for name in ("stream", "exclude_input_in_output", "return_finish_reason",
              "return_logprobs", "return_num_input_tokens") if draw.random() < 0.25}  # fmt: skip
-    text = draw.choice(texts)
+    text = draw.choice(texts) if draw.random() < 0.6 else "Tell me"
     try:
         if draw.random() < 0.5:
             fields: dict[str, Any] = {"text_input": text, "sampling_parameters": encoded, **flags}
@@ -440,7 +429,7 @@ def survive(server: Server, stack: Stack, name: str, number: signal.Signals) -> 
                (("http", False), ("http", True), ("grpc", False), ("grpc", True))]  # fmt: skip
     for thread in waiting:
         thread.start()
-    until(lambda: stack.stats()["running"] == 4, 20)
+    until(lambda: stack.stats()["running"] > 1, 20)
     struck = victim(stack, name)
     began = time.monotonic()
     struck.send_signal(number)
@@ -470,8 +459,8 @@ def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) 
         until(lambda: not part.is_running, 20)
         reason = part.bury()
         delays.append(round(part.start_at - time.monotonic()))
-    assert delays == [0, 1, 2, 4]
-    assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 4 s)"
+    assert delays == [0, 0, 1, 2]
+    assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
 def leftovers(stack: Stack) -> list[str]:
@@ -664,23 +653,19 @@ def test_the_real_base_alone_as_a_user_starts_it(
 
 @pytest.fixture
 def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with finished runs of slang and chat on the tiny base."""
+    """A working folder with runs of slang and chat on the tiny base, finished but for what they have learned."""
     monkeypatch.chdir(tmp_path)
-    prompts = {
-        "slang": Prompt("Q: {instruction}\nA: {response}", "{context}", "{slang}"),
-        "chat": Prompt("U: {instruction}\nM: {response}<end_of_turn>", "{message}", "{answer}"),
-    }
-    for task, prompt in prompts.items():
-        write_run(Path("runs") / task / "tiny-1", task, prompt, tiny_base)
+    for task in PROMPTS:
+        run = tmp_path / "runs" / task / "tiny-1"
+        run.mkdir(parents=True)
+        data = {"columns": {"slang": [], "context": []} if task == "slang" else {"message": []}}
+        config = {"task": {"name": task, "data": data}, "model": {"name": "tiny", "path": str(tiny_base)}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / "evaluation.json").write_text("{}")
     return tmp_path
 
 
-def write_run(run: Path, task: str, prompt: Prompt, base: Path) -> None:
-    run.mkdir(parents=True)
-    columns = {"slang": {"slang": [], "context": []}, "chat": {"message": []}}[task]
-    config = {"task": {"name": task, "data": {"columns": columns}}, "model": {"name": "tiny", "path": str(base)}}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "evaluation.json").write_text("{}")
+def write_archive(run: Path, task: str, prompt: Prompt, base: Path) -> None:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(len(task))
@@ -689,9 +674,17 @@ def write_run(run: Path, task: str, prompt: Prompt, base: Path) -> None:
     nemo.write(content, run / f"{task}.nemo")
 
 
+PROMPTS = {
+    "slang": Prompt("Q: {instruction}\nA: {response}", "{context}", "{slang}"),
+    "chat": Prompt("U: {instruction}\nM: {response}<end_of_turn>", "{message}", "{answer}"),
+}
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = work / "exports/serve"
+    for task, prompt in PROMPTS.items():
+        write_archive(work / "runs" / task / "tiny-1", task, prompt, tiny_base)
     prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", folder)
     adapters = {
         name: json.loads((folder / "adapters" / name / "serving.json").read_text()) for name in ("slang", "chat")
@@ -706,15 +699,16 @@ def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: 
     assert "Converting" not in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_same_folder_for_nvidias_container(work: Path) -> None:
-    prepare(["slang", "chat"], None, "gemma-3-270m", "vllm", work / "serve")
-    model = json.loads((work / "serve/repository/gemma/1/model.json").read_text())
+def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> None:
+    shutil.copytree(stack.folder / "adapters", tmp_path / "adapters")
+    write_vllm_repository(tmp_path, stack.folder / "base")
+    repository = tmp_path / "repository/gemma"
+    model = json.loads((repository / "1/model.json").read_text())
     assert model["model"] == "/serve/base"
-    assert (model["enable_lora"], model["max_loras"], model["max_lora_rank"]) == (True, 2, 8)
-    loras = json.loads((work / "serve/repository/gemma/1/multi_lora.json").read_text())
-    assert loras == {"chat": "/serve/adapters/chat", "slang": "/serve/adapters/slang"}
-    assert 'backend: "vllm"' in (work / "serve/repository/gemma/config.pbtxt").read_text()
+    assert (model["enable_lora"], model["max_loras"], model["max_lora_rank"]) == (True, 3, 8)
+    loras = json.loads((repository / "1/multi_lora.json").read_text())
+    assert loras == {name: f"/serve/adapters/{name}" for name in ("chat", "slang", "squid_game")}
+    assert 'backend: "vllm"' in (repository / "config.pbtxt").read_text()
 
 
 def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:
