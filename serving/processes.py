@@ -92,11 +92,12 @@ class Part:
         """End it and every process of its session at once, and wait until they are gone."""
         if self.process is None:
             return
-        family = descendants(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
-        _reap(family)
+        with contextlib.suppress(ChildProcessError):
+            while True:  # its children are ours now, see `adopt_orphans`
+                os.waitpid(-self.pid, 0)
 
     def bury(self) -> str:
         """Kill what is left of it, set when it starts again, and say why it ended."""
@@ -190,11 +191,3 @@ def _end_with(supervisor: int, expendable: bool) -> Callable[[], None]:
                 Path("/proc/self/oom_score_adj").write_text("500")
 
     return between_fork_and_exec
-
-
-def _reap(family: list[psutil.Process]) -> None:
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(process.pid, 0)
