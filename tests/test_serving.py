@@ -371,7 +371,7 @@ def random_request(server: Server, draw: random.Random) -> str:
             for _ in range(3):
                 content[draw.randrange(len(content))] = draw.randrange(256)
         path = "generate_stream" if flags.get("stream") else "generate"
-        answer = httpx.post(f"{server.http}/v2/models/gemma/{path}", content=bytes(content), timeout=60)
+        answer = server.client.post(f"{server.http}/v2/models/gemma/{path}", content=bytes(content))
         found = re.search(r'"error":"(\w+: )?', answer.text)
         return "answered" if not found else (found[1] or "triton: ")[:-2]
     except (httpx.HTTPError, TimeoutError):
