@@ -82,7 +82,7 @@ class Supervisor:
         self.folder = state.folder.resolve()
         self.events = _event_log(self.folder / "events.jsonl")
         self.shared_memory = f"triton_gemma_{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}_"
-        self.starts, self.triton_started = 0, time.time()  # of Triton
+        self.starts = 0  # of Triton
         self.beat: dict[str, Any] = {}  # the engine's last
         self.generated_at = time.monotonic()
         self.stubs: dict[str, psutil.Process] = {}
@@ -138,7 +138,7 @@ class Supervisor:
             for part in reversed(self.parts):
                 part.kill()
             await self.http.aclose()
-            triton_server.clean_up(self.triton_started)
+            triton_server.clean_up()
             self._clean_up()
             shutil.rmtree(self.folder / "backends", ignore_errors=True)
             self._note("ended")
@@ -185,7 +185,7 @@ class Supervisor:
             (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         if part is self.triton:
             self._clean_shared_memory()
-            self.stubs, self.moved, self.starts, self.triton_started = {}, {}, self.starts + 1, time.time()
+            self.stubs, self.moved, self.starts = {}, {}, self.starts + 1
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
@@ -252,7 +252,7 @@ class Supervisor:
     def _bury(self, part: Part) -> None:
         reason = part.bury()
         if part is self.triton:
-            triton_server.clean_up(self.triton_started)
+            triton_server.clean_up()
         self.say(f"{reason}. Starting it again")
         self.restarts[part.name] += 1
         self._write_status()
