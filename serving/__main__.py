@@ -12,8 +12,6 @@ import asyncio
 import json
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +65,7 @@ async def serve(options: Options, state: State, console: Console) -> None:
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()
     with console.status("Loading"):
-        while not running.done() and not (supervisor.engine.is_up and supervisor.triton.is_up):
+        while not running.done() and not supervisor.is_up:
             await asyncio.sleep(0.1)
     if not running.done():
         console.print(f"Ready after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")
@@ -85,25 +83,23 @@ def joined(folder: Path, state: State, console: Console) -> None:
     status = state.read()
     wanted = sorted(path.name for path in (folder / "adapters").iterdir())
     until = time.monotonic() + PATIENCE
-    while not set(wanted) <= set(served(status)):
-        if time.monotonic() > until:
-            missing = ", ".join(sorted(set(wanted) - set(served(status))))
-            raise StartError(f"the running server (process {status.get('pid')}) has not taken {missing}; what it said "
-                             f"is in {state.folder / 'engine.log'}")  # fmt: skip
+    while missing := [name for name in wanted if name not in (found := engine_of(state)).get("adapters", [])]:
+        reason = found.get("broken", {}).get(missing[0])
+        if reason or time.monotonic() > until:
+            raise StartError(f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
+                             f"{reason or f'what it said is in {state.folder}'}")  # fmt: skip
         time.sleep(0.25)
     what = ", ".join(wanted) or "the base"
     console.print(f"A server is running already (process {status['pid']}); it serves {what}.", markup=False)
     console.print(addresses(status, wanted), markup=False)
 
 
-def served(status: dict[str, Any]) -> list[str]:
-    """The adapters that a running server has in its engine and shows in its catalogue."""
-    url = f"http://{status.get('host')}:{status.get('http_port')}/v2/models/adapters/generate"
+def engine_of(state: State) -> dict[str, Any]:
+    """What the running engine says of itself; nothing while it is being started."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, b'{"name": ""}'), timeout=5) as answer:
-            return [adapter["name"] for adapter in json.loads(json.load(answer)["catalogue"])]
-    except (OSError, ValueError, KeyError, urllib.error.URLError):
-        return []
+        return state.ask_engine(5)
+    except OSError:
+        return {}
 
 
 def addresses(status: dict[str, Any], adapters: list[str]) -> str:

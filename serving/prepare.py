@@ -69,7 +69,7 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
         write_vllm_repository(folder, base)
         print(f"{folder} holds what NVIDIA's Triton with the vLLM backend serves, from {base.name}: "
               f"{', '.join(adapters) or 'the base alone'}. Run it where there is an NVIDIA GPU:")  # fmt: skip
-        print(f"  {container_command(folder, base)}")
+        print("  make up ENGINE=vllm" + (f" TASKS={','.join(adapters)}" if adapters else ""))
     elif not is_running:
         write_repository(folder, base)
 
@@ -120,10 +120,6 @@ def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
 def title_of(found: Run) -> str:
     reviewed = (found.config["task"]["data"].get("reviews") or {}).get("title")
     return f"{reviewed}: what viewers say" if reviewed else found.task.replace("_", " ").capitalize()
-
-
-def container_command(folder: Path, base: Path) -> str:
-    return "make up ENGINE=vllm"
 
 
 if __name__ == "__main__":

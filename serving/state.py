@@ -7,8 +7,11 @@ its addresses, its base and how often a part of it was started again. Logs, sock
 import fcntl
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
+
+from serving import protocol
 
 STATUS = "status.json"
 ENGINE_SOCKET = "engine.sock"
@@ -18,6 +21,7 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock: int | None = None
+        self._opened: int | None = None
 
     def take(self) -> bool:
         """Become the server of this folder; False where another process is."""
@@ -39,6 +43,28 @@ class State:
         os.close(self._lock)
         self._lock = None
         return False
+
+    @property
+    def engine(self) -> str:
+        """The engine's socket, by a path that is short enough for a socket's wherever the folder lies."""
+        if self._opened is None:
+            self._opened = os.open(self.folder, os.O_PATH)
+        return f"/proc/self/fd/{self._opened}/{ENGINE_SOCKET}"
+
+    def ask_engine(self, seconds: float) -> dict[str, Any]:
+        """What the running engine says of itself.
+
+        Raises:
+            OSError: there is none, or it does not answer.
+        """
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(seconds)
+            connection.connect(self.engine)
+            connection.sendall(protocol.encode({"op": "stats"}))
+            for line in connection.makefile("rb"):
+                if stats := protocol.decode(line).get("stats"):
+                    return stats
+        raise ConnectionError("the engine has ended")
 
     def write(self, status: dict[str, Any]) -> None:
         partial = self.folder / f".{STATUS}.partial"

@@ -5,7 +5,7 @@ What it watches, ten times a second:
     engine   its process, and the beats that its generating loop sends over the socket
     Triton   its process and its Python stubs', the beats that the stubs' answering threads leave, `/v2/health/live`;
              and where nothing has been generated for a while, a real generation of one token through Triton
-    door     its process
+    door     its process, and that it answers
 
 A part that is silent for too long is killed; the kernel then ends its connections, so that whoever waits is told.
 Triton and its stubs go together: a client whose stub has died would wait for ever. The engine goes alone: the stub
@@ -82,13 +82,13 @@ class Supervisor:
         self.folder = state.folder.resolve()
         self.events = _event_log(self.folder / "events.jsonl")
         self.shared_memory = f"triton_gemma_{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}_"
-        self.starts = 0  # of Triton
+        self.starts, self.triton_started = 0, time.time()  # of Triton
         self.beat: dict[str, Any] = {}  # the engine's last
         self.generated_at = time.monotonic()
         self.stubs: dict[str, psutil.Process] = {}
         self.moved: dict[str, int] = {}  # a stub's beat: when it was touched
         self.ending = asyncio.Event()
-        here = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+        self.here = here = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         self.http = httpx.AsyncClient(base_url=f"http://{here}:{options.http_port}", trust_env=False)
         texts = {"SERVING_LOG_TEXT": "1" if options.log_text else "0"}
         self.engine = Part("engine", [
@@ -121,11 +121,11 @@ class Supervisor:
             raise StartError(str(error)) from None
         self._end_leftovers()
         self._write_status()
-        watchers = [self._hear_engine, self._ask_triton, self._probe]
+        watchers = [self._hear_engine, self._ask_triton, self._ask_door, self._probe]
         tasks = [asyncio.create_task(_forever(watcher)) for watcher in watchers]
         try:
-            self._start(self.engine)
-            self._start(self.triton)  # whose model waits for the engine
+            for part in self.parts:  # all at once: Triton's model waits for the engine
+                self._start(part)
             await self._until_ready()
             while not self.ending.is_set():
                 self._tick()
@@ -138,6 +138,7 @@ class Supervisor:
             for part in reversed(self.parts):
                 part.kill()
             await self.http.aclose()
+            triton_server.clean_up(self.triton_started)
             self._clean_up()
             shutil.rmtree(self.folder / "backends", ignore_errors=True)
             self._note("ended")
@@ -184,7 +185,7 @@ class Supervisor:
             (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         if part is self.triton:
             self._clean_shared_memory()
-            self.stubs, self.moved, self.starts = {}, {}, self.starts + 1
+            self.stubs, self.moved, self.starts, self.triton_started = {}, {}, self.starts + 1, time.time()
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
@@ -199,11 +200,15 @@ class Supervisor:
         Raises:
             StartError: a part has ended; with its last words.
         """
-        while not (self.engine.is_up and self.triton.is_up) and not self.ending.is_set():
-            for part in (self.engine, self.triton):
+        while not self.is_up and not self.ending.is_set():
+            for part in self.parts:
                 if not part.is_running:
                     raise StartError(f"{part.why_it_ended()}. All it said is in {part.log}")
             await asyncio.sleep(TICK)
+
+    @property
+    def is_up(self) -> bool:
+        return all(part.is_up for part in self.parts)
 
     def _asked_to_end(self) -> None:
         if self.ending.is_set():  # asked twice
@@ -243,11 +248,11 @@ class Supervisor:
             if reason := self._hangs(part):
                 part.ended_for = reason
                 self._bury(part)
-            elif part is self.door:
-                part.answered()
 
     def _bury(self, part: Part) -> None:
         reason = part.bury()
+        if part is self.triton:
+            triton_server.clean_up(self.triton_started)
         self.say(f"{reason}. Starting it again")
         self.restarts[part.name] += 1
         self._write_status()
@@ -278,7 +283,7 @@ class Supervisor:
 
     async def _hear_engine(self) -> None:
         """Take every beat of the engine, on a connection of our own."""
-        reader, writer = await asyncio.open_unix_connection(self.folder / ENGINE_SOCKET, limit=protocol.MAX_LINE)
+        reader, writer = await asyncio.open_unix_connection(self.state.engine, limit=protocol.MAX_LINE)
         try:
             while line := await reader.readline():
                 beat = protocol.decode(line).get("beat")
@@ -307,6 +312,12 @@ class Supervisor:
         if asked.status_code == 200 and all(self.moved.get(beat) != at for beat, at in moved.items()):
             self.moved |= moved
             self.triton.answered()
+
+    async def _ask_door(self) -> None:
+        await asyncio.sleep(4 * TICK)
+        asked = await self.http.get(f"http://{self.here}:{self.options.door_port}/metrics", timeout=1)
+        if asked.status_code == 200:
+            self.door.answered()
 
     async def _probe(self) -> None:
         """Generate a token through Triton where nothing else has shown for a while that this works."""

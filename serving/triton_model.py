@@ -164,11 +164,9 @@ class TritonPythonModel:
                         break
                     *lines, heard = (heard + part).split(b"\n")
                     for line in lines:
-                        self._take(protocol.decode(line))
+                        self._take_safely(line)
             except OSError:
                 break
-            except Exception as error:  # one answer that could not be given is not the end of the others
-                pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
             now = time.monotonic()
             if now >= look_at:
                 self._look_for_leavers()
@@ -201,6 +199,12 @@ class TritonPythonModel:
                 with self.lock, contextlib.suppress(OSError):
                     if self.engine:
                         self._write(protocol.encode({"op": "cancel", "id": number}))
+
+    def _take_safely(self, line: bytes) -> None:
+        try:
+            self._take(protocol.decode(line))
+        except Exception as error:  # one answer that could not be given is not the end of the others
+            pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
 
     def _take(self, message: dict[str, Any]) -> None:
         if "beat" in message:

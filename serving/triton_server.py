@@ -1,5 +1,6 @@
 """The real tritonserver of nvidia-pytriton's wheel, run as what it is: a server on an ordinary model repository."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 MODELS = ("gemma", "adapters")
+STARTING = 10.0  # seconds within which a Triton loads its Python backend
 # Whoever would change models, shared memory, traces or logs from outside must send this header, which nobody can: no
 # header's name has a line break.
 LOCKED = "model-repository,shared-memory,trace,logging:nobody's\nkey=locked\nfor good"
@@ -58,6 +60,18 @@ def environment() -> dict[str, str]:
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
     }
+
+
+def clean_up(started: float) -> None:
+    """Remove what a killed Triton leaves in /tmp: an empty folder, made as it started (seconds of the epoch).
+
+    Where another Triton of ours started at the same moment, this is its folder too; without it, it lacks nothing.
+    """
+    for folder in Path("/tmp").glob("python_env_*"):
+        with contextlib.suppress(OSError):
+            made = folder.stat()
+            if made.st_uid == os.getuid() and 0 <= made.st_mtime - started < STARTING:
+                folder.rmdir()
 
 
 def model_of(command_line: list[str]) -> str:

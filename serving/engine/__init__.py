@@ -6,7 +6,9 @@ __main__.py     the process: command line, signals, the loop that generates
 connections.py  the Unix socket: lines in, lines out
 scheduler.py    which tokens of which requests make a step; prefix cache; what a failure costs
 kv_cache.py     blocks of the key/value cache, shared by equal beginnings
-gemma.py        the forward pass of Gemma 1, 2 and 3
+    architecture.py what a Gemma is, and what a step is made of
+    kernels.py      the forward pass on a CPU, by kernels.c
+    gemma.py        the forward pass in plain torch
 adapters.py     PEFT folders, watched while it runs
 sampling.py     from logits to the next token
 answer_text.py  from tokens to text, stop strings

@@ -29,7 +29,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=_positive, default=os.cpu_count(), help="default: all cores")
     parser.add_argument("--max-tokens-in-cache", type=_positive, default=16_384, help="bounds the memory of a cache")
     parser.add_argument("--max-waiting", type=_positive, default=256, help="requests beyond are answered 'busy'")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16", help="of the base's weights"
+    )
     return parser.parse_args(words)
 
 
@@ -142,20 +144,37 @@ def load(given: argparse.Namespace) -> tuple[Any, Any]:
 
     from serving.engine import UserError
     from serving.engine.adapters import AdapterFolder
-    from serving.engine.gemma import Gemma
     from serving.engine.kv_cache import BLOCK
     from serving.engine.scheduler import Scheduler
 
     torch.set_num_threads(given.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     blocks = max(1, given.max_tokens_in_cache // BLOCK)
-    model = Gemma(given.base, getattr(torch, given.dtype), device, blocks)
+    model = load_model(given, blocks)
     try:
         tokenizer = Tokenizer.from_file(str(given.base / "tokenizer.json"))
     except Exception as error:  # tokenizers raises no class of its own
         raise UserError(f"{given.base}/tokenizer.json cannot be read: {error}") from None
     folder = AdapterFolder(given.adapters, model.config)
     return Scheduler(model, tokenizer, ends(given.base, tokenizer), folder.adapters, blocks, given.max_waiting), folder
+
+
+def load_model(given: argparse.Namespace, blocks: int) -> Any:
+    """The form of Gemma that is quickest here."""
+    import torch
+
+    from serving.engine import UserError
+    from serving.engine.gemma import Gemma
+    from serving.engine.kernels import KernelGemma, NoKernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and given.dtype != "float32":
+        try:
+            return KernelGemma(given.base, blocks, given.threads, int8=given.dtype == "int8")
+        except NoKernels as error:
+            log.warning("no kernels", extra={"why": str(error)})
+    if given.dtype == "int8":
+        raise UserError("--dtype int8 needs a CPU and a C compiler; without, give --dtype bfloat16")
+    return Gemma(given.base, getattr(torch, given.dtype), device, blocks)
 
 
 def ends(base: Path, tokenizer: Any) -> tuple[int, ...]:

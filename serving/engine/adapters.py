@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from serving.engine import UserError
-from serving.engine.gemma import Config, Rows
+from serving.engine.architecture import Config, Rows
 
 log = logging.getLogger(__name__)
 # Products of a layer, and the modules whose outputs lie side by side in each.
@@ -35,7 +35,7 @@ UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "tr
 versions = count(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """One adapter as it was read; a replaced one is another object.
 
@@ -144,9 +144,9 @@ class Stack:
 
     def of(self, rows: list[Rows]) -> "StackedRows":
         """This stack for the rows of one step."""
-        return StackedRows(
-            self, torch.tensor([one.adapter for one in rows for _ in range(one.count)], device=self.device)
-        )
+        place = {id(one): place for place, one in enumerate(self.adapters)}
+        places = [place.get(id(one.adapter), -1) for one in rows for _ in range(one.count)]
+        return StackedRows(self, torch.tensor(places, device=self.device))
 
 
 class StackedRows:
@@ -155,7 +155,6 @@ class StackedRows:
     def __init__(self, stack: Stack, places: Tensor) -> None:
         self.sites = stack.sites
         self.places = places[:, None]
-        self.masks: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, y: Tensor, x: Tensor, layer: int, site: str) -> Tensor:
         """y + what each row's adapter makes of x, for one product of one layer."""

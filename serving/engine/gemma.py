@@ -6,119 +6,27 @@ read. Only attention looks at whose they are. Keys and values lie in blocks (kv_
 Semantics are those of transformers' modeling_gemma*.py: RMS norm by 1 + weight in float32, embeddings times √hidden
 rounded to the model's dtype, rotary embeddings by halves, sliding windows, soft caps, the output layer tied to the
 embedding. Everything between the matrix products is float32.
+
+This is the form in plain torch: for GPUs, float32 weights, and machines without a C compiler. kernels.py has the
+form for CPUs.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from serving.engine import UserError
+from serving.engine.adapters import Stack
+from serving.engine.architecture import Config, Rows, Weights, norms_of
 from serving.engine.kv_cache import BLOCK
 
-FAMILIES = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
-
-
-@dataclass(frozen=True)
-class Config:
-    """An architecture, as config.json of the Hugging Face folder tells it."""
-
-    generation: int  # 1, 2 or 3
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    eps: float
-    scale: float  # of attention scores
-    windows: tuple[int, ...]  # of each layer: how many tokens back it sees, itself included; 0: all
-    ropes: tuple[tuple[float, float], ...]  # of each layer: theta, and what positions are divided by
-    attention_cap: float  # 0: none
-    final_cap: float
-    longest: int  # tokens of a prompt and its answer together
-
-    @classmethod
-    def read(cls, folder: Path) -> "Config":
-        """
-        Raises:
-            UserError: not a Gemma 1, 2 or 3, or one with something that this engine does not know.
-        """
-        try:
-            raw = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/config.json cannot be read: {error}. Give the folder of a Hugging Face "
-                            "model: --base FOLDER") from None  # fmt: skip
-        raw = raw.get("text_config", raw)
-        family = FAMILIES.get(raw.get("model_type", ""))
-        if not family:
-            raise UserError(f"{folder} holds a '{raw.get('model_type')}', not one of {', '.join(FAMILIES)}")
-        layers, head_size = raw["num_hidden_layers"], raw.get("head_dim", 256)
-        default_kinds = {
-            1: ["full_attention"] * layers,
-            2: [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
-            3: [("full_attention" if (i + 1) % 6 == 0 else "sliding_attention") for i in range(layers)],
-        }[family]
-        kinds = raw.get("layer_types") or default_kinds if family > 1 else default_kinds
-        for name in ("attention_bias", "use_bidirectional_attention"):
-            if raw.get(name):
-                raise UserError(f"{folder}/config.json: {name} is not supported")
-        ropes = {kind: _rope(raw, kind, folder) for kind in set(kinds)}
-        return cls(
-            generation=family, vocabulary=raw["vocab_size"], hidden=raw["hidden_size"],
-            intermediate=raw["intermediate_size"], layers=layers, heads=raw["num_attention_heads"],
-            kv_heads=raw["num_key_value_heads"], head_size=head_size, eps=raw.get("rms_norm_eps", 1e-6),
-            scale=(raw.get("query_pre_attn_scalar", 256) if family > 1 else head_size) ** -0.5,
-            windows=tuple(raw.get("sliding_window") or 0 if kind == "sliding_attention" else 0 for kind in kinds),
-            ropes=tuple(ropes[kind] for kind in kinds),
-            attention_cap=(raw.get("attn_logit_softcapping") or 0.0) if family == 2 else 0.0,
-            final_cap=(raw.get("final_logit_softcapping") or 0.0) if family > 1 else 0.0,
-            longest=raw.get("max_position_embeddings", 8192),
-        )  # fmt: skip
-
-
-def _rope(raw: dict[str, Any], kind: str, folder: Path) -> tuple[float, float]:
-    """Theta and the factor of `kind` of layers, as transformers 4 and 5 write them."""
-    given = raw.get("rope_parameters") or {}
-    given = given.get(kind, given)
-    scaling = (raw.get("rope_scaling") if kind == "full_attention" else None) or given
-    name = scaling.get("rope_type", scaling.get("type", "default"))
-    if name not in ("default", "linear"):
-        raise UserError(f"{folder}/config.json: rotary embeddings of type '{name}' are not supported")
-    local = raw.get("model_type") == "gemma3_text" and kind == "sliding_attention"
-    theta = raw.get("rope_local_base_freq", 10_000.0) if local else raw.get("rope_theta")
-    if theta is None:
-        theta = 1_000_000.0 if raw.get("model_type") == "gemma3_text" else 10_000.0
-    return float(given.get("rope_theta", theta)), float(scaling.get("factor", 1.0)) if name == "linear" else 1.0
-
-
-@dataclass
-class Rows:
-    """One request's share of a step: tokens that follow each other.
-
-    Attributes:
-        first: the index of its first token in the step.
-        count: how many tokens.
-        start: the position of the first; so many keys and values lie in the cache already.
-        blocks: of the cache, in the order of positions.
-        wanted: whether the last token's logits are asked for.
-        adapter: its place in the step's stack of adapters; -1 for the base.
-    """
-
-    first: int
-    count: int
-    start: int
-    blocks: Sequence[int]
-    wanted: bool
-    adapter: int = -1
+STACKED = 8  # adapters that stay in the stack though no row of a step needs them
 
 
 @dataclass
@@ -169,12 +77,7 @@ class Gemma:
         self.config = config = Config.read(folder)
         self.device = torch.device(device)
         weights = Weights(folder, dtype, self.device)
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.generation > 1 else []
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if config.generation > 2 else []
         self.embedding = weights["embed_tokens"]
-        if self.embedding.shape != (config.vocabulary, config.hidden):
-            raise UserError(f"{folder}: embed_tokens is {list(self.embedding.shape)}, config.json says otherwise")
         self.head = Linear(self.embedding)
         self.embedding_scale = torch.tensor(config.hidden**0.5, dtype=dtype).item()
         self.norm = 1 + weights["norm"].float()
@@ -184,7 +87,7 @@ class Gemma:
                 o=Linear(weights[f"layers.{i}.self_attn.o_proj"]),
                 gate_up=Linear(torch.cat([weights[f"layers.{i}.mlp.{name}_proj"] for name in ("gate", "up")])),
                 down=Linear(weights[f"layers.{i}.mlp.down_proj"]),
-                norms={name.rpartition(".")[2]: 1 + weights[f"layers.{i}.{name}"].float() for name in norms},
+                norms={name.rpartition(".")[2]: 1 + weights[f"layers.{i}.{name}"].float() for name in norms_of(config)},
             )
             for i in range(config.layers)
         ]
@@ -195,21 +98,21 @@ class Gemma:
         shape = config.layers, blocks * BLOCK, config.kv_heads, config.head_size
         self.keys = torch.zeros(shape, device=self.device)
         self.values = torch.zeros(shape, device=self.device)
+        self.stack: Stack | None = None
 
     @torch.inference_mode()
-    def step(self, tokens: list[int], rows: list[Rows], stack: Any = None) -> Tensor:
+    def step(self, tokens: list[int], rows: list[Rows]) -> tuple[list[int], npt.NDArray[np.float32]]:
         """
         Args:
             tokens: of all requests of this step.
             rows: which belong together; they cover `tokens` in order.
-            stack: of adapters (adapters.Stack), which `rows[i].adapter` counts in; None: no row has any.
 
         Returns:
-            [rows with `wanted`, vocabulary], float32, on the CPU: the logits after their last token.
+            Of rows with `wanted`, after their last token: the most likely token, and the logits, [rows, vocabulary].
         """
         config, device = self.config, self.device
         places = _Places(rows, config, device)
-        stack = stack and stack.of(rows)
+        stack = self._stacked(rows)
         x = self.embedding[torch.tensor(tokens, device=device)].float() * self.embedding_scale
         if self.embedding.dtype != torch.float32:
             x = x.to(self.embedding.dtype).float()  # transformers multiplies in the model's dtype
@@ -237,7 +140,19 @@ class Gemma:
         x = self.head(self._norm(x[places.wanted], self.norm))
         if config.final_cap:
             x = torch.tanh(x / config.final_cap) * config.final_cap
-        return x.cpu()
+        return x.argmax(-1).tolist(), x.cpu().numpy()
+
+    def _stacked(self, rows: list[Rows]) -> Any:
+        """The stack for these rows, made anew only for an adapter that is not in it. None: all rows are the base's."""
+        needed = list({id(one.adapter): one.adapter for one in rows if one.adapter}.values())
+        if not needed:
+            return None
+        present = self.stack.adapters if self.stack else []
+        if missing := [one for one in needed if one not in present]:
+            spare = [one for one in present if one not in needed][: max(0, STACKED - len(needed))]
+            self.stack = Stack([one for one in present if one in needed] + missing + spare, self.config, self.device)
+        assert self.stack
+        return self.stack.of(rows)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.eps) * weight
@@ -333,39 +248,3 @@ class _Places:
         if window:
             mask |= distance >= window
         return index.to(self.device), context.to(self.device), mask.to(self.device)
-
-
-class Weights:
-    """Tensors of a Hugging Face folder by the end of their name, one at a time: `weights["layers.0.mlp.up_proj"]`."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self.folder, self.dtype, self.device = folder, dtype, device
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{folder} has no *.safetensors. Give the folder of a Hugging Face model: --base FOLDER")
-        self.places: dict[str, Any] = {}
-        for file in files:
-            try:
-                opened = safe_open(file, "pt")
-            except Exception as error:  # of safetensors' own class, or of the system
-                raise UserError(f"{file} cannot be read: {error}") from None
-            for name in opened.keys():  # noqa: SIM118 (not a dictionary)
-                self.places[self._short(name)] = opened, name
-
-    @staticmethod
-    def _short(name: str) -> str:
-        """Without what wrappers put before it: `model.language_model.layers…`, `language_model.model.layers…`."""
-        for start in ("layers.", "embed_tokens.", "norm."):
-            at = name.find(start)
-            if at == 0 or (at > 0 and name[at - 1] == "." and "vision" not in name[:at]):
-                return name[at:].removesuffix(".weight")
-        return name
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.places:
-            raise UserError(f"{self.folder} has no tensor …{name}.weight: it is not a whole Gemma")
-        opened, full = self.places[name]
-        return opened.get_tensor(full).to(self.device, self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)

@@ -12,11 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
-from serving.engine.adapters import Adapter, Stack
+from serving.engine.adapters import Adapter
 from serving.engine.answer_text import AnswerText
-from serving.engine.gemma import Gemma, Rows
+from serving.engine.architecture import BEST, LOGITS, NOTHING, Model, Rows
 from serving.engine.kv_cache import BLOCK, BlockPool, digest
 from serving.engine.sampling import Sampler
 from serving.protocol import (
@@ -37,7 +35,6 @@ log = logging.getLogger(__name__)
 MAX_RUNNING = 64  # rows of a step that answer
 STEP_SECONDS = 0.12  # that a step with prompts in it should take
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # of prompts in a step, whatever they take
-STACKED = 8  # adapters that stay in the stack though no row of a step needs them
 Send = Callable[[Part | Done | Failed], None]
 
 
@@ -84,7 +81,7 @@ class Request:
 class Scheduler:
     """Requests in, messages out, a step at a time. Not for more than one thread."""
 
-    def __init__(self, model: Gemma, tokenizer: Any, ends: tuple[int, ...], adapters: Mapping[str, Adapter],
+    def __init__(self, model: Model, tokenizer: Any, ends: tuple[int, ...], adapters: Mapping[str, Adapter],
                  blocks: int, max_waiting: int) -> None:  # fmt: skip
         """
         Args:
@@ -98,7 +95,6 @@ class Scheduler:
         self.pool = BlockPool(blocks)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.stack: Stack | None = None
         self.prompt_budget = 64
         self.closing = False
         self.tokens: Counter[str] = Counter()  # generated, by adapter
@@ -222,41 +218,18 @@ class Scheduler:
     def _run(self, batch: list[tuple[Request, int]]) -> None:
         tokens: list[int] = []
         rows: list[Rows] = []
-        needed = {id(one.adapter): one.adapter for one, _ in batch if one.adapter}
-        places = self._stacked(list(needed.values()))
         for request, count in batch:
             end = request.computed + count
-            rows.append(Rows(len(tokens), count, request.computed, request.blocks, end == len(request.tokens),
-                             places.get(id(request.adapter), -1)))  # fmt: skip
+            wanted = NOTHING if end < len(request.tokens) else LOGITS if request.sampler.needs_logits else BEST
+            rows.append(Rows(len(tokens), count, request.computed, request.blocks, wanted, request.adapter))
             tokens += request.tokens[request.computed : end]
-        logits = self.model.step(tokens, rows, self.stack if needed else None)
+        best, logits = self.model.step(tokens, rows)
         now = time.monotonic()
-        answering = [request for (request, _), one in zip(batch, rows, strict=True) if one.wanted]
+        answering = [(request, one.wanted) for (request, _), one in zip(batch, rows, strict=True) if one.wanted]
         for request, count in batch:
             request.computed += count
-        for request, token in zip(answering, self._choose(answering, logits), strict=True):
-            self._answer(request, token, now)
-
-    def _stacked(self, needed: list[Adapter]) -> dict[int, int]:
-        """Adapters' places in the stack, which is made anew only for one that is not in it."""
-        present = self.stack.adapters if self.stack else []
-        if missing := [one for one in needed if one not in present]:
-            living = {id(one) for one in self.adapters.values()}
-            spare = [one for one in present if one not in needed and id(one) in living]
-            room = max(0, STACKED - len(needed))
-            chosen = [one for one in present if one in needed] + missing + spare[:room]
-            self.stack = Stack(chosen, self.model.config, self.model.device)
-        return {id(one): place for place, one in enumerate(self.stack.adapters)} if self.stack else {}
-
-    def _choose(self, answering: list[Request], logits: Tensor) -> list[int]:
-        if not answering:
-            return []
-        best = logits.argmax(-1).tolist()
-        array = logits.numpy()
-        return [
-            request.sampler.choose(array[line]) if request.sampler.needs_logits else best[line]
-            for line, request in enumerate(answering)
-        ]
+        for line, (request, wanted) in enumerate(answering):
+            self._answer(request, request.sampler.choose(logits[line]) if wanted == LOGITS else best[line], now)
 
     def _answer(self, request: Request, token: int, now: float) -> None:
         """A request has its next token."""

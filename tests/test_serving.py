@@ -1,0 +1,740 @@
+"""Triton before the engine: the contract of NVIDIA's vLLM backend, what it refuses, and what it survives.
+
+The contract's tests also run against NVIDIA's own backend, where VLLM_TRITON_HTTP and VLLM_TRITON_GRPC name one that
+serves a base as `gemma`. FUZZ_REQUESTS and STORM_SECONDS make the two long tests longer.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+import torch
+import tritonclient.grpc as grpc_client
+import yaml
+from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve_tiny
+from transformers import AutoModelForCausalLM
+from tritonclient.utils import InferenceServerException
+from vllm_contract import Refused, Server, tensors
+
+from converters import nemo
+from converters.adapter import our_name
+from converters.checkpoint import Adapter
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import UserError
+from serving.prepare import prepare
+from serving.processes import Part
+from serving.repository import put_adapter, remove_adapter, write_repository
+from training.base_model import describe
+
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+ENDLESS = {"temperature": 0, "max_tokens": 450, "ignore_eos": True}
+FUZZ_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "400"))
+STORM_SECONDS = float(os.environ.get("STORM_SECONDS", "30"))
+TOLD_WITHIN, BACK_WITHIN = 2.0, 10.0  # seconds on a machine that has nothing else to do ...
+BUSY_MACHINE = 3.0  # ... and as many times that beside other tests
+
+
+@pytest.fixture(scope="module")
+def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with serve_tiny(tiny_base, tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(stack: Stack) -> Server:
+    return Server(stack.http, stack.grpc)
+
+
+@pytest.fixture(params=["embedded", "vllm"])
+def either(request: pytest.FixtureRequest) -> Server:
+    """Our server, and NVIDIA's where there is one."""
+    if request.param == "embedded":
+        return request.getfixturevalue("server")
+    if "VLLM_TRITON_HTTP" not in os.environ:
+        pytest.skip("no Triton with the vLLM backend: VLLM_TRITON_HTTP and VLLM_TRITON_GRPC are not set")
+    return Server(os.environ["VLLM_TRITON_HTTP"], os.environ["VLLM_TRITON_GRPC"])
+
+
+@pytest.fixture(params=["http", "grpc"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def until(condition: Callable[[], bool], seconds: float) -> float:
+    """Wait for `condition`; the seconds it took. Fails when they are over."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not after {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_follows_its_prompt_unless_it_is_left_out(either: Server, protocol: str) -> None:
+    (whole,) = either.ask(protocol, "Hello there", GREEDY)
+    (answer,) = either.ask(protocol, "Hello there", GREEDY, exclude_input_in_output=True)
+    assert whole["text_output"] == "Hello there" + answer["text_output"]
+    assert len(answer["text_output"]) > 0
+
+
+def test_parts_of_a_stream_are_what_is_new(either: Server, protocol: str) -> None:
+    returns = {"return_finish_reason": True, "return_num_output_tokens": True, "return_num_input_tokens": True}
+    sampling = {"max_tokens": 40, "seed": 3, "ignore_eos": True}  # the tiny base says one thing only unless it is drawn
+    (whole,) = either.ask(protocol, "Hello there", sampling, exclude_input_in_output=True, **returns)
+    parts = either.ask(protocol, "Hello there", sampling, stream=True, **returns)
+    assert "".join(part["text_output"] for part in parts) == whole["text_output"]
+    assert len(parts) > 3
+    assert [part["finish_reason"] for part in parts] == ["None"] * (len(parts) - 1) + ["length"]
+    assert sum(part["num_output_tokens"] for part in parts) == whole["num_output_tokens"] == 40
+    assert parts[-1]["num_input_tokens"] == whole["num_input_tokens"] > 2
+
+
+def test_nothing_is_returned_that_was_not_asked_for(either: Server, protocol: str) -> None:
+    (answer,) = either.ask(protocol, "Hello there", GREEDY)
+    assert answer.keys() - {"model_name", "model_version"} == {"text_output"}
+
+
+def test_a_stream_has_no_prompt_to_begin_with(either: Server, protocol: str) -> None:
+    with pytest.raises(Refused, match="exclude_input_in_output"):
+        either.ask(protocol, "Hello there", GREEDY, stream=True, exclude_input_in_output=False)
+
+
+def test_parameters_of_the_request_count_where_there_are_no_sampling_parameters(either: Server) -> None:
+    (expected,) = either.ask("http", "Hello there", {"temperature": 0, "max_tokens": 5})
+    body = {"text_input": "Hello there", "parameters": {"temperature": 0, "max_tokens": 5}}
+    answer = httpx.post(f"{either.http}/v2/models/gemma/generate", json=body, timeout=60).json()
+    assert answer["text_output"] == expected["text_output"]
+
+
+def test_seeded_sampling_repeats_itself(either: Server, protocol: str) -> None:
+    sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 12, "seed": 7, "ignore_eos": True}
+    first, again = (either.ask(protocol, "Once upon", sampling)[0]["text_output"] for _ in range(2))
+    (other,) = either.ask(protocol, "Once upon", {**sampling, "seed": 8})
+    assert first == again != other["text_output"]
+
+
+def test_generate_gives_one_response(either: Server) -> None:
+    body = {"text_input": "Hi", "sampling_parameters": json.dumps(GREEDY), "stream": True}
+    answer = httpx.post(f"{either.http}/v2/models/gemma/generate", json=body, timeout=60)
+    assert "exactly 1 response" in answer.json()["error"]
+
+
+def test_an_unknown_adapter_is_refused(either: Server, protocol: str) -> None:
+    with pytest.raises(Refused, match=r"nobody|LoRA feature is not enabled"):
+        either.ask(protocol, "Hi", {**GREEDY, "lora_name": "nobody"})
+
+
+def test_many_streams_at_once_keep_apart(either: Server) -> None:
+    texts = [f"Number {n} says" for n in range(8)]
+    alone = [either.ask("http", text, GREEDY, exclude_input_in_output=True)[0]["text_output"] for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda text: either.ask("grpc", text, GREEDY, stream=True), texts))
+    assert ["".join(part["text_output"] for part in parts) for parts in together] == alone
+
+
+# --- ours alone ---------------------------------------------------------------------------------------------------
+
+
+def test_values_may_be_texts(server: Server) -> None:
+    texts = {"temperature": "0", "max_tokens": "12", "ignore_eos": "true", "lora_name": "slang"}
+    assert server.ask("http", "Hi", texts) == server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
+
+
+@pytest.mark.parametrize("way", ["grpc cancel", "grpc vanish", "http vanish"])
+def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, way: str) -> None:
+    sampling = json.dumps(ENDLESS)
+    if way == "grpc cancel":
+        with server.grpc_stream() as (client, answers):
+            client.async_stream_infer(
+                "gemma", tensors({"text_input": "Hi", "sampling_parameters": sampling, "stream": True})
+            )
+            answers.get(timeout=20)
+            until(lambda: stack.stats()["running"] == 1, 5)
+    elif way == "grpc vanish":
+        parts = server.responses("grpc", "Hi", ENDLESS, stream=True)
+        next(parts)
+        parts.close()
+    else:
+        body = json.dumps({"text_input": "Hi", "sampling_parameters": sampling, "stream": True}).encode()
+        host, port = server.http.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            head = f"POST /v2/models/gemma/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            until(lambda: stack.stats()["running"] == 1, 5)
+    until(lambda: stack.stats()["running"] == 0, 1.5)  # beats come four times a second; the answer itself takes longer
+
+
+def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack) -> None:
+    client = grpc_client.InferenceServerClient(server.grpc)
+    answer = client.infer(
+        "adapters", tensors({"name": "slang"}), outputs=[grpc_client.InferRequestedOutput("catalogue")]
+    )
+    (adapter,) = json.loads(answer.as_numpy("catalogue")[0])
+    assert adapter["prompt"] == json.loads((stack.folder / "adapters/slang/prompt.json").read_text())
+    assert adapter["sampling"]["temperature"] == 0.7
+    with pytest.raises(InferenceServerException, match=r"unknown_adapter: .* known: chat, slang, squid_game"):
+        client.infer("adapters", tensors({"name": "nobody"}))
+
+
+def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_path: Path) -> None:
+    write_tiny_adapter(stack, "late", tmp_path)
+    again = subprocess.run([SERVING_PYTHON, "-m", "serving", "--folder", stack.folder], cwd=ROOT, text=True,
+                           capture_output=True, timeout=60)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"A server is running already (process {stack.process.pid}); it serves chat, late, slang" in again.stdout
+    assert server.ask("http", "Hi", {**GREEDY, "lora_name": "late"}) != server.ask("http", "Hi", GREEDY)
+    remove_adapter(stack.folder / "adapters" / "late")
+
+    def is_gone() -> bool:
+        try:
+            server.ask("http", "Hi", {**GREEDY, "lora_name": "late"})
+        except Refused as error:
+            return str(error).startswith("unknown_adapter: ")
+        return False
+
+    until(is_gone, 10)
+
+
+def write_tiny_adapter(stack: Stack, name: str, scratch: Path) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(stack.folder / "base"),
+        LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    model.save_pretrained(scratch / name)
+    Prompt("{instruction}\n{response}", "{context}", "{slang}").save(scratch / name)
+    put_adapter(stack.folder, scratch / name, {"name": name, "task": name, "sampling": {}})
+
+
+def test_a_broken_adapter_hurts_nobody_else(server: Server, stack: Stack, tmp_path: Path) -> None:
+    write_tiny_adapter(stack, "broken", tmp_path)
+    (stack.folder / "adapters/broken/adapter_model.safetensors").write_bytes(b"nothing")
+    try:
+        time.sleep(1.5)  # the engine looks every second
+        with pytest.raises(Refused, match="broken"):
+            server.ask("http", "Hi", {**GREEDY, "lora_name": "broken"})
+        assert server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
+    finally:
+        remove_adapter(stack.folder / "adapters" / "broken")
+
+
+def test_metrics_count_by_adapter_and_outcome(server: Server, stack: Stack) -> None:
+    def figure(name: str) -> float:
+        text = httpx.get(f"http://127.0.0.1:{stack.ports['metrics']}/metrics", timeout=5).text
+        found = re.search(rf"^gemma_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+    names = ['requests{adapter="slang",outcome="length"}', 'tokens{adapter="slang"}',
+             'ttft_seconds_count{adapter="slang"}', 'requests{adapter="",outcome="invalid"}']  # fmt: skip
+    before = [figure(name) for name in names]
+    server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
+    with pytest.raises(Refused):
+        server.ask("http", "Hi", {"temperature": -1})
+    assert [figure(name) - old for name, old in zip(names, before, strict=True)] == [1, 12, 1, 1]
+    assert figure('ttft_seconds_sum{adapter="slang"}') > 0
+
+
+def test_the_log_tells_of_requests_and_not_what_they_say(server: Server, stack: Stack) -> None:
+    server.ask("grpc", "My secret wish", {**GREEDY, "lora_name": "chat"})
+    text = (stack.folder / "state/requests.jsonl").read_text()
+    line = json.loads(text.splitlines()[-1])
+    assert (line["request"], line["adapter"], line["outcome"], line["output_tokens"]) == ("mine", "chat", "length", 12)
+    assert "secret" not in text
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"text_input": ""}, "invalid: the prompt is empty"),
+        ({"text_input": b"\xff\xfe"}, "invalid: text_input is not UTF-8"),
+        ({"text_input": "word " * 200_000}, r"invalid: .*512"),
+        ({"sampling_parameters": "{"}, "invalid: sampling_parameters is not JSON"),
+        ({"sampling_parameters": b"\xff"}, "invalid: sampling_parameters is not UTF-8"),
+        ({"sampling_parameters": "[1]"}, "invalid: sampling_parameters is not a JSON object"),
+        ({"sampling_parameters": '{"temperature": -1}'}, "invalid: temperature is -1"),
+        ({"sampling_parameters": '{"temperature": "hot"}'}, "invalid: temperature is not a number: 'hot'"),
+        ({"sampling_parameters": '{"max_tokens": 100000}'}, r"invalid: .*512"),
+        ({"sampling_parameters": '{"best_of": 3}'}, "invalid: unknown sampling parameter 'best_of'"),
+        ({"sampling_parameters": '{"n": 2}'}, "invalid: n is 2"),
+        ({"sampling_parameters": '{"lora_name": "nobody"}'}, "unknown_adapter: .*nobody"),
+        ({"return_cumulative_logprob": True}, "invalid: return_cumulative_logprob is not supported"),
+        ({"text_input": np.array([["a", "b"]], dtype=np.object_)}, "unexpected shape"),
+        ({"text_input": np.array([3])}, "data-type"),
+        ({"stream": "yes"}, "data-type"),
+        ({"nothing": "x"}, "nothing"),
+    ],
+)
+def test_bad_input_is_named(server: Server, fields: dict[str, Any], error: str) -> None:
+    with server.grpc_stream() as (client, answers):
+        client.async_stream_infer("gemma", tensors({"text_input": "Hi", **fields}))
+        _, said = answers.get(timeout=20)
+    assert said is not None
+    assert re.search(error, said.message(), re.DOTALL), said.message()
+
+
+def test_bad_http_is_refused_with_a_reason(server: Server) -> None:
+    url = f"{server.http}/v2/models/gemma/generate"
+    for body in (b"", b"{", b"[]", b"\xff\xfe", b'{"text_input": 3}', b'{"stream": true}', b"x" * 2_000_000):
+        answer = httpx.post(url, content=body, timeout=20)
+        assert answer.status_code in (400, 500), (body[:20], answer.text)
+        assert answer.json()["error"], body[:20]
+    assert httpx.post(f"{server.http}/v2/models/nobody/generate", json={}, timeout=20).status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["repository/index", "repository/models/gemma/unload", "repository/models/gemma/load", "logging", "trace/setting",
+     "systemsharedmemory/region/x/register", "systemsharedmemory/status", "cudasharedmemory/region/x/register"],
+)  # fmt: skip
+def test_the_server_is_not_governed_from_outside(server: Server, path: str) -> None:
+    ask = httpx.get if path.endswith("status") else httpx.post
+    assert ask(f"{server.http}/v2/{path}", timeout=5, **({} if ask is httpx.get else {"json": {}})).status_code == 403
+    host, port = server.http.removeprefix("http://").split(":")
+    for header in ("nobody's: locked", "nobody's\nkey: locked\nfor good", "nobody's\r\n key: locked\r\n for good"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                f"POST /v2/{path} HTTP/1.1\r\nHost: x\r\n{header}\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+            )
+            connection.settimeout(5)
+            assert b" 200 " not in connection.recv(100).partition(b"\r\n")[0]
+    assert server.is_ready()
+
+
+@pytest.mark.parametrize("call", ["load_model", "unload_model", "get_model_repository_index", "get_trace_settings",
+                                  "get_log_settings", "get_system_shared_memory_status"])  # fmt: skip
+def test_nor_over_grpc(server: Server, call: str) -> None:
+    client = grpc_client.InferenceServerClient(server.grpc)
+    with pytest.raises(InferenceServerException, match="restricted"):
+        getattr(client, call)(*(["gemma"] if call in ("load_model", "unload_model") else []))
+    assert server.is_ready()
+
+
+@pytest.mark.slow
+def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None:
+    """Each is answered or refused with a reason, and afterwards it says what it said before."""
+    (expected,) = server.ask("http", "The zoo is", GREEDY)
+    engine = stack.part("engine").pid
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = Counter(pool.map(lambda seed: random_request(server, random.Random(seed)), range(FUZZ_REQUESTS)))
+    print(f"\n{FUZZ_REQUESTS} random requests: {dict(outcomes)}")
+    assert outcomes["silence"] == 0
+    assert outcomes["answered"] > 0 and outcomes["invalid"] > 0
+    until(lambda: stack.stats()["running"] == stack.stats()["waiting"] == 0, 60)
+    assert server.ask("http", "The zoo is", GREEDY) == [expected]
+    assert stack.part("engine").pid == engine
+
+
+def random_request(server: Server, draw: random.Random) -> str:
+    """How one request of anything ends: answered, an error's code, triton (its own refusal), or silence."""
+    texts = ["Hi", "", "é" * draw.randint(1, 2000), "\x00", "<start_of_turn>", "a b " * draw.randint(1, 300),
+             draw.randbytes(draw.randint(1, 50)), "𓀀\u202e\ufffd", "word " * 20_000]  # fmt: skip
+    values = [0, -1, 1, 0.5, 1e308, -1e308, "0.7", "", None, True, [], ["a"], {}, "x" * 100, 2**70, float("nan"), 7]
+    names = ["temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "seed", "repetition_penalty", "n",
+             "presence_penalty", "frequency_penalty", "ignore_eos", "lora_name", "logprobs", ""]  # fmt: skip
+    sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), **{draw.choice(names): draw.choice(values)
+                     for _ in range(draw.randint(0, 3))}}  # fmt: skip
+    encoded: Any = draw.choice(
+        [json.dumps(sampling)] * 4 + ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
+    )
+    flags = {name: draw.choice([True, False]) for name in ("stream", "exclude_input_in_output", "return_finish_reason",
+             "return_logprobs", "return_num_input_tokens") if draw.random() < 0.25}  # fmt: skip
+    text = draw.choice(texts)
+    try:
+        if draw.random() < 0.5:
+            fields: dict[str, Any] = {"text_input": text, "sampling_parameters": encoded, **flags}
+            if draw.random() < 0.2:
+                fields[draw.choice(list(fields))] = draw.choice([np.zeros((2, 2)), np.array([1]), True, "x",
+                                                                 np.array([["a"]], dtype=np.object_)])  # fmt: skip
+            return over_grpc(server, fields)
+        body = {"text_input": _text(text), "sampling_parameters": _text(encoded), **flags}
+        if draw.random() < 0.2:
+            body[draw.choice(list(body))] = draw.choice(values)
+        content: bytes = json.dumps(body).encode()
+        if draw.random() < 0.2:
+            content = bytearray(content)
+            for _ in range(3):
+                content[draw.randrange(len(content))] = draw.randrange(256)
+        path = "generate_stream" if flags.get("stream") else "generate"
+        answer = httpx.post(f"{server.http}/v2/models/gemma/{path}", content=bytes(content), timeout=60)
+        found = re.search(r'"error":"(\w+: )?', answer.text)
+        return "answered" if not found else (found[1] or "triton: ")[:-2]
+    except (httpx.HTTPError, TimeoutError):
+        return "silence"
+
+
+def _text(value: Any) -> Any:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+def over_grpc(server: Server, fields: dict[str, Any]) -> str:
+    with server.grpc_stream() as (client, answers):
+        client.async_stream_infer("gemma", tensors(fields), enable_empty_final_response=True)
+        while True:
+            result, error = answers.get(timeout=60)
+            if error is not None:
+                found = re.match(r"(\w+): ", error.message())
+                return found[1] if found else "triton"
+            if result.get_response().parameters["triton_final_response"].bool_param:
+                return "answered"
+
+
+# --- what it survives ---------------------------------------------------------------------------------------------
+
+
+def victim(stack: Stack, name: str) -> psutil.Process:
+    """The process of a part, or the stub of a model."""
+    if name not in ("gemma", "adapters"):
+        return stack.part(name)
+    stubs = stack.part("triton").children()
+    return next(stub for stub in stubs if any(f"/{name}/1/model.py" in word for word in stub.cmdline()))
+
+
+def test_whoever_waits_for_a_killed_engine_is_told_and_it_comes_back(server: Server, stack: Stack) -> None:
+    survive(server, stack, "engine", signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize("name", ["engine", "gemma", "triton", "adapters"])
+def test_any_part_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
+    survive(server, stack, name, number)
+
+
+def survive(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
+    told: queue.Queue[float] = queue.Queue()
+
+    def wait(protocol: str, stream: bool) -> None:
+        with pytest.raises(Refused):
+            while True:  # until it fails
+                server.ask(protocol, "Hi", ENDLESS, **({"stream": True} if stream else {}))
+        told.put(time.monotonic())
+
+    waiting = [threading.Thread(target=wait, args=way) for way in
+               (("http", False), ("http", True), ("grpc", False), ("grpc", True))]  # fmt: skip
+    for thread in waiting:
+        thread.start()
+    until(lambda: stack.stats()["running"] == 4, 20)
+    struck = victim(stack, name)
+    began = time.monotonic()
+    struck.send_signal(number)
+    last = max(told.get(timeout=30) for _ in waiting) - began
+    assert last < TOLD_WITHIN * BUSY_MACHINE
+    if name != "adapters":
+        assert not server.is_ready()
+    back = until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
+    assert server.ask("http", "Hi", GREEDY)
+    assert not struck.is_running() or struck.status() == psutil.STATUS_ZOMBIE
+    print(f"{name} {number.name}: told after {last:.2f} s, ready after {back:.2f} s more")
+
+
+def test_an_end_by_memory_is_called_so(tmp_path: Path) -> None:
+    memory = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28)); bytes(2**30)"
+    part = Part("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
+    part.start()
+    until(lambda: not part.is_running, 20)
+    assert part.bury() == "engine ended for want of memory: MemoryError"
+
+
+def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) -> None:
+    part = Part("engine", [sys.executable, "-c", "print('no such base'); exit(3)"], tmp_path, tmp_path / "log")
+    delays = []
+    for _ in range(4):
+        part.start()
+        until(lambda: not part.is_running, 20)
+        reason = part.bury()
+        delays.append(round(part.start_at - time.monotonic()))
+    assert delays == [0, 1, 2, 4]
+    assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 4 s)"
+
+
+def leftovers(stack: Stack) -> list[str]:
+    """Processes, shared memory and sockets of a server, by what only they have in their names."""
+    name = hashlib.sha256(str((stack.folder / "state").resolve()).encode()).hexdigest()[:8]
+    found = [str(path) for path in Path("/dev/shm").glob(f"triton_gemma_{name}_*")]
+    found += [str(path) for path in (stack.folder / "state").glob("*.sock")]
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(str(stack.folder) in word for word in words):
+            found.append(" ".join(words[:4]))
+    return found
+
+
+@pytest.mark.slow
+def test_sigterm_lets_requests_end_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+    with serve_tiny(tiny_base, tmp_path) as stack:
+        server = Server(stack.http, stack.grpc)
+        parts = {protocol: server.responses(protocol, "Hi", {**ENDLESS, "max_tokens": 200}, stream=True,
+                                            return_finish_reason=True) for protocol in ("http", "grpc")}  # fmt: skip
+        for stream in parts.values():
+            next(stream)
+        began = time.monotonic()
+        stack.process.terminate()
+        assert [list(stream)[-1]["finish_reason"] for stream in parts.values()] == ["length", "length"]
+        assert stack.process.wait(20) == 0
+        assert time.monotonic() - began < BACK_WITHIN * BUSY_MACHINE
+        assert leftovers(stack) == []
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, tmp_path: Path) -> None:
+    with serve_tiny(tiny_base, tmp_path) as stack:
+        victim(stack, "gemma").suspend()  # which then cannot see that Triton has ended
+        stack.process.kill()
+        until(lambda: len([left for left in leftovers(stack) if left.startswith("/") and "stub" not in left]) <= 3, 10)
+        with serve_again(stack) as again:
+            assert Server(again.http, again.grpc).ask("http", "Hi", GREEDY)
+        assert leftovers(stack) == []
+
+
+@contextmanager
+def serve_again(stack: Stack) -> Iterator[Stack]:
+    words = [word for name, port in stack.ports.items() for word in (f"--{name}-port", str(port))]
+    process = subprocess.Popen([SERVING_PYTHON, "-m", "serving", "--folder", stack.folder, "--threads", "1", *words],
+                               cwd=ROOT, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout
+    assert any(line.startswith("Ready") for line in process.stdout)
+    yield Stack(process, stack.folder, stack.ports)
+    process.terminate()
+    process.communicate(timeout=30)
+
+
+def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    write_repository(tmp_path, tiny_base)
+    (tmp_path / "adapters").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        started = subprocess.run([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path, "--grpc-port", str(port)],
+                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert started.returncode == 2
+    assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
+    assert "--grpc-port" in started.stderr
+
+
+@pytest.mark.slow
+def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
+    """Every few seconds something dies or hangs: of 32 clients, whoever is answered is right, the rest is told why."""
+    adapters = [None, "slang", "squid_game", "chat"]
+    asked = [(f"Number {n} says", {**GREEDY, "max_tokens": 8 + 8 * (n % 4), **({"lora_name": adapters[n % 4]}
+             if n % 4 else {})}) for n in range(16)]  # fmt: skip
+    quiet = [server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"]
+             for text, sampling in asked]  # fmt: skip
+    before = usage(stack)
+    outcomes: Counter[str] = Counter()
+    longest = 0.0
+    end = time.monotonic() + STORM_SECONDS
+
+    def client(seed: int) -> None:
+        nonlocal longest
+        draw = random.Random(seed)
+        while time.monotonic() < end:
+            number = draw.randrange(len(asked))
+            text, sampling = asked[number]
+            stream, said, began = draw.random() < 0.6, "", time.monotonic()
+            try:
+                way = {"exclude_input_in_output": True, **({"stream": True} if stream else {})}
+                for part in server.responses(draw.choice(["http", "grpc"]), text, sampling, **way):
+                    said += part["text_output"]
+                    if stream and draw.random() < 0.02:
+                        break  # it leaves
+                else:
+                    outcomes["right" if said == quiet[number] else f"wrong: {said!r} for {quiet[number]!r}"] += 1
+                    continue
+                outcomes["left"] += 1
+            except Refused as error:
+                outcomes[kind_of(str(error))] += 1
+                time.sleep(0.2)
+            except queue.Empty:
+                outcomes["silence"] += 1
+            if not quiet[number].startswith(said):
+                outcomes[f"wrong part: {said!r} of {quiet[number]!r}"] += 1
+            longest = max(longest, time.monotonic() - began)
+
+    with ThreadPoolExecutor(32) as pool:
+        clients = [pool.submit(client, seed) for seed in range(32)]
+        draw, kills = random.Random(0), Counter[str]()
+        while time.monotonic() < end - 5:
+            time.sleep(draw.uniform(2, 8))
+            name, number = (
+                draw.choice(["engine", "gemma", "triton", "adapters", "door"]),
+                draw.choice([9, signal.SIGSTOP]),
+            )
+            if name == "door":
+                number = 9
+            with suppress(StopIteration, psutil.NoSuchProcess):  # it is being started just now
+                victim(stack, name).send_signal(number)
+                kills[f"{name} {signal.Signals(number).name}"] += 1
+        for one in clients:
+            one.result()
+    until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
+    until(lambda: stack.stats()["running"] == stack.stats()["waiting"] == 0, 20)
+    after = usage(stack)
+    print(f"\n{STORM_SECONDS:.0f} s, kills {dict(kills)}\noutcomes {dict(outcomes)}\nlongest request {longest:.1f} s"
+          f"\nbefore {before}\nafter  {after}")  # fmt: skip
+    assert set(outcomes) <= {"right", "left", "unavailable", "busy"}, outcomes
+    assert outcomes["right"] > 0
+    assert longest < 30
+    assert [after[key] for key in ("processes", "shared memory")] == [
+        before[key] for key in ("processes", "shared memory")
+    ]
+    assert after["supervisor MiB"] < before["supervisor MiB"] + 20
+    assert after["files"] <= before["files"] + 5
+    assert [server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"]
+            for text, sampling in asked] == quiet  # fmt: skip
+
+
+AWAY = re.compile(
+    r"unavailable: |no available versions|not found|not ready|Server is stopping"  # the stub, Triton
+    r"|Socket closed|recvmsg|GOAWAY|Stream removed|Broken pipe|failed to connect|Connection re"  # gRPC
+    r"|ConnectError|ReadError|WriteError|RemoteProtocolError"  # httpx; not ReadTimeout, which is silence
+)
+
+
+def kind_of(error: str) -> str:
+    """The error's code; "unavailable" too where it says in other words that the server is away just now."""
+    return "busy" if error.startswith("busy: ") else "unavailable" if AWAY.search(error) else error
+
+
+def usage(stack: Stack) -> dict[str, int]:
+    """What a leak would show in."""
+    supervisor = psutil.Process(stack.process.pid)
+    shared = [left for left in leftovers(stack) if left.startswith("/dev/shm")]
+    children = supervisor.children(recursive=True)
+    memory = [process.memory_info().rss for process in children]
+    return {
+        "processes": len(children), "shared memory": len(shared), "files": supervisor.num_fds(),
+        "supervisor MiB": supervisor.memory_info().rss >> 20, "all MiB": sum(memory) >> 20,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_real_base_alone_as_a_user_starts_it(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(base_folder.parent)
+    prepare([], "slang", "gemma-3-270m", "embedded", tmp_path / "serve")
+    assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
+    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    process = subprocess.Popen([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path / "serve", *words], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        said = "".join(itertools.takewhile(lambda line: not line.startswith("Try: "), lines))
+        assert "Serving gemma-3-270m alone" in said
+        server = Server(f"http://127.0.0.1:{ports['http']}", f"127.0.0.1:{ports['grpc']}")
+        (answer,) = server.ask("http", "The capital of France is", {"temperature": 0, "max_tokens": 8})
+        assert answer["text_output"].startswith("The capital of France is the") or "Paris" in answer["text_output"]
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+# --- what is served -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with finished runs of slang and chat on the tiny base."""
+    monkeypatch.chdir(tmp_path)
+    prompts = {
+        "slang": Prompt("Q: {instruction}\nA: {response}", "{context}", "{slang}"),
+        "chat": Prompt("U: {instruction}\nM: {response}<end_of_turn>", "{message}", "{answer}"),
+    }
+    for task, prompt in prompts.items():
+        write_run(Path("runs") / task / "tiny-1", task, prompt, tiny_base)
+    return tmp_path
+
+
+def write_run(run: Path, task: str, prompt: Prompt, base: Path) -> None:
+    run.mkdir(parents=True)
+    columns = {"slang": {"slang": [], "context": []}, "chat": {"message": []}}[task]
+    config = {"task": {"name": task, "data": {"columns": columns}}, "model": {"name": "tiny", "path": str(base)}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "evaluation.json").write_text("{}")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(len(task))
+    weights = {our_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
+    content = Adapter(settings, weights, {**describe(base), "name": "tiny"}, None, prompt, "bfloat16")
+    nemo.write(content, run / f"{task}.nemo")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = work / "exports/serve"
+    prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", folder)
+    adapters = {
+        name: json.loads((folder / "adapters" / name / "serving.json").read_text()) for name in ("slang", "chat")
+    }
+    assert (adapters["slang"]["field"], adapters["slang"]["has_turns"]) == ("context", False)
+    assert (adapters["chat"]["sampling"]["stop"], adapters["chat"]["has_turns"]) == (["<end_of_turn>"], True)
+    assert adapters["chat"]["sampling"]["max_tokens"] == 150
+    assert (folder / "base").resolve() == tiny_base.resolve()
+    assert capsys.readouterr().out.count("Converting") == 2
+    prepare(["chat"], None, "gemma-3-270m", "embedded", folder)  # slang is not served any more, chat as it was exported
+    assert [path.name for path in (folder / "adapters").iterdir()] == ["chat"]
+    assert "Converting" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_same_folder_for_nvidias_container(work: Path) -> None:
+    prepare(["slang", "chat"], None, "gemma-3-270m", "vllm", work / "serve")
+    model = json.loads((work / "serve/repository/gemma/1/model.json").read_text())
+    assert model["model"] == "/serve/base"
+    assert (model["enable_lora"], model["max_loras"], model["max_lora_rank"]) == (True, 2, 8)
+    loras = json.loads((work / "serve/repository/gemma/1/multi_lora.json").read_text())
+    assert loras == {"chat": "/serve/adapters/chat", "slang": "/serve/adapters/slang"}
+    assert 'backend: "vllm"' in (work / "serve/repository/gemma/config.pbtxt").read_text()
+
+
+def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:
+    with pytest.raises(UserError, match=r"no finished run in runs/squid_game. Train first: make train TASK=squid_game"):
+        prepare(["slang", "squid_game"], None, "gemma-3-270m", "embedded", work / "serve")
+    assert not (work / "serve/repository").exists()
+
+
+def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path, stack: Stack) -> None:
+    shutil.copytree(tiny_base, work / "other-base")
+    config = yaml.safe_load((work / "runs/chat/tiny-1/config.yaml").read_text())
+    config["model"]["path"] = str(work / "other-base")
+    (work / "runs/chat/tiny-1/config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"share one base, but these are slang on .*, chat on other-base"):
+        prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", work / "serve")
+    with pytest.raises(UserError, match=r"the running server has the base tiny-base0, and these tasks other-base"):
+        prepare(["chat"], None, "gemma-3-270m", "embedded", stack.folder)
+
+
+@pytest.mark.usefixtures("work")
+def test_the_repository_of_a_running_server_is_not_written_anew(stack: Stack) -> None:
+    with pytest.raises(UserError, match=r"a server is running from .*; stop it first"):
+        prepare(["slang"], None, "gemma-3-270m", "vllm", stack.folder)
