@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> None:
     try:
         with Client(
             options.url, headers={"authorization": f"Bearer {key}"} if key else None, ca_file=options.ca_file,
-            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline),
+            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline / 2),
         ) as client:  # fmt: skip
             sys.exit(options.run(client, options))
     except ServingError as error:

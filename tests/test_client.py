@@ -202,7 +202,7 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_the_callers_to_mend() ->
 
 def test_the_command_line_leaves_with_a_code_for_each_kind_of_failure(tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
-    gone = command("slang", "--url", nowhere, "--deadline", 2)
+    gone = command("slang", "--url", nowhere, "--deadline", 3)
     assert gone.returncode == 3 and gone.stderr.startswith(f"error: nothing answers at {nowhere}")
     (tmp_path / "not.json").write_text("{")
     for words in (

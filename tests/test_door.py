@@ -142,7 +142,6 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
         ({"temperature": True}, "temperature", "temperature: .* number"),
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens: .* integer"),
         ({"stream": "yes"}, "stream", "stream: .* boolean"),
-        ({"stop": [1]}, "stop.0", "stop"),
         ({"messages": "Hi"}, "messages", "messages: .* array"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", '"type": "text"'),
@@ -167,6 +166,12 @@ def test_what_would_change_nothing_is_let_through() -> None:
         "store": True,
     }
     assert ChatCompletion.read(json.dumps(chat(**harmless)).encode()).sampling == GREEDY
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [], 3, None])
+def test_a_completion_takes_one_text(prompt: Any) -> None:
+    with pytest.raises(ApiError, match="prompt: one text a request, and no numbers of tokens"):
+        TextCompletion.read(json.dumps({"model": "gemma", "prompt": prompt}).encode())
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000])
@@ -273,6 +278,8 @@ def test_the_openai_package_raises_what_it_raises_for_openai(api: openai.OpenAI)
     with pytest.raises(openai.BadRequestError) as refused:
         api.chat.completions.create(model="chat", messages=[{"role": "user", "content": "word " * 900}], stream=True)
     assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="stop is not a text, or a list of texts"):
+        api.chat.completions.create(model="chat", messages=HI, extra_body={"stop": [1]})
     with pytest.raises(openai.BadRequestError, match="the user's"):
         api.chat.completions.create(model="chat", messages=[*HI, {"role": "assistant", "content": "Hello."}])
 
