@@ -154,6 +154,7 @@ def test_what_is_no_address_is_refused_at_once(address: str) -> None:
 
 
 def test_a_closed_client_says_so_and_leaves_no_thread() -> None:
+    gc.collect()
     before = threading.active_count()
     clients = [Client("127.0.0.1:1") for _ in range(5)]
     for client in clients:
