@@ -154,6 +154,7 @@ def test_what_is_no_address_is_refused_at_once(address: str) -> None:
 
 
 def test_a_closed_client_says_so_and_leaves_no_thread() -> None:
+    gc.collect()
     before = threading.active_count()
     clients = [Client("127.0.0.1:1") for _ in range(5)]
     for client in clients:
@@ -202,7 +203,7 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_the_callers_to_mend() ->
 
 def test_the_command_line_leaves_with_a_code_for_each_kind_of_failure(tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
-    gone = command("slang", "--url", nowhere, "--deadline", 2)
+    gone = command("slang", "--url", nowhere, "--deadline", 3)
     assert gone.returncode == 3 and gone.stderr.startswith(f"error: nothing answers at {nowhere}")
     (tmp_path / "not.json").write_text("{")
     for words in (
