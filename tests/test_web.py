@@ -583,7 +583,7 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
     page = open_page(f"{live.address}/chat")
     sent = []
     page.on("request", lambda request: request.url.endswith("/api/answer") and sent.append(request.post_data_json))
-    expect(page.locator("#adapter option")).to_have_count(3)
+    expect(page.locator("#adapter option")).to_have_count(4)
     bubbles, message = page.locator(".bubble"), page.get_by_label("Your message")
     message.fill("Hello! I am Ada.")
     message.press("Enter")
@@ -604,7 +604,7 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
             break
         time.sleep(0.1)
     assert stack.stats()["running"] == 0  # stopped in the engine too
-    page.get_by_label("with").select_option("squid_game")
+    page.get_by_label("Model").select_option("squid_game")
     expect(bubbles).to_have_count(0)
     message.fill("Is it violent?")
     message.press("Enter")
@@ -615,16 +615,16 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
 
 @pytest.mark.slow
 def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any]) -> None:
-    """The base goes on with what it is full of; greedy, so that it does every time."""
-    page = open_page(live.address)
-    line = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\n"
-    page.get_by_label("Where are you?").fill(line * 8)
-    page.get_by_label("Put the base model beside it").check()
-    page.get_by_label("Creativity").fill("0.1")
-    coin(page)
-    assert "<script>" in page.locator("#before-text").inner_text()
-    assert page.locator("#before-text img, #after-text img, main script").count() == 0
-    assert page.title() == "Slang · Own Gemma"
+    """The base goes on with what it is full of."""
+    page = open_page(f"{live.address}/chat")
+    page.get_by_label("Model").select_option("Base model, not fine-tuned")
+    page.get_by_label("Your message").fill((PAYLOADS[0] + PAYLOADS[1] + "\n") * 6)
+    page.get_by_label("Your message").press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    said = page.locator(".bubble.assistant").inner_text()
+    assert "<script>" in said or "<img" in said
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == "Chat · Own Gemma"
 
 
 @pytest.mark.slow

@@ -57,14 +57,14 @@ class Message(BaseModel):
 
 
 class Question(BaseModel):
-    """What is asked of an adapter: values of its prompt's fields, or a dialogue.
+    """What is asked of an adapter: values of its prompt's fields, or a dialogue, which the base alone may be asked too.
 
     Attributes:
         seed, temperature: with the same adapter and texts they give the same answer again.
         compare: ask the base model the same.
     """
 
-    adapter: str = Field(max_length=64)
+    adapter: str | None = Field(max_length=64)
     fields: dict[Annotated[str, StringConstraints(max_length=64)], Text] | None = Field(None, max_length=8)
     messages: list[Message] | None = Field(None, min_length=1, max_length=60)
     seed: int = Field(ge=0, lt=2**31)
@@ -73,8 +73,8 @@ class Question(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Question":
-        if (self.fields is None) == (self.messages is None):
-            raise ValueError("give either fields or messages")
+        if (self.fields is None) == (self.messages is None) or (self.adapter is None and self.messages is None):
+            raise ValueError("give either fields of an adapter or messages")
         return self
 
     def asked(self) -> str:
@@ -116,22 +116,23 @@ async def _one_side(
     """Puts the events of one model's answer into `events`; every end of it is one of them."""
     began = time.monotonic()
     try:
-        adapter = await client.adapter(question.adapter)
-        labels = [name for name, label in adapter.prompt.labels().items() if label]
+        prompt = (await client.adapter(question.adapter)).prompt if question.adapter else None
+        has_parts = prompt is not None and any(prompt.labels().values())
         shown = _Shown(clean)
         async with _ask(client, question, base=side == "before") as stream:
             async for part in stream:
                 if text := shown.add(part):
-                    events.put_nowait(_part(side, text, adapter.prompt.read_response(shown.text) if labels else None))
+                    events.put_nowait(_part(side, text, prompt.read_response(shown.text) if has_parts else None))
             if text := shown.rest():
-                events.put_nowait(_part(side, text, adapter.prompt.read_response(shown.text) if labels else None))
+                events.put_nowait(_part(side, text, prompt.read_response(shown.text) if has_parts else None))
             said: Answer = stream.answer
         keep = None
-        fields = adapter.prompt.read_response(shown.text)
+        fields = prompt.read_response(shown.text) if has_parts else {}
         if side == "after" and question.fields is not None and {"slang", "description"} <= fields.keys():
-            wanted = question.fields.get("context") or adapter.prompt.fields.get("context", "")
-            entry = Entry(fields["slang"], fields["description"], fields.get("example", ""), wanted)
-            keep = dictionary.token_of(entry)
+            context = question.fields.get("context", "").strip() or prompt.fields.get("context", "")
+            keep = dictionary.token_of(
+                Entry(fields["slang"], fields["description"], fields.get("example", ""), context)
+            )
         events.put_nowait(
             _event("done", side=side, finish_reason=said.finish_reason, tokens=said.output_tokens,
                    seconds=round(time.monotonic() - began, 2), keep=keep, forgotten=said.forgotten)
