@@ -12,6 +12,7 @@ A stream that ends without `done` or `error` of a side was cut. Closing the conn
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -115,20 +116,22 @@ async def _one_side(
 ) -> None:
     """Puts the events of one model's answer into `events`; every end of it is one of them."""
     began = time.monotonic()
+    shown, fields = _Shown(clean), dict[str, str]()
     try:
         prompt = (await client.adapter(question.adapter)).prompt if question.adapter else None
-        has_parts = prompt is not None and any(prompt.labels().values())
-        shown = _Shown(clean)
+
+        def show(text: str) -> None:
+            if text:
+                fields.update(prompt.read_response(shown.text) if prompt else {})
+                events.put_nowait(_event("part", side=side, text=text, fields=fields.copy()))
+
         async with _ask(client, question, base=side == "before") as stream:
             async for part in stream:
-                if text := shown.add(part):
-                    events.put_nowait(_part(side, text, prompt.read_response(shown.text) if has_parts else None))
-            if text := shown.rest():
-                events.put_nowait(_part(side, text, prompt.read_response(shown.text) if has_parts else None))
+                show(shown.add(part))
+            show(shown.rest())
             said: Answer = stream.answer
         keep = None
-        fields = prompt.read_response(shown.text) if has_parts else {}
-        if side == "after" and question.fields is not None and {"slang", "description"} <= fields.keys():
+        if side == "after" and prompt and question.fields is not None and {"slang", "description"} <= fields.keys():
             context = question.fields.get("context", "").strip() or prompt.fields.get("context", "")
             keep = dictionary.token_of(
                 Entry(fields["slang"], fields["description"], fields.get("example", ""), context)
@@ -142,8 +145,9 @@ async def _one_side(
         detail = str(error).removeprefix(f"{client.url}: ") if kind is InvalidRequest else ""
         log.warning("answer failed: %s", kind.__name__)  # the text of an error may hold the prompt
         events.put_nowait(_event("error", side=side, message=SAYS[kind] + detail, kind=kind.code))
-    except Exception:
-        log.exception("answer failed")
+    except Exception as error:
+        where = "".join(traceback.format_tb(error.__traceback__))
+        log.error("answer failed: %s\n%s", type(error).__name__, where)
         events.put_nowait(_event("error", side=side, message=SAYS[ServingError], kind="internal"))
 
 
@@ -151,8 +155,8 @@ def _ask(client: AsyncClient, question: Question, base: bool) -> AsyncStream:
     sampling: dict[str, Any] = {"seed": question.seed}
     if question.temperature is not None:
         sampling["temperature"] = question.temperature
-    if question.messages is not None:
-        messages = [message.model_dump() for message in question.messages]
+    if question.messages is not None or question.adapter is None:
+        messages = [message.model_dump() for message in question.messages or []]
         return client.chat(messages, adapter=question.adapter, base=base, forget=True, **sampling)
     # An empty field is one that was not filled in: it takes the task's own value.
     fields = {name: value for name, value in (question.fields or {}).items() if value.strip()}
@@ -186,10 +190,6 @@ class _Shown:
         new = text[len(self.text) :]
         self.text += new
         return new
-
-
-def _part(side: str, text: str, fields: dict[str, str] | None) -> ServerSentEvent:
-    return _event("part", side=side, text=text, **({} if fields is None else {"fields": fields}))
 
 
 def _event(name: str, **data: Any) -> ServerSentEvent:
