@@ -249,6 +249,7 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
         store.keep("a", entry, 0)
+    store.keep("b", kept[0], 1)  # somebody else kept it too
     store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
     out = tmp_path / "kept.csv"
     said = subprocess.run([sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
