@@ -126,7 +126,7 @@ class Dictionary:
             return database.execute("delete from entry where id = ? and visitor = ?", (number, visitor)).rowcount > 0
 
     def rows(self, visitor: str | None = None) -> list[Entry]:
-        """What may be learned from: kept and not voted down, each once, the oldest first. Of all visitors where None."""
+        """What may be learned from: kept and not voted down, each once, oldest first. Of all visitors where None."""
         with self._open() as database:
             found = database.execute(
                 "select slang, description, example, context from entry "
