@@ -209,6 +209,7 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     assert page.locator("#before-text").inner_text()  # what came is still there
     assert page.get_by_label("Where are you?").input_value() == SCENE
     assert violations(page) == []
+    expect(page.locator("#status")).to_have_text("Model away")
     expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
     page.get_by_role("button", name="Try again").click()
     assert coined(page)

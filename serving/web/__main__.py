@@ -101,7 +101,7 @@ def start_stack() -> subprocess.Popen[bytes]:
 
 
 def report_end(stack: subprocess.Popen[bytes]) -> None:
-    if code := stack.wait():
+    if (code := stack.wait()) > 0:  # below it, the site has ended it
         print(f"`make serve` has ended with code {code}; its own words are above.", file=sys.stderr)
 
 

@@ -103,6 +103,8 @@ async def answer(question: Question, request: Request) -> AsyncIterator[ServerSe
                 event = await asyncio.wait_for(events.get(), WAITING)
             except TimeoutError:
                 event = _event("waiting", seconds=round(time.monotonic() - began))
+            if event.event == "error" and event.data["kind"] == Unavailable.code:
+                request.app.state.served = None  # until app.py sees it again
             yield event
             going_on -= event.event in ("done", "error")
     finally:
