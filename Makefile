@@ -128,7 +128,7 @@ cluster:  ## a namespace with claims and serving on Kubernetes             RUNTI
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
-web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      WEB_PASSWORD=... ARGS="--port 8081 --clean"
+web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      ARGS="--port 8081 --clean"; WEB_PASSWORD in the environment
 	@.venv-serve/bin/python -m serving.web $(ARGS)
 
 web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site               ARGS="http://127.0.0.1:8080"

@@ -1,17 +1,13 @@
-"""The website as a visitor and as an attacker see it: in Chromium, and over plain HTTP.
+"""The website without a model: pages, their weight and speed, accessibility, what is refused, and the dictionary.
 
-The first part needs no model: pages, their weight and speed, accessibility, what is refused, the dictionary and its way
-back to training rows. The second runs on a real Triton with the real model.
+As a visitor sees it in Chromium, and as an attacker over plain HTTP. test_web_live.py has the model.
 """
 
 import csv
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,81 +16,40 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
-from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve
+from tiny_serving import SERVING_PYTHON, free_ports
+from website import PAYLOADS, Site, expect, needs_serving, violations
 
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import load_config, plain
-from serving.repository import put_adapter, write_repository
+from nemo_configs.command_line import load_config
+from serving.web.answers import _Shown
 from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
 from serving.web.evidence import Reviews
+from serving.web.guard import SignIn
 from serving.web.tasks import task_config
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from axe_playwright_python.sync_playwright import Axe  # noqa: E402
-
+pytest_plugins = ("website",)
+pytestmark = needs_serving
 PAGES = ("/", "/reviews", "/chat", "/runs", "/privacy")
 PASSWORD = "correct horse"
-PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
-            "</textarea><svg onload=document.title='owned'>")  # fmt: skip
 WORD = Entry("plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.",
              "A friend always wins.")  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
-
-
-class Site:
-    """A site of its own, in a process; what it prints is in `log`."""
-
-    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
-        (self.port,) = free_ports(1)
-        self.address = f"http://127.0.0.1:{self.port}"
-        self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
-        folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
-        self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
-            cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
-        )  # fmt: skip
-
-    def wait(self) -> "Site":
-        for _ in range(600):
-            try:
-                httpx.get(f"{self.address}/health")
-                return self
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
-
-    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        """As a page of the site does, unless `headers` say otherwise."""
-        return httpx.request(method, self.address + path, **{"headers": {"origin": self.address}, **options})
-
-    def token(self, entry: Entry) -> str:
-        """What the site signs when its model has said `entry`."""
-        return Dictionary(self.database).token_of(entry)
-
-    def end(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A house with real reviews, and with runs: a good one, and one whose report an attacker wrote."""
-    folder = tmp_path_factory.mktemp("web")
-    prepare(load_config(["task=squid_game", "trainer=cpu", f"data_dir={folder}/data/squid_game"]), None)
+def folder(house: Path) -> Path:
+    """A house with runs: a good one, and one whose report an attacker wrote."""
     for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
-        run = folder / "runs/slang" / name
+        run = house / "runs/slang" / name
         run.mkdir(parents=True)
         (run / "config.yaml").write_text("task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\n"
                                          "peft: {name: lora, r: 8}\nseed: 0\n")  # fmt: skip
         found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
         (run / "evaluation.json").write_text(json.dumps(found))
         (run / "report.html").write_text(report)
-    (folder / "runs/slang/half").mkdir()
-    (folder / "runs/slang/half/report.html").write_text("of a run that is not finished")
-    (folder / "secret.html").write_text("not for the internet")
-    return folder
+    (house / "runs/slang/half").mkdir()
+    (house / "runs/slang/half/report.html").write_text("of a run that is not finished")
+    (house / "secret.html").write_text("not for the internet")
+    return house
 
 
 @pytest.fixture(scope="module")
@@ -120,45 +75,6 @@ def guarded(sites: tuple[Site, Site]) -> Site:
     return sites[1]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        program = shutil.which("chromium") or playwright.chromium.executable_path
-        if not Path(program).exists():
-            pytest.skip("no Chromium: apt-get install chromium, or .venv/bin/playwright install chromium")
-        options = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-        browser = playwright.chromium.launch(executable_path=program, args=options)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Opens pages; whatever they report as an error, in the console or as an exception, fails the test at its end."""
-    contexts, errors = [], []
-
-    def open_page(url: str, **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(60_000)
-        contexts.append(context)
-        page = context.new_page()
-        page.errors = errors
-        # Chromium itself notes each refused request; those are what some tests are about.
-        page.on("console", lambda said: said.type == "error" and "Failed to load resource" not in said.text
-                and errors.append(said.text))  # fmt: skip
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert errors == []
-
-
-# --- without a model -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Callable[..., Any], path: str) -> None:
     painted = []
@@ -166,7 +82,7 @@ def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Call
         page, received = open_page("about:blank"), []
         page.on("response", lambda response, received=received: received.append(response))
         page.goto(site.address + path, wait_until="load")
-        sync_api.expect(page.locator("#status")).to_be_visible()  # the last that it asks for
+        expect(page.locator("#status")).to_be_visible()  # the last that it asks for
         page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length > 0")
         painted.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
         if painted[-1] < 1000:
@@ -186,13 +102,6 @@ def test_pages_have_no_serious_violations_and_do_not_scroll_sideways(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def violations(page: Any) -> list[str]:
-    """What axe finds that is serious: which rule, where."""
-    found = Axe().run(page).response["violations"]
-    return [f"{page.url} {one['id']}: {node['target']}" for one in found
-            if one["impact"] in ("serious", "critical") for node in one["nodes"]]  # fmt: skip
-
-
 def test_the_theme_follows_the_system_until_it_is_chosen(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.address, color_scheme="dark")
     background = "getComputedStyle(document.body).backgroundColor"
@@ -205,10 +114,10 @@ def test_the_theme_follows_the_system_until_it_is_chosen(site: Site, open_page: 
 
 def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.address)
-    sync_api.expect(page.locator("#status")).to_have_text("Model away")
+    expect(page.locator("#status")).to_have_text("Model away")
     page.get_by_label("Where are you?").fill("A quiet library.")
     page.get_by_role("button", name="Coin a word").click()
-    sync_api.expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
     assert page.get_by_label("Where are you?").input_value() == "A quiet library."
     with page.expect_request("**/api/answer") as asked:
         page.get_by_role("button", name="Try again").click()
@@ -279,19 +188,19 @@ def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callab
                           headers={"origin": site.address})  # fmt: skip
     page.reload()
     entries = page.locator("#entries li")
-    sync_api.expect(entries).to_have_count(4)
+    expect(entries).to_have_count(4)
     page.get_by_role("searchbox").fill("ARMOR exam")
-    sync_api.expect(entries).to_have_count(1)
+    expect(entries).to_have_count(1)
     entries.get_by_role("button", name="Thumbs up").click()
-    sync_api.expect(entries.get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
+    expect(entries.get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
     page.get_by_role("searchbox").fill("word 1")
-    sync_api.expect(entries).to_contain_text(["word 1"])
+    expect(entries).to_contain_text(["word 1"])
     entries.get_by_role("button", name="Thumbs down").click()
-    sync_api.expect(entries).to_have_class(re.compile("down"))
+    expect(entries).to_have_class(re.compile("down"))
     page.get_by_role("searchbox").fill("word 2")
-    sync_api.expect(entries).to_contain_text(["word 2"])
+    expect(entries).to_contain_text(["word 2"])
     entries.get_by_role("button", name="Remove").click()
-    sync_api.expect(entries).to_have_text(["Nothing of that kind is in it."])
+    expect(entries).to_have_text(["Nothing of that kind is in it."])
     with page.expect_download() as download:
         page.get_by_role("link", name="CSV").click()
     rows = list(csv.DictReader(download.value.path().open(encoding="utf-8", newline="")))
@@ -305,7 +214,7 @@ def test_a_payload_in_the_dictionary_is_text(site: Site, open_page: Callable[...
     page.request.post(f"{site.address}/api/dictionary", headers={"origin": site.address},
                       data={"token": site.token(Entry(payload, payload, payload, payload))})  # fmt: skip
     page.reload()
-    sync_api.expect(page.locator("#entries .term")).to_have_text([payload])
+    expect(page.locator("#entries .term")).to_have_text([payload])
     assert page.title() == "Slang · Own Gemma"
 
 
@@ -340,6 +249,7 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
         store.keep("a", entry, 0)
+    store.keep("b", kept[0], 1)  # somebody else kept it too
     store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
     out = tmp_path / "kept.csv"
     said = subprocess.run([sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
@@ -398,7 +308,7 @@ def test_the_password_is_asked_everywhere_and_remembered(guarded: Site, open_pag
     page = open_page(f"{guarded.address}/chat")
     page.get_by_label("Password").fill("wrong")
     page.get_by_role("button", name="Enter").click()
-    sync_api.expect(page.get_by_role("alert")).to_have_text("That is not the password.")
+    expect(page.get_by_role("alert")).to_have_text("That is not the password.")
     assert violations(page) == []
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Enter").click()
@@ -416,8 +326,6 @@ def test_passwords_cannot_be_guessed_fast(guarded: Site) -> None:
 
 
 def test_explicit_words_of_a_model_are_masked_before_they_are_shown() -> None:
-    from serving.web.answers import _Shown
-
     shown = _Shown(clean=True)
     parts = ["Well, ", "what a ", "mother", "fucker", " that ", "is, and ", "all of ", "it goes ", "on and ", "on."]
     seen = [shown.add(part) for part in parts] + [shown.rest()]
@@ -434,8 +342,6 @@ def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarde
 
 def signed_in(site: Site) -> str:
     """The cookie of somebody who knows the password, made as the site makes it, which may have had enough for now."""
-    from serving.web.guard import SignIn
-
     return SignIn(None, PASSWORD, Dictionary(site.database).key).cookie()
 
 
@@ -463,222 +369,3 @@ def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -
     words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
     other = subprocess.run([SERVING_PYTHON, "-m", "serving.web", *words], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
-
-
-# --- with the real model --------------------------------------------------------------------------------------
-
-SLANG = ROOT / "exports/slang/adapter"
-SCENE = "Someone in the group chat answers a serious question with a single thumbs up."
-PATIENCE = 120_000  # milliseconds for an answer, on a machine that may be busy
-
-
-@pytest.fixture(scope="module")
-def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Triton with the real base and a trained slang generator, whose weights stand in for tasks not trained here."""
-    if not (SLANG / "adapter_model.safetensors").exists():
-        pytest.skip("needs a trained adapter: make train TASK=slang && make convert TASK=slang")
-    scratch = tmp_path_factory.mktemp("serving")
-    for task in ("slang", "squid_game", "chat"):
-        trained = ROOT / "exports" / task / "adapter"
-        found = scratch / task
-        shutil.copytree(trained if trained.exists() else SLANG, found)
-        config = load_config([f"task={task}"]).task
-        prompt = Prompt(**plain(config.prompt))
-        prompt.save(found)
-        put_adapter(scratch / "serve", found, {
-            "name": task, "task": task, "title": task, "base": base_folder.name, "run": f"run-of-{task}",
-            "sampling": {"temperature": config.generate.temperature, "max_tokens": 60}, "has_turns": bool(prompt.end),
-            "field": "context" if task == "slang" else None,
-        })  # fmt: skip
-    write_repository(scratch / "serve", base_folder)
-    with serve(scratch / "serve") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def live(stack: Stack, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    words = ["--data", str(folder / "data"), "--triton", stack.grpc]
-    site = Site(tmp_path_factory.mktemp("live"), *words)
-    yield site.wait()
-    site.end()
-
-
-def expect(locator: Any) -> Any:
-    return sync_api.expect(locator)
-
-
-def coin(page: Any) -> str:
-    """The answer to the form as it stands, when it is complete."""
-    page.get_by_role("button", name="Coin a word").click()
-    return coined(page)
-
-
-def coined(page: Any) -> str:
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-    return str(page.locator("#after-text").inner_text())
-
-
-@pytest.mark.slow
-def test_a_word_streams_in_is_shared_kept_and_rolled_again(live: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(live.address, permissions=["clipboard-read", "clipboard-write"])
-    page.get_by_label("Where are you?").fill(SCENE)
-    page.get_by_label("Creativity").fill("0.9")
-    lengths = page.evaluate_handle("""() => {
-        const seen = [], text = document.querySelector("#after-text");
-        new MutationObserver(() => seen.push(text.textContent.length)).observe(text, { childList: true });
-        return seen;
-    }""")
-    text = coin(page)
-    assert len(set(lengths.json_value())) > 5  # it grew before the visitor's eyes
-    expect(page.locator("#after .term")).not_to_be_empty()
-    page.get_by_role("button", name="Share").click()
-    expect(page.locator("#toast")).to_contain_text("Link copied")
-    link = page.evaluate("navigator.clipboard.readText()")
-    assert SCENE.split()[0] in httpx.URL(link).fragment and SCENE.split()[0] not in link.partition("#")[0]
-    again = open_page(link)  # somebody else, elsewhere
-    assert coined(again) == text
-    assert again.get_by_label("Creativity").input_value() == "0.9"
-
-    page.get_by_role("button", name="Keep").click()
-    expect(page.locator("#entries li")).to_have_count(1)
-    assert page.locator("#entries .context").inner_text() == SCENE
-    page.locator("#tools").get_by_role("button", name="Thumbs up").click()
-    expect(page.locator("#entries").get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("button", name="Another roll").click()
-    assert coined(page) != text
-    assert violations(page) == []
-
-
-@pytest.mark.slow
-def test_the_base_model_stands_beside_on_a_desktop_and_below_on_a_phone(
-    live: Site, open_page: Callable[..., Any]
-) -> None:
-    link = f"{live.address}/#{httpx.QueryParams({'seed': 4, 'context': SCENE, 'creativity': 0.3, 'compare': 1})}"
-    for width in (1280, 390):
-        page = open_page(link, viewport={"width": width, "height": 800}, has_touch=width < 800, is_mobile=width < 800)
-        coined(page)
-        after, before = (page.locator(name).bounding_box() for name in ("#after", "#before"))
-        assert (before["x"] > after["x"] + 100) == (width == 1280)
-        assert (before["y"] > after["y"] + 100) == (width == 390)
-        assert page.locator("#before-text").inner_text() != page.locator("#after-text").inner_text() != ""
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-
-
-@pytest.mark.slow
-def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(f"{live.address}/reviews", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
-    page.get_by_role("button", name="Summarize and explain Squid Game").click()
-    expect(page.locator(".evidence").first).to_be_visible(timeout=PATIENCE)
-    page.get_by_label("Your question").fill("What about the acting?")
-    page.keyboard.press("Enter")
-    evidence = page.locator(".exchange").nth(1).locator(".evidence")
-    expect(evidence).to_contain_text("acting", timeout=PATIENCE)
-    expect(evidence).to_contain_text("reviews name it")
-    assert page.locator(".exchange").nth(1).locator(".answer").inner_text().strip()
-    assert violations(page) == []
-
-
-@pytest.mark.slow
-def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open_page: Callable[..., Any]) -> None:
-    page = open_page(f"{live.address}/chat")
-    sent = []
-    page.on("request", lambda request: request.url.endswith("/api/answer") and sent.append(request.post_data_json))
-    expect(page.locator("#adapter option")).to_have_count(3)
-    bubbles, message = page.locator(".bubble"), page.get_by_label("Your message")
-    message.fill("Hello! I am Ada.")
-    message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-    first = bubbles.nth(1).inner_text()
-    message.fill("Tell me a long story about a ship.")
-    message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-    assert [one["role"] for one in sent[-1]["messages"]] == ["user", "assistant", "user"]
-    assert sent[-1]["messages"][1]["content"] == first
-    page.get_by_role("button", name="Regenerate").click()
-    page.get_by_role("button", name="Stop").click()
-    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-    assert len(sent) == 3 and sent[2]["messages"] == sent[1]["messages"] and sent[2]["seed"] != sent[1]["seed"]
-    expect(bubbles).to_have_count(4)
-    for _ in range(100):
-        if not stack.stats()["running"]:
-            break
-        time.sleep(0.1)
-    assert stack.stats()["running"] == 0  # stopped in the engine too
-    page.get_by_label("with").select_option("squid_game")
-    expect(bubbles).to_have_count(0)
-    message.fill("Is it violent?")
-    message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-    assert sent[-1]["adapter"] == "squid_game" and len(sent[-1]["messages"]) == 1
-    assert violations(page) == []
-
-
-@pytest.mark.slow
-def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any]) -> None:
-    """The base goes on with what it is full of; greedy, so that it does every time."""
-    page = open_page(live.address)
-    line = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>\n"
-    page.get_by_label("Where are you?").fill(line * 8)
-    page.get_by_label("Put the base model beside it").check()
-    page.get_by_label("Creativity").fill("0.1")
-    coin(page)
-    assert "<script>" in page.locator("#before-text").inner_text()
-    assert page.locator("#before-text img, #after-text img, main script").count() == 0
-    assert page.title() == "Slang · Own Gemma"
-
-
-@pytest.mark.slow
-def test_two_browsers_at_once_do_not_meet(live: Site, open_page: Callable[..., Any]) -> None:
-    pages = [open_page(f"{live.address}/chat") for _ in range(2)]
-    for number, page in enumerate(pages):
-        page.get_by_label("Your message").fill(f"My name is visitor{number}. Who won the match?")
-        page.get_by_label("Your message").press("Enter")
-    for number, page in enumerate(pages):
-        expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-        assert page.locator(".bubble").count() == 2 and f"visitor{1 - number}" not in page.locator("#log").inner_text()
-
-
-@pytest.mark.slow
-def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
-    question = {"adapter": "chat", "messages": [{"role": "user", "content": "Tell me a story."}], "seed": 1}
-    streams = []
-    try:
-        for _ in range(4):
-            request = httpx.Client().stream("POST", f"{live.address}/api/answer", json=question, timeout=60,
-                                            headers={"origin": live.address})  # fmt: skip
-            streams.append(request)
-        codes = [stream.__enter__().status_code for stream in streams]
-        assert codes[:3] == [200] * 3 and codes[3] == 429
-    finally:
-        for stream in streams:
-            stream.__exit__(None, None, None)
-
-
-@pytest.mark.slow
-def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
-    live: Site, stack: Stack, open_page: Callable[..., Any]
-) -> None:
-    page = open_page(live.address)
-    page.get_by_label("Where are you?").fill(SCENE)
-    page.get_by_label("Put the base model beside it").check()
-    page.get_by_role("button", name="Coin a word").click()
-    expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
-    stack.part("engine").kill()
-    killed = time.monotonic()
-    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
-    assert time.monotonic() - killed < 5
-    assert page.locator("#before-text").inner_text()  # what came is still there
-    assert page.get_by_label("Where are you?").input_value() == SCENE
-    assert violations(page) == []
-    expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
-    page.get_by_role("button", name="Try again").click()
-    assert coined(page)
-    expect(page.locator("#alert")).to_be_hidden()
-
-
-@pytest.mark.slow
-def test_the_page_of_runs_shows_what_is_served(live: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(f"{live.address}/runs")
-    expect(page.locator(".model")).to_have_count(3)
-    assert "run-of-slang" in page.locator(".model", has_text="slang").first.inner_text()
-    assert violations(page) == []

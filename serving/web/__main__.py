@@ -46,6 +46,10 @@ def main() -> int:
     given = words.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
+    if given.host in ("0.0.0.0", "::") and not given.name:
+        print(f"error: --host {given.host} answers every network; say by which name or address visitors call the "
+              "site: --name slang.example.org", file=sys.stderr)  # fmt: skip
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally` below, which ends what was started
 
     settings = Settings(
@@ -91,11 +95,13 @@ def answers(triton: str) -> bool:
 def start_stack() -> subprocess.Popen[bytes]:
     """`make serve`, in a process group of its own: Ctrl-C ends the site first, and the site ends it."""
     print("No model answers yet: starting `make serve`. The site is there meanwhile.", flush=True)
-    return subprocess.Popen(["make", "--no-print-directory", "serve", "ARGS="], cwd=ROOT, start_new_session=True)
+    environment = {name: value for name, value in os.environ.items() if name != "WEB_PASSWORD"}
+    words = ["make", "--no-print-directory", "serve", "ARGS="]
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, env=environment)
 
 
 def report_end(stack: subprocess.Popen[bytes]) -> None:
-    if code := stack.wait():
+    if (code := stack.wait()) > 0:  # below it, the site has ended it
         print(f"`make serve` has ended with code {code}; its own words are above.", file=sys.stderr)
 
 

@@ -12,6 +12,7 @@ A stream that ends without `done` or `error` of a side was cut. Closing the conn
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
@@ -57,14 +58,14 @@ class Message(BaseModel):
 
 
 class Question(BaseModel):
-    """What is asked of an adapter: values of its prompt's fields, or a dialogue.
+    """What is asked of an adapter: values of its prompt's fields, or a dialogue, which the base alone may be asked too.
 
     Attributes:
         seed, temperature: with the same adapter and texts they give the same answer again.
         compare: ask the base model the same.
     """
 
-    adapter: str = Field(max_length=64)
+    adapter: str | None = Field(max_length=64)
     fields: dict[Annotated[str, StringConstraints(max_length=64)], Text] | None = Field(None, max_length=8)
     messages: list[Message] | None = Field(None, min_length=1, max_length=60)
     seed: int = Field(ge=0, lt=2**31)
@@ -73,8 +74,8 @@ class Question(BaseModel):
 
     @model_validator(mode="after")
     def _one_of_both(self) -> "Question":
-        if (self.fields is None) == (self.messages is None):
-            raise ValueError("give either fields or messages")
+        if (self.fields is None) == (self.messages is None) or (self.adapter is None and self.messages is None):
+            raise ValueError("give either fields of an adapter or messages")
         return self
 
     def asked(self) -> str:
@@ -102,6 +103,8 @@ async def answer(question: Question, request: Request) -> AsyncIterator[ServerSe
                 event = await asyncio.wait_for(events.get(), WAITING)
             except TimeoutError:
                 event = _event("waiting", seconds=round(time.monotonic() - began))
+            if event.event == "error" and event.data["kind"] == Unavailable.code:
+                request.app.state.served = None  # until app.py sees it again
             yield event
             going_on -= event.event in ("done", "error")
     finally:
@@ -115,23 +118,26 @@ async def _one_side(
 ) -> None:
     """Puts the events of one model's answer into `events`; every end of it is one of them."""
     began = time.monotonic()
+    shown, fields = _Shown(clean), dict[str, str]()
     try:
-        adapter = await client.adapter(question.adapter)
-        labels = [name for name, label in adapter.prompt.labels().items() if label]
-        shown = _Shown(clean)
+        prompt = (await client.adapter(question.adapter)).prompt if question.adapter else None
+
+        def show(text: str) -> None:
+            if text:
+                fields.update(prompt.read_response(shown.text) if prompt else {})
+                events.put_nowait(_event("part", side=side, text=text, fields=fields.copy()))
+
         async with _ask(client, question, base=side == "before") as stream:
             async for part in stream:
-                if text := shown.add(part):
-                    events.put_nowait(_part(side, text, adapter.prompt.read_response(shown.text) if labels else None))
-            if text := shown.rest():
-                events.put_nowait(_part(side, text, adapter.prompt.read_response(shown.text) if labels else None))
+                show(shown.add(part))
+            show(shown.rest())
             said: Answer = stream.answer
         keep = None
-        fields = adapter.prompt.read_response(shown.text)
-        if side == "after" and question.fields is not None and {"slang", "description"} <= fields.keys():
-            wanted = question.fields.get("context") or adapter.prompt.fields.get("context", "")
-            entry = Entry(fields["slang"], fields["description"], fields.get("example", ""), wanted)
-            keep = dictionary.token_of(entry)
+        if side == "after" and prompt and question.fields is not None and {"slang", "description"} <= fields.keys():
+            context = question.fields.get("context", "").strip() or prompt.fields.get("context", "")
+            keep = dictionary.token_of(
+                Entry(fields["slang"], fields["description"], fields.get("example", ""), context)
+            )
         events.put_nowait(
             _event("done", side=side, finish_reason=said.finish_reason, tokens=said.output_tokens,
                    seconds=round(time.monotonic() - began, 2), keep=keep, forgotten=said.forgotten)
@@ -141,8 +147,9 @@ async def _one_side(
         detail = str(error).removeprefix(f"{client.url}: ") if kind is InvalidRequest else ""
         log.warning("answer failed: %s", kind.__name__)  # the text of an error may hold the prompt
         events.put_nowait(_event("error", side=side, message=SAYS[kind] + detail, kind=kind.code))
-    except Exception:
-        log.exception("answer failed")
+    except Exception as error:
+        where = "".join(traceback.format_tb(error.__traceback__))
+        log.error("answer failed: %s\n%s", type(error).__name__, where)
         events.put_nowait(_event("error", side=side, message=SAYS[ServingError], kind="internal"))
 
 
@@ -150,8 +157,8 @@ def _ask(client: AsyncClient, question: Question, base: bool) -> AsyncStream:
     sampling: dict[str, Any] = {"seed": question.seed}
     if question.temperature is not None:
         sampling["temperature"] = question.temperature
-    if question.messages is not None:
-        messages = [message.model_dump() for message in question.messages]
+    if question.messages is not None or question.adapter is None:
+        messages = [message.model_dump() for message in question.messages or []]
         return client.chat(messages, adapter=question.adapter, base=base, forget=True, **sampling)
     # An empty field is one that was not filled in: it takes the task's own value.
     fields = {name: value for name, value in (question.fields or {}).items() if value.strip()}
@@ -185,10 +192,6 @@ class _Shown:
         new = text[len(self.text) :]
         self.text += new
         return new
-
-
-def _part(side: str, text: str, fields: dict[str, str] | None) -> ServerSentEvent:
-    return _event("part", side=side, text=text, **({} if fields is None else {"fields": fields}))
 
 
 def _event(name: str, **data: Any) -> ServerSentEvent:

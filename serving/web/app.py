@@ -35,6 +35,7 @@ LARGEST_BODY = 128 * 1024
 RATES = {
     "": Rate(per_minute=600, burst=200),
     "/api/answer": Rate(per_minute=30, burst=15),
+    "/api/dictionary": Rate(per_minute=30, burst=30),
     "/sign-in": Rate(per_minute=6, burst=5),
 }
 WATCH = 2  # seconds between two looks at what is served
@@ -58,7 +59,7 @@ class Settings:
     runs: Path = Path("runs")
     data: Path = Path("data")
     database: Path = dictionary.DATABASE
-    hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+    hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
     password: str = ""
     clean: bool = False
     at_once: int = 3

@@ -30,7 +30,7 @@ from serving.web.guard import cookie_of
 
 DATABASE = Path("data/web/dictionary.sqlite3")
 MOST = 500  # entries of one visitor
-MOST_IN_ALL = 200_000
+MOST_IN_ALL = 50_000
 COLUMNS = ("Slang", "Description", "Example", "Context")  # the names that nemo_configs/task/slang.yaml knows
 TABLES = """
 create table if not exists entry (
@@ -126,11 +126,12 @@ class Dictionary:
             return database.execute("delete from entry where id = ? and visitor = ?", (number, visitor)).rowcount > 0
 
     def rows(self, visitor: str | None = None) -> list[Entry]:
-        """What may be learned from, the oldest first: kept, and not voted down. Of all visitors where None."""
+        """What may be learned from: kept and not voted down, each once, oldest first. Of all visitors where None."""
         with self._open() as database:
             found = database.execute(
                 "select slang, description, example, context from entry "
-                "where thumb >= 0 and (?1 is null or visitor = ?1) order by id",
+                "where thumb >= 0 and (?1 is null or visitor = ?1) "
+                "group by slang, description, example, context order by min(id)",
                 (visitor,),
             )
             return [Entry(*row) for row in found]

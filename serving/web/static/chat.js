@@ -57,7 +57,7 @@ async function ask(chosen) {
   bubble.setAttribute("aria-busy", "true");
   $("tools").hidden = true;
   let text = "";
-  const ended = await answering.ask({ adapter: $("adapter").value, messages: dialogue.slice(-MOST), seed }, {
+  const ended = await answering.ask({ adapter: $("adapter").value || null, messages: dialogue.slice(-MOST), seed }, {
     part(side, data) {
       const low = innerHeight + scrollY > document.body.scrollHeight - 160;
       bubble.textContent = text += data.text;
@@ -79,12 +79,12 @@ async function ask(chosen) {
 function sayTurns() { $("no-turns").hidden = turns.get($("adapter").value) !== false; }
 
 onStatus((status) => {
-  const chosen = $("adapter").value;
+  const chosen = $("adapter").value, known = turns.size;
   for (const adapter of status.adapters) turns.set(adapter.name, adapter.has_turns);
-  const names = [...turns.keys()];
-  const options = [...$("adapter").options].map((option) => option.value);
-  if (!names.length || names.join() === options.join()) return;
-  $("adapter").replaceChildren(...names.map((name) => new Option(status.adapters.find((one) => one.name === name)?.title ?? name, name)));
-  $("adapter").value = names.includes(chosen) ? chosen : names[0];
+  if (turns.size === known) return;
+  $("adapter").replaceChildren(
+    ...[...turns.keys()].map((name) => new Option(status.adapters.find((one) => one.name === name)?.title ?? name, name)),
+    new Option("Base model, not fine-tuned", ""));
+  $("adapter").value = turns.has(chosen) ? chosen : turns.keys().next().value;
   sayTurns();
 });

@@ -48,18 +48,17 @@ async function showEvidence(element, question, answer) {
     box.append(list("", [...known].map(([quote, reviews]) => reviews.length
       ? cited(quote, `review ${reviews.join(" or ")}`) : cited(quote, "no review says this, word for word", "unfound"))));
   }
-  for (const aspect of found.aspects) {
-    box.append(make("h4", aspect.name), make("p", `${aspect.mentions} of ${found.reviews} reviews name it: ` +
-      `${aspect.praised} praise, ${aspect.criticised} criticise`, "note"));
-    const quotes = [...aspect.praise.map((one) => [one, "good"]), ...aspect.criticism.map((one) => [one, "bad"])]
-      .filter(([one]) => !known.has(one.quote)); // shown above
-    box.append(list("", quotes.map(([one, side]) => cited(one.quote, `review ${one.review}`, side))));
-    if (aspect.reviews.length) {
-      const all = document.createElement("details");
-      all.append(make("summary", `${aspect.reviews.length} reviews behind rows about it`), make("p", aspect.reviews.join(", "), "note"));
-      box.append(all);
-    }
-  }
+  found.aspects.forEach((aspect, place) => {
+    const part = make("details", ""), quotes = [...aspect.praise.map((one) => [one, "good"]), ...aspect.criticism.map((one) => [one, "bad"])];
+    part.open = place === 0;
+    part.append(
+      make("summary", aspect.name),
+      make("p", `${aspect.mentions} of ${found.reviews} reviews name it: ${aspect.praised} praise, ${aspect.criticised} criticise`, "note"),
+      list("", quotes.filter(([one]) => !known.has(one.quote)).map(([one, side]) => cited(one.quote, `review ${one.review}`, side))),
+    );
+    if (aspect.reviews.length) part.append(make("p", `Rows about it rest on reviews ${aspect.reviews.join(", ")}.`, "note"));
+    box.append(part);
+  });
   if (!known.size && !found.aspects.length) box.append(make("p", "Neither the question nor the answer names anything that the reviews speak of.", "note"));
   element.querySelector(".evidence").hidden = false;
 }

@@ -140,8 +140,10 @@ export class Answering {
   }
 
   #show(running) {
+    const [shown, other] = running ? ["stop", "go"] : ["go", "stop"], focused = document.activeElement === $(other);
     $("stop").hidden = !running;
     $("go").hidden = running && $("go").classList.contains("round");
+    if (focused && $(other).hidden) $(shown).focus(); // the focus does not fall to the page with a button that goes
     document.body.classList.toggle("writing", running);
   }
 }

@@ -1,0 +1,223 @@
+"""The website in front of a real Triton with the real model: each flow in Chromium, also while the engine dies."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from conftest import ROOT
+from tiny_serving import Stack, serve
+from website import PAYLOADS, Site, expect, needs_serving, violations
+
+from data_prep.prompt import Prompt
+from nemo_configs.command_line import load_config, plain
+from serving.repository import put_adapter, write_repository
+
+pytest_plugins = ("website",)
+pytestmark = [needs_serving, pytest.mark.slow]
+SLANG = ROOT / "exports/slang/adapter"
+SCENE = "Someone in the group chat answers a serious question with a single thumbs up."
+PATIENCE = 120_000  # milliseconds for an answer, on a machine that may be busy
+
+
+@pytest.fixture(scope="module")
+def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Triton with the real base and a trained slang generator, whose weights stand in for tasks not trained here."""
+    if not (SLANG / "adapter_model.safetensors").exists():
+        pytest.skip("needs a trained adapter: make train TASK=slang && make convert TASK=slang")
+    scratch = tmp_path_factory.mktemp("serving")
+    for task in ("slang", "squid_game", "chat"):
+        trained = ROOT / "exports" / task / "adapter"
+        found = scratch / task
+        shutil.copytree(trained if trained.exists() else SLANG, found)
+        config = load_config([f"task={task}"]).task
+        prompt = Prompt(**plain(config.prompt))
+        prompt.save(found)
+        put_adapter(scratch / "serve", found, {
+            "name": task, "task": task, "title": task, "base": base_folder.name, "run": f"run-of-{task}",
+            "sampling": {"temperature": config.generate.temperature, "max_tokens": 60}, "has_turns": bool(prompt.end),
+            "field": "context" if task == "slang" else None,
+        })  # fmt: skip
+    write_repository(scratch / "serve", base_folder)
+    with serve(scratch / "serve") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def live(stack: Stack, house: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    words = ["--data", str(house / "data"), "--triton", stack.grpc]
+    site = Site(tmp_path_factory.mktemp("live"), *words)
+    yield site.wait()
+    site.end()
+
+
+def coin(page: Any) -> str:
+    """The answer to the form as it stands, when it is complete."""
+    page.get_by_role("button", name="Coin a word").click()
+    return coined(page)
+
+
+def coined(page: Any) -> str:
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    return str(page.locator("#after-text").inner_text())
+
+
+def test_a_word_streams_in_is_shared_kept_and_rolled_again(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(live.address, permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Where are you?").fill(SCENE)
+    page.get_by_label("Creativity").fill("0.9")
+    lengths = page.evaluate_handle("""() => {
+        const seen = [], text = document.querySelector("#after-text");
+        new MutationObserver(() => seen.push(text.textContent.length)).observe(text, { childList: true });
+        return seen;
+    }""")
+    text = coin(page)
+    assert len(set(lengths.json_value())) > 5  # it grew before the visitor's eyes
+    expect(page.locator("#after .term")).not_to_be_empty()
+    page.get_by_role("button", name="Share").click()
+    expect(page.locator("#toast")).to_contain_text("Link copied")
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert SCENE.split()[0] in httpx.URL(link).fragment and SCENE.split()[0] not in link.partition("#")[0]
+    again = open_page(link)  # somebody else, elsewhere
+    assert coined(again) == text
+    assert again.get_by_label("Creativity").input_value() == "0.9"
+
+    page.get_by_role("button", name="Keep").click()
+    expect(page.locator("#entries li")).to_have_count(1)
+    assert page.locator("#entries .context").inner_text() == SCENE
+    page.locator("#tools").get_by_role("button", name="Thumbs up").click()
+    expect(page.locator("#entries").get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Another roll").click()
+    assert coined(page) != text
+    assert violations(page) == []
+
+
+def test_the_base_model_stands_beside_on_a_desktop_and_below_on_a_phone(
+    live: Site, open_page: Callable[..., Any]
+) -> None:
+    link = f"{live.address}/#{httpx.QueryParams({'seed': 4, 'context': SCENE, 'creativity': 0.3, 'compare': 1})}"
+    for width in (1280, 390):
+        page = open_page(link, viewport={"width": width, "height": 800}, has_touch=width < 800, is_mobile=width < 800)
+        coined(page)
+        after, before = (page.locator(name).bounding_box() for name in ("#after", "#before"))
+        assert (before["x"] > after["x"] + 100) == (width == 1280)
+        assert (before["y"] > after["y"] + 100) == (width == 390)
+        assert page.locator("#before-text").inner_text() != page.locator("#after-text").inner_text() != ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/reviews", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.get_by_role("button", name="Summarize and explain Squid Game").click()
+    expect(page.locator(".evidence").first).to_be_visible(timeout=PATIENCE)
+    page.get_by_label("Your question").fill("What about the acting?")
+    page.keyboard.press("Enter")
+    evidence = page.locator(".exchange").nth(1).locator(".evidence")
+    expect(evidence).to_contain_text("acting", timeout=PATIENCE)
+    expect(evidence).to_contain_text("reviews name it")
+    assert page.locator(".exchange").nth(1).locator(".answer").inner_text().strip()
+    assert violations(page) == []
+
+
+def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/chat")
+    sent = []
+    page.on("request", lambda request: request.url.endswith("/api/answer") and sent.append(request.post_data_json))
+    expect(page.locator("#adapter option")).to_have_count(4)
+    bubbles, message = page.locator(".bubble"), page.get_by_label("Your message")
+    message.fill("Hello! I am Ada.")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    first = bubbles.nth(1).inner_text()
+    message.fill("Tell me a long story about a ship.")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    assert [one["role"] for one in sent[-1]["messages"]] == ["user", "assistant", "user"]
+    assert sent[-1]["messages"][1]["content"] == first
+    page.get_by_role("button", name="Regenerate").click()
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert len(sent) == 3 and sent[2]["messages"] == sent[1]["messages"] and sent[2]["seed"] != sent[1]["seed"]
+    expect(bubbles).to_have_count(4)
+    for _ in range(100):
+        if not stack.stats()["running"]:
+            break
+        time.sleep(0.1)
+    assert stack.stats()["running"] == 0  # stopped in the engine too
+    page.get_by_label("Model").select_option("squid_game")
+    expect(bubbles).to_have_count(0)
+    message.fill("Is it violent?")
+    message.press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    assert sent[-1]["adapter"] == "squid_game" and len(sent[-1]["messages"]) == 1
+    assert violations(page) == []
+
+
+def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any]) -> None:
+    """The base goes on with what it is full of."""
+    page = open_page(f"{live.address}/chat")
+    page.get_by_label("Model").select_option("Base model, not fine-tuned")
+    page.get_by_label("Your message").fill((PAYLOADS[0] + PAYLOADS[1] + "\n") * 6)
+    page.get_by_label("Your message").press("Enter")
+    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    said = page.locator(".bubble.assistant").inner_text()
+    assert "<script>" in said or "<img" in said
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == "Chat · Own Gemma"
+
+
+def test_two_browsers_at_once_do_not_meet(live: Site, open_page: Callable[..., Any]) -> None:
+    pages = [open_page(f"{live.address}/chat") for _ in range(2)]
+    for number, page in enumerate(pages):
+        page.get_by_label("Your message").fill(f"My name is visitor{number}. Who won the match?")
+        page.get_by_label("Your message").press("Enter")
+    for number, page in enumerate(pages):
+        expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+        assert page.locator(".bubble").count() == 2 and f"visitor{1 - number}" not in page.locator("#log").inner_text()
+
+
+def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
+    question = {"adapter": "chat", "messages": [{"role": "user", "content": "Tell me a story."}], "seed": 1}
+    streams = []
+    try:
+        for _ in range(4):
+            request = httpx.Client().stream("POST", f"{live.address}/api/answer", json=question, timeout=60,
+                                            headers={"origin": live.address})  # fmt: skip
+            streams.append(request)
+        codes = [stream.__enter__().status_code for stream in streams]
+        assert codes[:3] == [200] * 3 and codes[3] == 429
+    finally:
+        for stream in streams:
+            stream.__exit__(None, None, None)
+
+
+def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
+    live: Site, stack: Stack, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(live.address)
+    page.get_by_label("Where are you?").fill(SCENE)
+    page.get_by_label("Put the base model beside it").check()
+    page.get_by_role("button", name="Coin a word").click()
+    expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
+    stack.part("engine").kill()
+    killed = time.monotonic()
+    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    assert time.monotonic() - killed < 5
+    assert page.locator("#before-text").inner_text()  # what came is still there
+    assert page.get_by_label("Where are you?").input_value() == SCENE
+    assert violations(page) == []
+    expect(page.locator("#status")).to_have_text("Model away")
+    expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
+    page.get_by_role("button", name="Try again").click()
+    assert coined(page)
+    expect(page.locator("#alert")).to_be_hidden()
+
+
+def test_the_page_of_runs_shows_what_is_served(live: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page(f"{live.address}/runs")
+    expect(page.locator(".model")).to_have_count(3)
+    assert "run-of-slang" in page.locator(".model", has_text="slang").first.inner_text()
+    assert violations(page) == []
