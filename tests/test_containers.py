@@ -222,12 +222,13 @@ def test_an_image_says_what_it_is_and_how_it_is_well(engine: Engine, kind: str) 
     asked = subprocess.run(
         [engine.command, "image", "inspect", image.tag(kind, "cpu")], capture_output=True, check=True
     )
-    config = json.loads(asked.stdout)[0]["Config"]
+    described = json.loads(asked.stdout)[0]
+    config = {**described, **described["Config"]}
     labels = config["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert len(labels["org.opencontainers.image.revision"]) >= 40
     assert config["User"] == "10001:10001"
-    check = " ".join((config.get("Healthcheck") or {}).get("Test", []))
+    check = json.dumps(config.get("Healthcheck") or config.get("HealthCheck"))  # docker's name, and podman's
     assert ("/v2/models/gemma/generate" in check) == (kind == "serve")
 
 
