@@ -114,7 +114,7 @@ def sweep(text: str, words: list[str]) -> list[list[str]]:
 
 def write_script(words: list[str], elements: list[list[str]], folder: Path) -> tuple[str, str]:
     """The name of a job that trains by `words`, and its sbatch script."""
-    nodes, gpus = number("NODES", 1), number("GPUS_PER_NODE", 0, least=0)
+    nodes, gpus = number("NODES", 1), number("GPUS_PER_NODE", number("GPUS", 0, least=0), least=0)
     devices = value_of(words, "trainer.devices") or str(gpus or 1)
     if gpus and value_of(words, "trainer.devices") not in ("", str(gpus)):
         raise UserError(f"GPUS_PER_NODE={gpus} and trainer.devices={devices}: give the first alone")
