@@ -120,7 +120,9 @@ def write_script(words: list[str], elements: list[list[str]], folder: Path) -> t
         raise UserError(f"GPUS_PER_NODE={gpus} and trainer.devices={devices}: give the first alone")
     if not devices.isdecimal():
         raise UserError(f"trainer.devices={devices} must be a whole number from 1")
-    words = [*words, f"trainer.num_nodes={nodes}", f"trainer.devices={devices}"]
+    words = [*words, f"trainer.num_nodes={nodes}"]
+    if not value_of(words, "trainer.devices"):
+        words.append(f"trainer.devices={devices}")
     if gpus and not value_of(words, "trainer"):
         words.append("trainer=gpu")  # a node whose driver is broken must not train on its CPU
     container = os.environ.get("CONTAINER", "")
@@ -170,9 +172,9 @@ def container_options(image: str, words: list[str]) -> list[str]:
     named += [PROJECT / name for name in ("models", "data", "runs")]  # which may be links to a larger disk
     mounts = {str(PROJECT)}
     for path in named:
-        place = path.resolve()
-        place = place if place.is_dir() else place.parent
-        if place.is_dir() and not place.is_relative_to(PROJECT):
+        # A file's folder; of a folder that is yet to be made, the one to make it in.
+        place = next(place for place in (path.resolve(), *path.resolve().parents) if place.is_dir())
+        if place != Path("/") and not place.is_relative_to(PROJECT):
             mounts.add(str(place))
     return [
         f"--container-image={image}",

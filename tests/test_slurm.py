@@ -85,10 +85,16 @@ def test_a_sweep_is_every_combination_and_other_rows_have_their_own_folder() -> 
 
 def test_a_container_gets_the_project_and_whatever_lies_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").touch()
-    script = write(f"task.data.source={tmp_path}/mine.csv", CONTAINER="nvcr.io#nvidia/x:1")
+    (tmp_path / "scratch").mkdir()
+    script = write(
+        f"task.data.source={tmp_path}/mine.csv",
+        f"runs_dir={tmp_path}/scratch/yet/to/be",
+        CONTAINER="nvcr.io#nvidia/x:1",
+    )
     image, mounts, workdir = values(script, "container")
     assert image == "--container-image=nvcr.io#nvidia/x:1" and workdir == f"--container-workdir={ROOT}"
-    assert {f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}"} <= set(mounts.partition("=")[2].split(","))
+    mounted = {mount.partition(":")[0] for mount in mounts.partition("=")[2].split(",")}
+    assert {str(ROOT), str(tmp_path), f"{tmp_path}/scratch"} <= mounted
     assert values(script, "python")[0] == "bash" and values(script, "stamps") == [""]
     assert values(write(), "container") == [""]
 
