@@ -32,15 +32,15 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-# Why a job waits that no waiting mends.
+# Why a job waits that no waiting mends; Slurm says others in words, "… use this partition (h100 allows lab)".
 HOPELESS = {
-    "PartitionNodeLimit": "asks for more nodes than its partition has or allows",
-    "PartitionTimeLimit": "asks for more time than its partition allows",
-    "AccountNotAllowed": "may not use its partition with this account",
-    "QOSNotAllowed": "may not use its partition with this QOS",
-    "InvalidAccount": "names an account that does not exist",
-    "InvalidQOS": "names a QOS that does not exist",
-    "BadConstraints": "asks for what no node has",
+    "PartitionNodeLimit": "it asks for more nodes than its partition has or allows",
+    "PartitionTimeLimit": "it asks for more time than its partition allows",
+    "AccountNotAllowed": "its account may not use its partition",
+    "QOSNotAllowed": "its QOS may not use its partition",
+    "InvalidAccount": "its account does not exist",
+    "InvalidQOS": "its QOS does not exist",
+    "BadConstraints": "it asks for what no node has",
 }
 # Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
 IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
@@ -271,9 +271,11 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                     about = f"[{which}] {' '.join(elements[int(which)])}: " if which.isdecimal() else ""
                     print(f"--> {about}{news}", flush=True)
                     told[which], changed = news, time.monotonic()
-            if impossible := [record["Reason"] for record in records if record.get("Reason") in HOPELESS]:
-                ask("scancel", job)
-                raise UserError(f"the job {HOPELESS[impossible[0]]}, and is withdrawn. There are {partitions()}")
+            for reason in (record.get("Reason", "") for record in records):
+                if reason in HOPELESS or "use_this_partition" in reason:
+                    ask("scancel", job)
+                    why = HOPELESS.get(reason, reason.replace("_", " "))
+                    raise UserError(f"the job could never start, and is withdrawn: {why}. There are {partitions()}")
             if records and all(record["JobState"] in ENDED for record in records):
                 break
             # Every second while something happens, every half a minute in a long training: the cluster has other users.

@@ -313,8 +313,9 @@ def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: l
         ),
         ({"NODES": "3"}, "Slurm refuses NODES=3"),
         ({"GPUS_PER_NODE": "9", "NODES": "2"}, "Slurm refuses NODES=2 GPUS_PER_NODE=9"),
+        ({"PARTITION": "lab", "ACCOUNT": "other"}, "use this partition (lab allows lab"),
         ({"TIME": "soon"}, "Slurm refuses TIME=soon"),
-        ({"TIME": "3-0"}, "asks for more time than its partition allows, and is withdrawn"),
+        ({"TIME": "3-0"}, "withdrawn: it asks for more time than its partition allows"),
     ],
 )
 def test_what_the_cluster_cannot_give_is_one_sentence(
