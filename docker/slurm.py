@@ -65,8 +65,9 @@ def main(words: list[str]) -> int:
     if not shutil.which("sbatch"):
         raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
                         "shows the script that it would submit")  # fmt: skip
-    if job := ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%F").split():
-        job = job[0]
+    user = f"--user={getpass.getuser()}"
+    if queued := ask("squeue", "--noheader", user, f"--name={name}", "--format=%F").split():
+        job = queued[0]
         print(f"Job {job} does this already", flush=True)
     else:
         job = submit(script, folder)
