@@ -31,16 +31,17 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-# Why a job waits that no waiting mends; Slurm says others in words, "… use this partition (h100 allows lab)".
+ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"
+)  # fmt: skip
+# Why a job waits that no waiting mends (too few nodes may be mended: some are down). Slurm says others in words,
+# "… use this partition (h100 allows lab)".
 HOPELESS = {
-    "PartitionNodeLimit": "it asks for more nodes than its partition has or allows",
     "PartitionTimeLimit": "it asks for more time than its partition allows",
     "AccountNotAllowed": "its account may not use its partition",
     "QOSNotAllowed": "its QOS may not use its partition",
     "InvalidAccount": "its account does not exist",
     "InvalidQOS": "its QOS does not exist",
-    "BadConstraints": "it asks for what no node has",
 }
 # Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
 IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
@@ -316,7 +317,8 @@ def copy(log: Path, shown: int) -> int:
             new = file.read()
     except OSError:
         return shown
-    print(new.decode(errors="replace"), end="", flush=True)
+    sys.stdout.buffer.write(new)
+    sys.stdout.buffer.flush()
     return shown + len(new)
 
 
@@ -326,3 +328,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; `squeue --me` says whether the job was submitted already", file=sys.stderr)
+        sys.exit(130)
