@@ -31,16 +31,17 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
-# Why a job waits that no waiting mends.
+ENDED = (
+    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"
+)  # fmt: skip
+# Why a job waits that no waiting mends (too few nodes may be mended: some are down). Slurm says others in words,
+# "… use this partition (h100 allows lab)".
 HOPELESS = {
-    "PartitionNodeLimit": "asks for more nodes than its partition has or allows",
-    "PartitionTimeLimit": "asks for more time than its partition allows",
-    "AccountNotAllowed": "may not use its partition with this account",
-    "QOSNotAllowed": "may not use its partition with this QOS",
-    "InvalidAccount": "names an account that does not exist",
-    "InvalidQOS": "names a QOS that does not exist",
-    "BadConstraints": "asks for what no node has",
+    "PartitionTimeLimit": "it asks for more time than its partition allows",
+    "AccountNotAllowed": "its account may not use its partition",
+    "QOSNotAllowed": "its QOS may not use its partition",
+    "InvalidAccount": "its account does not exist",
+    "InvalidQOS": "its QOS does not exist",
 }
 # Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
 IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
@@ -65,8 +66,9 @@ def main(words: list[str]) -> int:
     if not shutil.which("sbatch"):
         raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
                         "shows the script that it would submit")  # fmt: skip
-    if job := ask("squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%F").split():
-        job = job[0]
+    user = f"--user={getpass.getuser()}"
+    if queued := ask("squeue", "--noheader", user, f"--name={name}", "--format=%F").split():
+        job = queued[0]
         print(f"Job {job} does this already", flush=True)
     else:
         job = submit(script, folder)
@@ -114,13 +116,15 @@ def sweep(text: str, words: list[str]) -> list[list[str]]:
 
 def write_script(words: list[str], elements: list[list[str]], folder: Path) -> tuple[str, str]:
     """The name of a job that trains by `words`, and its sbatch script."""
-    nodes, gpus = number("NODES", 1), number("GPUS_PER_NODE", 0, least=0)
+    nodes, gpus = number("NODES", 1), number("GPUS_PER_NODE", number("GPUS", 0, least=0), least=0)
     devices = value_of(words, "trainer.devices") or str(gpus or 1)
     if gpus and value_of(words, "trainer.devices") not in ("", str(gpus)):
         raise UserError(f"GPUS_PER_NODE={gpus} and trainer.devices={devices}: give the first alone")
     if not devices.isdecimal():
         raise UserError(f"trainer.devices={devices} must be a whole number from 1")
-    words = [*words, f"trainer.num_nodes={nodes}", f"trainer.devices={devices}"]
+    words = [*words, f"trainer.num_nodes={nodes}"]
+    if not value_of(words, "trainer.devices"):
+        words.append(f"trainer.devices={devices}")
     if gpus and not value_of(words, "trainer"):
         words.append("trainer=gpu")  # a node whose driver is broken must not train on its CPU
     container = os.environ.get("CONTAINER", "")
@@ -170,9 +174,9 @@ def container_options(image: str, words: list[str]) -> list[str]:
     named += [PROJECT / name for name in ("models", "data", "runs")]  # which may be links to a larger disk
     mounts = {str(PROJECT)}
     for path in named:
-        place = path.resolve()
-        place = place if place.is_dir() else place.parent
-        if place.is_dir() and not place.is_relative_to(PROJECT):
+        # A file's folder; of a folder that is yet to be made, the one to make it in.
+        place = next(place for place in (path.resolve(), *path.resolve().parents) if place.is_dir())
+        if place != Path("/") and not place.is_relative_to(PROJECT):
             mounts.add(str(place))
     return [
         f"--container-image={image}",
@@ -269,9 +273,11 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                     about = f"[{which}] {' '.join(elements[int(which)])}: " if which.isdecimal() else ""
                     print(f"--> {about}{news}", flush=True)
                     told[which], changed = news, time.monotonic()
-            if impossible := [record["Reason"] for record in records if record.get("Reason") in HOPELESS]:
-                ask("scancel", job)
-                raise UserError(f"the job {HOPELESS[impossible[0]]}, and is withdrawn. There are {partitions()}")
+            for reason in (record.get("Reason", "") for record in records):
+                if reason in HOPELESS or "use_this_partition" in reason:
+                    ask("scancel", job)
+                    why = HOPELESS.get(reason, reason.replace("_", " "))
+                    raise UserError(f"the job could never start, and is withdrawn: {why}. There are {partitions()}")
             if records and all(record["JobState"] in ENDED for record in records):
                 break
             # Every second while something happens, every half a minute in a long training: the cluster has other users.
@@ -311,7 +317,8 @@ def copy(log: Path, shown: int) -> int:
             new = file.read()
     except OSError:
         return shown
-    print(new.decode(errors="replace"), end="", flush=True)
+    sys.stdout.buffer.write(new)
+    sys.stdout.buffer.flush()
     return shown + len(new)
 
 
@@ -321,3 +328,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; `squeue --me` says whether the job was submitted already", file=sys.stderr)
+        sys.exit(130)

@@ -36,6 +36,7 @@ def facts(finished: Run) -> dict[str, str]:
         "base": config["model"]["name"],
         "peft": f"{config['peft']['name']}{engine}",
         "rank": str(config["peft"]["r"]),
+        "learning rate": f"{float(config['task']['train']['learning_rate']):g}",
         "training rows": f"{finished.manifest['splits']['training']['rows']:,}",
         "epochs": str(config["task"]["train"]["epochs"]),
         "steps": f"{finished.steps[-1]['step']:,}" if finished.steps else "",

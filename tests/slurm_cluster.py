@@ -4,7 +4,7 @@
 
 Debian's packages `slurm-wlm` and `munge` and root are all it needs (`bash .ci/slurm` installs them). Everything it
 writes lies in its folder, every port is a free one, and what it started is gone when it ends. Partitions: `batch`, the
-default, whose jobs give way to those of `urgent`.
+default, whose jobs give way to those of `urgent`, and `lab`, for an account of that name.
 """
 
 import contextlib
@@ -55,6 +55,7 @@ NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=16 RealM
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=16 RealMemory=8000 Gres=gpu:{gpus}
 PartitionName=batch Nodes=node[1-2] Default=YES PriorityTier=1 MaxTime=1-0 DefaultTime=60 State=UP
 PartitionName=urgent Nodes=node[1-2] PriorityTier=10 State=UP
+PartitionName=lab Nodes=node[1-2] AllowAccounts=lab State=UP
 """
 
 

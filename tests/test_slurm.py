@@ -20,7 +20,7 @@ from slurm_cluster import Cluster
 from test_training import ENVIRONMENT, course, metrics
 
 from converters.nemo_file import read_nemo
-from training.checkpoints import newest_checkpoint, step_of
+from training.checkpoints import step_of
 
 BARE = {"PATH": os.environ["PATH"], "HF_TOKEN": "hf_secret"}
 
@@ -85,10 +85,16 @@ def test_a_sweep_is_every_combination_and_other_rows_have_their_own_folder() -> 
 
 def test_a_container_gets_the_project_and_whatever_lies_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").touch()
-    script = write(f"task.data.source={tmp_path}/mine.csv", CONTAINER="nvcr.io#nvidia/x:1")
+    (tmp_path / "scratch").mkdir()
+    script = write(
+        f"task.data.source={tmp_path}/mine.csv",
+        f"runs_dir={tmp_path}/scratch/yet/to/be",
+        CONTAINER="nvcr.io#nvidia/x:1",
+    )
     image, mounts, workdir = values(script, "container")
     assert image == "--container-image=nvcr.io#nvidia/x:1" and workdir == f"--container-workdir={ROOT}"
-    assert {f"{ROOT}:{ROOT}", f"{tmp_path}:{tmp_path}"} <= set(mounts.partition("=")[2].split(","))
+    mounted = {mount.partition(":")[0] for mount in mounts.partition("=")[2].split(",")}
+    assert {str(ROOT), str(tmp_path), f"{tmp_path}/scratch"} <= mounted
     assert values(script, "python")[0] == "bash" and values(script, "stamps") == [""]
     assert values(write(), "container") == [""]
 
@@ -171,14 +177,14 @@ class Submitted:
             assert self.process.poll() is None, self.said
             return happened()
 
-        self.cluster.wait_for(or_ended, 400)
+        self.cluster.wait_for(or_ended, 600)
 
     def wait_for_state(self, state: str) -> None:
         self.wait_for(lambda: self.cluster.job(self.number).get("JobState") == state)
 
     def end(self) -> int:
         try:
-            return self.process.wait(400)
+            return self.process.wait(600)
         except subprocess.TimeoutExpired:
             raise AssertionError(self.said + self.cluster.ask("squeue")) from None
         finally:
@@ -194,14 +200,16 @@ def words(source: Path, tiny_base: Path) -> list[str]:
     ]  # fmt: skip
 
 
-TWO_BY_TWO = {"NODES": "2", "GPUS_PER_NODE": "2", "TIME": "30"}
-
-
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Submitted:
-    job = Submitted(cluster, tmp_path_factory.mktemp("undisturbed"), words, **TWO_BY_TWO)
-    assert job.end() == 0, job.said
-    return job
+def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of four processes on one machine, which nobody disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    local = [sys.executable, "-m", "training", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    done = subprocess.run([*local, "trainer.devices=4"], cwd=ROOT, text=True, capture_output=True,
+                          env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs/slang").iterdir()
+    return run
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -212,26 +220,11 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_what_one_machine_does(undisturbed: Submitted, words: list[str], tmp_path: Path) -> None:
-    """To the last bit, with as many processes; and the whole log has been shown."""
-    assert "perplexity on 5 held-out rows" in undisturbed.said and "--> is done" in undisturbed.said
-    folder = undisturbed.folder / "runs/slang/slurm"
-    assert {file.name for file in folder.iterdir()} == {f"{undisturbed.number}.sbatch", f"{undisturbed.number}.log"}
-    assert len(list((undisturbed.run / "logs").iterdir())) == 4
-
-    local = [sys.executable, "-m", "training", *words, f"data_dir={tmp_path}/data", f"runs_dir={tmp_path}/runs"]
-    done = subprocess.run([*local, "trainer.devices=4"], cwd=ROOT, text=True, capture_output=True,
-                          env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "runs/slang").iterdir()
-    assert_same_end(undisturbed.run, run)
-
-
-@pytest.mark.slow
-def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_if_left_alone(
-    cluster: Cluster, undisturbed: Submitted, words: list[str], tmp_path: Path
+def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_alone(
+    cluster: Cluster, alone: Path, words: list[str], tmp_path: Path
 ) -> None:
-    job = Submitted(cluster, tmp_path, words, **TWO_BY_TWO)
+    """To the last bit: two processes on each of two nodes, and four on one."""
+    job = Submitted(cluster, tmp_path, words, NODES="2", GPUS_PER_NODE="2", TIME="30")
 
     def start_again(start: int) -> None:
         """What waits by itself for two minutes starts at once."""
@@ -264,9 +257,11 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_if_left_alone(
     start_again(4)
 
     assert job.end() == 0, job.said
-    assert_same_end(job.run, undisturbed.run)
-    assert newest_checkpoint(job.run / "checkpoints")
-    assert not list(tmp_path.glob("runs/slang/slurm/.started*"))
+    assert "perplexity on 5 held-out rows" in job.said and job.said.endswith("--> is done\n")
+    assert {file.name for file in job.run.glob("logs/*")} == {f"process{rank}.log" for rank in range(4)}
+    assert_same_end(job.run, alone)
+    folder = tmp_path / "runs/slang/slurm"
+    assert {file.name for file in folder.iterdir()} == {f"{job.number}.sbatch", f"{job.number}.log"}
 
 
 @pytest.mark.slow
@@ -307,8 +302,9 @@ def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: l
         ),
         ({"NODES": "3"}, "Slurm refuses NODES=3"),
         ({"GPUS_PER_NODE": "9", "NODES": "2"}, "Slurm refuses NODES=2 GPUS_PER_NODE=9"),
+        ({"PARTITION": "lab", "ACCOUNT": "other"}, "use this partition (lab allows lab"),
         ({"TIME": "soon"}, "Slurm refuses TIME=soon"),
-        ({"TIME": "3-0"}, "asks for more time than its partition allows, and is withdrawn"),
+        ({"TIME": "3-0"}, "withdrawn: it asks for more time than its partition allows"),
     ],
 )
 def test_what_the_cluster_cannot_give_is_one_sentence(
