@@ -429,7 +429,9 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
     del spec["topologySpreadConstraints"]  # podman has one machine
     name = f"serve-{port}"
     manifest = tmp_path / "pod.yaml"
-    manifest.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}))
+    kept = {"io.podman.annotations.init.container.type": "always"}  # podman 4 removes others before they have ended
+    metadata = {"name": name, "annotations": kept}
+    manifest.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}))
     played = podman("play", "kube", str(manifest))
     try:
         assert played.returncode == 0, played.stderr
