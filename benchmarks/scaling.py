@@ -141,10 +141,9 @@ def messages(kind: str, sizes: Sizes, gpus: int, per_node: int, tokens: int, che
             Message("all_gather", 2 * sizes.layers, sizes.layer, gpus),
             Message("all_gather", 1, sizes.rest, gpus),
         ]
-    if (
-        kind == "tp"
-    ):  # outputs of attention and MLP forward, and again where checkpointed; gradients of their inputs, but
-        times = (6 if checkpointing else 4) * sizes.layers - 1  # for the first layer's, which needs none
+    if kind == "tp":
+        # Outputs of attention and MLP, again where checkpointed; and gradients of their inputs, those of the first
+        times = 6 * sizes.layers if checkpointing else 4 * sizes.layers - 1  # need none otherwise
         found.append(Message("all_reduce", times, 2.0 * tokens * sizes.hidden, min(gpus, per_node)))
     return found
 

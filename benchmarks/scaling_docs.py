@@ -54,7 +54,7 @@ Of a step of *n* GPUs, *g* in a machine, *m* micro-batches:
 | bandwidth | {link} of NVLink's in a machine; between machines of the smaller of NVLink's and *g* network cards' | a ring enters each machine once, and NCCL makes as many as there are cards |
 | ddp | *m* · compute + all-reduce(adapters) | one message a step: `AdapterParallel.sum_step` |
 | fsdp2 | *m* · (max(forward, gathers) + max(backward, gathers) + the first layer and the embedding) + all-reduce(adapters) | `shard_base`: 2 gathers of each layer, 1 of the embedding; Zhao et al., 2023 |
-| tp | *m* · (compute / *g* + output layer + 4, with checkpointing 6, all-reduces of the hidden states in each layer, but one in the first) + all-reduce(adapters) | `split_base`; Shoeybi et al., 2019, section 3 |
+| tp | *m* · (compute / *g* + output layer + 4, with checkpointing 6, all-reduces of the hidden states in each layer) + all-reduce(adapters) | `split_base`; Shoeybi et al., 2019, section 3 |
 
 Peaks are NVIDIA's dense bfloat16 figures (H100 SXM 989 TFLOP/s, A100 312), NVLink 450 and 300 GB/s each way, one
 network card a GPU of 400 and 200 Gb/s (user guides of DGX H100 and DGX A100).

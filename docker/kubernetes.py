@@ -260,7 +260,7 @@ def follow(name: str, here: str) -> int:
     """Print the log of the first machine's Pods, and why there is none, until the job ends; its exit code."""
     resource, selector, first = JOBS[setting("JOB", "indexed")]
     selector = selector.format(name)
-    printed: set[tuple[str, int]] = set()
+    printed: dict[tuple[str, int], str] = {}  # up to when
     said, silent = "", 0
     while True:
         answers = [kubectl("get", *what, here, "--output=json", "--request-timeout=15s")
@@ -277,9 +277,10 @@ def follow(name: str, here: str) -> int:
         pods.sort(key=lambda pod: pod["metadata"]["creationTimestamp"])
         for pod in [pod for pod in pods if pod["metadata"]["labels"].get(key) == value]:
             begun = pod["metadata"]["uid"], restarts(pod)
-            if state(pod) in ("running", "terminated") and begun not in printed:
-                printed.add(begun)
-                subprocess.run(["kubectl", "logs", "--follow", pod["metadata"]["name"], here], check=False)
+            if state(pod) == "running" or (state(pod) == "terminated" and begun not in printed):
+                since = [f"--since-time={printed[begun]}"] if begun in printed else []  # the connection was cut
+                subprocess.run(["kubectl", "logs", "--follow", pod["metadata"]["name"], here, *since], check=False)
+                printed[begun] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if ended := outcome(job):
             if ended["type"] == "Failed":
                 print(f"{name} failed: {ended.get('message') or ended.get('reason')}", file=sys.stderr)

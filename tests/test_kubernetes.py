@@ -426,7 +426,13 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
         container["imagePullPolicy"] = "Never"
         container["ports"] = [{**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", [])
                               if p["name"] == "openai"]  # fmt: skip
-    del spec["topologySpreadConstraints"]  # podman has one machine
+    # What podman 4 does otherwise than Kubernetes: init containers that end well are started again too, and the folder
+    # that is to be /dev/shm belongs to root; it has one of its own.
+    spec["restartPolicy"] = "Never"
+    spec["volumes"] = [volume for volume in spec["volumes"] if volume["name"] != "shm"]
+    (serve,) = spec["containers"]
+    serve["volumeMounts"] = [mount for mount in serve["volumeMounts"] if mount["name"] != "shm"]
+    del spec["topologySpreadConstraints"]
     name = f"serve-{port}"
     manifest = tmp_path / "pod.yaml"
     manifest.write_text(yaml.safe_dump({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}))

@@ -79,6 +79,7 @@ def watch_a_step(rank: int, folder: str) -> None:
         layers, hidden = gemma.config.num_hidden_layers, gemma.config.hidden_size
         adapter = sum(p.nbytes for p in adapters(model))
         if checkpointing:
+            gemma.train()
             gemma.gradient_checkpointing_enable({"use_reentrant": False})
         strategy = AdapterParallel(kind)
         strategy.parallel_devices = [torch.device("cpu")] * 2

@@ -130,6 +130,11 @@ def follow(config: DictConfig) -> None:
     print(f"Waiting for the first machine, {os.environ['MASTER_ADDR']}", flush=True)
     store = open_store(config)
     try:
+        came = store.add(f"machine/{node_rank(config)}", 1)
+        if came > 1 and store.check(["folders"]):  # the others may wait long for the one that it was
+            reason = f"machine {node_rank(config)} has come back, and all begin again from the last checkpoint with it"
+            store.compare_set("lost", "", reason)
+            raise Lost(reason)
         while not store.check(["folders"]):
             time.sleep(0.2)
         folders = json.loads(store.get("folders"))
