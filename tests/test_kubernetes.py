@@ -412,6 +412,8 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
     spec = copy.deepcopy(one("Deployment", clusters["cpu"])["spec"]["template"]["spec"])
     models = tmp_path / "models"
     shutil.copytree(base_folder, models / base_folder.name)
+    for file in (models / base_folder.name).iterdir():
+        file.chmod(0o644)  # of this user's, where a claim's belong to the Pod's
     for name in ("data", "runs"):
         (tmp_path / name).mkdir()
     tmp_path.chmod(0o755)
