@@ -382,21 +382,21 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["triton", "engine"])
 def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stack, url: str, part: str) -> None:
-    with Client(url, first_token_deadline=0.8, token_deadline=0.5, deadline=3, retry_for=0) as client:
-        client.slang(**GREEDY)  # what is asked of the catalogue is known for some seconds
-        with client.stream("Hi", **ENDLESS) as stream:
+    with Client(url, first_token_deadline=2, token_deadline=1, deadline=30, retry_for=0) as client:
+        crowd = [client.stream("Hi", **ENDLESS) for _ in range(8)]  # none of them is over soon
+        with crowd[0] as stream:
             next(stream)
             with stack.stopped(part):
                 begin = time.monotonic()
-                with pytest.raises(DeadlineExceeded, match=r"the next token did not come within 0\.5 s"):
+                with pytest.raises(DeadlineExceeded, match="the next token did not come within 1 s"):
                     list(stream)
-                with pytest.raises(DeadlineExceeded, match=r"the first token did not come within 0\.8 s"):
+                with pytest.raises(DeadlineExceeded, match="the first token did not come within 2 s"):
                     client.generate("Hi")
                 if part == "triton":
                     with pytest.raises(DeadlineExceeded, match="no catalogue"):
                         client.adapters()
                     assert not client.is_ready()
-                assert time.monotonic() - begin < 5
+                assert time.monotonic() - begin < 8
         with Client(url, deadline=0.3) as hasty, pytest.raises(DeadlineExceeded, match=r"not complete within 0\.3 s"):
             hasty.generate("Hi", **ENDLESS)
     assert eventually(lambda: stack.stats()["running"] == 0)
