@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 
 LOG_BYTES = 10 << 20
-DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
-STEADY = 5.0  # seconds a part must have answered to have its deaths forgotten
+DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
+STEADY = 2.0  # seconds a part must have answered to have its deaths forgotten
 WORTH_A_LOOK = 0.5  # seconds of silence
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
@@ -92,11 +92,12 @@ class Part:
         """End it and every process of its session at once, and wait until they are gone."""
         if self.process is None:
             return
-        family = descendants(self.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self.process.wait()
-        _reap(family)
+        with contextlib.suppress(ChildProcessError):
+            while True:  # its children are ours now, see `adopt_orphans`
+                os.waitpid(-self.pid, 0)
 
     def bury(self) -> str:
         """Kill what is left of it, set when it starts again, and say why it ended."""
@@ -190,11 +191,3 @@ def _end_with(supervisor: int, expendable: bool) -> Callable[[], None]:
                 Path("/proc/self/oom_score_adj").write_text("500")
 
     return between_fork_and_exec
-
-
-def _reap(family: list[psutil.Process]) -> None:
-    for process in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(process.pid, 0)

@@ -3,7 +3,7 @@
 What it watches, ten times a second:
 
     engine   its process, and the beats that its generating loop sends over the socket
-    Triton   its process and its Python stubs', the beats that the stubs' answering threads leave, `/v2/health/live`;
+    Triton   its process and its Python stubs', the beats that the stubs' answering threads leave, its HTTP;
              and where nothing has been generated for a while, a real generation of one token through Triton
     door     its process, and that it answers
 
@@ -82,7 +82,7 @@ class Supervisor:
         self.folder = state.folder.resolve()
         self.events = _event_log(self.folder / "events.jsonl")
         self.shared_memory = f"triton_gemma_{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}_"
-        self.starts, self.triton_started = 0, time.time()  # of Triton
+        self.starts = 0  # of Triton
         self.beat: dict[str, Any] = {}  # the engine's last
         self.generated_at = time.monotonic()
         self.stubs: dict[str, psutil.Process] = {}
@@ -138,7 +138,7 @@ class Supervisor:
             for part in reversed(self.parts):
                 part.kill()
             await self.http.aclose()
-            triton_server.clean_up(self.triton_started)
+            triton_server.clean_up()
             self._clean_up()
             shutil.rmtree(self.folder / "backends", ignore_errors=True)
             self._note("ended")
@@ -185,7 +185,7 @@ class Supervisor:
             (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         if part is self.triton:
             self._clean_shared_memory()
-            self.stubs, self.moved, self.starts, self.triton_started = {}, {}, self.starts + 1, time.time()
+            self.stubs, self.moved, self.starts = {}, {}, self.starts + 1
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
@@ -252,7 +252,7 @@ class Supervisor:
     def _bury(self, part: Part) -> None:
         reason = part.bury()
         if part is self.triton:
-            triton_server.clean_up(self.triton_started)
+            triton_server.clean_up()
         self.say(f"{reason}. Starting it again")
         self.restarts[part.name] += 1
         self._write_status()
@@ -297,19 +297,17 @@ class Supervisor:
             writer.close()
 
     async def _ask_triton(self) -> None:
-        """Triton lives while it says so and its stubs have moved since they last did."""
+        """Triton lives while it answers and its stubs have moved since they last did; of a model that is loaded."""
         await asyncio.sleep(2 * TICK)
+        is_loaded = (await self.http.get("/v2/models/gemma/ready", timeout=1)).status_code == 200
         if not self.triton.is_up:
-            ready = await self.http.get("/v2/models/gemma/ready", timeout=1)
-            if ready.status_code != 200:
+            if not is_loaded:
                 return
             # The first question to the catalogue tells it that Triton's interface may be used from now on.
-            asked = await self.http.post("/v2/models/adapters/generate", json={"name": ""}, timeout=5)
-        else:
-            asked = await self.http.get("/v2/health/live", timeout=1)
-        expected = BEATS if self.engine.is_up else BEATS[1:]  # the model's stub is being replaced
+            await self.http.post("/v2/models/adapters/generate", json={"name": ""}, timeout=5)
+        expected = BEATS if is_loaded else BEATS[1:]
         moved = {beat: (self.folder / beat).stat().st_mtime_ns for beat in expected}
-        if asked.status_code == 200 and all(self.moved.get(beat) != at for beat, at in moved.items()):
+        if all(self.moved.get(beat) != at for beat, at in moved.items()):
             self.moved |= moved
             self.triton.answered()
 

@@ -296,7 +296,8 @@ class Metrics:
         status = Path(STATUS)
         restarts = json.loads(status.read_text())["restarts"] if status.exists() else {}
         for part, times in restarts.items():
-            self._of("restarts", part=part).increment(times)
+            counted = self._of("restarts", part=part)
+            counted.increment(times - counted.value())  # Triton may have kept it from the stub before
 
     def count(self, adapter: str, outcome: str, done: "protocol.Done | None" = None) -> None:
         self._of("requests", adapter=adapter, outcome=outcome).increment(1)

@@ -8,8 +8,9 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 MODELS = ("gemma", "adapters")
-STARTING = 10.0  # seconds within which a Triton loads its Python backend
 # Whoever would change models, shared memory, traces or logs from outside must send this header, which nobody can: no
 # header's name has a line break.
 LOCKED = "model-repository,shared-memory,trace,logging:nobody's\nkey=locked\nfor good"
@@ -62,15 +63,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def clean_up(started: float) -> None:
-    """Remove what a killed Triton leaves in /tmp: an empty folder, made as it started (seconds of the epoch).
-
-    Where another Triton of ours started at the same moment, this is its folder too; without it, it lacks nothing.
-    """
+def clean_up() -> None:
+    """Remove the empty folders in /tmp that killed Tritons have left, unless one is alive, which needs its own."""
+    if any(process.info["name"] == "tritonserver" for process in psutil.process_iter(["name"])):
+        return
     for folder in Path("/tmp").glob("python_env_*"):
         with contextlib.suppress(OSError):
-            made = folder.stat()
-            if made.st_uid == os.getuid() and 0 <= made.st_mtime - started < STARTING:
+            if folder.stat().st_uid == os.getuid():
                 folder.rmdir()
 
 

@@ -45,8 +45,8 @@ from converters.checkpoint import Adapter
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from serving.prepare import prepare
-from serving.processes import Part
-from serving.repository import put_adapter, remove_adapter, write_repository
+from serving.processes import Part, lives
+from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
 from training.base_model import describe
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -165,28 +165,17 @@ def test_values_may_be_texts(server: Server) -> None:
     assert server.ask("http", "Hi", texts) == server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
 
 
-@pytest.mark.parametrize("way", ["grpc cancel", "grpc vanish", "http vanish"])
-def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, way: str) -> None:
-    sampling = json.dumps(ENDLESS)
-    if way == "grpc cancel":
-        with server.grpc_stream() as (client, answers):
-            client.async_stream_infer(
-                "gemma", tensors({"text_input": "Hi", "sampling_parameters": sampling, "stream": True})
-            )
-            answers.get(timeout=20)
-            until(lambda: stack.stats()["running"] == 1, 5)
-    elif way == "grpc vanish":
-        parts = server.responses("grpc", "Hi", ENDLESS, stream=True)
-        next(parts)
-        parts.close()
-    else:
-        body = json.dumps({"text_input": "Hi", "sampling_parameters": sampling, "stream": True}).encode()
-        host, port = server.http.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as connection:
-            head = f"POST /v2/models/gemma/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            until(lambda: stack.stats()["running"] == 1, 5)
-    until(lambda: stack.stats()["running"] == 0, 1.5)  # beats come four times a second; the answer itself takes longer
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, protocol: str) -> None:
+    def cancelled() -> int:
+        return (stack.folder / "state/requests.jsonl").read_text().count('"outcome": "cancelled"')
+
+    before = cancelled()
+    parts = server.responses(protocol, "Hi", ENDLESS, stream=True)
+    next(parts)
+    parts.close()
+    until(lambda: cancelled() > before, 2)
+    assert stack.stats()["running"] == 0
 
 
 def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack) -> None:
@@ -340,7 +329,7 @@ def test_nor_over_grpc(server: Server, call: str) -> None:
 def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None:
     """Each is answered or refused with a reason, and afterwards it says what it said before."""
     (expected,) = server.ask("http", "The zoo is", GREEDY)
-    engine = stack.part("engine").pid
+    engine = victim(stack, "engine").pid
     with ThreadPoolExecutor(8) as pool:
         outcomes = Counter(pool.map(lambda seed: random_request(server, random.Random(seed)), range(FUZZ_REQUESTS)))
     print(f"\n{FUZZ_REQUESTS} random requests: {dict(outcomes)}")
@@ -348,7 +337,7 @@ def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None
     assert outcomes["answered"] > 0 and outcomes["invalid"] > 0
     until(lambda: stack.stats()["running"] == stack.stats()["waiting"] == 0, 60)
     assert server.ask("http", "The zoo is", GREEDY) == [expected]
-    assert stack.part("engine").pid == engine
+    assert victim(stack, "engine").pid == engine
 
 
 def random_request(server: Server, draw: random.Random) -> str:
@@ -358,14 +347,14 @@ def random_request(server: Server, draw: random.Random) -> str:
     values = [0, -1, 1, 0.5, 1e308, -1e308, "0.7", "", None, True, [], ["a"], {}, "x" * 100, 2**70, float("nan"), 7]
     names = ["temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "seed", "repetition_penalty", "n",
              "presence_penalty", "frequency_penalty", "ignore_eos", "lora_name", "logprobs", ""]  # fmt: skip
-    sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), **{draw.choice(names): draw.choice(values)
-                     for _ in range(draw.randint(0, 3))}}  # fmt: skip
-    encoded: Any = draw.choice(
-        [json.dumps(sampling)] * 4 + ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
-    )
+    sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), "temperature": draw.choice([0, 1, "0.7"])}
+    if draw.random() < 0.5:
+        sampling[draw.choice(names)] = draw.choice(values)
+    broken: list[Any] = ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
+    encoded = json.dumps(sampling) if draw.random() < 0.8 else draw.choice(broken)
     flags = {name: draw.choice([True, False]) for name in ("stream", "exclude_input_in_output", "return_finish_reason",
              "return_logprobs", "return_num_input_tokens") if draw.random() < 0.25}  # fmt: skip
-    text = draw.choice(texts)
+    text = draw.choice(texts) if draw.random() < 0.6 else "Tell me"
     try:
         if draw.random() < 0.5:
             fields: dict[str, Any] = {"text_input": text, "sampling_parameters": encoded, **flags}
@@ -382,7 +371,7 @@ def random_request(server: Server, draw: random.Random) -> str:
             for _ in range(3):
                 content[draw.randrange(len(content))] = draw.randrange(256)
         path = "generate_stream" if flags.get("stream") else "generate"
-        answer = httpx.post(f"{server.http}/v2/models/gemma/{path}", content=bytes(content), timeout=60)
+        answer = server.client.post(f"{server.http}/v2/models/gemma/{path}", content=bytes(content))
         found = re.search(r'"error":"(\w+: )?', answer.text)
         return "answered" if not found else (found[1] or "triton: ")[:-2]
     except (httpx.HTTPError, TimeoutError):
@@ -393,14 +382,18 @@ def _text(value: Any) -> Any:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
+TRITONS_OWN = r"unexpected|data-type|shape|input"  # what Triton itself refuses
+
+
 def over_grpc(server: Server, fields: dict[str, Any]) -> str:
     with server.grpc_stream() as (client, answers):
-        client.async_stream_infer("gemma", tensors(fields), enable_empty_final_response=True)
+        with suppress(InferenceServerException):  # the stream has ended; why, it says below
+            client.async_stream_infer("gemma", tensors(fields), enable_empty_final_response=True)
         while True:
             result, error = answers.get(timeout=60)
             if error is not None:
                 found = re.match(r"(\w+): ", error.message())
-                return found[1] if found else "triton"
+                return found[1] if found else "triton" if re.search(TRITONS_OWN, error.message()) else error.message()
             if result.get_response().parameters["triton_final_response"].bool_param:
                 return "answered"
 
@@ -408,12 +401,21 @@ def over_grpc(server: Server, fields: dict[str, Any]) -> str:
 # --- what it survives ---------------------------------------------------------------------------------------------
 
 
+IN_COMMAND = {"engine": "serving.engine", "triton": "bin/tritonserver", "door": "serving.door",
+              "gemma": "/gemma/1/model.py", "adapters": "/adapters/1/model.py"}  # fmt: skip
+
+
 def victim(stack: Stack, name: str) -> psutil.Process:
-    """The process of a part, or the stub of a model."""
-    if name not in ("gemma", "adapters"):
-        return stack.part(name)
-    stubs = stack.part("triton").children()
-    return next(stub for stub in stubs if any(f"/{name}/1/model.py" in word for word in stub.cmdline()))
+    """The process of a part, or the stub of a model.
+
+    Raises:
+        LookupError: it is not there just now.
+    """
+    for process in psutil.Process(stack.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(IN_COMMAND[name] in word for word in process.cmdline()):
+                return process
+    raise LookupError(name)
 
 
 def test_whoever_waits_for_a_killed_engine_is_told_and_it_comes_back(server: Server, stack: Stack) -> None:
@@ -440,7 +442,7 @@ def survive(server: Server, stack: Stack, name: str, number: signal.Signals) -> 
                (("http", False), ("http", True), ("grpc", False), ("grpc", True))]  # fmt: skip
     for thread in waiting:
         thread.start()
-    until(lambda: stack.stats()["running"] == 4, 20)
+    until(lambda: stack.stats()["running"] > 1, 20)
     struck = victim(stack, name)
     began = time.monotonic()
     struck.send_signal(number)
@@ -450,7 +452,7 @@ def survive(server: Server, stack: Stack, name: str, number: signal.Signals) -> 
         assert not server.is_ready()
     back = until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
     assert server.ask("http", "Hi", GREEDY)
-    assert not struck.is_running() or struck.status() == psutil.STATUS_ZOMBIE
+    assert not lives(struck)
     print(f"{name} {number.name}: told after {last:.2f} s, ready after {back:.2f} s more")
 
 
@@ -470,8 +472,8 @@ def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) 
         until(lambda: not part.is_running, 20)
         reason = part.bury()
         delays.append(round(part.start_at - time.monotonic()))
-    assert delays == [0, 1, 2, 4]
-    assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 4 s)"
+    assert delays == [0, 0, 1, 2]
+    assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
 def leftovers(stack: Stack) -> list[str]:
@@ -580,14 +582,14 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
         clients = [pool.submit(client, seed) for seed in range(32)]
         draw, kills = random.Random(0), Counter[str]()
         while time.monotonic() < end - 5:
-            time.sleep(draw.uniform(2, 8))
+            time.sleep(draw.uniform(2, 10))
             name, number = (
                 draw.choice(["engine", "gemma", "triton", "adapters", "door"]),
                 draw.choice([9, signal.SIGSTOP]),
             )
             if name == "door":
                 number = 9
-            with suppress(StopIteration, psutil.NoSuchProcess):  # it is being started just now
+            with suppress(LookupError, psutil.NoSuchProcess):  # it is being started just now
                 victim(stack, name).send_signal(number)
                 kills[f"{name} {signal.Signals(number).name}"] += 1
         for one in clients:
@@ -664,23 +666,19 @@ def test_the_real_base_alone_as_a_user_starts_it(
 
 @pytest.fixture
 def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with finished runs of slang and chat on the tiny base."""
+    """A working folder with runs of slang and chat on the tiny base, finished but for what they have learned."""
     monkeypatch.chdir(tmp_path)
-    prompts = {
-        "slang": Prompt("Q: {instruction}\nA: {response}", "{context}", "{slang}"),
-        "chat": Prompt("U: {instruction}\nM: {response}<end_of_turn>", "{message}", "{answer}"),
-    }
-    for task, prompt in prompts.items():
-        write_run(Path("runs") / task / "tiny-1", task, prompt, tiny_base)
+    for task in PROMPTS:
+        run = tmp_path / "runs" / task / "tiny-1"
+        run.mkdir(parents=True)
+        data = {"columns": {"slang": [], "context": []} if task == "slang" else {"message": []}}
+        config = {"task": {"name": task, "data": data}, "model": {"name": "tiny", "path": str(tiny_base)}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        (run / "evaluation.json").write_text("{}")
     return tmp_path
 
 
-def write_run(run: Path, task: str, prompt: Prompt, base: Path) -> None:
-    run.mkdir(parents=True)
-    columns = {"slang": {"slang": [], "context": []}, "chat": {"message": []}}[task]
-    config = {"task": {"name": task, "data": {"columns": columns}}, "model": {"name": "tiny", "path": str(base)}}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "evaluation.json").write_text("{}")
+def write_archive(run: Path, task: str, prompt: Prompt, base: Path) -> None:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(len(task))
@@ -689,9 +687,17 @@ def write_run(run: Path, task: str, prompt: Prompt, base: Path) -> None:
     nemo.write(content, run / f"{task}.nemo")
 
 
+PROMPTS = {
+    "slang": Prompt("Q: {instruction}\nA: {response}", "{context}", "{slang}"),
+    "chat": Prompt("U: {instruction}\nM: {response}<end_of_turn>", "{message}", "{answer}"),
+}
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = work / "exports/serve"
+    for task, prompt in PROMPTS.items():
+        write_archive(work / "runs" / task / "tiny-1", task, prompt, tiny_base)
     prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", folder)
     adapters = {
         name: json.loads((folder / "adapters" / name / "serving.json").read_text()) for name in ("slang", "chat")
@@ -706,15 +712,16 @@ def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: 
     assert "Converting" not in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_the_same_folder_for_nvidias_container(work: Path) -> None:
-    prepare(["slang", "chat"], None, "gemma-3-270m", "vllm", work / "serve")
-    model = json.loads((work / "serve/repository/gemma/1/model.json").read_text())
+def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> None:
+    shutil.copytree(stack.folder / "adapters", tmp_path / "adapters")
+    write_vllm_repository(tmp_path, stack.folder / "base")
+    repository = tmp_path / "repository/gemma"
+    model = json.loads((repository / "1/model.json").read_text())
     assert model["model"] == "/serve/base"
-    assert (model["enable_lora"], model["max_loras"], model["max_lora_rank"]) == (True, 2, 8)
-    loras = json.loads((work / "serve/repository/gemma/1/multi_lora.json").read_text())
-    assert loras == {"chat": "/serve/adapters/chat", "slang": "/serve/adapters/slang"}
-    assert 'backend: "vllm"' in (work / "serve/repository/gemma/config.pbtxt").read_text()
+    assert (model["enable_lora"], model["max_loras"], model["max_lora_rank"]) == (True, 3, 8)
+    loras = json.loads((repository / "1/multi_lora.json").read_text())
+    assert loras == {name: f"/serve/adapters/{name}" for name in ("chat", "slang", "squid_game")}
+    assert 'backend: "vllm"' in (repository / "config.pbtxt").read_text()
 
 
 def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -28,6 +28,7 @@ class Server:
 
     http: str  # http://HOST:PORT
     grpc: str  # HOST:PORT
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=PATIENCE, limits=httpx.Limits()))
 
     def ask(self, protocol: str, text: str, sampling: Any = None, **fields: Any) -> list[dict[str, Any]]:
         """Every response to one request, as plain values.
@@ -47,7 +48,7 @@ class Server:
         stream = bool(fields.get("stream"))
         url = f"{self.http}/v2/models/gemma/generate{'_stream' if stream else ''}"
         try:
-            with httpx.stream("POST", url, json=body, timeout=PATIENCE) as answer:
+            with self.client.stream("POST", url, json=body) as answer:
                 if not stream:
                     answer.read()
                     yield self._checked(answer.json())
@@ -98,7 +99,9 @@ class Server:
 
     def is_ready(self) -> bool:
         try:
-            answers = [httpx.get(f"{self.http}/v2/{path}/ready", timeout=5) for path in ("health", "models/gemma")]
+            answers = [
+                self.client.get(f"{self.http}/v2/{path}/ready", timeout=5) for path in ("health", "models/gemma")
+            ]
         except httpx.HTTPError:
             return False
         return all(answer.status_code == 200 for answer in answers)
