@@ -348,22 +348,25 @@ def test_the_oldest_exchanges_are_forgotten_where_a_dialogue_does_not_fit(stack:
 def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stack, url: str) -> None:
     def cancelled(client: Client) -> None:
         stream = client.stream("Hi", **ENDLESS)
-        next(stream)
+        time.sleep(0.2)
         stream.cancel()
-        assert list(stream) == [] and stream.answer.finish_reason == "cancelled" and stream.answer.text
+        assert list(stream) == [] and stream.answer.finish_reason == "cancelled"
 
     def left(client: Client) -> None:
-        with client.stream("Hi", **ENDLESS) as stream:
-            next(stream)
+        with client.stream("Hi", **ENDLESS):
+            time.sleep(0.2)
 
     def dropped(client: Client) -> None:
-        next(client.stream("Hi", **ENDLESS))
+        stream = client.stream("Hi", **ENDLESS)
+        time.sleep(0.2)
+        del stream
         gc.collect()
 
     def closed(client: Client) -> None:
         stream = client.stream("Hi", **ENDLESS)
-        next(stream)
+        time.sleep(0.2)
         client.close()
+        assert list(stream) == []
 
     def broken_off(client: Client) -> None:
         async def ask() -> None:
@@ -374,9 +377,12 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
         asyncio.run(ask())
 
     for leave in (cancelled, left, dropped, closed, broken_off):
+        before = stack.cancelled()
         with Client(url) as client:
-            leave(client)
-            assert eventually(lambda: stack.stats()["running"] == 0, 1.5), leave.__name__
+            client.is_ready()
+            with stack.stopped("engine"):  # the request is there, and cannot end by itself
+                leave(client)
+            assert eventually(lambda before=before: stack.cancelled() == before + 1), leave.__name__  # type: ignore[misc]
 
 
 @pytest.mark.slow
@@ -502,8 +508,8 @@ def test_the_command_line_streams_prints_json_and_cancels_on_ctrl_c(stack: Stack
     assert "generates; a token took" in command("health", "--url", stack.http).stdout
     unknown = command("ask", "nobody", "Hi", *where)
     assert unknown.returncode == 2 and "nobody" in unknown.stderr
-    late = command("generate", "Hi", "--max-tokens", 400, "--deadline", 0.3, *where)
-    assert late.returncode == 4 and "not complete within 0.3 s" in late.stderr
+    late = command("generate", "Hi", "--max-tokens", 400, "--deadline", 0.05, *where)
+    assert late.returncode == 4 and "not complete within 0.05 s" in late.stderr
 
     (tmp_path / "said.json").write_text(json.dumps({"messages": DIALOGUE}))
     piped = command("chat", *where, input="Hi!\nHow are you?\n")
