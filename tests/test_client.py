@@ -376,6 +376,7 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
             client.generate("Hi", max_tokens=1)
             with stack.stopped("engine"):  # the request is there, and cannot end by itself
                 leave(client)
+                time.sleep(0.5)  # for the stub to notice, before an engine that answers in 0.2 s goes on
             assert eventually(lambda before=before: stack.cancelled() == before + 1), leave.__name__  # type: ignore[misc]
 
 
