@@ -244,6 +244,7 @@ class AsyncStream:
         return self._answer
 
     def cancel(self) -> None:
+        """End the answer here; the iteration ends without an error, and what has come is in `answer`."""
         self._task.cancel()
 
     def __await__(self) -> Generator[Any, Any, Answer]:
@@ -263,10 +264,10 @@ class AsyncStream:
 
     async def __anext__(self) -> str:
         part = await self._parts.get()
-        if part is not None:
+        if part is not None and not self._task.cancelling():
             return part
         self._parts.put_nowait(None)  # for whoever asks again
-        if not self._task.cancelled():
+        if not self._task.cancelling():
             self._task.result()
         raise StopAsyncIteration
 

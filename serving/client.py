@@ -152,7 +152,7 @@ class Stream:
         return self._answer
 
     def cancel(self) -> None:
-        """End the answer here; the iteration ends without an error."""
+        """End the answer here; the iteration ends without an error, and what has come is in `answer`."""
         self._future.cancel()
 
     def __iter__(self) -> Iterator[str]:
@@ -160,7 +160,7 @@ class Stream:
 
     def __next__(self) -> str:
         part = self._parts.get()
-        if part is not None:
+        if part is not None and not self._future.cancelled():
             return part
         self._parts.put(None)  # for whoever asks again
         if not self._future.cancelled():
