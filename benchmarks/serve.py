@@ -147,14 +147,16 @@ def openvino(job: dict[str, Any]) -> Serve:
     return serve
 
 
-# Name → how it is started, the package it needs, the environment it may be in, the most streams it is asked for.
+# ours-mixed: three adapters in turn; ours-int8: weights of 8 bits; transformers: one request after another;
+# transformers-batch: all in one padded batch. Each: how it is started, the package it needs, the environment that may
+# have it, the most streams it is asked for.
 SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "ours": (ours, "tokenizers", ".venv-serve", 1 << 20),
-    "ours, 3 adapters mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
-    "ours, int8 weights": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
+    "ours-mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
+    "ours-int8": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
     # one at a time is as fast for 32 as for 8, and takes minutes
-    "transformers, one at a time": (transformers, "peft", ".venv", 8),
-    "transformers, static batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
+    "transformers": (transformers, "peft", ".venv", 8),
+    "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
 }
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai")
