@@ -14,6 +14,7 @@ Every system has a process of its own and computes alone. Writes benchmarks/resu
 the table in docs/serving.md.
 """
 
+import atexit
 import csv
 import json
 import os
@@ -58,6 +59,7 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
         [str(python if python.exists() else sys.executable), "-m", "serving.engine", *words, "--dtype", dtype],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    atexit.register(engine.terminate)
     assert engine.stdout and engine.stdout.readline(), "the engine has not started"
     line = socket.socket(socket.AF_UNIX)
     line.connect(str(folder / "s"))
