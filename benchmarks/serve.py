@@ -14,6 +14,7 @@ Every system has a process of its own and computes alone. Writes benchmarks/resu
 the table in docs/serving.md.
 """
 
+import atexit
 import csv
 import json
 import os
@@ -58,6 +59,7 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
         [str(python if python.exists() else sys.executable), "-m", "serving.engine", *words, "--dtype", dtype],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
+    atexit.register(engine.terminate)
     assert engine.stdout and engine.stdout.readline(), "the engine has not started"
     line = socket.socket(socket.AF_UNIX)
     line.connect(str(folder / "s"))
@@ -147,14 +149,16 @@ def openvino(job: dict[str, Any]) -> Serve:
     return serve
 
 
-# Name → how it is started, the package it needs, the environment it may be in, the most streams it is asked for.
+# ours-mixed: three adapters in turn; ours-int8: weights of 8 bits; transformers: one request after another;
+# transformers-batch: all in one padded batch. Each: how it is started, the package it needs, the environment that may
+# have it, the most streams it is asked for.
 SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "ours": (ours, "tokenizers", ".venv-serve", 1 << 20),
-    "ours, 3 adapters mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
-    "ours, int8 weights": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
+    "ours-mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
+    "ours-int8": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
     # one at a time is as fast for 32 as for 8, and takes minutes
-    "transformers, one at a time": (transformers, "peft", ".venv", 8),
-    "transformers, static batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
+    "transformers": (transformers, "peft", ".venv", 8),
+    "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
 }
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai")
