@@ -329,7 +329,8 @@ class Supervisor:
         body = {"text_input": "Hello", "parameters": {"max_tokens": 1, "temperature": 0}}
         try:
             answer = await self.http.post("/v2/models/gemma/generate", json=body, timeout=PROBE_DEADLINE)
-            problem = "" if answer.status_code == 200 or f"{protocol.BUSY}:" in answer.text else answer.text[:200]
+            from_engine = any(f"{code}: " in answer.text for code in (protocol.BUSY, protocol.UNAVAILABLE))
+            problem = "" if answer.status_code == 200 or from_engine else answer.text[:200]
         except httpx.HTTPError as error:
             is_slow = self.beat.get("running") or self.beat.get("waiting")  # but the engine has been asked
             problem = "" if is_slow else type(error).__name__
