@@ -612,7 +612,7 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
 
 
 AWAY = re.compile(
-    r"unavailable: |no available versions|not found|not ready|Server is stopping|Stub process|not healthy"  # the stub, Triton
+    r"unavailable: |no available versions|not found|not ready|is stopping|Stub process|not healthy"  # the stub, Triton
     r"|Socket closed|recvmsg|GOAWAY|Stream removed|Broken pipe|failed to connect|Connection re"  # gRPC
     r"|ConnectError|ReadError|WriteError|RemoteProtocolError"  # httpx; not ReadTimeout, which is silence
 )
