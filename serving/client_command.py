@@ -22,7 +22,7 @@ examples:
   echo "Once upon a time" | python -m serving.client generate - --base --max-tokens 40
 
 exit codes: 0 answered, 1 the server failed, 2 a mistake in what was asked, 3 busy or not there, 4 too late, 130 Ctrl-C,
-which cancels the answer in the engine too. A key for the server, where it wants one, is taken from SERVING_API_KEY.
+which cancels the answer in the engine too. SERVING_TOKEN is sent as a bearer token, for a proxy that wants one.
 """
 EXIT_CODES = {InvalidRequest: 2, Busy: 3, Unavailable: 3, DeadlineExceeded: 4, ServingError: 1}
 RETRY_SECONDS = 5.0  # somebody is waiting
@@ -36,11 +36,11 @@ def main(words: list[str] | None = None) -> None:
     options = _parser().parse_args(words)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    key = os.environ.get("SERVING_API_KEY")
+    token = os.environ.get("SERVING_TOKEN")
     try:
         with Client(
-            options.url, headers={"authorization": f"Bearer {key}"} if key else None, ca_file=options.ca_file,
-            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline),
+            options.url, headers={"authorization": f"Bearer {token}"} if token else None, ca_file=options.ca_file,
+            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline / 2),
         ) as client:  # fmt: skip
             sys.exit(options.run(client, options))
     except ServingError as error:

@@ -170,9 +170,10 @@ class Door:
 
         try:
             first = await anext(stream, "")  # until here, what goes wrong has a status of its own
-            self._served.add(form.model)
-            record.model = form.model
-            record.token()
+            if stream.answer.output_tokens:
+                self._served.add(form.model)
+                record.model = form.model
+                record.token()
             if form.stream:
                 return Events(_events(reply, stream, first, record), lambda: record.end(close()))
             async for _ in stream:

@@ -103,7 +103,7 @@ class Completion(BaseModel):
     min_p: float | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: Any = None  # a text or several; the server says what is wrong with it
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -120,7 +120,7 @@ class Completion(BaseModel):
             form = cls.model_validate_json(body)
         except ValidationError as error:
             wrong = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(str(part) for part in wrong["loc"] if part not in ("str", "list[str]"))
+            where = ".".join(map(str, wrong["loc"]))
             text = wrong["msg"].removeprefix("Value error, ")
             if wrong["type"] == "json_invalid":
                 raise ApiError(400, f"the body is not JSON in UTF-8: {text.removeprefix('Invalid JSON: ')}") from None
@@ -191,18 +191,18 @@ class ChatCompletion(Completion):
 class TextCompletion(Completion):
     kind, prefix = "text_completion", "cmpl-"
 
-    prompt: str | list[str]
+    prompt: str
 
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if isinstance(self.prompt, list):
-            if len(self.prompt) != 1:
-                raise ValueError("prompt: one text a request")
-            self.prompt = self.prompt[0]
-        return self
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        found = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if not isinstance(found, str):
+            raise ValueError("one text a request, and no numbers of tokens")
+        return found
 
     def send(self, client: AsyncClient) -> AsyncStream:
-        return client.stream(str(self.prompt), self.adapter, **self.sampling)
+        return client.stream(self.prompt, self.adapter, **self.sampling)
 
     def choice(self, text: str, reason: str | None, place: Literal["whole", "first", "part"]) -> dict[str, Any]:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}

@@ -82,6 +82,8 @@ class Grpc:
     """tritonclient's asynchronous gRPC client."""
 
     def __init__(self, address: str, secure: bool, headers: Mapping[str, str], ca_file: Path | None) -> None:
+        import tritonclient.grpc.aio  # noqa: F401  (takes a while, which is no part of the first answer's deadline)
+
         self._where, self._secure, self._ca_file = address, secure, ca_file
         self._headers = {name.lower(): value for name, value in headers.items()}  # gRPC takes no capitals
 
@@ -172,6 +174,8 @@ class Http:
     """Triton's generate extension, through httpx."""
 
     def __init__(self, url: str, headers: Mapping[str, str], ca_file: Path | None) -> None:
+        import httpx  # noqa: F401  (as above)
+
         self._where, self._headers, self._ca_file = url, dict(headers), ca_file
 
     @cached_property

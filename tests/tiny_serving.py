@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -74,6 +75,12 @@ class Stack:
         finally:
             for process in reversed(processes):
                 process.resume()
+
+    def cancelled(self) -> float:
+        """How many requests the engine has ended because their client had left."""
+        text = httpx.get(f"http://127.0.0.1:{self.ports['metrics']}/metrics", timeout=20).text
+        lines = [line for line in text.splitlines() if line.startswith("gemma_requests") and '"cancelled"' in line]
+        return sum(float(line.split()[-1]) for line in lines)
 
     def stats(self) -> dict[str, Any]:
         """What the engine says of itself: `running` and `waiting` requests, and more."""
