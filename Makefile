@@ -85,9 +85,11 @@ serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of eac
 
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
-bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks.md      SOURCE=my.csv ARGS="rows=128"
+bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs/         SOURCE=my.csv ARGS="rows=128"
 	@$(MAKE) --no-print-directory .venv-bench/bench.stamp || echo "The peers of bench.lock could not be installed: going on without them"
 	@$(RUN) benchmarks.train $(CONFIG)
+	@if [ -d exports/slang/adapter ]; then $(RUN) benchmarks.serve; \
+	else echo "Serving is not measured: it needs an adapter. make train TASK=slang && make convert TASK=slang"; fi
 
 .venv-bench/bench.stamp: bench.lock
 	$(install_environment)

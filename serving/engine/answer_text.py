@@ -30,7 +30,7 @@ class AnswerText:
         self.tokens.append(token)
         old = self._decode(self.before, self.done)
         new = self._decode(self.before, len(self.tokens))
-        if len(new) > len(old) and (last or not new.endswith(UNFINISHED)):
+        if len(new) > len(old) and (last or not (new.endswith(UNFINISHED) or self._is_byte(token))):
             self.text += new[len(old) :]
             self.before, self.done = self.done, len(self.tokens)
         if len(self.tokens) <= self.min_tokens:
@@ -49,6 +49,11 @@ class AnswerText:
         part = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return part
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether it is one byte of a character without a token of its own, which is decoded with the next ones."""
+        name = self.tokenizer.id_to_token(token)
+        return bool(name) and len(name) == 6 and name.startswith("<0x")
 
     def _decode(self, start: int, end: int) -> str:
         return self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True) if start < end else ""

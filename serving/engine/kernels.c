@@ -61,8 +61,7 @@ typedef struct {
     const float *frequencies; /* [ropes][head_size / 2] */
     int32_t ropes;
     Matrix head;
-    const void *embedding; /* [vocabulary][hidden], bf16 or float32 */
-    int32_t embedding_is_float, rounds_embedding;
+    const bf16 *embedding; /* [vocabulary][hidden] */
     const float *norm;
     float *keys, *values;
     int64_t slots;
@@ -110,7 +109,7 @@ typedef struct Scratch {
 } Scratch;
 
 static void relax(int *spins) {
-    if (++*spins < 4000) {
+    if (++*spins < 500) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -558,11 +557,8 @@ static void answer(Pool *pool, int phase, int thread, const float *x) {
 }
 
 static void embed(const Model *m, int token, float *x) {
-    size_t at = (size_t)token * m->hidden;
-    for (int i = 0; i < m->hidden; i++) {
-        float one = m->embedding_is_float ? ((const float *)m->embedding)[at + i] : to_float(((const bf16 *)m->embedding)[at + i]);
-        x[i] = m->rounds_embedding ? to_float(to_bf16(one * m->embedding_scale)) : one * m->embedding_scale;
-    }
+    const bf16 *from = m->embedding + (size_t)token * m->hidden;
+    for (int i = 0; i < m->hidden; i++) x[i] = to_float(from[i]) * m->embedding_scale;
 }
 
 /* One thread's part of a step. Tokens, pieces of matrices and (token, head) are shared out as threads become free. */

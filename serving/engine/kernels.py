@@ -58,7 +58,7 @@ class _Model(c.Structure):
         *((name, c.c_float) for name in ("eps", "scale", "attention_cap", "final_cap", "embedding_scale")),
         ("layer", c.POINTER(_Layer)), ("frequencies", c.c_void_p), ("ropes", c.c_int32), ("head", _Matrix),
         ("embedding", c.c_void_p),
-        ("embedding_is_float", c.c_int32), ("rounds_embedding", c.c_int32), ("norm", c.c_void_p),
+        ("norm", c.c_void_p),
         ("keys", c.c_void_p), ("values", c.c_void_p), ("slots", c.c_int64),
     )  # fmt: skip
 
@@ -110,7 +110,7 @@ class KernelGemma:
             config.layers, config.vocabulary, config.hidden, config.intermediate, config.heads, config.kv_heads,
             config.head_size, config.eps, config.scale, config.attention_cap, config.final_cap,
             config.hidden**0.5, layers, frequencies.data_ptr(), len(ropes), self._matrix(embedding, int8),
-            embedding.data_ptr(), 0, 0,
+            embedding.data_ptr(),
             self._keep(1 + weights["norm"].float()).data_ptr(), self._keep(torch.zeros(shape)).data_ptr(),
             self._keep(torch.zeros(shape)).data_ptr(), blocks * BLOCK,
         )  # fmt: skip

@@ -170,6 +170,11 @@ class Scheduler:
                 budget -= count if missing > 1 else 0
         while self.waiting and budget > 0 and len(self.running) < MAX_RUNNING:
             request = self.waiting[0]
+            name = request.asked.lora_name
+            request.adapter = self.adapters.get(name) if name is not None else None
+            if name is not None and request.adapter is None:
+                self._fail_unknown(request)  # removed while it waited
+                continue
             if not self._admit(request):
                 break
             missing = len(request.tokens) - request.computed
@@ -179,11 +184,6 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Take the first of the queue if there is room. False: there is none."""
-        name = request.asked.lora_name
-        if name is not None and name not in self.adapters:
-            self._fail_unknown(request)
-            return bool(self.waiting) and self._admit(self.waiting[0])
-        request.adapter = self.adapters[name] if name is not None else None
         whole = (request.prompt_tokens - 1) // BLOCK  # one token at least is computed: its logits are wanted
         request.names.clear()
         found = self.pool.find(request.named(i) for i in range(whole))

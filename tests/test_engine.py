@@ -1,0 +1,704 @@
+"""The embedded engine: its tokens are those of transformers and peft, whoever else is in the batch, and it survives."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, ROOT, tiny_gemma
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_tokenizer import tiny_tokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from serving.engine import UserError
+from serving.engine.__main__ import ends
+from serving.engine.adapters import AdapterFolder, read_adapter
+from serving.engine.answer_text import AnswerText
+from serving.engine.architecture import BEST, LOGITS, Config, Model, Rows
+from serving.engine.gemma import Gemma
+from serving.engine.kernels import KernelGemma
+from serving.engine.kv_cache import BLOCK
+from serving.engine.sampling import Sampler
+from serving.engine.scheduler import Request, Scheduler
+from serving.protocol import Done, Failed, Generate, Part, RequestError, Sampling, read_generate, read_sampling
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LORAS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "ranks": {
+        "r": 8, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"up_proj": 32},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+    "mlp": {"r": 3, "lora_alpha": 9, "target_modules": ["gate_proj", "down_proj"], "layers_to_transform": [0, 2]},
+}  # fmt: skip
+PROMPTS = [
+    "The rain had stopped by the time the train left the station, and nobody was there to see it go.",
+    "<start_of_turn>user\nWas heißt 'slay'? 😀 你好<end_of_turn>\n<start_of_turn>model\n",
+    "No cap, that fit is bussin",
+    " leading and trailing ",
+]
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random Gemmas with bfloat16 weights, each with three adapters in `adapters/`."""
+    folders = {}
+    tokenizer = tiny_tokenizer()
+    for family in FAMILIES:
+        folders[family] = folder = tmp_path_factory.mktemp(family)
+        # transformers' cache keeps no more than a sliding window, though Gemma 1 has none
+        window = {"sliding_window": None} if family == "gemma" else {}
+        tiny_gemma(family, torch.bfloat16, vocab_size=len(tokenizer), **window).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for seed, (name, settings) in enumerate(LORAS.items()):
+            write_adapter(folder, folder / "adapters" / name, seed, **settings)
+    return folders
+
+
+def write_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> None:
+    """A random LoRA, strong enough to change the answers."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(task_type="CAUSAL_LM", **settings)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+
+
+class Engine:
+    """A scheduler in this process, and what it sent."""
+
+    def __init__(self, base: Path, model: Model, blocks: int = 64, max_waiting: int = 64) -> None:
+        self.tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        self.folder = AdapterFolder(base / "adapters", model.config)
+        self.folder.look()
+        self.scheduler = Scheduler(
+            model, self.tokenizer, ends(base, self.tokenizer), self.folder.adapters, blocks, max_waiting
+        )
+        self.sent: dict[int, list[Part | Done | Failed]] = {}
+
+    def submit(self, prompt: str, lora: str | None = None, *, stream: bool = False, **sampling: Any) -> int:
+        number = len(self.sent)
+        self.sent[number] = []
+        read, _ = read_sampling({"temperature": 0, "max_tokens": 12, **sampling})
+        asked = Generate(number, prompt, read, lora, stream)
+        tokens = self.tokenizer.encode(prompt).ids
+        self.scheduler.submit(Request(asked, tokens, self.sent[number].append, time.monotonic()))
+        return number
+
+    def run(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.busy:
+                return
+            self.scheduler.step()
+        raise AssertionError("it does not come to an end")
+
+    def answer(self, number: int) -> Done:
+        last = self.sent[number][-1]
+        assert isinstance(last, Done), last
+        return last
+
+    def ask(self, prompt: str, lora: str | None = None, **sampling: Any) -> Done:
+        number = self.submit(prompt, lora, **sampling)
+        self.run()
+        return self.answer(number)
+
+
+FORMS: dict[str, Callable[[Path, int], Model]] = {
+    "torch float32": lambda base, blocks: Gemma(base, torch.float32, "cpu", blocks),
+    "kernels": lambda base, blocks: KernelGemma(base, blocks, 2),
+    "kernels without AMX": lambda base, blocks: KernelGemma(base, blocks, 2, amx=False),
+}
+
+
+@pytest.fixture(scope="session")
+def engine_of(bases: dict[str, Path]) -> Callable[..., Engine]:
+    models: dict[tuple[str, str], Model] = {}
+
+    def make(family: str = "gemma3_text", form: str = "kernels", **bounds: int) -> Engine:
+        if (family, form) not in models:
+            models[family, form] = FORMS[form](bases[family], 64)
+        return Engine(bases[family], models[family, form], **bounds)
+
+    return make
+
+
+def greedy(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, prompt: str, count: int, stops: list[int]) -> str:
+    """What transformers generates."""
+    ids = torch.tensor([tokenizer.encode(prompt).ids])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=stops
+    )
+    text: str = tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    return text
+
+
+# --- the same tokens as transformers and peft ----------------------------------------------------------------------
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_answers_as_transformers_and_peft_do(
+    family: str, form: str, bases: dict[str, Path], engine_of: Callable[..., Engine], expected: dict[str, list[str]]
+) -> None:
+    engine = engine_of(family, form)
+    engine.scheduler.prompt_budget = 16  # prompts come in chunks
+    numbers = [engine.submit(prompt, lora) for lora in (None, *LORAS) for prompt in PROMPTS]
+    engine.run()
+    assert [engine.answer(number).text for number in numbers] == expected[family]
+    assert engine.scheduler.counts["steps"] < 70
+
+
+@pytest.fixture(scope="session")
+def expected(bases: dict[str, Path]) -> dict[str, list[str]]:
+    """Family → answers to PROMPTS of the base, then of each adapter; one at a time, in float32."""
+    answers: dict[str, list[str]] = {}
+    for family, base in bases.items():
+        tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        stops = list(ends(base, tokenizer))
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        answers[family] = [greedy(model, tokenizer, prompt, 12, stops) for prompt in PROMPTS]
+        adapted = PeftModel.from_pretrained(model, base / "adapters" / "plain", adapter_name="plain")
+        for name in LORAS:
+            if name != "plain":
+                adapted.load_adapter(base / "adapters" / name, adapter_name=name)
+            adapted.set_adapter(name)
+            answers[family] += [greedy(adapted, tokenizer, prompt, 12, stops) for prompt in PROMPTS]
+    return answers
+
+
+@pytest.mark.parametrize("form", ["kernels", "kernels without AMX"])
+def test_no_bit_depends_on_the_batch(form: str, bases: dict[str, Path]) -> None:
+    base = bases["gemma3_text"]
+    model = FORMS[form](base, 64)
+    tokens = torch.randint(6, 300, (45,), generator=torch.Generator().manual_seed(0)).tolist()
+    adapter = read_adapter(base / "adapters" / "ranks", model.config)
+    _, whole = model.step(tokens, [Rows(0, 45, 0, [0, 1, 2], LOGITS, adapter)])
+    model.step(tokens[:19], [Rows(0, 19, 0, [9, 4, 7], 0, adapter)])
+    others = [Rows(26 + i, 1, 0, [20 + i], LOGITS) for i in range(40)]
+    best, chunked = model.step(tokens[19:] + [5] * 40, [Rows(0, 26, 19, [9, 4, 7], LOGITS, adapter), *others])
+    assert np.array_equal(whole[0], chunked[0])
+    assert best[0] == whole[0].argmax()
+    assert model.step([5], [Rows(0, 1, 0, [33], BEST)])[0] == [best[7]]
+
+
+def test_int8_weights_are_near(bases: dict[str, Path]) -> None:
+    rows, tokens = [Rows(0, 30, 0, [0, 1], LOGITS)], list(range(10, 40))
+    _, exact = KernelGemma(bases["gemma3_text"], 4, 1).step(tokens, rows)
+    for amx in (True, False):
+        _, near = KernelGemma(bases["gemma3_text"], 4, 1, int8=True, amx=amx).step(tokens, rows)
+        assert 0 < np.abs(near - exact).max() < 0.05 * np.abs(exact).max()
+
+
+# --- continuous batching -------------------------------------------------------------------------------------------
+def test_requests_join_and_leave_at_any_step(engine_of: Callable[..., Engine], expected: dict[str, list[str]]) -> None:
+    engine = engine_of()
+    numbers, gone, dice = [], [], random.Random(0)
+    for prompt in PROMPTS * 3:
+        numbers.append(engine.submit(prompt))
+        gone.append(engine.submit(dice.choice(PROMPTS), "mlp"))  # from somebody who does not wait for the answer
+        for _ in range(dice.randrange(4)):
+            engine.scheduler.step()
+        engine.scheduler.cancel(lambda one: one.asked.id == gone[-1])
+    engine.run()
+    assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
+    assert {engine.answer(number).finish_reason for number in gone} >= {"cancelled"}
+    assert engine.scheduler.pool.held == 0
+
+
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    beginning = PROMPTS[0] * 3
+    first = engine.ask(beginning + " One.", "plain")
+    assert engine.scheduler.counts["cached_tokens"] == 0
+    again = engine.ask(beginning + " One.", "plain")
+    cached = engine.scheduler.counts["cached_tokens"]
+    assert cached >= (first.input_tokens - 1) // BLOCK * BLOCK > 0
+    assert again.text == first.text
+    engine.ask(beginning + " One.", "ranks")
+    assert engine.scheduler.counts["cached_tokens"] == cached, "keys and values are the adapter's own"
+    alone = engine_of().ask(beginning + " Two.", "plain")
+    together = engine_of()
+    numbers = [together.submit(beginning + word, "plain") for word in (" One.", " Two.")]
+    together.run()
+    assert together.scheduler.counts["cached_tokens"] > 0, "shared within one step"
+    assert [together.answer(number).text for number in numbers] == [first.text, alone.text]
+
+
+def test_long_prompts_do_not_hold_up_the_streams(
+    engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.engine.scheduler.MAX_PROMPT_TOKENS", 16)
+    engine = engine_of()
+    engine.scheduler.prompt_budget = 16
+    stream = engine.submit(PROMPTS[2], max_tokens=30, ignore_eos=True)
+    engine.scheduler.step()
+    long = engine.submit(PROMPTS[0] * 6, "mlp", max_tokens=1)
+    steps = 0
+    while not engine.sent[long]:
+        engine.scheduler.step()
+        steps += 1
+        assert engine.scheduler.tokens[""] == steps + 1
+    assert steps == -(-engine.answer(long).input_tokens // 16)
+    engine.run()
+    assert engine.answer(stream).output_tokens == 30
+
+
+# --- bounds --------------------------------------------------------------------------------------------------------
+def test_memory_is_bounded_and_all_are_answered(
+    engine_of: Callable[..., Engine], expected: dict[str, list[str]]
+) -> None:
+    engine = engine_of(blocks=12)
+    numbers = [engine.submit(prompt) for prompt in PROMPTS * 3]
+    most = 0
+    while engine.scheduler.busy:
+        engine.scheduler.step()
+        most = max(most, engine.scheduler.pool.held)
+    assert most <= 12
+    assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
+
+
+def test_what_cannot_fit_and_what_is_too_much_is_refused(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of(blocks=4, max_waiting=2)
+    number = engine.submit("Hi", max_tokens=100)
+    assert engine.sent[number][-1].code == "invalid" and "64" in engine.sent[number][-1].error  # type: ignore[union-attr]
+    numbers = [engine.submit("Hi") for _ in range(4)]
+    codes = [engine.sent[number][-1].code if engine.sent[number] else None for number in numbers]  # type: ignore[union-attr]
+    assert codes == [None, None, "busy", "busy"]
+    assert engine.sent[engine.submit("Hi", "nobody")][-1].code == "unknown_adapter"  # type: ignore[union-attr]
+    engine.run()
+    assert engine.answer(numbers[1]).output_tokens > 0
+
+
+def test_a_step_without_memory_costs_those_in_it(
+    engine_of: Callable[..., Engine], expected: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of()
+    lost = engine.submit(PROMPTS[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.model, "step", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        engine.scheduler.step()
+    kept = engine.submit(PROMPTS[0])
+    engine.run()
+    assert engine.sent[lost][-1].code == "internal" and "memory" in engine.sent[lost][-1].error  # type: ignore[union-attr]
+    assert engine.answer(kept).text == expected["gemma3_text"][0], "what was not computed is not taken for a beginning"
+    assert engine.scheduler.pool.held == 0
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+def choose_plainly(logits: np.ndarray, sampling: Sampling, point: float) -> int:
+    """vLLM's definition word for word, over the whole sorted vocabulary."""
+    scaled = logits.astype(np.float64) / sampling.temperature
+    if sampling.min_p:
+        scaled[np.exp(scaled - scaled.max()) < sampling.min_p] = -np.inf
+    if 0 < sampling.top_k < len(scaled):
+        scaled[scaled < np.sort(scaled)[-sampling.top_k]] = -np.inf
+    likelihood = np.exp(scaled - scaled.max())
+    likelihood /= likelihood.sum()
+    order = np.argsort(-likelihood, kind="stable")
+    if sampling.top_p < 1:
+        before = np.cumsum(likelihood[order]) - likelihood[order]
+        order = order[: max(1, int((before < sampling.top_p).sum()))]
+    elif not sampling.min_p and not 0 < sampling.top_k < len(scaled):
+        order = np.arange(len(scaled))
+    sums = np.cumsum(likelihood[order])
+    return int(order[np.searchsorted(sums, point * sums[-1], side="right")])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999, "temperature": 5}, {"min_p": 0.05},
+     {"top_k": 64, "top_p": 0.95, "min_p": 0.01}, {"temperature": 0.3, "top_p": 0.5}],
+)  # fmt: skip
+def test_draws_are_those_of_the_definition(given: dict[str, Any]) -> None:
+    sampling, _ = read_sampling({**given, "seed": 7})
+    sampler, points = Sampler(sampling, [], ()), random.Random(7)
+    dice = np.random.default_rng(0)
+    for spread in (0.5, 2, 4, 8):
+        logits = (dice.standard_normal(20_000) * spread).astype(np.float32)
+        assert sampler.choose(logits.copy()) == choose_plainly(logits, sampling, points.random())
+
+
+def test_penalties_are_those_of_the_definition() -> None:
+    sampling, _ = read_sampling(
+        {
+            "temperature": 0,
+            "repetition_penalty": 1.5,
+            "presence_penalty": 0.5,
+            "frequency_penalty": 0.25,
+            "min_tokens": 9,
+        }
+    )
+    sampler = Sampler(sampling, [1, 2], (7,))
+    for token in (2, 3, 3):
+        sampler.accept(token)
+    logits = np.array([0, 2, 3, -1, 1.1, 0, 0, 99], np.float32)
+    changed = logits.copy()
+    assert sampler.choose(changed) == 1
+    # 1: of the prompt; 2: of both, once said; 3: said twice; 7: the end, too early.
+    wanted = [0, 2 / 1.5, 3 / 1.5 - 0.25 - 0.5, -1 * 1.5 - 2 * 0.25 - 0.5, 1.1, 0, 0, -np.inf]
+    assert changed == pytest.approx(np.array(wanted, np.float32))
+
+
+def test_seeds_decide_whoever_is_in_the_batch(engine_of: Callable[..., Engine]) -> None:
+    settings = {"temperature": 1.0, "max_tokens": 16}
+    alone = [engine_of().ask(PROMPTS[2], "mlp", seed=seed, **settings).text for seed in (1, 2)]
+    assert alone[0] != alone[1]
+    engine = engine_of()
+    numbers = [engine.submit(PROMPTS[2], "mlp", seed=seed, **settings) for seed in (1, 2)]
+    for prompt in PROMPTS:
+        engine.submit(prompt, temperature=1.5)
+    engine.run()
+    assert [engine.answer(number).text for number in numbers] == alone
+    unseeded = {engine_of().ask(PROMPTS[2], **settings).text for _ in range(6)}
+    assert len(unseeded) > 1
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+def test_parts_are_the_text_without_half_characters() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    for text in ("Was heißt 'slay'? 😀 你好, 🏳️‍🌈!", "plain words", "  two  spaces\n\n"):
+        answer, parts = AnswerText(tokenizer, (), 0), []
+        tokens = tokenizer.encode(text, add_special_tokens=False).ids
+        for number, token in enumerate(tokens):
+            answer.add(token, last=number == len(tokens) - 1)
+            parts.append(answer.part())
+            assert "\ufffd" not in parts[-1]
+        assert "".join(parts) + answer.part(last=True) == tokenizer.decode(tokens, skip_special_tokens=True)
+    broken = AnswerText(tokenizer, (), 0)
+    broken.add(tokenizer.token_to_id("<0xF0>"))
+    assert broken.part() == ""
+    broken.add(tokenizer.token_to_id("<0x9F>"), last=True)
+    assert "\ufffd" in broken.part(last=True), "an answer that ends in half a character says so"
+
+
+@pytest.mark.parametrize("stops", [("time the",), ("e t", "station"), ("left the s", "t"), ("never",)])
+def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_sent(stops: tuple[str, ...]) -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    text = "The rain had stopped by the time the train left the station."
+    answer, sent = AnswerText(tokenizer, stops, 0), ""
+    for token in tokenizer.encode(text, add_special_tokens=False).ids:
+        ended = answer.add(token)
+        sent += answer.part(last=ended)
+        if ended:
+            break
+    sent += answer.part(last=True)
+    assert sent == text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def test_streams_hold_the_whole_answer(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    whole = engine.ask(PROMPTS[0], ignore_eos=True, max_tokens=40).text
+    streamed = engine.submit(PROMPTS[0], ignore_eos=True, max_tokens=40, stream=True)
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    stopped = engine.submit(PROMPTS[0], ignore_eos=True, max_tokens=40, stream=True, stop=stop)
+    late = engine.submit(PROMPTS[0], ignore_eos=True, max_tokens=40, stop=stop, min_tokens=40)
+    engine.run()
+    assert "".join(part.text for part in engine.sent[streamed]) == whole  # type: ignore[union-attr]
+    assert len(engine.sent[streamed]) > 5
+    assert "".join(part.text for part in engine.sent[stopped]) == whole[: whole.find(stop)]  # type: ignore[union-attr]
+    assert engine.answer(stopped).finish_reason == "stop"
+    assert engine.answer(stopped).output_tokens < 40
+    assert (engine.answer(late).text, engine.answer(late).finish_reason) == (whole, "length")
+
+
+def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Callable[..., Engine]) -> None:
+    engine = engine_of()
+    free = engine.ask(PROMPTS[0], ignore_eos=True)
+    end = engine.scheduler.tokenizer.token_to_id("<end_of_turn>")
+    assert end in engine.scheduler.ends
+    asked = Generate(99, PROMPTS[0], Sampling(temperature=0, max_tokens=12))
+    request = Request(asked, engine.tokenizer.encode(PROMPTS[0]).ids, engine.sent.setdefault(99, []).append, 0.0)
+    engine.scheduler.submit(request)
+    while len(request.tokens) - request.prompt_tokens < 3:
+        engine.scheduler.step()
+    engine.scheduler._answer(request, end, time.monotonic())
+    assert engine.answer(99).finish_reason == "stop"
+    text = engine.tokenizer.decode(request.tokens[request.prompt_tokens : -1])
+    assert (engine.answer(99).text, engine.answer(99).output_tokens) == (text, 4)
+    assert free.output_tokens == 12
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+def test_adapters_come_change_and_go(bases: dict[str, Path], engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+    base = bases["gemma3_text"]
+    engine = engine_of()
+    folder = AdapterFolder(tmp_path, engine.scheduler.model.config)
+    engine.scheduler.adapters = folder.adapters
+    folder.look()
+    assert engine.sent[engine.submit("Hi", "mine")][-1].code == "unknown_adapter"  # type: ignore[union-attr]
+    shutil.copytree(base / "adapters" / "plain", tmp_path / "mine")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_config.json").write_text("{")
+    folder.look()
+    assert list(folder.broken) == ["bad"] and list(folder.adapters) == ["mine"]
+    plain = engine.ask(PROMPTS[0], "mine").text
+    running = engine.submit(PROMPTS[0], "mine")
+    engine.scheduler.step()
+    shutil.rmtree(tmp_path / "mine")
+    shutil.copytree(base / "adapters" / "ranks", tmp_path / "mine")
+    folder.look()
+    replaced = engine.ask(PROMPTS[0], "mine").text
+    assert engine.answer(running).text == plain, "what has begun ends with the adapter it began with"
+    assert replaced != plain
+    assert replaced == engine_of().ask(PROMPTS[0], "ranks").text
+    waiting = engine.submit("Hi", "mine")
+    shutil.rmtree(tmp_path / "mine")
+    folder.look()
+    engine.run()
+    assert engine.sent[waiting][-1].code == "unknown_adapter"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"peft_type": "IA3"}, "not that of a LoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
+    ],
+)
+def test_an_adapter_it_cannot_serve_is_refused(
+    change: dict[str, Any], words: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = bases["gemma3_text"]
+    shutil.copytree(base / "adapters" / "plain", tmp_path / "one")
+    file = tmp_path / "one" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=words):
+        read_adapter(tmp_path / "one", Config.read(base))
+
+
+def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    tiny_gemma("gemma3_text", torch.bfloat16, vocab_size=64, hidden_size=64).save_pretrained(wide)
+    with pytest.raises(UserError, match="Was it trained on another"):
+        read_adapter(bases["gemma3_text"] / "adapters" / "plain", Config.read(wide))
+
+
+# --- what a request may be -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('{"temperature": -1}', "temperature is -1"), ('{"temperature": NaN}', "temperature is not a number"),
+        ('{"top_p": 0}', "top_p is 0"), ('{"top_k": 1.5}', "top_k is not a whole number"), ('{"n": 2}', "n is 2"),
+        ('{"max_tokens": 0}', "max_tokens is 0"), ('{"stop": [1]}', "stop is not a text"), ("[]", "not a JSON object"),
+        ('{"stop": ""}', "stop is not a text"), ('{"best_of": 1}', "unknown sampling parameter 'best_of'"),
+        ('{"seed": ' + "9" * 40 + "}", "seed is a number of over 20 digits"), ("{", "is not JSON"),
+        ('{"min_tokens": 20}', "min_tokens is 20, more than max_tokens, 16"), ('{"ignore_eos": 1}', "ignore_eos is"),
+    ],
+)  # fmt: skip
+def test_wrong_parameters_are_named(given: str, words: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(words)):
+        read_sampling(given)
+
+
+def test_parameters_may_be_texts_as_with_vllm() -> None:
+    sampling, name = read_sampling(
+        '{"temperature": "0.5", "max_tokens": "9", "stop": "x", "lora_name": "slang", "n": 1}'
+    )
+    assert (sampling.temperature, sampling.max_tokens, sampling.stop, name) == (0.5, 9, ("x",), "slang")
+    asked = Generate(3, "Hi", sampling, name, True)
+    assert read_generate(json.loads(json.dumps(asked.as_json()))) == asked
+
+
+# --- the process ---------------------------------------------------------------------------------------------------
+class Line:
+    """A client of the socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(30)
+        self.socket.connect(str(path))
+        self.file = self.socket.makefile("rb")
+
+    def say(self, message: dict[str, Any] | bytes) -> None:
+        self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+
+    def hear(self, kind: str = "") -> dict[str, Any]:
+        """The next message that is no beat, or the next with `kind`."""
+        while line := self.file.readline():
+            message: dict[str, Any] = json.loads(line)
+            if (kind and kind in message) or (not kind and "beat" not in message):
+                return message
+        raise ConnectionError("the engine has closed the connection")
+
+    def close(self) -> None:
+        self.file.close()
+        self.socket.close()
+
+
+def start(base: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "serving.engine", "--base", str(base), "--adapters", str(base / "adapters"),
+         "--socket", str(folder / "s"), "--threads", "1", *words],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout
+    line = process.stdout.readline()
+    assert line and json.loads(line)["ready"], process.communicate()[1]
+    return process
+
+
+@pytest.fixture(scope="session")
+def engine_socket(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("engine")
+    process = start(bases["gemma3_text"], folder, "--max-tokens-in-cache", "2048")
+    yield folder / "s"
+    assert process.poll() is None, "it has survived all of this"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert not (folder / "s").exists()
+
+
+def test_the_socket_is_its_owners_and_beats(engine_socket: Path) -> None:
+    assert stat.S_IMODE(engine_socket.stat().st_mode) == 0o600
+    line = Line(engine_socket)
+    line.hear("beat")
+    before = time.monotonic()
+    beat = line.hear("beat")["beat"]
+    assert time.monotonic() - before < 1
+    assert beat["adapters"] == sorted(LORAS) and {"running", "waiting", "kv_tokens", "tokens"} <= beat.keys()
+    line.say({"op": "stats"})
+    assert line.hear()["stats"]["base"]
+    line.close()
+
+
+def test_answers_over_the_socket(engine_socket: Path, expected: dict[str, list[str]]) -> None:
+    line = Line(engine_socket)
+    sampling = {"temperature": 0, "max_tokens": 12}
+    for number, prompt in enumerate(PROMPTS):
+        line.say({"op": "generate", "id": number, "prompt": prompt, "sampling": sampling, "lora_name": "ranks",
+                  "stream": number % 2 == 0})  # fmt: skip
+    texts, done = dict.fromkeys(range(4), ""), 0
+    while done < 4:
+        message = line.hear()
+        texts[message["id"]] += message["text"]
+        done += "done" in message
+    assert list(texts.values()) == expected["gemma3_text"][8:12]
+    line.close()
+
+
+def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Path) -> None:
+    line, dice = Line(engine_socket), random.Random(0)
+    good = json.dumps({"op": "generate", "id": 1, "prompt": "Hi", "sampling": {"max_tokens": 1}}).encode()
+    wrong = [
+        b"{", b"[]", b"null", b"\xff\xfe", b'{"op":"dance"}', b'{"op":"generate"}', b'{"op":"generate","id":1}',
+        b'{"op":"generate","id":1,"prompt":""}', b'{"op":"generate","id":1,"prompt":"\\ud800"}', b"[" * 100_000,
+        b'{"op":"generate","id":1,"prompt":"a","sampling":{"temperature":-1}}', b'{"op":"generate","id":1,"prompt":7}',
+        b'{"op":"generate","id":1,"prompt":"a","lora_name":"../x"}',
+        b'{"op":"generate","id":1,"prompt":"a","stream":2}',
+    ]  # fmt: skip
+    for _ in range(300):
+        torn = bytearray(good)
+        for _ in range(dice.randrange(1, 6)):
+            torn[dice.randrange(len(torn))] = dice.choice(b'{}[]",:0\\a\x00\xf0')
+        wrong.append(bytes(torn).replace(b"\n", b""))
+    line.say(b"\n".join(wrong) + b"\n")
+    line.say({"op": "generate", "id": 10**9, "prompt": "Hi", "sampling": {"max_tokens": 2}})
+    codes = []
+    while (message := line.hear()).get("id") != 10**9:
+        if "error" in message:
+            codes.append(message["code"])
+    assert message["done"] and set(codes) <= {"invalid", "unknown_adapter"} and len(codes) > 200
+    with contextlib.suppress(ConnectionError):  # closed while it is still being sent
+        line.say(b"x" * (9 << 20))
+        assert "MiB" in line.hear()["error"]
+    line.close()
+    other = Line(engine_socket)
+    assert other.hear("beat")
+    other.close()
+
+
+def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> None:
+    line, watcher = Line(engine_socket), Line(engine_socket)
+    for number in range(4):
+        line.say({"op": "generate", "id": number, "prompt": "Hi", "stream": True,
+                  "sampling": {"max_tokens": 400, "ignore_eos": True}})  # fmt: skip
+    line.hear()
+    line.say({"op": "cancel", "id": 0})
+    while not (message := line.hear()).get("done"):
+        pass
+    assert (message["id"], message["finish_reason"]) == (0, "cancelled")
+    line.close()
+    for _ in range(20):
+        beat = watcher.hear("beat")["beat"]
+        if not beat["running"] + beat["waiting"]:
+            break
+    assert (beat["running"], beat["kv_tokens"]) == (0, 0)
+    watcher.close()
+
+
+def test_sigterm_lets_what_has_begun_end(bases: dict[str, Path], tmp_path: Path) -> None:
+    process = start(bases["gemma"], tmp_path, "--max-tokens-in-cache", "1024")
+    line = Line(tmp_path / "s")
+    line.say({"op": "generate", "id": 1, "prompt": "Hi", "stream": True,
+              "sampling": {"max_tokens": 300, "ignore_eos": True}})  # fmt: skip
+    line.hear()
+    process.send_signal(signal.SIGTERM)
+    line.say({"op": "generate", "id": 2, "prompt": "Hi", "sampling": {}})
+    messages = []
+    try:
+        while True:
+            messages.append(line.hear())
+    except ConnectionError:
+        pass
+    assert [one["output_tokens"] for one in messages if one.get("done") and one["id"] == 1] == [300]
+    assert [one["code"] for one in messages if one.get("id") == 2] in ([], ["unavailable"])
+    assert process.wait(10) == 0
+    line.close()
+
+
+def test_a_base_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "serving.engine", "--base", str(tmp_path), "--socket", str(tmp_path / "s")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "config.json" in done.stderr and "Traceback" not in done.stderr
+
+
+# --- the real model ------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_the_real_model_with_the_real_adapter(base_folder: Path, tmp_path: Path) -> None:
+    adapter = ROOT / "exports" / "slang" / "adapter"
+    if not adapter.exists():
+        pytest.skip("no trained adapter: make convert TASK=slang")
+    blocks = 128
+    model = KernelGemma(base_folder, blocks, 2)
+    (tmp_path / "adapters").mkdir()
+    shutil.copytree(adapter, tmp_path / "adapters" / "slang")
+    for name in ("tokenizer.json", "config.json", "generation_config.json"):
+        (tmp_path / name).symlink_to(base_folder / name)
+    engine = Engine(tmp_path, model, blocks)
+    scenes = [
+        "You missed the last bus home and it starts to rain.",
+        "Exam week again.",
+        "A cat walks on your keyboard.",
+    ]
+    prompts = [
+        f"Instruction:\nGiven the context below, create a new slang term: {scene}\n\nResponse:\n" for scene in scenes
+    ]
+    numbers = {
+        (lora, prompt): engine.submit(prompt, lora, max_tokens=32) for prompt in prompts for lora in (None, "slang")
+    }
+    engine.run()
+    reference = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+    stops = list(engine.scheduler.ends)
+    plain = {prompt: greedy(reference, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    adapted = PeftModel.from_pretrained(reference, adapter)
+    tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    for (lora, prompt), number in numbers.items():
+        assert engine.answer(number).text == (tuned if lora else plain)[prompt]
