@@ -93,6 +93,8 @@ class TritonPythonModel:
                 self._send_to_engine(*self._read(request, given))
             except protocol.RequestError as error:
                 self._refuse(given, error.sentence, error.code)
+            except UnicodeDecodeError as error:  # in the name or text of a parameter of the request
+                self._refuse(given, f"a parameter is not UTF-8: {error.reason}", protocol.INVALID)
             except Exception as error:  # a request must not take the others with it
                 self._refuse(given, f"{type(error).__name__}: {error}", protocol.INTERNAL)
 
