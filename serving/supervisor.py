@@ -87,6 +87,7 @@ class Supervisor:
         self.generated_at = time.monotonic()
         self.stubs: dict[str, psutil.Process] = {}
         self.moved: dict[str, int] = {}  # a stub's beat: when it was touched
+        self.is_loaded = False  # the model, as Triton says
         self.ending = asyncio.Event()
         self.here = here = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         self.http = httpx.AsyncClient(base_url=f"http://{here}:{options.http_port}", trust_env=False)
@@ -185,7 +186,7 @@ class Supervisor:
             (self.folder / ENGINE_SOCKET).unlink(missing_ok=True)
         if part is self.triton:
             self._clean_shared_memory()
-            self.stubs, self.moved, self.starts = {}, {}, self.starts + 1
+            self.stubs, self.moved, self.starts, self.is_loaded = {}, {}, self.starts + 1, False
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
@@ -277,9 +278,10 @@ class Supervisor:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if lives(process) and (model := triton_server.model_of(process.cmdline())):
                     self.stubs[model] = process
-        missing = set(triton_server.MODELS) - self.stubs.keys()
-        # Where the engine has ended, the stub of its model ends too, and another one comes.
-        return f"the stub of {missing.pop()} has died" if missing and self.engine.is_up else ""
+        # A stub that has lost its engine unloads its model, and another one comes.
+        needed = triton_server.MODELS if self.is_loaded and self.engine.is_up else triton_server.MODELS[1:]
+        missing = [model for model in needed if model not in self.stubs]
+        return f"the stub of {missing[0]} has died" if missing else ""
 
     async def _hear_engine(self) -> None:
         """Take every beat of the engine, on a connection of our own."""
@@ -299,13 +301,13 @@ class Supervisor:
     async def _ask_triton(self) -> None:
         """Triton lives while it answers and its stubs have moved since they last did; of a model that is loaded."""
         await asyncio.sleep(2 * TICK)
-        is_loaded = (await self.http.get("/v2/models/gemma/ready", timeout=1)).status_code == 200
+        self.is_loaded = (await self.http.get("/v2/models/gemma/ready", timeout=1)).status_code == 200
         if not self.triton.is_up:
-            if not is_loaded:
+            if not self.is_loaded:
                 return
             # The first question to the catalogue tells it that Triton's interface may be used from now on.
             await self.http.post("/v2/models/adapters/generate", json={"name": ""}, timeout=5)
-        expected = BEATS if is_loaded else BEATS[1:]
+        expected = BEATS if self.is_loaded else BEATS[1:]
         moved = {beat: (self.folder / beat).stat().st_mtime_ns for beat in expected}
         if all(self.moved.get(beat) != at for beat, at in moved.items()):
             self.moved |= moved
@@ -329,7 +331,8 @@ class Supervisor:
         body = {"text_input": "Hello", "parameters": {"max_tokens": 1, "temperature": 0}}
         try:
             answer = await self.http.post("/v2/models/gemma/generate", json=body, timeout=PROBE_DEADLINE)
-            problem = "" if answer.status_code == 200 or f"{protocol.BUSY}:" in answer.text else answer.text[:200]
+            from_engine = any(f"{code}: " in answer.text for code in (protocol.BUSY, protocol.UNAVAILABLE))
+            problem = "" if answer.status_code == 200 or from_engine else answer.text[:200]
         except httpx.HTTPError as error:
             is_slow = self.beat.get("running") or self.beat.get("waiting")  # but the engine has been asked
             problem = "" if is_slow else type(error).__name__

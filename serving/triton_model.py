@@ -39,7 +39,7 @@ ENGINE = "engine.sock"
 STATUS = "status.json"  # written by the supervisor
 LOG = "requests.jsonl"
 LOG_BYTES, LOG_FILES = 10 << 20, 3
-WRITE_SECONDS = 1.0  # that a busy engine has to take a line
+WRITE_SECONDS = 20.0  # that a busy engine has to take a line; one that hangs is ended before, which ends the wait
 TICK = 0.05  # seconds between two looks for clients that have left
 PATIENCE = 0.25  # seconds between two attempts to reach the engine
 TO_RETURN = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
@@ -59,7 +59,8 @@ class Waiting:
     prompt: str
     begun: float = field(default_factory=time.monotonic)
     tokens: int = 0  # that the client has been given
-    cancelled: bool = False
+    sent: bool = False
+    cancelled: bool = False  # and the engine knows
     text: list[str] = field(default_factory=list)
 
 
@@ -68,7 +69,8 @@ class TritonPythonModel:
         locale.setlocale(locale.LC_ALL, "C.UTF-8")  # the stub's default is ASCII
         self.name, self.parent = args["model_name"], os.getppid()
         self.waiting: dict[int, Waiting] = {}
-        self.lock = threading.Lock()  # of `waiting`, and of writing to the socket
+        self.lock = threading.Lock()  # of `waiting` and `engine`
+        self.writing = threading.Lock()  # to the engine, which may let a writer wait
         self.ids = itertools.count(1)
         self.closing = False
         self.log = _request_log()
@@ -91,6 +93,8 @@ class TritonPythonModel:
                 self._send_to_engine(*self._read(request, given))
             except protocol.RequestError as error:
                 self._refuse(given, error.sentence, error.code)
+            except UnicodeDecodeError as error:  # in the name or text of a parameter of the request
+                self._refuse(given, f"a parameter is not UTF-8: {error.reason}", protocol.INVALID)
             except Exception as error:  # a request must not take the others with it
                 self._refuse(given, f"{type(error).__name__}: {error}", protocol.INTERNAL)
 
@@ -115,15 +119,18 @@ class TritonPythonModel:
         return protocol.Generate(next(self.ids), prompt, sampling, lora_name, given.stream), given
 
     def _send_to_engine(self, generate: protocol.Generate, given: Waiting) -> None:
-        line = protocol.encode(generate.as_json())
         with self.lock:
             if self.engine is None:
                 raise protocol.RequestError("the engine has ended and is being started again", protocol.UNAVAILABLE)
             self.waiting[generate.id] = given
-            try:
-                self._write(line)
-            except OSError:
-                del self.waiting[generate.id]
+        try:
+            with self.writing:
+                self._write(protocol.encode(generate.as_json()))
+            given.sent = True
+        except OSError:
+            with self.lock:
+                unanswered = self.waiting.pop(generate.id, None)
+            if unanswered:  # else the other thread has answered it
                 raise protocol.RequestError("the engine has ended", protocol.UNAVAILABLE) from None
 
     def _write(self, line: bytes) -> None:
@@ -131,12 +138,14 @@ class TritonPythonModel:
         Raises:
             OSError: the engine has not taken it. Half a line may have gone, so nothing more goes this way.
         """
-        assert self.engine
+        engine = self.engine
+        if engine is None:
+            raise ConnectionError
         try:
-            self.engine.sendall(line)
+            engine.sendall(line)
         except OSError:
             with contextlib.suppress(OSError):
-                self.engine.shutdown(socket.SHUT_RDWR)
+                engine.shutdown(socket.SHUT_RDWR)
             raise
 
     # --- the thread that hears the engine -----------------------------------------------------------------------------
@@ -194,11 +203,21 @@ class TritonPythonModel:
             left = [number for number, given in self.waiting.items() if not given.cancelled]
         for number in left:
             given = self.waiting.get(number)
-            if given and given.sender.is_cancelled():
-                given.cancelled = True
-                with self.lock, contextlib.suppress(OSError):
-                    if self.engine:
-                        self._write(protocol.encode({"op": "cancel", "id": number}))
+            if given and given.sent and given.sender.is_cancelled():
+                given.cancelled = self._tell_to_cancel(number)
+
+    def _tell_to_cancel(self, number: int) -> bool:
+        """Whether the engine has been told. This thread answers everybody, so it does not wait for an engine's ear."""
+        assert self.engine
+        if not select.select([], [self.engine], [], 0)[1] or not self.writing.acquire(blocking=False):
+            return False
+        try:
+            self._write(protocol.encode({"op": "cancel", "id": number}))
+        except OSError:
+            return False  # it is gone, as the next look at the socket shows
+        finally:
+            self.writing.release()
+        return True
 
     def _take_safely(self, line: bytes) -> None:
         try:

@@ -3,7 +3,7 @@
 import json
 import queue
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,9 +71,10 @@ class Server:
             **({} if sampling is None else {"sampling_parameters": sampling.encode()}),
         }
         with self.grpc_stream() as (client, answers):
-            client.async_stream_infer(
-                "gemma", tensors({**inputs, **fields}), request_id="mine", enable_empty_final_response=True
-            )
+            with suppress(InferenceServerException):  # the stream has ended already; why, comes as an answer
+                client.async_stream_infer(
+                    "gemma", tensors({**inputs, **fields}), request_id="mine", enable_empty_final_response=True
+                )
             while True:
                 result, error = answers.get(timeout=PATIENCE)
                 if error is not None:
