@@ -355,7 +355,9 @@ def signed_in(site: Site) -> str:
 def test_whoever_asks_too_often_waits(guarded: Site) -> None:
     cookies = {"session": signed_in(guarded)}
     malformed = {"adapter": "slang", "fields": {}, "seed": -1}  # counted too, and answered at once
-    answers = [guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies) for _ in range(20)]
+    answers: list[httpx.Response] = []
+    while len(answers) < 100 and not (answers and answers[-1].status_code == 429):
+        answers.append(guarded.ask("POST", "/api/answer", json=malformed, cookies=cookies))
     assert [answer.status_code for answer in answers][:10] == [422] * 10
     assert answers[-1].status_code == 429 and int(answers[-1].headers["retry-after"]) >= 1
     assert "Try again" in answers[-1].json()["detail"]
