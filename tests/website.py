@@ -34,6 +34,7 @@ class Site:
         self.address = f"http://127.0.0.1:{self.port}"
         self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
+        self._client = httpx.Client()
         self._process = subprocess.Popen(
             [SERVING_PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
             cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
@@ -50,13 +51,16 @@ class Site:
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """As a page of the site does, unless `headers` say otherwise."""
-        return httpx.request(method, self.address + path, **{"headers": {"origin": self.address}, **options})
+        self._client.cookies.clear()
+        self._client.cookies.update(options.pop("cookies", {}))
+        return self._client.request(method, self.address + path, **{"headers": {"origin": self.address}, **options})
 
     def token(self, entry: Entry) -> str:
         """What the site signs when its model has said `entry`."""
         return Dictionary(self.database).token_of(entry)
 
     def end(self) -> None:
+        self._client.close()
         self._process.terminate()
         self._process.wait(20)
 

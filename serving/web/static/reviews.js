@@ -46,7 +46,7 @@ async function showEvidence(element, question, answer) {
   box.replaceChildren();
   if (known.size) {
     box.append(list("", [...known].map(([quote, reviews]) => reviews.length
-      ? cited(quote, `review ${reviews.join(" or ")}`) : cited(quote, "no review says this, word for word", "unfound"))));
+      ? cited(quote, `review ${reviews.join(" or ")}`) : cited(quote, "not found among the reviews’ quotes", "unfound"))));
   }
   found.aspects.forEach((aspect, place) => {
     const part = make("details", ""), quotes = [...aspect.praise.map((one) => [one, "good"]), ...aspect.criticism.map((one) => [one, "bad"])];

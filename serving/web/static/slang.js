@@ -55,7 +55,7 @@ async function ask(question) {
     done(side, data) {
       if (mine !== last || side !== "after") return;
       mine.keep = data.keep;
-      $("facts").textContent = `${data.tokens} tokens in ${data.seconds} s · seed ${question.seed}`;
+      $("facts").textContent = `${data.tokens} tokens · seed ${question.seed}`;
     },
   });
   if (mine !== last) return;
