@@ -10,10 +10,11 @@ FROM scratch AS wheels
 
 FROM ${BASE_IMAGE}
 # tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must be heard.
+# gcc: the embedded engine compiles its kernels for the processor that it finds itself on, when it starts.
 # libpython: Triton runs Python models with it; Debian's Python leaves it out.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
 RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates make tini \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev make tini \
     && { python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y --no-install-recommends python3 python3-venv; } \
     && { [ "$(command -v python3)" != /usr/bin/python3 ] || apt-get install -y --no-install-recommends \
         "libpython$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; } \
