@@ -61,6 +61,8 @@ def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
 @pytest.mark.parametrize(("words", "says"), [
     (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
     (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
+    (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
+    (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
     (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
     (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
     (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
