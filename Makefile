@@ -55,36 +55,36 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),
 
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data new-task base generate chat report compare convert publish attempts
-train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp))  ## fine-tune MODEL on TASK: base, data, training, report      SOURCE=my.csv GPUS=8 ARGS="seed=1"
+train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp))  ## fine-tune MODEL on TASK: base, data, training, report  SOURCE=my.csv GPUS=8 ARGS="seed=1"
 	@$(LAUNCH) training $(CONFIG)
 
-data: .venv/train.stamp  ## prepare the data of TASK and show it                      SOURCE=my.csv ARGS="examples=5"
+data: .venv/train.stamp  ## prepare the data of TASK and show it  SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) data_prep $(CONFIG)
 
-new-task: .venv/train.stamp  ## write a task for a table of your own, as a start         NAME=films SOURCE=reviews.csv TITLE="..."
+new-task: .venv/train.stamp  ## write a task for a table of your own, as a start  NAME=films SOURCE=reviews.csv TITLE="..."
 	@$(RUN) data_prep.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
 
-base: .venv/train.stamp  ## only fetch or build MODEL                                  HF_TOKEN=hf_... for gated ones
+base: .venv/train.stamp  ## only fetch or build MODEL  HF_TOKEN=hf_... for gated ones
 	@$(RUN) training.base_model model=$(MODEL) $(ARGS)
 
-generate: .venv/train.stamp  ## ask base and fine-tuned model side by side             CONTEXT="..." CONDITION="..." QUESTION="..."
+generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..."
 	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
 
-chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal           ARGS="+run=FOLDER"
+chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS="+run=FOLDER"
 	@$(RUN) evaluation.chat task=$(TASK) $(ARGS)
 
-report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly        ARGS="+run=FOLDER judge.url=..."
+report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly  ARGS="+run=FOLDER judge.url=..."
 	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
 
-compare: .venv/train.stamp  ## all finished runs of TASK side by side                   RUNS="a b"
+compare: .venv/train.stamp  ## all finished runs of TASK side by side  RUNS="a b"
 	@$(RUN) evaluation.compare_runs task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
 
-convert: .venv/train.stamp  ## newest run to another format, proven                    TO=adapter, merged, gguf ... BASE=folder
+convert: .venv/train.stamp  ## newest run to another format, proven  TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
 	$(RUN) converters "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
 
-publish: .venv/train.stamp  ## newest run to the Hugging Face hub                      REPO=name/model DATASET=name/data DRY_RUN=1
+publish: .venv/train.stamp  ## newest run to the Hugging Face hub  REPO=name/model DATASET=name/data DRY_RUN=1
 	@$(RUN) converters.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
@@ -96,13 +96,13 @@ comma := ,
 served := $(or $(subst $(comma), ,$(TASKS)),$(if $(filter file default,$(origin TASK)),,$(TASK)))
 $(foreach task,$(served),$(call check,task,$(task),TASKS))
 .PHONY: serve
-serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton              TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
+serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton  TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
 	@$(RUN) serving.prepare $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
 	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m serving $(ARGS))
 
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
-bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks.md      SOURCE=my.csv ARGS="rows=128"
+bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks.md  SOURCE=my.csv ARGS="rows=128"
 	@$(MAKE) --no-print-directory .venv-bench/bench.stamp || echo "The peers of bench.lock could not be installed: going on without them"
 	@$(RUN) benchmarks.train $(CONFIG)
 
@@ -111,10 +111,10 @@ bench: .venv/train.stamp  ## training speed beside its peers, to docs/benchmarks
 
 # --- containers ---------------------------------------------------------------------------------------------------
 .PHONY: image up down
-image:  ## build the image of KIND with docker, podman or buildah       KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
+image:  ## build the image of KIND with docker, podman or buildah  KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
 	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
 
-up:  ## Triton, website, Prometheus and Grafana in containers              TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
+up:  ## Triton, website, Prometheus and Grafana in containers  TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
 	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
 
 down:  ## end what `make up` began
@@ -122,16 +122,16 @@ down:  ## end what `make up` began
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
 .PHONY: cluster
-cluster:  ## a namespace with claims and serving on Kubernetes             RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
+cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
 	@$(if $(filter k8s,$(RUNTIME)),,$(error make cluster is for RUNTIME=k8s; Slurm clusters need nothing before make train))
 	@$(PYTHON) -m docker.kubernetes cluster
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
-web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers      ARGS="--port 8081 --clean"; WEB_PASSWORD in the environment
+web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers  ARGS="--port 8081 --clean"; WEB_PASSWORD in the environment
 	@.venv-serve/bin/python -m serving.web $(ARGS)
 
-web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site               ARGS="http://127.0.0.1:8080"
+web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site  ARGS="http://127.0.0.1:8080"
 	@$(RUN) serving.web.screenshot $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ clean:  ## remove environments and caches; data, models and runs stay
 	rm -rf .venv .venv-serve .venv-bench .venv-automodel .pytest_cache .ruff_cache .mypy_cache
 
 help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/; s/(\S)  +(\S)/\1\t\2/' | expand -t 22,84
 	@echo "TASK:  $(call known,task)"
 	@echo "MODEL: $(call known,model)"
 	@echo "PEFT:  $(call known,peft)"
