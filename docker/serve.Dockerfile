@@ -8,25 +8,32 @@ ARG BASE_IMAGE=nvcr.io/nvidia/tritonserver:26.06-vllm-python-py3
 # A folder of wheels for machines without network takes this place: --build-context wheels=FOLDER
 FROM scratch AS wheels
 
+# Only what says how the environment is installed, so that nothing else that is changed installs it anew.
+FROM ${BASE_IMAGE} AS recipe
+WORKDIR /recipe
+COPY Makefile pyproject.toml serve.lock ./
+RUN sed -i '/^# --- environments/,$!d' Makefile && sed -i '/"torch==/!d' pyproject.toml
+
 FROM ${BASE_IMAGE}
 # tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must be heard.
+# gcc: the embedded engine compiles its kernels for the processor that it finds itself on, when it starts.
 # libpython: Triton runs Python models with it; Debian's Python leaves it out.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
 RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates make tini \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev make tini \
     && { python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y --no-install-recommends python3 python3-venv; } \
     && { [ "$(command -v python3)" != /usr/bin/python3 ] || apt-get install -y --no-install-recommends \
         "libpython$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; } \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 
 WORKDIR /opt/gemma-nemo
-COPY Makefile pyproject.toml serve.lock ./
+COPY --from=recipe /recipe ./
 # Settings of the network this is built in are mounted and leave nothing behind: a CA file, pip's and uv's configuration.
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip_conf --mount=type=secret,id=uv_toml \
-    --mount=type=bind,from=wheels,target=/mnt --mount=type=cache,target=/root/.cache \
+    --mount=type=bind,from=wheels,target=/run/wheels --mount=type=cache,target=/root/.cache \
     settings() { [ ! -s "/run/secrets/$1" ] || export "$2=/run/secrets/$1"; } \
     && settings ca SSL_CERT_FILE && settings ca PIP_CERT && settings pip_conf PIP_CONFIG_FILE && settings uv_toml UV_CONFIG_FILE \
-    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/mnt UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv-serve/serve.stamp
+    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/run/wheels UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make PYTHON=python3 .venv-serve/serve.stamp
 
 COPY . .
 # Any user may run it (--user), so there is no home and no name but these. /serve is what model.json of vLLM names.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from docker import UserError, run
 from docker.container import FOLDERS, gpu_flags
-from docker.image import ROOT, Engine, build, find_engine, tag, variant
+from docker.image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
 
 PATIENCE = 1800.0  # seconds: the first time a base may have to be fetched, and vLLM reads it for minutes
 PORTS = {"DOOR_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
@@ -29,12 +29,17 @@ def main(words: Sequence[str]) -> None:
     if words[:1] not in (["up"], ["down"]):
         raise UserError("say up, with the tasks to serve, or down")
     engine = find_engine(("docker", "podman"))
-    os.environ["VARIANT"] = chosen = "gpu" if os.environ.get("ENGINE") == "vllm" else variant()
+    chosen = "gpu" if os.environ.get("ENGINE") == "vllm" else variant()
+    profiles = (os.environ.get("PROFILES") or f"{chosen} monitoring").split()
+    served = [name for name in profiles if name in VARIANTS]
+    if len(served) != 1 or set(profiles) - {*VARIANTS, "monitoring"}:
+        raise UserError(f"PROFILES={' '.join(profiles)} must be cpu or gpu, and monitoring or not")
+    os.environ["VARIANT"] = chosen = served[0]
     os.environ.setdefault("OWNER", "0:0" if engine.rootless else f"{os.getuid()}:{os.getgid()}")
     compose = find_compose(engine)
     if words[0] == "down":
-        profiles = [f"--profile={name}" for name in ("cpu", "gpu", "monitoring")]
-        raise SystemExit(subprocess.run([*compose, *profiles, "down"], cwd=ROOT).returncode)
+        everything = [f"--profile={name}" for name in (*VARIANTS, "monitoring")]
+        raise SystemExit(subprocess.run([*compose, *everything, "down"], cwd=ROOT).returncode)
     if chosen == "gpu":
         gpu_flags(engine)  # or what is missing for it
     os.environ["SERVED"] = " ".join(words[1:]) or "--default slang"
@@ -43,18 +48,23 @@ def main(words: Sequence[str]) -> None:
     for kind in ("train", "serve"):
         print(f"Building {tag(kind, chosen)} with {engine.command}: minutes at first, then from its cache", flush=True)
         build(engine, kind, chosen)
-    profiles = (os.environ.get("PROFILES") or f"{chosen} monitoring").split()
-    up = [*compose, *(f"--profile={name}" for name in profiles), "up", "--detach"]
-    if subprocess.run(up, cwd=ROOT).returncode:
-        raise UserError("it did not come up: see above. Images of Prometheus and Grafana come from Docker Hub; "
-                        f"make up PROFILES={chosen} leaves them out")  # fmt: skip
-    wait(engine, compose, profiles)
+    if not up(compose, served):
+        raise UserError("it did not come up: see above")
+    wait(engine, compose, served)
     about = {"DOOR_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
     if "monitoring" in profiles:
-        about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
+        if up(compose, ["monitoring"]):
+            about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
+        else:  # their images come from Docker Hub, which a machine may not reach
+            print("Prometheus and Grafana did not come up, see above; PROMETHEUS_IMAGE and GRAFANA_IMAGE name others")
     for name, what in about.items():
         print(f"  http://127.0.0.1:{port(name)}  {what}")
     print("make down ends it.")
+
+
+def up(compose: list[str], profiles: list[str]) -> bool:
+    command = [*compose, *(f"--profile={name}" for name in profiles), "up", "--detach"]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
 def port(name: str) -> int:

@@ -7,6 +7,12 @@ ARG BASE_IMAGE=nvcr.io/nvidia/pytorch:26.06-py3
 # A folder of wheels for machines without network takes this place: --build-context wheels=FOLDER
 FROM scratch AS wheels
 
+# Only what says how the environment is installed, so that nothing else that is changed installs it anew.
+FROM ${BASE_IMAGE} AS recipe
+WORKDIR /recipe
+COPY Makefile pyproject.toml train.lock ./
+RUN sed -i '/^# --- environments/,$!d' Makefile && sed -i '/"torch==/!d' pyproject.toml
+
 FROM ${BASE_IMAGE}
 # tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must end in a checkpoint.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
@@ -16,13 +22,13 @@ RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 
 WORKDIR /opt/gemma-nemo
-COPY Makefile pyproject.toml train.lock ./
+COPY --from=recipe /recipe ./
 # Settings of the network this is built in are mounted and leave nothing behind: a CA file, pip's and uv's configuration.
 RUN --mount=type=secret,id=ca --mount=type=secret,id=pip_conf --mount=type=secret,id=uv_toml \
-    --mount=type=bind,from=wheels,target=/mnt --mount=type=cache,target=/root/.cache \
+    --mount=type=bind,from=wheels,target=/run/wheels --mount=type=cache,target=/root/.cache \
     settings() { [ ! -s "/run/secrets/$1" ] || export "$2=/run/secrets/$1"; } \
     && settings ca SSL_CERT_FILE && settings ca PIP_CERT && settings pip_conf PIP_CONFIG_FILE && settings uv_toml UV_CONFIG_FILE \
-    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/mnt UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make .venv/train.stamp
+    && PIP_CONSTRAINT='' PIP_FIND_LINKS=/run/wheels UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 make PYTHON=python3 .venv/train.stamp
 
 COPY . .
 # Any user may run it (--user), so there is no home and no name but these.

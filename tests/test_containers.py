@@ -61,6 +61,8 @@ def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
 @pytest.mark.parametrize(("words", "says"), [
     (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
     (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
+    (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
+    (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
     (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
     (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
     (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
@@ -193,7 +195,7 @@ def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) ->
 @pytest.mark.parametrize("kind", image.KINDS)
 def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kind: str) -> None:
     found = inside(engine, kind, "cd /opt/gemma-nemo; ls -A; find / -xdev \\( -name pip.conf -o -name .netrc -o -path"
-                   " '/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*' -o -path '/var/cache/apt/*'"
+                   " '/run/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*' -o -path '/var/cache/apt/*'"
                    " -o -path '/run/secrets/*' \\)")  # fmt: skip
     environment = ".venv" if kind == "train" else ".venv-serve"
     assert set(found.split()) == {
