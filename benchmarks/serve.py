@@ -167,7 +167,7 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai")
 def work(name: str, job: dict[str, Any]) -> None:
     """A system's process: says what it is, then for each line of prompts on stdin when their tokens arrived."""
     serve = SYSTEMS[name][0](job)
-    versions = {}
+    versions: dict[str, str] = {}
     for package in PACKAGES:
         if package.replace("-", "_") in sys.modules or name.startswith("ours"):
             with_it = _version(package)

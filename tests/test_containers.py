@@ -195,8 +195,8 @@ def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) ->
 @pytest.mark.parametrize("kind", image.KINDS)
 def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kind: str) -> None:
     found = inside(engine, kind, "cd /opt/gemma-nemo; ls -A; find / -xdev \\( -name pip.conf -o -name .netrc -o -path"
-                   " '/run/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*' -o -path '/var/cache/apt/*'"
-                   " -o -path '/run/secrets/*' \\)")  # fmt: skip
+                   " '/run/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*'"
+                   " -o -path '/var/cache/apt/*' -o -path '/run/secrets/*' \\)")  # fmt: skip
     environment = ".venv" if kind == "train" else ".venv-serve"
     assert set(found.split()) == {
         environment, "LICENSE", "Makefile", "converters", "data", "data_prep", "evaluation", "exports", "models",

@@ -19,7 +19,7 @@ from serving.engine.scheduler import Request, Scheduler
 from serving.protocol import INTERNAL, MAX_LINE, Failed, RequestError, decode, encode, read_generate
 
 MAX_UNREAD = 64 << 20  # bytes a client may leave unread before its connection is closed
-Inbox = queue.SimpleQueue[Callable[[], None]]
+Inbox = queue.SimpleQueue[Callable[[], object]]
 
 
 class Connection:

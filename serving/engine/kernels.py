@@ -129,7 +129,7 @@ class KernelGemma:
         best, token = np.empty(wanted, np.int32), np.array(tokens, np.int32)
         blocks = [np.array(one.blocks, np.int32) for one in rows]
         table = (_Rows * len(rows))(*(
-            (one.first, one.count, one.start, one.wanted, block.ctypes.data, self._lora(one.adapter))
+            _Rows(one.first, one.count, one.start, one.wanted, block.ctypes.data, self._lora(one.adapter))
             for one, block in zip(rows, blocks, strict=True)
         ))  # fmt: skip
         step = _Step(len(tokens), len(rows), token.ctypes.data, table, best.ctypes.data, logits.ctypes.data)
