@@ -310,6 +310,9 @@ class Metrics:
             name: pb_utils.MetricFamily(name=f"{model}_{name}", description=about, kind=kind)
             for name, (kind, about) in names.items()
         }
+        # One thread at a time: a Metric has one place in shared memory for what it asks Triton to do, and Triton follows
+        # the addresses that it finds there. Two threads at once ended it with SIGSEGV, once in some thousand requests.
+        self.lock = threading.Lock()
         self.metrics: dict[tuple[str, ...], Any] = {}
         self.shown: dict[str, float] = {}
         status = Path(STATUS)
@@ -319,18 +322,20 @@ class Metrics:
             counted.increment(times - counted.value())  # Triton may have kept it from the stub before
 
     def count(self, adapter: str, outcome: str, done: "protocol.Done | None" = None) -> None:
-        self._of("requests", adapter=adapter, outcome=outcome).increment(1)
-        if done:
-            self._of("tokens", adapter=adapter).increment(done.output_tokens)
-            self._of("prompt_tokens", adapter=adapter).increment(done.input_tokens)
-            self._of("ttft_seconds_sum", adapter=adapter).increment(done.ttft)
-            self._of("ttft_seconds_count", adapter=adapter).increment(1)
+        with self.lock:
+            self._of("requests", adapter=adapter, outcome=outcome).increment(1)
+            if done:
+                self._of("tokens", adapter=adapter).increment(done.output_tokens)
+                self._of("prompt_tokens", adapter=adapter).increment(done.input_tokens)
+                self._of("ttft_seconds_sum", adapter=adapter).increment(done.ttft)
+                self._of("ttft_seconds_count", adapter=adapter).increment(1)
 
     def show(self, beat: dict[str, Any]) -> None:
-        for name, key in (("running", "running"), ("queued", "waiting"), ("kv_cache_tokens", "kv_tokens")):
-            if self.shown.get(name) != beat[key]:
-                self._of(name).set(beat[key])
-                self.shown[name] = beat[key]
+        with self.lock:
+            for name, key in (("running", "running"), ("queued", "waiting"), ("kv_cache_tokens", "kv_tokens")):
+                if self.shown.get(name) != beat[key]:
+                    self._of(name).set(beat[key])
+                    self.shown[name] = beat[key]
 
     def _of(self, name: str, **labels: str) -> Any:
         key = (name, *labels.values())
