@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import GGUFWriter, TokenType
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
