@@ -1,9 +1,7 @@
 """The website in front of a real Triton with the real model: each flow in Chromium, also while the engine dies."""
 
-import asyncio
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +10,11 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
-from tiny_serving import QUEUE, Stack, serve
+from tiny_serving import Stack, serve
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import load_config, plain
-from serving.client import AsyncClient
 from serving.repository import put_adapter, write_repository
 
 pytest_plugins = ("website",)
@@ -194,38 +191,12 @@ def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
             stream.__exit__(None, None, None)
 
 
-def test_a_slow_model_is_waited_for_and_a_busy_one_is_said_to_be(
-    live: Site, stack: Stack, open_page: Callable[..., Any]
-) -> None:
+def test_a_slow_model_is_waited_for(live: Site, stack: Stack, open_page: Callable[..., Any]) -> None:
     page = open_page(live.address)
     with stack.stopped("engine"):
         page.get_by_role("button", name="Coin a word").click()
         expect(page.locator("body")).to_have_class(re.compile("waiting"))
-    coined(page)
-    over = threading.Event()
-    others = threading.Thread(target=asyncio.run, args=[crowd(stack.grpc, over)])
-    others.start()
-    try:
-        wait_for(lambda: stack.stats()["waiting"] >= QUEUE)
-        page.get_by_role("button", name="Another roll").click()
-        expect(page.locator("#alert")).to_contain_text("Many people are asking right now", timeout=30_000)
-    finally:
-        over.set()
-        others.join()
-    page.get_by_role("button", name="Try again").click()
     assert coined(page)
-
-
-async def crowd(server: str, over: threading.Event) -> None:
-    """More than the server takes at once, all of them in no hurry."""
-    async with AsyncClient(server, retry_for=0, first_token_deadline=300, token_deadline=300) as client:
-        tasks = [asyncio.ensure_future(client.generate("Hi", temperature=0, max_tokens=400, ignore_eos=True))
-                 for _ in range(200)]  # fmt: skip
-        while not over.is_set():
-            await asyncio.sleep(0.1)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
