@@ -310,8 +310,8 @@ class Metrics:
             name: pb_utils.MetricFamily(name=f"{model}_{name}", description=about, kind=kind)
             for name, (kind, about) in names.items()
         }
-        # One thread at a time: a Metric has one place in shared memory for what it asks Triton to do, and Triton follows
-        # the addresses that it finds there. Two threads at once ended it with SIGSEGV, once in some thousand requests.
+        # One thread at a time: a Metric has one place in shared memory for what it asks of Triton, which follows the
+        # addresses that it finds there. Two threads at once ended Triton with SIGSEGV, once in some thousand requests.
         self.lock = threading.Lock()
         self.metrics: dict[tuple[str, ...], Any] = {}
         self.shown: dict[str, float] = {}

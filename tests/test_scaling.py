@@ -110,7 +110,7 @@ def watch_a_step(rank: int, folder: str) -> None:
 def test_a_step_sends_the_messages_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2)
+    assert torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2) is None  # else it raises
 
 
 def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> None:
