@@ -76,6 +76,7 @@ def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says:
 
 
 def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no container engine is here\. Install docker or podman"):
         image.find_engine()
@@ -90,6 +91,7 @@ def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_without_the_containers_toolkit_a_gpu_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "docker", "echo '{}'")
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "nvidia-ctk" in container.why_not()
     program(tmp_path, "nvidia-ctk", "")
