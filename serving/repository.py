@@ -48,6 +48,7 @@ name: "gemma"
 backend: "vllm"
 model_transaction_policy { decoupled: true }
 instance_group [ { count: 1 kind: KIND_MODEL } ]
+parameters { key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" } }
 """
 CATALOGUE = """\
 # What is served, and how it is asked
@@ -76,7 +77,12 @@ def write_repository(folder: Path, base: Path) -> None:
 def write_vllm_repository(folder: Path, base: Path) -> None:
     """`folder`/repository for NVIDIA's Triton container with the vLLM backend, which has this folder at `MOUNT`."""
     ranks = {path.name: _rank(path) for path in sorted((folder / "adapters").iterdir())}
-    model: dict[str, Any] = {"model": f"{MOUNT}/base", "dtype": "bfloat16", "gpu_memory_utilization": 0.9}
+    model: dict[str, Any] = {
+        "model": f"{MOUNT}/base",
+        "dtype": "bfloat16",
+        "gpu_memory_utilization": 0.9,
+        "disable_log_stats": False,
+    }  # or vLLM counts nothing that could be reported
     files: dict[str, str | Path] = {}
     if ranks:
         rank = next((known for known in RANKS if known >= max(ranks.values())), RANKS[-1])
