@@ -231,6 +231,7 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
         job.wait_for_state("PENDING")
         before = job.step()
         assert 0 < before < STEPS, job.said
+        time.sleep(5)  # within the second in which a start was revoked, Slurm takes the next one's credential for it
         cluster.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now")
         job.wait_for(lambda: f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said)
 
