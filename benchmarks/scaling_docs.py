@@ -4,6 +4,7 @@
 from pathlib import Path
 
 from benchmarks.scaling import HOP, LINK, REACHED, ROOM, Plan
+from benchmarks.table import save
 
 DOCS, PLOT = Path("docs/scaling.md"), Path("docs/scaling.png")
 HEADER = ["GPUs", "strategy", "weights", "adapter", "optimizer", "activations", "logits", "GiB of each GPU", "fits",
@@ -131,8 +132,4 @@ def plot(plans: list[Plan]) -> None:
     for axes in (left, right):
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    partial = PLOT.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.rename(PLOT)
-    plt.close(figure)
+    save(figure, PLOT)

@@ -6,7 +6,10 @@ The documents are made anew from all files of benchmarks/results: a measurement 
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REFERENCES = ("hf-fp32", "hf-bf16-autocast")
 DOCS = Path("docs/benchmarks.md")
@@ -167,8 +170,15 @@ def _plot(found: list[dict[str, Any]]) -> None:
         axes.tick_params(labelsize=8)
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
+    save(figure, PLOT)
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """As PNG, under a partial name until it is whole."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
-    partial = PLOT.with_suffix(".partial")
+    partial = file.with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=110)
-    partial.rename(PLOT)
+    partial.rename(file)
     plt.close(figure)

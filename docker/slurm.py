@@ -29,6 +29,8 @@ import sys
 import time
 from pathlib import Path
 
+from docker import UserError
+
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
 ENDED = (
@@ -46,10 +48,6 @@ HOPELESS = {
 # Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
 IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
 CPUS = 4  # for each process, where CPUS_PER_NODE says nothing: the training, its checkpoints, the GPU's driver
-
-
-class UserError(Exception):
-    """A mistake of the user's or of the cluster's: its text says what, where and what to do."""
 
 
 def main(words: list[str]) -> int:
@@ -258,18 +256,13 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
     """Show what becomes of a job until it has ended; its exit code, or the highest of an array's."""
     log = folder / (f"{job}_*.log" if elements else f"{job}.log")
     told: dict[str, str] = {}
-    shown, changed, silent, ended = 0, time.monotonic(), 0, False
+    shown, changed, silent = 0, time.monotonic(), 0
     try:
         while True:
             records = states(job)
             silent = 0 if records else silent + 1
             if silent == 10:
                 raise UserError(f"Slurm does not answer, or no longer knows job {job}. Its log: {log}")
-            # An end is one that lasts: a job whose node was lost is FAILED for a moment, and then in the queue again.
-            before, ended = ended, bool(records) and all(record["JobState"] in ENDED for record in records)
-            if ended and not before:
-                time.sleep(3)
-                continue
             if not elements:
                 shown = copy(log, shown)
             for record in records:
@@ -283,7 +276,7 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                     ask("scancel", job)
                     why = HOPELESS.get(reason, reason.replace("_", " "))
                     raise UserError(f"the job could never start, and is withdrawn: {why}. There are {partitions()}")
-            if ended:
+            if records and all(record["JobState"] in ENDED for record in records):
                 break
             # Every second while something happens, every half a minute in a long training: the cluster has other users.
             until = time.monotonic() + min(30, 1 + (time.monotonic() - changed) / 10)

@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import ROOT
-from tiny_serving import PROMPTS, SAMPLING, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, GREEDY, PROMPTS, SAMPLING, Stack, free_ports, serve_tiny
 
 from serving.client import (
     BASE,
@@ -37,8 +37,6 @@ from serving.client import (
 )
 from serving.errors import error_of
 
-GREEDY = {"temperature": 0, "max_tokens": 12}
-ENDLESS = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}
 DIALOGUE = [
     {"role": "system", "content": "Be kind."},
     {"role": "user", "content": "Hi!"},

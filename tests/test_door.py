@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT
-from tiny_serving import PROMPTS, SAMPLING, SERVING_PYTHON, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, GREEDY, PROMPTS, SAMPLING, SERVING_PYTHON, Stack, free_ports, serve_tiny
 
 from serving.client import (
     AsyncClient,
@@ -35,8 +35,6 @@ from serving.client import (
 )
 from serving.openai_api import ApiError, ChatCompletion, TextCompletion
 
-GREEDY = {"temperature": 0, "max_tokens": 12}
-ENDLESS = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}
 HI = [{"role": "user", "content": "Hi!"}]
 
 

@@ -35,6 +35,8 @@ PROMPTS = {
     "chat": Prompt(TURNS, "{message}", "{answer}", {"message": "Hi!"}),
 }  # fmt: skip
 SAMPLING = {"temperature": 0.7, "max_tokens": 24}
+GREEDY = {"temperature": 0, "max_tokens": 12}
+ENDLESS = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}
 QUEUE = 8  # requests that may wait, so that the tests meet a busy server
 
 
