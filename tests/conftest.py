@@ -1,8 +1,9 @@
 """Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
 
 import csv
+import fcntl
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +46,19 @@ TINY_FAMILY = {
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
     },
 }  # fmt: skip
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked `alone` has the machine to itself: the processes of pytest-xdist wait until it has ended."""
+    alone = item.get_closest_marker("alone")
+    how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    with Path(__file__).open() as turn, (ROOT / "pyproject.toml").open() as machine:
+        fcntl.flock(turn, how)  # who waits for the whole machine is not passed by those who would share it
+        fcntl.flock(machine, how)
+        if not alone:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
     python tests/slurm_cluster.py FOLDER        brings one up, says how to talk to it, and takes it down on Ctrl-C
 
-Debian's packages `slurm-wlm` and `munge` and root are all it needs (`bash .ci/slurm` installs them). Everything it
-writes lies in its folder, every port is a free one, and what it started is gone when it ends. Partitions: `batch`, the
-default, whose jobs give way to those of `urgent`, and `lab`, for an account of that name.
+Debian's packages `slurm-wlm` and `munge` and root are all it needs. Everything it writes lies in its folder, every port
+is a free one, and what it started is gone when it ends. Partitions: `batch`, the default, whose jobs give way to those
+of `urgent`, and `lab`, for an account of that name.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 GPUS = 8
-SILENCE = 12  # seconds after which a node that does not answer is down
+NOTHING = 0o20666, os.makedev(1, 3)  # a device like /dev/null
+SILENCE = 20  # seconds after which a node that does not answer is down
 SLURM_CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -46,7 +48,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SlurmdTimeout={silence}
-MessageTimeout=5
+MessageTimeout=10
 KillWait=20
 ReturnToService=2
 GresTypes=gpu
@@ -63,6 +65,11 @@ def missing() -> str:
     """What this machine lacks for it, or ''."""
     if os.geteuid() != 0:
         return "a Slurm of one's own needs root"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            os.mknod(f"{folder}/gpu", *NOTHING)
+        except OSError:
+            return "this machine makes no devices, which stand in for GPUs"
     programs = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not _program(name)]
     return f"{', '.join(programs)} not installed (apt-get install slurm-wlm munge)" if programs else ""
 
@@ -86,7 +93,7 @@ class Cluster:
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
         for number in range(GPUS):
-            os.mknod(self.folder / f"gpus/gpu{number}", 0o20666, os.makedev(1, 3))
+            os.mknod(self.folder / f"gpus/gpu{number}", *NOTHING)
         with contextlib.ExitStack() as free:
             ports = [free.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(3)]
         names = dict(zip(("port", "port1", "port2"), ports, strict=True))

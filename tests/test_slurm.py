@@ -1,6 +1,6 @@
 """`make train RUNTIME=slurm`: what the job's script says, and what becomes of it on a real Slurm of two nodes.
 
-The Slurm is tests/slurm_cluster.py's; without its packages (`bash .ci/slurm` installs them) those tests are skipped.
+The Slurm is tests/slurm_cluster.py's; without its packages (Debian's slurm-wlm and munge) those tests are skipped.
 """
 
 import os
@@ -201,7 +201,7 @@ def words(source: Path, tiny_base: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of four processes on one machine, which nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone")
     local = [sys.executable, "-m", "training", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
@@ -219,9 +219,10 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left), "the adapters differ"
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_alone(
-    cluster: Cluster, alone: Path, words: list[str], tmp_path: Path
+    cluster: Cluster, undisturbed: Path, words: list[str], tmp_path: Path
 ) -> None:
     """To the last bit: two processes on each of two nodes, and four on one."""
     job = Submitted(cluster, tmp_path, words, NODES="2", GPUS_PER_NODE="2", TIME="30")
@@ -260,11 +261,12 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
     assert job.end() == 0, job.said
     assert "perplexity on 5 held-out rows" in job.said and job.said.endswith("--> is done\n")
     assert {file.name for file in job.run.glob("logs/*")} == {f"process{rank}.log" for rank in range(4)}
-    assert_same_end(job.run, alone)
+    assert_same_end(job.run, undisturbed)
     folder = tmp_path / "runs/slang/slurm"
     assert {file.name for file in folder.iterdir()} == {f"{job.number}.sbatch", f"{job.number}.log"}
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     sweep = Submitted(cluster, tmp_path, [*words, "task.train.epochs=1"], SWEEP="peft.r=2,4")
@@ -285,6 +287,7 @@ def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: li
     assert all(metrics(run, "train_loss") for run in runs)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
@@ -293,6 +296,7 @@ def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: l
     assert cluster.job(job.number)["Restarts"] == "0" and "Traceback" not in job.said
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "says"),
@@ -319,6 +323,7 @@ def test_what_the_cluster_cannot_give_is_one_sentence(
     )
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     held = {"SBATCH_BEGIN": "now+3600"}  # one of sbatch's own variables
@@ -335,6 +340,8 @@ def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, wo
     assert again.end() == 1 and "CANCELLED" in again.said
 
 
+@pytest.mark.alone
+@pytest.mark.slow
 def test_nothing_of_the_cluster_is_left(tmp_path_factory: pytest.TempPathFactory) -> None:
     if reason := slurm_cluster.missing():
         pytest.skip(f"no Slurm to try: {reason}")
