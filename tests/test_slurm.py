@@ -256,7 +256,7 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
     cluster.lose_node("node2")
     job.wait_for_state("PENDING")
     cluster.start_node("node2")
-    start_again(4)
+    start_again(4)  # or another time: see train.sbatch
 
     assert job.end() == 0, job.said
     assert "perplexity on 5 held-out rows" in job.said and job.said.endswith("--> is done\n")
