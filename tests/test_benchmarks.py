@@ -93,7 +93,7 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
         for name in ("ours", "hf-fp32", "litgpt")
     }  # fmt: skip
     found = run_rounds(jobs, tmp_path)
-    assert "token ids" in found["litgpt"]["not_run"]
+    assert "Gemma 3 270M" in found["litgpt"]["not_run"]
     seen = {name: [(one["tokens"], one["learned"]) for one in found[name]["rounds"]] for name in ("ours", "hf-fp32")}
     assert seen["ours"] == seen["hf-fp32"] and len(seen["ours"]) == 2
     assert seen["ours"][1][0] == sum(len(row["input_ids"]) for row in rows[16:])
