@@ -354,7 +354,7 @@ SYSTEMS = {
     "trl-packing": System(trl_packing, ".venv-bench", "trl"),
     "unsloth": System(unsloth, ".venv-bench", "unsloth", needs_cuda=True),
     "automodel": System(automodel, ".venv-automodel", "nemo_automodel"),
-    "litgpt": System(None, reason="0.5.13 has no Gemma 3 270M, and asks for a huggingface-hub older than transformers 5 does"),
+    "litgpt": System(None, reason="0.5.13 has no Gemma 3 270M, and takes no huggingface-hub that transformers 5 takes"),
 }
 
 
