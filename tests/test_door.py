@@ -121,6 +121,25 @@ def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside
         assert "10.0.0.7" not in ApiError.of(kind("10.0.0.7:8001: refused")).message
 
 
+@pytest.mark.slow
+def test_whoever_guesses_keys_is_not_listened_to_for_a_while(tmp_path: Path) -> None:
+    with door("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded, httpx.Client(timeout=60) as client:
+
+        def ask(key: str | None, address: str = "192.0.2.7") -> httpx.Response:
+            headers = {"x-forwarded-for": address, **({"authorization": f"Bearer {key}"} if key else {})}
+            return client.post(f"{guarded.url}/v1/completions", headers=headers, content=b"{")
+
+        assert [ask(None).status_code for _ in range(20)] == [401] * 20  # no guess
+        assert [ask(f"guess {number}").status_code for number in range(10)] == [401] * 10
+        for key in ("another guess", "right"):
+            refused = ask(key)
+            assert refused.status_code == 429 and 0 < int(refused.headers["retry-after"]) <= 6
+            assert refused.json()["error"]["message"] == "too many wrong API keys from this address"
+        assert ask("right", "192.0.2.8").status_code == 400  # elsewhere it is heard, as far as its broken body
+        time.sleep(int(refused.headers["retry-after"]))
+        assert ask("right").status_code == 400
+
+
 def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
     form = ChatCompletion.read(json.dumps(chat(max_completion_tokens=7, stop="x", top_k=3, seed=1, user="me")).encode())
     assert form.sampling == {"temperature": 0, "max_tokens": 7, "stop": "x", "top_k": 3, "seed": 1}
