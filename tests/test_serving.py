@@ -479,6 +479,18 @@ def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) 
     assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
+def test_a_part_that_had_answered_is_back_soon_however_often_it_dies(tmp_path: Path) -> None:
+    part = Part("engine", ["true"], tmp_path, tmp_path / "log")
+    delays = []
+    for _ in range(9):
+        part.start()
+        part.answered()
+        until(lambda: not part.is_running, 20)
+        part.bury()
+        delays.append(round(part.start_at - time.monotonic()))
+    assert delays == [0, 0, 1, 2, 2, 2, 2, 2, 2]
+
+
 def leftovers(stack: Stack) -> list[str]:
     """Processes, shared memory and sockets of a server, by what only they have in their names."""
     name = hashlib.sha256(str((stack.folder / "state").resolve()).encode()).hexdigest()[:8]
