@@ -55,7 +55,7 @@ class Part:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd=self.folder, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with(os.getpid(), self.expendable),
+                stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_us(signal.SIGKILL, self.expendable),
             )  # fmt: skip
         self.is_up, self.silence, self.stillness, self.ended_for = False, 0.0, 0.0, ""
         self._kills = kills_for_memory()
@@ -182,10 +182,13 @@ def kills_for_memory() -> int:
     return total
 
 
-def _end_with(supervisor: int, expendable: bool) -> Callable[[], None]:
+def end_with_us(number: int, expendable: bool = False) -> Callable[[], None]:
+    """For `preexec_fn`: the process gets signal `number` when this one ends, whatever way that is."""
+    parent = os.getpid()
+
     def between_fork_and_exec() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:  # it died in between
+        _libc.prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it died in between
             os._exit(1)
         if expendable:
             with contextlib.suppress(OSError):

@@ -9,8 +9,8 @@ What it watches, ten times a second:
 
 A part that is silent for too long is killed; the kernel then ends its connections, so that whoever waits is told.
 Triton and its stubs go together: a client whose stub has died would wait for ever. The engine goes alone: the stub
-answers everybody who waits and leaves, and Triton reports "not ready" until the engine is back. Every part ends with the supervisor,
-however that ends, and what it leaves in shared memory is removed.
+answers everybody who waits and leaves, and Triton reports "not ready" until the engine is back. Every part ends with
+the supervisor, however that ends, and what it leaves in shared memory is removed.
 """
 
 import asyncio

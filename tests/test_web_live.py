@@ -1,5 +1,6 @@
 """The website in front of a real Triton with the real model: each flow in Chromium, also while the engine dies."""
 
+import os
 import re
 import shutil
 import time
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from conftest import ROOT
-from tiny_serving import Stack, serve
+from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
 from data_prep.prompt import Prompt
@@ -200,7 +202,7 @@ def test_a_slow_model_is_waited_for(live: Site, stack: Stack, open_page: Callabl
 
 
 def wait_for(holds: Callable[[], bool]) -> None:
-    for _ in range(300):
+    for _ in range(1200):
         if holds():
             return
         time.sleep(0.1)
@@ -227,6 +229,29 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     page.get_by_role("button", name="Try again").click()
     assert coined(page)
     expect(page.locator("#alert")).to_be_hidden()
+
+
+def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Path, tmp_path: Path) -> None:
+    write_tiny_folder(tmp_path / "serve", tiny_base, tmp_path)
+    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    words = " ".join(f"--{name}-port {port}" for name, port in ports.items())
+    # The project's own Makefile would serve what was trained here, at ports that may be taken.
+    (tmp_path / "Makefile").write_text(f"serve:\n\t@{SERVING_PYTHON} -m serving --folder {tmp_path}/serve {words}\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/make").write_text(f'#!/bin/sh\nexec {shutil.which("make")} -f {tmp_path}/Makefile "$@"\n')
+    (tmp_path / "bin/make").chmod(0o755)
+
+    def ours() -> list[str]:
+        found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        return [" ".join(words) for words in found if any(str(tmp_path) in word for word in words)]
+
+    site = Site(tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False,
+                PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    site.wait()
+    wait_for(lambda: site.ask("GET", "/api/status").json()["ready"])
+    assert len(ours()) > 5
+    site.kill()
+    wait_for(lambda: not ours())
 
 
 def test_the_page_of_runs_shows_what_is_served(live: Site, open_page: Callable[..., Any]) -> None:
