@@ -4,8 +4,8 @@ Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list, an
 `prompt.json` as "prompt". The adapters' folders lie beside the model repository and are read at each request.
 
 Before the embedded engine it also keeps the gate: `gemma` unloads itself when its engine has ended, and is loaded again
-here as soon as another one answers. So Triton's own readiness is true at every moment, and nobody outside needs leave to
-load and unload models.
+here as soon as another one answers. So Triton's own readiness is true at every moment, and nobody outside needs leave
+to load and unload models.
 """
 
 import json
