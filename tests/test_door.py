@@ -20,7 +20,7 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT
-from tiny_serving import ENDLESS, GREEDY, PROMPTS, SAMPLING, SERVING_PYTHON, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, GREEDY, LONG, PROMPTS, SAMPLING, SERVING_PYTHON, Stack, free_ports, serve_tiny
 
 from serving.client import (
     AsyncClient,
@@ -368,7 +368,7 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
         assert chunked.status_code == 413
 
         with ThreadPoolExecutor(12) as threads, httpx.Client(headers={"authorization": "Bearer second"}) as shared:
-            together = list(threads.map(lambda _: shared.post(url, json=chat(**ENDLESS), timeout=60), range(12)))
+            together = list(threads.map(lambda _: shared.post(url, json=chat(**LONG), timeout=60), range(12)))
         busy = [response for response in together if response.status_code == 429]
         assert busy and {response.json()["error"]["code"] for response in busy} == {"busy"}
         assert {response.status_code for response in together} == {200, 429}
@@ -393,9 +393,7 @@ def test_texts_are_logged_for_who_asks_for_it_and_a_door_that_is_told_to_end_let
     stack: Stack, tmp_path: Path
 ) -> None:
     with door(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as open_door:
-        with httpx.stream(
-            "POST", f"{open_door.url}/v1/chat/completions", json=chat(stream=True, **ENDLESS)
-        ) as response:
+        with httpx.stream("POST", f"{open_door.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
             parts = response.iter_text()
             text = next(parts)
             open_door.process.send_signal(signal.SIGTERM)
@@ -434,7 +432,7 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
 
 @pytest.mark.slow
 def test_an_answer_that_breaks_off_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
-    stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=440))
+    stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=15_000))
     next(stream)
     stack.part("engine").kill()
     with pytest.raises(openai.APIError, match="the model is being started"):

@@ -209,12 +209,13 @@ def test_a_slow_model_is_waited_for(live: Site, stack: Stack, open_page: Callabl
 def test_a_busy_model_is_told_in_words_and_asked_again(
     tiny_base: Path, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
-    with serve_tiny(tiny_base, tmp_path, "--max-waiting", "1") as stack, Client(stack.grpc) as client:
+    room = 4 * WINDOW
+    with serve_tiny(tiny_base, tmp_path, "--max-waiting", "1", window=room) as stack, Client(stack.grpc) as client:
         site = Site(tmp_path, "--triton", stack.grpc).wait()
         page = open_page(f"{site.address}/chat")
         holding = []
         for waiting in (0, 1):  # one has the whole cache, and the other the only place in the queue
-            holding.append(client.stream("Hi", **{**ENDLESS, "max_tokens": WINDOW - 1000}))
+            holding.append(client.stream("Hi", **{**ENDLESS, "max_tokens": room - 1000}))
             wait_for(lambda waiting=waiting: (stack.stats()["running"], stack.stats()["waiting"]) == (1, waiting))
         page.get_by_label("Your message").fill("Hello!")
         page.get_by_label("Your message").press("Enter")
