@@ -424,6 +424,7 @@ def test_whoever_waits_for_a_killed_engine_is_told_and_it_comes_back(server: Ser
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 @pytest.mark.parametrize("name", ["engine", "gemma", "triton", "adapters"])
 def test_any_part_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
