@@ -335,9 +335,11 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
     body = json.dumps(chat(stream=stream, **ENDLESS)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = stack.cancelled()
-    with stack.stopped("engine"), socket.create_connection(("127.0.0.1", stack.ports["door"])) as connection:
+    with socket.create_connection(("127.0.0.1", stack.ports["door"])) as connection:
         connection.sendall(head + body)
-        time.sleep(0.5)  # the request is there, and cannot end by itself
+        end = time.monotonic() + 30
+        while not stack.stats()["running"]:
+            assert time.monotonic() < end, "the request did not arrive"
     end = time.monotonic() + 10
     while stack.cancelled() != before + 1:
         assert time.monotonic() < end, "the answer went on"

@@ -205,7 +205,7 @@ def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_pa
             return str(error).startswith("unknown_adapter: ")
         return False
 
-    until(is_gone, 10)
+    until(is_gone, 30)
 
 
 def write_tiny_adapter(stack: Stack, name: str, scratch: Path) -> None:
@@ -242,13 +242,17 @@ def test_metrics_count_by_adapter_and_outcome(server: Server, stack: Stack) -> N
     server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
     with pytest.raises(Refused):
         server.ask("http", "Hi", {"temperature": -1})
-    assert [figure(name) - old for name, old in zip(names, before, strict=True)] == [1, 12, 1, 1]
+    # The client has its answer a moment before it is counted.
+    until(lambda: [figure(name) - old for name, old in zip(names, before, strict=True)] == [1, 12, 1, 1], 20)
     assert figure('ttft_seconds_sum{adapter="slang"}') > 0
 
 
 def test_the_log_tells_of_requests_and_not_what_they_say(server: Server, stack: Stack) -> None:
+    log = stack.folder / "state/requests.jsonl"
+    before = len(log.read_text())
     server.ask("grpc", "My secret wish", {**GREEDY, "lora_name": "chat"})
-    text = (stack.folder / "state/requests.jsonl").read_text()
+    until(lambda: log.read_text()[before:].endswith("\n"), 20)
+    text = log.read_text()
     line = json.loads(text.splitlines()[-1])
     assert (line["request"], line["adapter"], line["outcome"], line["output_tokens"]) == ("mine", "chat", "length", 12)
     assert "secret" not in text
@@ -453,7 +457,7 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> t
     struck.send_signal(number)
     last = max(told.get(timeout=30) for _ in waiting) - began
     if name != "adapters":
-        assert not server.is_ready()
+        until(lambda: not server.is_ready(), TOLD_WITHIN * BUSY_MACHINE)
     back = until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
     assert not lives(struck)
     print(f"{name} {number.name}: told after {last:.2f} s, ready after {back:.2f} s more")
@@ -525,7 +529,7 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, t
     with serve_tiny(tiny_base, tmp_path) as stack:
         victim(stack, "gemma").suspend()  # which then cannot see that Triton has ended
         stack.process.kill()
-        until(lambda: len([left for left in leftovers(stack) if left.startswith("/") and "stub" not in left]) <= 3, 10)
+        until(lambda: len([left for left in leftovers(stack) if left.startswith("/") and "stub" not in left]) <= 3, 30)
         with serve_again(stack) as again:
             assert Server(again.http, again.grpc).ask("http", "Hi", GREEDY)
         assert leftovers(stack) == []
