@@ -16,7 +16,7 @@ import psutil
 LOG_BYTES = 10 << 20
 DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
 STEADY = 2.0  # seconds a part must have answered to have its deaths forgotten
-LONGEST_AFTER_ANSWERS = 2.0  # seconds before the next start of one that had answered: who waits has been promised ten
+COUNTED = 3  # deaths in a row, of one that had answered: it can start, and who waits has been promised ten seconds
 WORTH_A_LOOK = 0.5  # seconds of silence
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
@@ -104,8 +104,8 @@ class Part:
         """Kill what is left of it, set when it starts again, and say why it ended."""
         self.kill()
         steady = self.is_up and time.monotonic() - self.up_at > STEADY
-        self.deaths = 1 if steady else self.deaths + 1
-        delay = min(DELAYS[min(self.deaths, len(DELAYS)) - 1], LONGEST_AFTER_ANSWERS if self.is_up else DELAYS[-1])
+        self.deaths = 1 if steady else min(self.deaths + 1, COUNTED) if self.is_up else self.deaths + 1
+        delay = DELAYS[min(self.deaths, len(DELAYS)) - 1]
         reason = self.why_it_ended()
         if delay:
             reason += f" ({self.deaths} times in a row; the next start is in {delay:.0f} s)"

@@ -493,7 +493,7 @@ def test_a_part_that_had_answered_is_back_soon_however_often_it_dies(tmp_path: P
         until(lambda: not part.is_running, 20)
         part.bury()
         delays.append(round(part.start_at - time.monotonic()))
-    assert delays == [0, 0, 1, 2, 2, 2, 2, 2, 2]
+    assert delays == [0, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
 def leftovers(stack: Stack) -> list[str]:
