@@ -23,6 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ from serving.door_records import NOBODY, Metrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
 from serving.protocol import CANCELLED
 from serving.transport import connect
+from serving.web.guard import client_of
 
 BODY_SECONDS = 30.0  # for a request to arrive in
 RETRY_SECONDS = 3.0  # while Triton is busy or away
 HEALTH_SECONDS = 1.0  # how old an answer of /health may be
 HEALTH_DEADLINE = 5.0
 DRAIN_SECONDS = 8  # that answers have to end after SIGTERM
+WRONG_KEYS = 10  # a minute from one address; then nothing from there is listened to, until some of it has passed
 CALLERS = 10_000  # remembered at most; the longest unseen is forgotten
 GONE = 499  # nginx's status for a caller that has left
 
@@ -78,14 +81,20 @@ class Door:
         """Who asks: the number of a key, or an address where there are no keys.
 
         Raises:
-            ApiError: a key is needed and this is none.
+            ApiError: a key is needed and this is none, or too many from there were none.
         """
+        address = client_of(request.scope)
         if not self._keys:
-            return request.client.host if request.client else ""
+            return address
+        guess = partial(self._take, f"wrong keys of {address}", per_minute=WRONG_KEYS, burst=WRONG_KEYS,
+                        refusal="too many wrong API keys from this address")  # fmt: skip
+        guess(0)
         word, _, given = request.headers.get("authorization", "").partition(" ")
         # All are compared, each in the same time, so that time tells nothing of them.
         right = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
         if word.lower() != "bearer" or not any(right):
+            if given:
+                guess(1)
             raise ApiError(401, "no such API key; give one of SERVING_API_KEY as Authorization: Bearer KEY",
                            "invalid_api_key")  # fmt: skip
         return f"key {right.index(True) + 1}"
@@ -95,18 +104,23 @@ class Door:
         Raises:
             ApiError: `caller` has asked more often than it may.
         """
-        rate = self._limits.per_minute
-        if not rate:
-            return
-        now, burst = time.monotonic(), max(1.0, rate / 6)  # ten seconds' worth at once
-        left, then = self._buckets.pop(caller, (burst, now))
-        left = min(burst, left + (now - then) * rate / 60)
-        self._buckets[caller] = max(left - 1, 0.0) if left >= 1 else left, now
+        if rate := self._limits.per_minute:
+            self._take(caller, 1, rate, max(1.0, rate / 6), f"more than {rate:g} requests a minute")
+
+    def _take(self, whose: str, count: int, per_minute: float, burst: float, refusal: str) -> None:
+        """Take `count` from a bucket that holds `burst` and is filled `per_minute`.
+
+        Raises:
+            ApiError: `refusal`, as there is less than one in it.
+        """
+        now = time.monotonic()
+        left, then = self._buckets.pop(whose, (burst, now))
+        left = min(burst, left + (now - then) * per_minute / 60)
+        self._buckets[whose] = (left - count if left >= 1 else left), now
         if len(self._buckets) > CALLERS:
             self._buckets.popitem(last=False)
         if left < 1:
-            raise ApiError(429, f"more than {rate:g} requests a minute", "rate_limit_exceeded",
-                           retry_after=(1 - left) * 60 / rate)  # fmt: skip
+            raise ApiError(429, refusal, "rate_limit_exceeded", retry_after=(1 - left) * 60 / per_minute)
 
     async def complete(self, request: Request, kind: type[Completion]) -> Response:
         """Answer one request of `kind`, whole or as server-sent events."""

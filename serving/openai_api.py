@@ -9,6 +9,7 @@ refused by name; other keys are ignored, as clients send all kinds of them.
 """
 
 import json
+import math
 import re
 import time
 import uuid
@@ -79,7 +80,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        headers = {"retry-after": str(max(1, round(self.retry_after)))} if self.retry_after else {}
+        headers = {"retry-after": str(math.ceil(self.retry_after))} if self.retry_after else {}
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 

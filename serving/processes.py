@@ -16,6 +16,7 @@ import psutil
 LOG_BYTES = 10 << 20
 DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
 STEADY = 2.0  # seconds a part must have answered to have its deaths forgotten
+COUNTED = 3  # deaths in a row, of one that had answered: it can start, and who waits has been promised ten seconds
 WORTH_A_LOOK = 0.5  # seconds of silence
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
@@ -54,7 +55,7 @@ class Part:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.command, cwd=self.folder, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True, preexec_fn=_end_with(os.getpid(), self.expendable),
+                stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_us(signal.SIGKILL, self.expendable),
             )  # fmt: skip
         self.is_up, self.silence, self.stillness, self.ended_for = False, 0.0, 0.0, ""
         self._kills = kills_for_memory()
@@ -103,7 +104,7 @@ class Part:
         """Kill what is left of it, set when it starts again, and say why it ended."""
         self.kill()
         steady = self.is_up and time.monotonic() - self.up_at > STEADY
-        self.deaths = 1 if steady else self.deaths + 1
+        self.deaths = 1 if steady else min(self.deaths + 1, COUNTED) if self.is_up else self.deaths + 1
         delay = DELAYS[min(self.deaths, len(DELAYS)) - 1]
         reason = self.why_it_ended()
         if delay:
@@ -181,10 +182,13 @@ def kills_for_memory() -> int:
     return total
 
 
-def _end_with(supervisor: int, expendable: bool) -> Callable[[], None]:
+def end_with_us(number: int, expendable: bool = False) -> Callable[[], None]:
+    """For `preexec_fn`: the process gets signal `number` when this one ends, whatever way that is."""
+    parent = os.getpid()
+
     def between_fork_and_exec() -> None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:  # it died in between
+        _libc.prctl(PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # it died in between
             os._exit(1)
         if expendable:
             with contextlib.suppress(OSError):

@@ -9,8 +9,8 @@ What it watches, ten times a second:
 
 A part that is silent for too long is killed; the kernel then ends its connections, so that whoever waits is told.
 Triton and its stubs go together: a client whose stub has died would wait for ever. The engine goes alone: the stub
-answers everybody who waits and reports "not ready" until the engine is back. Every part ends with the supervisor,
-however that ends, and what it leaves in shared memory is removed.
+answers everybody who waits and leaves, and Triton reports "not ready" until the engine is back. Every part ends with
+the supervisor, however that ends, and what it leaves in shared memory is removed.
 """
 
 import asyncio
@@ -46,6 +46,7 @@ START = 60.0  # seconds that Triton may take once the engine answers
 PROBE_EVERY = 10.0  # seconds without a generated token before one is asked for
 PROBE_DEADLINE = 5.0
 DRAIN = 7.0  # seconds that requests in flight have to end after SIGTERM, of 10 in all
+LEAVE = 3.0  # seconds that a stub may take to end when it has lost its engine; it takes one
 LAST_WORDS = 0.5  # seconds for Triton to hand on what it has been given
 BEATS = [f"{model}.beat" for model in triton_server.MODELS]
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,7 @@ class Supervisor:
         self.beat: dict[str, Any] = {}  # the engine's last
         self.generated_at = time.monotonic()
         self.stubs: dict[str, psutil.Process] = {}
+        self.leaving: tuple[psutil.Process, float] | None = None  # the stub that has lost its engine, and when
         self.moved: dict[str, int] = {}  # a stub's beat: when it was touched
         self.is_loaded = False  # the model, as Triton says
         self.ending = asyncio.Event()
@@ -187,6 +189,7 @@ class Supervisor:
         if part is self.triton:
             self._clean_shared_memory()
             self.stubs, self.moved, self.starts, self.is_loaded = {}, {}, self.starts + 1, False
+            self.leaving = None
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
@@ -252,6 +255,8 @@ class Supervisor:
 
     def _bury(self, part: Part) -> None:
         reason = part.bury()
+        if part is self.engine and not self.leaving and (stub := self.stubs.get(triton_server.MODELS[0])):
+            self.leaving = stub, time.monotonic()
         if part is self.triton:
             triton_server.clean_up()
         self.say(f"{reason}. Starting it again")
@@ -261,7 +266,7 @@ class Supervisor:
 
     def _hangs(self, part: Part) -> str:
         """Why `part` must be ended though its process is there; "" where it need not."""
-        if part is self.triton and (reason := self._lacks_a_stub()):
+        if part is self.triton and (reason := self._lacks_a_stub() or self._keeps_a_stub()):
             return reason
         if part.silence > SILENCE_STOPPED and any(map(is_stopped, part.family)):
             return "it was stopped"
@@ -282,6 +287,18 @@ class Supervisor:
         needed = triton_server.MODELS if self.is_loaded and self.engine.is_up else triton_server.MODELS[1:]
         missing = [model for model in needed if model not in self.stubs]
         return f"the stub of {missing[0]} has died" if missing else ""
+
+    def _keeps_a_stub(self) -> str:
+        """Of a model that has been unloaded. Triton 2.51 does now and then, for ever, where a gRPC stream was cancelled
+        just then. It is ended while the next engine starts, when it has nothing to do."""
+        if not self.leaving:
+            return ""
+        stub, since = self.leaving
+        if not lives(stub):
+            self.leaving = None
+        elif time.monotonic() - since > LEAVE:
+            return "it kept a stub that had lost its engine"
+        return ""
 
     async def _hear_engine(self) -> None:
         """Take every beat of the engine, on a connection of our own."""

@@ -5,6 +5,7 @@ engine. HTTP posts to `/generate_stream` and reads server-sent events: tritoncli
 a request, which a model that streams does not give. Both speak the inputs and outputs of NVIDIA's vLLM backend.
 """
 
+import asyncio
 import json
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
@@ -121,6 +122,12 @@ class Grpc:
                     int(_number(result.as_numpy("num_input_tokens"))),
                     int(_number(result.as_numpy("num_output_tokens"))),
                 )
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise
+            # gRPC says so of a channel that was closed.
+            raise ServingError(f"this client of {self._where} was closed before the answer was complete") from None
         except Exception as error:
             raise self._named(error) from None
         finally:

@@ -4,13 +4,14 @@ Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list, an
 `prompt.json` as "prompt". The adapters' folders lie beside the model repository and are read at each request.
 
 Before the embedded engine it also keeps the gate: `gemma` unloads itself when its engine has ended, and is loaded again
-here, which lasts until the engine answers. So Triton's own readiness is true at every moment, and nobody outside needs
-leave to load and unload models.
+here as soon as another one answers. So Triton's own readiness is true at every moment, and nobody outside needs leave
+to load and unload models.
 """
 
 import json
 import locale
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+ENGINE = "engine.sock"
 LOOK = 0.1  # seconds
 BEAT = 0.25
 
@@ -61,7 +63,8 @@ class TritonPythonModel:
         while not self.closing:
             time.sleep(LOOK)
             try:
-                if not pb_utils.is_model_ready(model):
+                # Not before: while a model is being loaded nothing else of this process moves, catalogue and beat too.
+                if not pb_utils.is_model_ready(model) and engine_answers():
                     pb_utils.load_model(model)
             except Exception as error:
                 pb_utils.Logger.log_error(f"{model} could not be loaded: {error}")
@@ -73,6 +76,11 @@ class TritonPythonModel:
                 os._exit(1)
             Path(f"{name}.beat").touch()
             time.sleep(BEAT)
+
+
+def engine_answers() -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(ENGINE) == 0
 
 
 def read(serving: Path) -> dict[str, Any]:

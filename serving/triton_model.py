@@ -41,6 +41,7 @@ LOG = "requests.jsonl"
 LOG_BYTES, LOG_FILES = 10 << 20, 3
 WRITE_SECONDS = 20.0  # that a busy engine has to take a line; one that hangs is ended before, which ends the wait
 TICK = 0.05  # seconds between two looks for clients that have left
+READ_BYTES = 1 << 14  # of the engine at once: some hundred parts of streams, between two looks
 PATIENCE = 0.25  # seconds between two attempts to reach the engine
 TO_RETURN = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 REFUSED = ("return_cumulative_logprob", "return_logprobs")
@@ -168,7 +169,7 @@ class TritonPythonModel:
         while not self.closing:
             try:
                 if select.select([self.engine], [], [], TICK)[0]:
-                    part = self.engine.recv(1 << 18)
+                    part = self.engine.recv(READ_BYTES)
                     if not part:
                         break
                     *lines, heard = (heard + part).split(b"\n")

@@ -34,7 +34,7 @@ import tritonclient.grpc as grpc_client
 import yaml
 from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from tiny_serving import SERVING_PYTHON, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, LONG, SERVING_PYTHON, WINDOW, Stack, free_ports, serve_tiny
 from transformers import AutoModelForCausalLM
 from tritonclient.utils import InferenceServerException
 from vllm_contract import Refused, Server, tensors
@@ -50,7 +50,6 @@ from serving.repository import put_adapter, remove_adapter, write_repository, wr
 from training.base_model import describe
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
-ENDLESS = {"temperature": 0, "max_tokens": 450, "ignore_eos": True}
 FUZZ_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "400"))
 STORM_SECONDS = float(os.environ.get("STORM_SECONDS", "30"))
 TOLD_WITHIN, BACK_WITHIN = 2.0, 10.0  # seconds on a machine that has nothing else to do ...
@@ -174,7 +173,7 @@ def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, 
     parts = server.responses(protocol, "Hi", ENDLESS, stream=True)
     next(parts)
     parts.close()
-    until(lambda: cancelled() > before, 2)
+    until(lambda: cancelled() > before, TOLD_WITHIN * BUSY_MACHINE)
     assert stack.stats()["running"] == 0
 
 
@@ -206,7 +205,7 @@ def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_pa
             return str(error).startswith("unknown_adapter: ")
         return False
 
-    until(is_gone, 10)
+    until(is_gone, 30)
 
 
 def write_tiny_adapter(stack: Stack, name: str, scratch: Path) -> None:
@@ -243,13 +242,17 @@ def test_metrics_count_by_adapter_and_outcome(server: Server, stack: Stack) -> N
     server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
     with pytest.raises(Refused):
         server.ask("http", "Hi", {"temperature": -1})
-    assert [figure(name) - old for name, old in zip(names, before, strict=True)] == [1, 12, 1, 1]
+    # The client has its answer a moment before it is counted.
+    until(lambda: [figure(name) - old for name, old in zip(names, before, strict=True)] == [1, 12, 1, 1], 20)
     assert figure('ttft_seconds_sum{adapter="slang"}') > 0
 
 
 def test_the_log_tells_of_requests_and_not_what_they_say(server: Server, stack: Stack) -> None:
+    log = stack.folder / "state/requests.jsonl"
+    before = len(log.read_text())
     server.ask("grpc", "My secret wish", {**GREEDY, "lora_name": "chat"})
-    text = (stack.folder / "state/requests.jsonl").read_text()
+    until(lambda: log.read_text()[before:].endswith("\n"), 20)
+    text = log.read_text()
     line = json.loads(text.splitlines()[-1])
     assert (line["request"], line["adapter"], line["outcome"], line["output_tokens"]) == ("mine", "chat", "length", 12)
     assert "secret" not in text
@@ -263,13 +266,13 @@ def test_the_log_tells_of_requests_and_not_what_they_say(server: Server, stack: 
     [
         ({"text_input": ""}, "invalid: the prompt is empty"),
         ({"text_input": b"\xff\xfe"}, "invalid: text_input is not UTF-8"),
-        ({"text_input": "word " * 200_000}, r"invalid: .*512"),
+        ({"text_input": "word " * 200_000}, rf"invalid: .*{WINDOW}"),
         ({"sampling_parameters": "{"}, "invalid: sampling_parameters is not JSON"),
         ({"sampling_parameters": b"\xff"}, "invalid: sampling_parameters is not UTF-8"),
         ({"sampling_parameters": "[1]"}, "invalid: sampling_parameters is not a JSON object"),
         ({"sampling_parameters": '{"temperature": -1}'}, "invalid: temperature is -1"),
         ({"sampling_parameters": '{"temperature": "hot"}'}, "invalid: temperature is not a number: 'hot'"),
-        ({"sampling_parameters": '{"max_tokens": 100000}'}, r"invalid: .*512"),
+        ({"sampling_parameters": '{"max_tokens": 100000}'}, rf"invalid: .*{WINDOW}"),
         ({"sampling_parameters": '{"best_of": 3}'}, "invalid: unknown sampling parameter 'best_of'"),
         ({"sampling_parameters": '{"n": 2}'}, "invalid: n is 2"),
         ({"sampling_parameters": '{"lora_name": "nobody"}'}, "unknown_adapter: .*nobody"),
@@ -425,6 +428,7 @@ def test_whoever_waits_for_a_killed_engine_is_told_and_it_comes_back(server: Ser
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 @pytest.mark.parametrize("name", ["engine", "gemma", "triton", "adapters"])
 def test_any_part_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
@@ -440,7 +444,7 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> t
     def wait(protocol: str, stream: bool) -> None:
         with pytest.raises(Refused):
             while True:  # until it fails
-                server.ask(protocol, "Hi", ENDLESS, **({"stream": True} if stream else {}))
+                server.ask(protocol, "Hi", LONG, **({"stream": True} if stream else {}))
         told.put(time.monotonic())
 
     waiting = [threading.Thread(target=wait, args=way) for way in
@@ -453,7 +457,7 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> t
     struck.send_signal(number)
     last = max(told.get(timeout=30) for _ in waiting) - began
     if name != "adapters":
-        assert not server.is_ready()
+        until(lambda: not server.is_ready(), TOLD_WITHIN * BUSY_MACHINE)
     back = until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
     assert not lives(struck)
     print(f"{name} {number.name}: told after {last:.2f} s, ready after {back:.2f} s more")
@@ -480,6 +484,18 @@ def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) 
     assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
+def test_a_part_that_had_answered_is_back_soon_however_often_it_dies(tmp_path: Path) -> None:
+    part = Part("engine", ["true"], tmp_path, tmp_path / "log")
+    delays = []
+    for _ in range(9):
+        part.start()
+        part.answered()
+        until(lambda: not part.is_running, 20)
+        part.bury()
+        delays.append(round(part.start_at - time.monotonic()))
+    assert delays == [0, 0, 1, 1, 1, 1, 1, 1, 1]
+
+
 def leftovers(stack: Stack) -> list[str]:
     """Processes, shared memory and sockets of a server, by what only they have in their names."""
     name = hashlib.sha256(str((stack.folder / "state").resolve()).encode()).hexdigest()[:8]
@@ -496,7 +512,7 @@ def leftovers(stack: Stack) -> list[str]:
 def test_sigterm_lets_requests_end_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     with serve_tiny(tiny_base, tmp_path) as stack:
         server = Server(stack.http, stack.grpc)
-        parts = {protocol: server.responses(protocol, "Hi", {**ENDLESS, "max_tokens": 200}, stream=True,
+        parts = {protocol: server.responses(protocol, "Hi", {**LONG, "max_tokens": 200}, stream=True,
                                             return_finish_reason=True) for protocol in ("http", "grpc")}  # fmt: skip
         for stream in parts.values():
             next(stream)
@@ -513,7 +529,7 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, t
     with serve_tiny(tiny_base, tmp_path) as stack:
         victim(stack, "gemma").suspend()  # which then cannot see that Triton has ended
         stack.process.kill()
-        until(lambda: len([left for left in leftovers(stack) if left.startswith("/") and "stub" not in left]) <= 3, 10)
+        until(lambda: len([left for left in leftovers(stack) if left.startswith("/") and "stub" not in left]) <= 3, 30)
         with serve_again(stack) as again:
             assert Server(again.http, again.grpc).ask("http", "Hi", GREEDY)
         assert leftovers(stack) == []
@@ -600,15 +616,16 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
             one.result()
     until(server.is_ready, BACK_WITHIN * BUSY_MACHINE)
     until(lambda: stack.stats()["running"] == stack.stats()["waiting"] == 0, 20)
+    counted = ("processes", "shared memory")
+    with suppress(AssertionError):  # what has been replaced may still be ending
+        until(lambda: all(usage(stack)[key] == before[key] for key in counted), BACK_WITHIN * BUSY_MACHINE)
     after = usage(stack)
     print(f"\n{STORM_SECONDS:.0f} s, kills {dict(kills)}\noutcomes {dict(outcomes)}\nlongest request {longest:.1f} s"
           f"\nbefore {before}\nafter  {after}")  # fmt: skip
     assert set(outcomes) <= {"right", "left", "unavailable", "busy"}, outcomes
     assert outcomes["right"] > 0
     assert longest < 30
-    assert [after[key] for key in ("processes", "shared memory")] == [
-        before[key] for key in ("processes", "shared memory")
-    ]
+    assert [after[key] for key in counted] == [before[key] for key in counted]
     assert after["supervisor MiB"] < before["supervisor MiB"] + 20
     assert after["files"] <= before["files"] + 5
     assert [server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"]

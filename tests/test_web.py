@@ -92,6 +92,15 @@ def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Call
     assert {httpx.URL(response.url).host for response in received} == {"127.0.0.1"}
 
 
+@pytest.mark.parametrize("path", [*PAGES, "/health", "/robots.txt", "/static/slang.js", "/dictionary.csv", "/nothing"])
+def test_head_tells_what_get_would_bring(site: Site, path: str) -> None:
+    head, whole = site.ask("HEAD", path), site.ask("GET", path)
+    assert head.status_code == whole.status_code == (404 if path == "/nothing" else 200)
+    assert head.content == b"" != whole.content
+    told = [{name: value for name, value in answer.headers.items() if name != "date"} for answer in (head, whole)]
+    assert told[0] == told[1] and told[0]["content-type"]
+
+
 def first_paint(page: Any) -> float:
     """Milliseconds from the click to the first content."""
     entry = "performance.getEntriesByName('first-contentful-paint')[0]"

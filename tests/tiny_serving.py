@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,7 +37,9 @@ PROMPTS = {
 }  # fmt: skip
 SAMPLING = {"temperature": 0.7, "max_tokens": 24}
 GREEDY = {"temperature": 0, "max_tokens": 12}
-ENDLESS = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}
+LONG = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}  # 0.2 s of the tiny base
+WINDOW = 16_384  # tokens: the tiny base's own is used up before a busy machine's client has left
+ENDLESS = {**LONG, "max_tokens": 15_000}  # ten seconds and more
 QUEUE = 8  # requests that may wait, so that the tests meet a busy server
 
 
@@ -132,10 +135,13 @@ def wait_for(port: int, seconds: float = 30.0) -> None:
 
 
 @contextmanager
-def serve_tiny(base: Path, scratch: Path) -> Iterator[Stack]:
-    """The tiny folder under `python -m serving`."""
-    write_tiny_folder(scratch / "serve", base, scratch)
-    with serve(scratch / "serve", "--threads", "1") as stack:
+def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -> Iterator[Stack]:
+    """The tiny folder under `python -m serving`, with room for four `ENDLESS` answers at once."""
+    patient = shutil.copytree(base, scratch / base.name)
+    config = json.loads((patient / "config.json").read_text())
+    (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
+    write_tiny_folder(scratch / "serve", patient, scratch)
+    with serve(scratch / "serve", "--threads", "1", "--max-tokens-in-cache", str(4 * WINDOW), *options) as stack:
         yield stack
 
 

@@ -29,14 +29,14 @@ expect = sync_api.expect
 class Site:
     """A site of its own, in a process; what it prints is in `log`."""
 
-    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *words: str, alone: bool = True, **environment: str) -> None:
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "serving.web", "--alone", "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "serving.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
             cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
         )  # fmt: skip
 
@@ -58,6 +58,11 @@ class Site:
     def token(self, entry: Entry) -> str:
         """What the site signs when its model has said `entry`."""
         return Dictionary(self.database).token_of(entry)
+
+    def kill(self) -> None:
+        self._client.close()
+        self._process.kill()
+        self._process.wait(20)
 
     def end(self) -> None:
         self._client.close()

@@ -24,6 +24,7 @@ from pathlib import Path
 import uvicorn
 
 from serving.client import AsyncClient
+from serving.processes import end_with_us
 from serving.web.app import Settings, create_app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,11 +94,13 @@ def answers(triton: str) -> bool:
 
 
 def start_stack() -> subprocess.Popen[bytes]:
-    """`make serve`, in a process group of its own: Ctrl-C ends the site first, and the site ends it."""
+    """`make serve`, in a process group of its own: Ctrl-C ends the site first, and the site ends it; or its own end."""
     print("No model answers yet: starting `make serve`. The site is there meanwhile.", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "WEB_PASSWORD"}
     words = ["make", "--no-print-directory", "serve", "ARGS="]
-    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, env=environment)
+    # make hands the signal on to what it runs.
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, env=environment,
+                            preexec_fn=end_with_us(signal.SIGTERM))  # fmt: skip
 
 
 def report_end(stack: subprocess.Popen[bytes]) -> None:

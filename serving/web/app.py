@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.client import Adapter, AsyncClient, ServingError
 from serving.web import answers, dictionary, evidence, runs
 from serving.web.evidence import reviews_of
-from serving.web.guard import SANDBOX, Limits, Rate, SameOrigin, SecurityHeaders, SignIn, client_of
+from serving.web.guard import SANDBOX, HeadAsGet, Limits, Rate, SameOrigin, SecurityHeaders, SignIn, client_of
 from serving.web.runs import finished_runs
 from serving.web.tasks import suggestions, task_config
 
@@ -86,6 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         Middleware(SameOrigin),
         *([Middleware(SignIn, password=settings.password, key=store.key)] if settings.password else []),
         Middleware(GZipMiddleware, minimum_size=1000),
+        Middleware(HeadAsGet),
     ]
     app = FastAPI(
         title="Own Gemma", lifespan=lifespan, middleware=guards, max_body_size=LARGEST_BODY,

@@ -143,6 +143,17 @@ class SameOrigin:
         await self._app(scope, receive, send)
 
 
+class HeadAsGet:
+    """Answers HEAD as the GET that the pages know; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
+
+
 class SignIn:
     """Lets nobody past without the password. The cookie is signed with `key` and the password: a new one ends all."""
 
