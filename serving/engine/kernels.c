@@ -38,6 +38,7 @@ typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
 typedef float wide __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t wide_bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t wide_ints __attribute__((vector_size(64)));
 typedef uint16_t half_bits __attribute__((vector_size(32), aligned(2), may_alias));
 
 typedef struct { /* rows and columns are multiples of 32 */
@@ -111,8 +112,9 @@ typedef struct Scratch {
     float *turns; /* [tokens][ropes][cosines, sines] */
     float *x, *normed, *gated, *y, *inner, *scores, *best;
     bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
+    struct Sums *sums;           /* [threads][pairs] */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
-    size_t piece;
+    size_t pairs, piece;
 } Scratch;
 
 static void relax(int *spins) {
@@ -145,24 +147,33 @@ static inline float bits_to_float(uint32_t bits) {
     return value;
 }
 
+static inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
 static inline float to_float(bf16 value) { return bits_to_float((uint32_t)value << 16); }
 
-/* exp by 2^n and a polynomial (Cephes), to two units in the last place; a loop of it becomes vector instructions. */
-static inline float quick_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+/* exp by 2^n and a polynomial (Cephes), to two units in the last place. */
+static inline wide quick_exp(wide x) {
+    wide_bits low = (wide_bits)(x < -87.0f), high = (wide_bits)(x > 88.0f), bits = (wide_bits)x;
+    x = (wide)((low & float_to_bits(-87.0f)) | (high & float_to_bits(88.0f)) | (bits & ~(low | high)));
+    wide scaled = x * 1.44269504088896341f + 0.5f;
+    wide_ints whole = __builtin_convertvector(scaled, wide_ints);
+    whole += __builtin_convertvector(whole, wide) > scaled; /* the next lower one of negative numbers: true is -1 */
+    wide n = __builtin_convertvector(whole, wide);
+    wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * bits_to_float((uint32_t)((int32_t)n + 127) << 23);
+    return p * (wide)((whole + 127) << 23);
 }
 
-static inline float quick_tanh(float x) { return 1.0f - 2.0f / (quick_exp(2.0f * x) + 1.0f); }
+static inline wide quick_tanh(wide x) { return 1.0f - 2.0f / (quick_exp(2.0f * x) + 1.0f); }
 
 static inline float total(wide x) {
     float lane[16];
@@ -210,7 +221,7 @@ static inline void pack(bf16 *packed, int columns, int token, int column, wide x
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
 
 /* What products give: of a pair of blocks of 16 rows, for a panel of tokens. */
-typedef struct { _Alignas(64) float of[2][PANEL][16]; } Sums;
+typedef struct Sums { _Alignas(64) float of[2][PANEL][16]; } Sums;
 
 /* Without AMX. `weights`: of the pair. */
 static void product_plain(Sums *sums, const Matrix *m, const void *weights, const float *x, int tokens) {
@@ -255,12 +266,19 @@ static void widen(bf16 *to, const int8_t *from, size_t count) {
     }
 }
 
-/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `weights`: of the pair, as
-bfloat16. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
-static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int columns, int tokens, const char *next, int step) {
+/* Columns `from` … `to` of a panel's sums, on top of those before them. Each sum runs over the columns in their order,
+and over the summands of each 32 columns. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
+static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int columns, int from, int to, int tokens,
+                        const char *next, int step) {
     size_t part = (size_t)columns * 48;
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, next += step) {
+    weights += (size_t)from * 32, x += (size_t)from * 48, next += (size_t)from / 32 * step;
+    if (from) {
+        _tile_loadd(0, sums->of[0], 64); _tile_loadd(1, sums->of[0][16], 64);
+        _tile_loadd(2, sums->of[1], 64); _tile_loadd(3, sums->of[1][16], 64);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+    for (int k = from; k < to; k += 32, x += 1536, weights += 1024, next += step) {
         for (int line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
         _tile_loadd(4, weights, 64);
         _tile_loadd(5, weights + 512, 64);
@@ -275,18 +293,15 @@ static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int colu
             }
         }
     }
-    _tile_stored(0, sums->of[0], 64);
-    _tile_stored(2, sums->of[1], 64);
-    if (tokens > 16) {
-        _tile_stored(1, sums->of[0][16], 64);
-        _tile_stored(3, sums->of[1][16], 64);
-    }
+    _tile_stored(0, sums->of[0], 64); _tile_stored(1, sums->of[0][16], 64);
+    _tile_stored(2, sums->of[1], 64); _tile_stored(3, sums->of[1][16], 64);
 }
 #endif
 
 /* The pairs of blocks that are one thread's at a time: as many as stay in its cache while all tokens pass by, and every
 thread gets as many of such pieces. */
 enum { PIECE_BYTES = 640 << 10, SMALL_PIECE_BYTES = 160 << 10, AHEAD = 4096 };
+enum { CHUNK = 160 /* columns of a panel that stay in the first cache while all pairs of a piece pass by */ };
 
 static int pairs_of_piece(const Pool *pool, const Matrix *m, int tokens) {
     int pairs = m->rows / 32;
@@ -311,32 +326,36 @@ static void multiply(const Product *p, int phase, Use *use) {
     const Matrix *m = p->m;
     int pairs = m->rows / 32, most = pairs_of_piece(p->pool, m, p->tokens);
     size_t bytes = (size_t)m->columns * 32 * (m->scales ? 1 : 2); /* of a pair */
-    Sums sums;
+    int chunk = p->pool->amx && p->tokens > PANEL ? CHUNK : m->columns;
+    Sums *sums = p->pool->scratch->sums + (size_t)p->thread * p->pool->scratch->pairs;
     for (int piece; (piece = next_piece(p->pool, phase)) * most < pairs;) {
         int from = piece * most, to = from + most < pairs ? from + most : pairs;
         const char *weights = (const char *)m->weight + from * bytes;
-#if HAS_AMX
-        bf16 *widened = p->pool->scratch->widened + (size_t)p->thread * p->pool->scratch->piece;
-#endif
         for (int first = 0; first < p->tokens; first += PANEL) {
             int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
-            for (int pair = from; pair < to; pair++) {
-                const char *now = weights + (pair - from) * bytes;
+            for (int k = 0; k < m->columns; k += chunk)
+                for (int pair = from; pair < to; pair++) {
+                    const char *now = weights + (pair - from) * bytes;
+                    Sums *sum = &sums[pair - from];
+                    int end = k + chunk < m->columns ? k + chunk : m->columns;
 #if HAS_AMX
-                if (p->pool->amx) {
-                    const bf16 *of = m->scales ? widened + (pair - from) * bytes : (const bf16 *)now;
-                    if (m->scales && !first) widen(widened + (pair - from) * bytes, (const int8_t *)now, bytes);
-                    product_amx(&sums, of, p->packed + (size_t)first * m->columns * 3, m->columns, some,
-                                now + (m->scales ? bytes : AHEAD), first ? 0 : m->scales ? 1024 : 2048);
-                } else
+                    if (p->pool->amx) {
+                        bf16 *wider = p->pool->scratch->widened + (size_t)p->thread * p->pool->scratch->piece;
+                        wider += (pair - from) * bytes;
+                        if (m->scales && !first && !k) widen(wider, (const int8_t *)now, bytes);
+                        size_t ahead = m->scales || chunk < m->columns ? bytes : AHEAD;
+                        product_amx(sum, m->scales ? wider : (const bf16 *)now, p->packed + (size_t)first * m->columns * 3,
+                                    m->columns, k, end, some, now + ahead, first ? 0 : m->scales ? 1024 : 2048);
+                    } else
 #endif
-                    product_plain(&sums, m, now, p->x + (size_t)first * m->columns, some);
-                if (m->scales)
-                    for (int block = 0; block < 2; block++)
-                        for (int t = 0; t < some; t++)
-                            *(wide *)sums.of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
-                use(p, &sums, pair, first, some);
-            }
+                        product_plain(sum, m, now, p->x + (size_t)first * m->columns, some);
+                    if (end < m->columns) continue;
+                    if (m->scales)
+                        for (int block = 0; block < 2; block++)
+                            for (int t = 0; t < some; t++)
+                                *(wide *)sum->of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
+                    use(p, sum, pair, first, some);
+                }
         }
     }
 }
@@ -409,9 +428,7 @@ static void keep_gated(const Product *p, Sums *sums, int pair, int first, int to
     for (int t = 0; t < tokens; t++) {
         wide gate = adapted(p, *(wide *)sums->of[0][t], first + t, GATE_PROJ, pair * 16);
         wide up = adapted(p, *(wide *)sums->of[1][t], first + t, UP_PROJ, pair * 16);
-        wide inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate), tanh;
-#pragma omp simd
-        for (int i = 0; i < 16; i++) tanh[i] = quick_tanh(inner[i]);
+        wide tanh = quick_tanh(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
         wide y = 0.5f * gate * (1.0f + tanh) * up;
         *(wide *)(s->gated + (size_t)(first + t) * wide_as + pair * 16) = y;
         if (p->pool->amx) pack(s->packed_gated, wide_as, first + t, pair * 16, y);
@@ -454,7 +471,7 @@ static void attend(const Pool *pool, int number, int token, int kv_head, const f
     int size = m->head_size, group = m->heads / m->kv_heads, position = pool->scratch->position[token];
     int window = m->layer[number].window;
     int begin = window && position >= window ? position - window + 1 : 0, length = position + 1 - begin;
-    int columns = m->heads * size;
+    int columns = m->heads * size, padded = (length + 15) / 16 * 16;
     const float *queries = qkv + kv_head * group * size;
     size_t many = (size_t)m->kv_heads * size, start = (size_t)number * m->slots * many + (size_t)kv_head * size;
 #define SLOT(at) (start + ((size_t)row->blocks[(at) / BLOCK] * BLOCK + (at) % BLOCK) * many)
@@ -466,33 +483,39 @@ static void attend(const Pool *pool, int number, int token, int kv_head, const f
             wide sum[4] = {{0}};
             for (int i = 0; i < size; i += 16)
                 for (int n = 0; n < 4; n++) sum[n] += *(const wide *)(q + n * size + i) * *(const wide *)(key + i);
-            for (int n = 0; n < 4; n++) scores[(size_t)(g + n) * length + j] = total(sum[n]) * m->scale;
+            for (int n = 0; n < 4; n++) scores[(size_t)(g + n) * padded + j] = total(sum[n]) * m->scale;
         }
         for (; g < group; g++) { /* the same sum */
             wide sum = {0};
             for (int i = 0; i < size; i += 16) sum += *(const wide *)(queries + g * size + i) * *(const wide *)(key + i);
-            scores[(size_t)g * length + j] = total(sum) * m->scale;
+            scores[(size_t)g * padded + j] = total(sum) * m->scale;
         }
     }
     for (int g = 0; g < group; g++) {
-        float *line = scores + (size_t)g * length, highest = -INFINITY, sum = 0;
+        float *line = scores + (size_t)g * padded, highest = -INFINITY;
+        for (int j = length; j < padded; j++) line[j] = -INFINITY;
         if (m->attention_cap)
-            for (int j = 0; j < length; j++) line[j] = quick_tanh(line[j] / m->attention_cap) * m->attention_cap;
+            for (int j = 0; j < length; j += 16)
+                *(wide *)(line + j) = quick_tanh(*(wide *)(line + j) / m->attention_cap) * m->attention_cap;
         for (int j = 0; j < length; j++) highest = line[j] > highest ? line[j] : highest;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < length; j++) sum += line[j] = quick_exp(line[j] - highest);
-        for (int j = 0; j < length; j++) line[j] /= sum;
+        wide sum = {0};
+        for (int j = 0; j < padded; j += 16) sum += *(wide *)(line + j) = quick_exp(*(wide *)(line + j) - highest);
+        float all = total(sum);
+        for (int j = 0; j < padded; j += 16) *(wide *)(line + j) /= all;
     }
     for (int g = 0, some; g < group; g += some) {
         some = group - g < 4 ? 1 : 4;
         for (int i = 0; i < size; i += 16) {
             wide found[4] = {{0}};
-            const float *score = scores + (size_t)g * length;
-            for (int j = 0; j < length; j++) {
-                wide value = *(const wide *)(m->values + SLOT(begin + j) + i);
-                found[0] += value * score[j];
+            for (int j = 0, run; j < length; j += run) { /* what lies in one block */
+                const float *value = m->values + SLOT(begin + j) + i, *score = scores + (size_t)g * padded + j;
+                run = BLOCK - (begin + j) % BLOCK;
+                run = run < length - j ? run : length - j;
                 if (some == 4)
-                    for (int n = 1; n < 4; n++) found[n] += value * score[(size_t)n * length + j];
+                    for (int k = 0; k < run; k++, value += many, score++)
+                        for (int n = 0; n < 4; n++) found[n] += *(const wide *)value * score[n * padded];
+                else
+                    for (int k = 0; k < run; k++, value += many) found[0] += *(const wide *)value * *score++;
             }
             for (int n = 0; n < some; n++) {
                 int column = (kv_head * group + g + n) * size + i;
@@ -514,8 +537,7 @@ static void answer(const Product *p, Sums *sums, int pair, int first, int tokens
         for (int block = 0; block < 2; block++) {
             float *line = sums->of[block][t], highest = -INFINITY;
             int start = pair * 32 + block * 16, count = m->vocabulary - start < 16 ? m->vocabulary - start : 16;
-            if (m->final_cap)
-                for (int n = 0; n < 16; n++) line[n] = quick_tanh(line[n] / m->final_cap) * m->final_cap;
+            if (m->final_cap) *(wide *)line = quick_tanh(*(wide *)line / m->final_cap) * m->final_cap;
 #pragma omp simd reduction(max : highest)
             for (int n = 0; n < count; n++) highest = line[n] > highest ? line[n] : highest;
             if (highest > best[0]) {
@@ -543,7 +565,7 @@ static void work(Pool *pool, int thread) {
     long long met = atomic_load(&pool->meetings); /* no next one is counted before this thread has come to it */
     int phase = 0, tokens = step->tokens, hidden = m->hidden, wide_as = m->layer[0].site[QKV].rows;
     int units = tokens * m->kv_heads, found = m->heads * m->head_size;
-    float *scores = s->scores + (size_t)thread * s->longest * (m->heads / m->kv_heads);
+    float *scores = s->scores + (size_t)thread * (s->longest + 15) * (m->heads / m->kv_heads);
 #if HAS_AMX
     if (pool->amx) configure_tiles();
 #endif
@@ -712,10 +734,11 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
-    for (int i = 0; i <= SITES && model->head.scales; i++) {
+    for (int i = 0; i <= SITES; i++) {
         const Matrix *one = i < SITES ? &site[i] : &model->head;
-        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted) * one->columns * 32;
-        s.piece = piece > s.piece ? piece : s.piece;
+        size_t pairs = pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted), piece = pairs * one->columns * 32;
+        s.pairs = pairs > s.pairs ? pairs : s.pairs;
+        s.piece = one->scales && piece > s.piece ? piece : s.piece;
     }
     pool->phases = model->layers * PHASES + 4;
     int group = model->heads / model->kv_heads;
@@ -729,10 +752,11 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
     s.gated = room((size_t)tokens * model->intermediate, sizeof(float), &failed);
     s.y = room((size_t)tokens * widest, sizeof(float), &failed);
     s.inner = room((size_t)tokens * s.ranks, sizeof(float), &failed);
-    s.scores = room((size_t)pool->threads * s.longest * group, sizeof(float), &failed);
+    s.scores = room((size_t)pool->threads * (s.longest + 15) * group, sizeof(float), &failed);
     s.best = room((size_t)pool->threads * s.wanted * 2, sizeof(float), &failed);
     s.packed = room(pool->amx ? (size_t)padded * deepest * 3 : 1, sizeof(bf16), &failed); /* what fills up a */
     s.packed_gated = room(pool->amx ? (size_t)padded * model->intermediate * 3 : 1, sizeof(bf16), &failed); /* panel… */
+    s.sums = room(pool->threads * s.pairs, sizeof(Sums), &failed);
     s.widened = room(pool->threads * s.piece, sizeof(bf16), &failed);
     free(pool->counters);
     pool->counters = calloc(pool->phases, sizeof(atomic_int));
@@ -761,7 +785,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     } else
         failed = 1;
-    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.widened};
+    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.sums, s.widened};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;
 }
