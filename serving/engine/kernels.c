@@ -11,7 +11,7 @@ prompts and shared beginnings therefore change no bit of an answer.
 Layouts, in C order:
     weights       [rows / 32][columns / 32][2 blocks][16][16 rows][2]; of gate and up, the blocks are 16 rows of each
     activations   [tokens / 16][columns / 32][3 summands][16 tokens][32]
-    keys, values  [layer][slot][kv head][head size], float32; slot = 16 * block + place in it
+    keys, values  [layer][slot][kv head][head size], float32; slot = BLOCK * block + place in it
 */
 #define _GNU_SOURCE
 #include <math.h>
@@ -32,7 +32,7 @@ Layouts, in C order:
 
 enum { QKV, O, GATE_UP, DOWN, SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
-enum { BLOCK = 16, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
 enum { PANEL = 32 /* tokens that are multiplied with weights at a time */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
@@ -112,9 +112,8 @@ typedef struct Scratch {
     float *turns; /* [tokens][ropes][cosines, sines] */
     float *x, *normed, *gated, *y, *inner, *scores, *best;
     bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
-    struct Sums *sums;           /* [threads][pairs] */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
-    size_t pairs, piece;
+    size_t piece;
 } Scratch;
 
 static void relax(int *spins) {
@@ -266,19 +265,12 @@ static void widen(bf16 *to, const int8_t *from, size_t count) {
     }
 }
 
-/* Columns `from` … `to` of a panel's sums, on top of those before them. Each sum runs over the columns in their order,
-and over the summands of each 32 columns. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
-static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int columns, int from, int to, int tokens,
-                        const char *next, int step) {
+/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `next`: what will be read
+soon, `step` bytes of it for every 32 columns. */
+static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int columns, int tokens, const char *next, int step) {
     size_t part = (size_t)columns * 48;
-    weights += (size_t)from * 32, x += (size_t)from * 48, next += (size_t)from / 32 * step;
-    if (from) {
-        _tile_loadd(0, sums->of[0], 64); _tile_loadd(1, sums->of[0][16], 64);
-        _tile_loadd(2, sums->of[1], 64); _tile_loadd(3, sums->of[1][16], 64);
-    } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
-    for (int k = from; k < to; k += 32, x += 1536, weights += 1024, next += step) {
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, next += step) {
         for (int line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
         _tile_loadd(4, weights, 64);
         _tile_loadd(5, weights + 512, 64);
@@ -301,7 +293,6 @@ static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int colu
 /* The pairs of blocks that are one thread's at a time: as many as stay in its cache while all tokens pass by, and every
 thread gets as many of such pieces. */
 enum { PIECE_BYTES = 640 << 10, SMALL_PIECE_BYTES = 160 << 10, AHEAD = 4096 };
-enum { CHUNK = 160 /* columns of a panel that stay in the first cache while all pairs of a piece pass by */ };
 
 static int pairs_of_piece(const Pool *pool, const Matrix *m, int tokens) {
     int pairs = m->rows / 32;
@@ -326,36 +317,32 @@ static void multiply(const Product *p, int phase, Use *use) {
     const Matrix *m = p->m;
     int pairs = m->rows / 32, most = pairs_of_piece(p->pool, m, p->tokens);
     size_t bytes = (size_t)m->columns * 32 * (m->scales ? 1 : 2); /* of a pair */
-    int chunk = p->pool->amx && p->tokens > PANEL ? CHUNK : m->columns;
-    Sums *sums = p->pool->scratch->sums + (size_t)p->thread * p->pool->scratch->pairs;
+    Sums sums;
     for (int piece; (piece = next_piece(p->pool, phase)) * most < pairs;) {
         int from = piece * most, to = from + most < pairs ? from + most : pairs;
-        const char *weights = (const char *)m->weight + from * bytes;
         for (int first = 0; first < p->tokens; first += PANEL) {
             int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
-            for (int k = 0; k < m->columns; k += chunk)
-                for (int pair = from; pair < to; pair++) {
-                    const char *now = weights + (pair - from) * bytes;
-                    Sums *sum = &sums[pair - from];
-                    int end = k + chunk < m->columns ? k + chunk : m->columns;
+            for (int pair = from; pair < to; pair++) {
+                const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
-                    if (p->pool->amx) {
+                if (p->pool->amx) {
+                    const bf16 *x = p->packed + (size_t)first * m->columns * 3, *now = (const bf16 *)weights;
+                    if (m->scales) {
                         bf16 *wider = p->pool->scratch->widened + (size_t)p->thread * p->pool->scratch->piece;
-                        wider += (pair - from) * bytes;
-                        if (m->scales && !first && !k) widen(wider, (const int8_t *)now, bytes);
-                        size_t ahead = m->scales || chunk < m->columns ? bytes : AHEAD;
-                        product_amx(sum, m->scales ? wider : (const bf16 *)now, p->packed + (size_t)first * m->columns * 3,
-                                    m->columns, k, end, some, now + ahead, first ? 0 : m->scales ? 1024 : 2048);
-                    } else
+                        now = wider += (pair - from) * bytes;
+                        if (!first) widen(wider, (const int8_t *)weights, bytes);
+                    }
+                    product_amx(&sums, now, x, m->columns, some, weights + (m->scales ? bytes : AHEAD),
+                                first ? 0 : m->scales ? 1024 : 2048);
+                } else
 #endif
-                        product_plain(sum, m, now, p->x + (size_t)first * m->columns, some);
-                    if (end < m->columns) continue;
-                    if (m->scales)
-                        for (int block = 0; block < 2; block++)
-                            for (int t = 0; t < some; t++)
-                                *(wide *)sum->of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
-                    use(p, sum, pair, first, some);
-                }
+                    product_plain(&sums, m, weights, p->x + (size_t)first * m->columns, some);
+                if (m->scales)
+                    for (int block = 0; block < 2; block++)
+                        for (int t = 0; t < some; t++)
+                            *(wide *)sums.of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
+                use(p, &sums, pair, first, some);
+            }
         }
     }
 }
@@ -734,11 +721,10 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
-    for (int i = 0; i <= SITES; i++) {
+    for (int i = 0; i <= SITES && model->head.scales; i++) {
         const Matrix *one = i < SITES ? &site[i] : &model->head;
-        size_t pairs = pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted), piece = pairs * one->columns * 32;
-        s.pairs = pairs > s.pairs ? pairs : s.pairs;
-        s.piece = one->scales && piece > s.piece ? piece : s.piece;
+        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted) * one->columns * 32;
+        s.piece = piece > s.piece ? piece : s.piece;
     }
     pool->phases = model->layers * PHASES + 4;
     int group = model->heads / model->kv_heads;
@@ -756,7 +742,6 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
     s.best = room((size_t)pool->threads * s.wanted * 2, sizeof(float), &failed);
     s.packed = room(pool->amx ? (size_t)padded * deepest * 3 : 1, sizeof(bf16), &failed); /* what fills up a */
     s.packed_gated = room(pool->amx ? (size_t)padded * model->intermediate * 3 : 1, sizeof(bf16), &failed); /* panel… */
-    s.sums = room(pool->threads * s.pairs, sizeof(Sums), &failed);
     s.widened = room(pool->threads * s.piece, sizeof(bf16), &failed);
     free(pool->counters);
     pool->counters = calloc(pool->phases, sizeof(atomic_int));
@@ -785,7 +770,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     } else
         failed = 1;
-    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.sums, s.widened};
+    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.widened};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;
 }
