@@ -231,7 +231,7 @@ SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
     "llama.cpp": (llama_cpp, "xllamacpp", ".venv-llama-cpp", 8),
-    "vllm": (vllm, "vllm", ".venv-vllm", 1 << 20),
+    "vllm": (vllm, "vllm", ".venv-vllm", 8),
 }
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai", "xllamacpp", "vllm")
 
