@@ -265,13 +265,15 @@ static void widen(bf16 *to, const int8_t *from, size_t count) {
     }
 }
 
-/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `next`: what will be read
-soon, `step` bytes of it for every 32 columns. */
-static void product_amx(Sums *sums, const bf16 *weights, const bf16 *x, int columns, int tokens, const char *next, int step) {
+/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `narrow`: int8 weights that
+are to be widened into `weights`, or NULL. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
+static void product_amx(Sums *sums, const int8_t *narrow, bf16 *weights, const bf16 *x, int columns, int tokens,
+                        const char *next, int step) {
     size_t part = (size_t)columns * 48;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, next += step) {
         for (int line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+        if (narrow) widen(weights, narrow, 1024), narrow += 1024;
         _tile_loadd(4, weights, 64);
         _tile_loadd(5, weights + 512, 64);
         for (int s = 0; s < 3; s++) {
@@ -326,13 +328,11 @@ static void multiply(const Product *p, int phase, Use *use) {
                 const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
                 if (p->pool->amx) {
-                    const bf16 *x = p->packed + (size_t)first * m->columns * 3, *now = (const bf16 *)weights;
-                    if (m->scales) {
-                        bf16 *wider = p->pool->scratch->widened + (size_t)p->thread * p->pool->scratch->piece;
-                        now = wider += (pair - from) * bytes;
-                        if (!first) widen(wider, (const int8_t *)weights, bytes);
-                    }
-                    product_amx(&sums, now, x, m->columns, some, weights + (m->scales ? bytes : AHEAD),
+                    bf16 *now = (bf16 *)weights;
+                    if (m->scales)
+                        now = p->pool->scratch->widened + p->thread * p->pool->scratch->piece + (pair - from) * bytes;
+                    product_amx(&sums, m->scales && !first ? (const int8_t *)weights : NULL, now,
+                                p->packed + (size_t)first * m->columns * 3, m->columns, some, weights + AHEAD,
                                 first ? 0 : m->scales ? 1024 : 2048);
                 } else
 #endif
