@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from training.fast_layers import speed_up
+from training.fast_layers import _norm_gradient, _RMSNorm, speed_up
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -61,3 +61,16 @@ def test_what_the_fast_path_cannot_do_stays_with_peft(options: dict[str, object]
     model = with_lora("gemma3_text", **options)
     speed_up(model)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module) and name.endswith("_proj")]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_norm_s_gradient_is_the_same_by_the_formula_of_a_gpu(dtype: torch.dtype, close: float) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True), torch.randn(2, 7, 64, dtype=dtype)
+    weight = torch.randn(64, dtype=dtype)
+    _RMSNorm.apply(x, weight, 1e-6).backward(grad)
+    wide = x.detach().float()
+    inverse = wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    found = _norm_gradient(grad, x.detach(), inverse, 1 + weight.float())
+    assert found.dtype == dtype and x.grad is not None
+    torch.testing.assert_close(found, x.grad, rtol=close, atol=close)

@@ -108,9 +108,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, inverse, scale = ctx.saved_tensors
+        if x.is_cuda:  # whose kernel for LayerNorm takes no float32 scale for a bfloat16 x
+            return _norm_gradient(grad, x, inverse, scale), None, None
         # LayerNorm's own kernel, told that the mean is 0, computes this gradient in one pass, less the mean over
         # features of scale · grad (which reaches x through the mean in LayerNorm, and not here).
-        x, inverse, scale = ctx.saved_tensors
         shape = [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(), x.contiguous(), shape, torch.zeros_like(inverse), inverse, scale, None,
@@ -118,6 +120,12 @@ class _RMSNorm(torch.autograd.Function):
         )  # fmt: skip
         mean = (grad.float() @ scale).div_(x.shape[-1]).unsqueeze(-1)
         return grad_x.add_(mean.mul_(inverse)), None, None
+
+
+def _norm_gradient(grad: Tensor, x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
+    """Of x in y = x · inverse · scale with inverse = 1 / √(mean(x²) + eps)."""
+    normed, grad_normed = x * inverse, grad * scale
+    return ((grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)) * inverse).to(x.dtype)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:

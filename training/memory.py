@@ -6,6 +6,8 @@ Three constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests
 """
 
 import copy
+import ctypes
+import gc
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -169,6 +171,15 @@ def layer_bytes(
             bytes_kept += layer.in_features * (4 + (1 if config.lora_dropout else 0))
             bytes_kept += layer.out_features * (4 + dtype.itemsize) if config.use_dora else 0
     return bytes_kept + elements * dtype.itemsize
+
+
+def give_back() -> None:
+    """Let go of what is no longer used: Lightning's cycles, and what torch and glibc keep of freed memory for this
+    process, which after training is a gigabyte in pieces."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's own
+        trim(0)
 
 
 def free_memory(accelerator: str, root: Path = Path("/")) -> int:

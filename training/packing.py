@@ -5,8 +5,9 @@ common is computed once, as a segment of its own, and each row's remainder atten
 through the layers are neither padding nor repetition, and yet every hidden state is the one that its row alone has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ class Layout:
     positions: Tensor
     segments: list[Segment]
     _blocks: dict[int | None, list["Block"]] = field(default_factory=dict)
+    _named: Tensor | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def blocks(self, window: int | None) -> list["Block"]:
@@ -51,29 +53,34 @@ class Layout:
         return self._blocks[window]
 
     def to(self, device: torch.device) -> "Layout":
-        return Layout(self.positions.to(device, non_blocking=True), self.segments)
+        named = self._names().to(device, non_blocking=True) if device.type == "cuda" else None
+        return Layout(self.positions.to(device, non_blocking=True), self.segments, _named=named)
+
+    def _names(self) -> Tensor:
+        """[2, tokens], int64: the number of each token's segment (-1: padding) and of that before it (-2: none). Made
+        in main memory: on a GPU every segment would cost launches, of which a pack has hundreds."""
+        own, before = torch.full_like(self.positions[0], -1), torch.full_like(self.positions[0], -2)
+        names = {segment.start: name for name, segment in enumerate(self.segments)}
+        for name, segment in enumerate(self.segments):
+            own[segment.start : segment.start + segment.length] = name
+            if segment.prefix_length:
+                before[segment.start : segment.start + segment.length] = names[segment.prefix_start]
+        return torch.stack([own, before])
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's mask: a token sees its own segment and the prefix of that, up to itself."""
         if window not in self._block_masks:
-            positions = self.positions[0]
-            own, before = torch.full_like(positions, -1), torch.full_like(positions, -2)
-            names = {segment.start: name for name, segment in enumerate(self.segments)}
-            for name, segment in enumerate(self.segments):
-                own[segment.start : segment.start + segment.length] = name
-                if segment.prefix_length:
-                    before[segment.start : segment.start + segment.length] = names[segment.prefix_start]
+            own, before = self._names() if self._named is None else self._named
+            positions, tokens = self.positions[0], self.positions.shape[1]
+            # A tensor for all windows: with a number for each, every one would be compiled apart.
+            earliest = positions - (tokens if window is None else window - 1)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 same = (own[query] == own[key]) | (before[query] == own[key])
-                distance = positions[query] - positions[key]
-                seen = same & (distance >= 0)
-                return seen if window is None else seen & (distance < window)
+                return same & (positions[key] <= positions[query]) & (positions[key] >= earliest[query])
 
-            tokens = len(positions)
-            self._block_masks[window] = create_block_mask(
-                visible, None, None, tokens, tokens, device=str(positions.device)
-            )
+            create = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
+            self._block_masks[window] = create(visible, None, None, tokens, tokens, device=str(positions.device))
         return self._block_masks[window]
 
 
@@ -150,16 +157,28 @@ def _packed_attention(
 AttentionInterface.register("packed", _packed_attention)
 
 
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled on first use, once for packs of any length: uncompiled, attention and its mask both hold a
+    number for every pair of tokens."""
+    return torch.compile(function, dynamic=True)
+
+
 def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    attend = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    out = attend(query, key, value, score_mod=capped if softcap else None, block_mask=layout.block_mask(window),
-                 scale=scaling, enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
+    attend = _compiled(flex_attention) if query.is_cuda else flex_attention
+    out = attend(query, key, value, score_mod=_soft_cap(softcap) if softcap else None,
+                 block_mask=layout.block_mask(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
     return out.transpose(1, 2)
+
+
+@cache
+def _soft_cap(limit: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return capped
 
 
 class _SegmentAttention(torch.autograd.Function):
