@@ -256,9 +256,7 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(logging.ERROR)
     # NeMo calls several machines without Slurm an error, as it has not tried them; tests/test_distribute.py has.
-    logging.getLogger("nemo_logger").addFilter(
-        lambda record: "multi-node training without SLURM" not in str(record.msg)
-    )
+    logging.getLogger("nemo_logger").addFilter(lambda said: "multi-node training without SLURM" not in str(said.msg))
 
 
 def indent(text: str) -> str:

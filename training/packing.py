@@ -168,8 +168,10 @@ def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
     attend = _compiled(flex_attention) if query.is_cuda else flex_attention
-    out = attend(query, key, value, score_mod=_soft_cap(softcap) if softcap else None,
-                 block_mask=layout.block_mask(window), scale=scaling, enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
+    out = attend(
+        query, key, value, score_mod=_soft_cap(softcap) if softcap else None, block_mask=layout.block_mask(window),
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 
