@@ -48,8 +48,9 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 def hidden_of_rows(gemma: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
     packed = pack(rows)
+    layout = packed.layout.to(gemma.device)
     hidden = gemma.model(
-        input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout, use_cache=False
+        input_ids=packed.ids.to(gemma.device), position_ids=layout.positions, layout=layout, use_cache=False
     ).last_hidden_state[0]
     return [hidden[[*prefix, *rest]] for prefix, rest in zip(packed.prefixes, packed.rests, strict=True)]
 
