@@ -60,11 +60,12 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
     Raises:
         UserError: it is more than the machine has free, or `config.peft` does not fit the model.
     """
-    settings, budget = config.task.train, config.trainer.micro_batch_tokens
-    world = config.trainer.devices * config.trainer.num_nodes
-    batches = Batches(rows, settings.batch_size * settings.accumulation, budget, config.seed, world_size=world)
-    parts = [part for step in islice(batches, 50) for part in step.micro_batches]  # rows are drawn by chance: enough
-    tokens, learned = max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
+    settings = config.task.train
+    batches = Batches(
+        rows, settings.batch_size * settings.accumulation, config.trainer.micro_batch_tokens, config.seed,
+        world_size=config.trainer.devices * config.trainer.num_nodes,
+    )  # fmt: skip
+    tokens, learned = largest_micro_batch(batches)
     need = estimate(config, base_folder, dtype, tokens, learned, max(rows["length"]))
     free = free_memory(config.trainer.accelerator)
     print(f"Memory: training needs about {need}; {free / GIB:.1f} GiB are free", flush=True)
@@ -78,6 +79,12 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
         raise UserError(f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
                         f"{', '.join(advice)} or a smaller MODEL; then give the command again")  # fmt: skip
     return need.total / GIB
+
+
+def largest_micro_batch(batches: Batches) -> tuple[int, int]:
+    """The most tokens, padding included, and the most learned ones, of the first 50 steps: rows are drawn by chance."""
+    parts = [part for step in islice(batches, 50) for part in step.micro_batches]
+    return max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
 
 
 def estimate(
