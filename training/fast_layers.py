@@ -14,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from training.kernels import kernels_for
+
 
 def speed_up(model: PeftModel) -> None:
     """Give the LoRA layers, RMS norms and gated MLPs of a Gemma their faster forward, in place.
@@ -57,10 +59,10 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = lora_a.to(x.dtype), (lora_b * scale).to(x.dtype)
-        low = rows @ a.T
-        y = _product(rows, weight.T).addmm_(low, b.T)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        a, b = lora_a.to(x.dtype), (lora_b.T * scale).to(x.dtype).contiguous()
+        low = _narrow(rows, a)
+        y = _add_wide(_product(rows, weight.T), low, b)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
         return y.view(*x.shape[:-1], -1)
@@ -68,14 +70,48 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_low = grad_rows @ b
-        grad_a = (grad_low.T @ rows).float()
-        grad_b = (grad_rows.T @ low).float().mul_(ctx.scale)
+        grad_rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+        grad_low = _narrow(grad_rows, b)
+        grad_a = _gather(grad_low, rows, 1.0)
+        grad_b = _gather(low, grad_rows, ctx.scale).T
         grad_x = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the frozen embedding
-            grad_x = _product(grad_rows, weight).addmm_(grad_low, a).view(*grad.shape[:-1], -1)
+            grad_x = _add_wide(_product(grad_rows, weight), grad_low, a).view(*grad.shape[:-1], -1)
         return grad_x, None, grad_a, grad_b, None
+
+
+def _kernels_for_thin(rows: Tensor, thin: Tensor) -> Any:
+    """The kernels for products of [rows, size] with LoRA's [r, size]."""
+    return kernels_for(rows, thin) if len(thin) % 8 == 0 else None
+
+
+def _narrow(rows: Tensor, thin: Tensor) -> Tensor:
+    """rows @ thin.T, [rows, r]."""
+    kernels = _kernels_for_thin(rows, thin)
+    if kernels is None:
+        return rows @ thin.T
+    low = rows.new_empty(len(rows), len(thin))
+    kernels.narrow(low.data_ptr(), rows.data_ptr(), thin.data_ptr(), *rows.shape, len(thin))
+    return low
+
+
+def _add_wide(y: Tensor, low: Tensor, thin: Tensor) -> Tensor:
+    """y + low @ thin, in place."""
+    kernels = _kernels_for_thin(y, thin)
+    if kernels is None:
+        return y.addmm_(low, thin)
+    kernels.add_wide(y.data_ptr(), low.data_ptr(), thin.data_ptr(), *y.shape, len(thin))
+    return y
+
+
+def _gather(low: Tensor, rows: Tensor, factor: float) -> Tensor:
+    """factor · lowᵀ @ rows, [r, size], float32."""
+    kernels = kernels_for(rows) if low.shape[1] % 8 == 0 else None
+    if kernels is None:
+        return (low.T @ rows).float().mul_(factor)
+    sums = rows.new_empty(low.shape[1], rows.shape[1], dtype=torch.float32)
+    kernels.gather(sums.data_ptr(), low.data_ptr(), rows.data_ptr(), factor, *rows.shape, low.shape[1])
+    return sums
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -100,6 +136,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        if kernels := kernels_for(x):
+            x, scale = x.contiguous(), 1 + weight.float()
+            y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+            kernels.norm_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), None, eps,
+                                 inverse.numel(), x.shape[-1])  # fmt: skip
+            ctx.save_for_backward(x, inverse, scale)
+            return y
         y = x.float()
         inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         scale = 1 + weight.float()
@@ -109,6 +152,11 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         x, inverse, scale = ctx.saved_tensors
+        if kernels := kernels_for(x):
+            grad_x, grad = torch.empty_like(x), grad.contiguous()
+            kernels.norm_backward(grad_x.data_ptr(), grad.data_ptr(), x.data_ptr(), inverse.data_ptr(), scale.data_ptr(),
+                                  inverse.numel(), x.shape[-1])  # fmt: skip
+            return grad_x, None, None
         if x.is_cuda:  # whose kernel for LayerNorm takes no float32 scale for a bfloat16 x
             return _norm_gradient(grad, x, inverse, scale), None, None
         # LayerNorm's own kernel, told that the mean is 0, computes this gradient in one pass, less the mean over
@@ -137,11 +185,20 @@ class _GatedGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        activation = F.gelu(gate, approximate="tanh")
-        ctx.save_for_backward(gate, up, activation)
-        return activation * up
+        ctx.save_for_backward(gate, up)
+        if kernels := kernels_for(gate):
+            y = torch.empty_like(gate)
+            kernels.gelu_forward(y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
+            return y
+        return F.gelu(gate, approximate="tanh") * up
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        gate, up, activation = ctx.saved_tensors
+        gate, up = ctx.saved_tensors
+        if kernels := kernels_for(gate):
+            grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+            places = (tensor.data_ptr() for tensor in (grad_gate, grad_up, grad, gate, up))
+            kernels.gelu_backward(*places, gate.numel())
+            return grad_gate, grad_up
+        activation = F.gelu(gate, approximate="tanh")
         return torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"), activation * grad
