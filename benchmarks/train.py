@@ -146,7 +146,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
 
     (scratch / "rows.json").write_text(json.dumps(training))
     in_order = Batches(as_dataset(training), batch, config.trainer.micro_batch_tokens, seed=None)
-    expected = estimate(config, base_folder, weights_dtype(), *largest_micro_batch(in_order), longest)
+    expected = estimate(config, base_folder, weights_dtype(), *largest_micro_batch(in_order))
     initial = scratch / "initial.safetensors"
     evaluator = Evaluator(base_folder, lora, held_out, config.trainer.micro_batch_tokens)
     before = evaluator.begin(config.seed, initial)

@@ -45,7 +45,7 @@ def kernels_for(*tensors: Tensor) -> ctypes.CDLL | None:
 @cache
 def _library() -> ctypes.CDLL | None:
     openmp = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
-    if openmp is None or not NEEDED <= set(processor_flags().split()):
+    if openmp is None or not set(processor_flags().split()) >= NEEDED:
         return None
     ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own pool of threads
     try:
