@@ -15,10 +15,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from training.kernels import kernels_for
+from training.packing import attend
 
 
 def speed_up(model: PeftModel) -> None:
-    """Give the LoRA layers, RMS norms and gated MLPs of a Gemma their faster forward, in place.
+    """Give the LoRA layers, RMS norms, attentions and gated MLPs of a Gemma their faster forward, in place.
 
     Layers this does not hold for (dropout, DoRA, quantized or biased base, several adapters) keep peft's own.
     """
@@ -29,6 +30,8 @@ def speed_up(model: PeftModel) -> None:
             module.forward = types.MethodType(_lora_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
+        elif kind.startswith("Gemma") and kind.endswith("Attention"):
+            module.forward = types.MethodType(_attention_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("MLP") and module.config.hidden_activation in _TANH_GELU:
             module.forward = types.MethodType(_mlp_forward, module)
 
@@ -59,10 +62,10 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        a, b = lora_a.to(x.dtype), (lora_b.T * scale).to(x.dtype).contiguous()
-        low = _narrow(rows, a)
-        y = _add_wide(_product(rows, weight.T), low, b)
+        rows = x.reshape(-1, x.shape[-1])
+        a, b = lora_a.to(x.dtype), (lora_b * scale).to(x.dtype)
+        low = rows @ a.T
+        y = _product(rows, weight.T).addmm_(low, b.T)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
         return y.view(*x.shape[:-1], -1)
@@ -70,48 +73,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-        grad_low = _narrow(grad_rows, b)
-        grad_a = _gather(grad_low, rows, 1.0)
-        grad_b = _gather(low, grad_rows, ctx.scale).T
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_low = grad_rows @ b
+        grad_a = (grad_low.T @ rows).float()
+        grad_b = (grad_rows.T @ low).float().mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the frozen embedding
-            grad_x = _add_wide(_product(grad_rows, weight), grad_low, a).view(*grad.shape[:-1], -1)
+            grad_x = _product(grad_rows, weight).addmm_(grad_low, a).view(*grad.shape[:-1], -1)
         return grad_x, None, grad_a, grad_b, None
-
-
-def _kernels_for_thin(rows: Tensor, thin: Tensor) -> Any:
-    """The kernels for products of [rows, size] with LoRA's [r, size]."""
-    return kernels_for(rows, thin) if len(thin) % 8 == 0 else None
-
-
-def _narrow(rows: Tensor, thin: Tensor) -> Tensor:
-    """rows @ thin.T, [rows, r]."""
-    kernels = _kernels_for_thin(rows, thin)
-    if kernels is None:
-        return rows @ thin.T
-    low = rows.new_empty(len(rows), len(thin))
-    kernels.narrow(low.data_ptr(), rows.data_ptr(), thin.data_ptr(), *rows.shape, len(thin))
-    return low
-
-
-def _add_wide(y: Tensor, low: Tensor, thin: Tensor) -> Tensor:
-    """y + low @ thin, in place."""
-    kernels = _kernels_for_thin(y, thin)
-    if kernels is None:
-        return y.addmm_(low, thin)
-    kernels.add_wide(y.data_ptr(), low.data_ptr(), thin.data_ptr(), *y.shape, len(thin))
-    return y
-
-
-def _gather(low: Tensor, rows: Tensor, factor: float) -> Tensor:
-    """factor · lowᵀ @ rows, [r, size], float32."""
-    kernels = kernels_for(rows) if low.shape[1] % 8 == 0 else None
-    if kernels is None:
-        return (low.T @ rows).float().mul_(factor)
-    sums = rows.new_empty(low.shape[1], rows.shape[1], dtype=torch.float32)
-    kernels.gather(sums.data_ptr(), low.data_ptr(), rows.data_ptr(), factor, *rows.shape, low.shape[1])
-    return sums
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -202,3 +171,46 @@ class _GatedGelu(torch.autograd.Function):
             return grad_gate, grad_up
         activation = F.gelu(gate, approximate="tanh")
         return torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"), activation * grad
+
+
+def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own, but for packed rows and where the kernels can norm and turn queries and keys in one pass."""
+    layout = kwargs.get("layout")
+    cos, sin = position_embeddings
+    if layout is None or not kernels_for(hidden_states, cos) or cos.shape[-1] % 32:
+        return type(self).forward(self, hidden_states, position_embeddings, *args, **kwargs)
+    query, key, value = (
+        part(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    query = _Turn.apply(query, getattr(self, "q_norm", None), cos, sin)
+    key = _Turn.apply(key, getattr(self, "k_norm", None), cos, sin)
+    softcap = getattr(self, "attn_logit_softcapping", None)
+    out = attend(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
+    return self.o_proj(out.flatten(1)[None]), None
+
+
+class _Turn(torch.autograd.Function):
+    """Rotary embedding of x [tokens, heads, size] after its RMSNorm, if it has one; cos and sin [1, tokens, size]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        kernels = kernels_for(x)
+        assert kernels is not None
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
+        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        kernels.turn_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), None if scale is None else scale.data_ptr(),
+                             eps, cos.data_ptr(), sin.data_ptr(), *x.shape)  # fmt: skip
+        ctx.save_for_backward(x, inverse, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, inverse, scale, cos, sin = ctx.saved_tensors
+        kernels = kernels_for(x)
+        assert kernels is not None
+        grad_x, grad = torch.empty_like(x), grad.contiguous()
+        kernels.turn_backward(grad_x.data_ptr(), grad.data_ptr(), x.data_ptr(), inverse.data_ptr(),
+                              None if scale is None else scale.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+                              *x.shape)  # fmt: skip
+        return grad_x, None, None, None

@@ -1,7 +1,7 @@
 """kernels.c for torch: the small operations of a LoRA step on a CPU that computes in bfloat16, where it can.
 
 Measured with Gemma 3 270M on two cores of a Xeon: of a step in torch's own operations, the frozen matrices' products are
-a third; casts, norms, softmaxes and LoRA's thin products are the rest. Where there is no compiler, no AVX-512 with
+a third; casts, norms, activations and softmaxes are most of the rest. Where there is no compiler, no AVX-512 with
 bfloat16, on a GPU or in float32, every caller keeps to torch.
 """
 
@@ -24,9 +24,6 @@ FUNCTIONS = {
     "turn_backward": "pppppppiii",
     "gelu_forward": "pppl",
     "gelu_backward": "pppppl",
-    "narrow": "pppiii",
-    "add_wide": "pppiii",
-    "gather": "pppfiii",
     "attention_softmax": "pppffiiii",
     "vocabulary_softmax": "ppppfii",
     "add_rescaled": "pppii",

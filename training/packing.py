@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from training.kernels import kernels_for
+
 ROUND = 64  # tokens of a pack: oneDNN builds and keeps a kernel for every new shape, so there are to be few
 SEGMENT_ROUND = 32
 QUERIES = 256  # of a segment at a time, and
@@ -151,7 +153,14 @@ def _packed_attention(
     if query.is_cuda:
         return _flex_attention(query, key, value, layout, scaling, sliding_window, softcap), None
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return _SegmentAttention.apply(query, key, value, layout.blocks(sliding_window), scaling, softcap)[None], None
+    return attend(query, key, value, layout, scaling, sliding_window, softcap)[None], None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention of packed rows on a CPU: query [tokens, heads, size], key and value [tokens, groups, size]."""
+    return _SegmentAttention.apply(query, key, value, layout.blocks(window), scale, softcap)
 
 
 AttentionInterface.register("packed", _packed_attention)
@@ -197,7 +206,12 @@ class _SegmentAttention(torch.autograd.Function):
         ctx.arguments = blocks, scale, softcap
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         for block in blocks:
-            probability, _ = _probability(block.of_queries(query, key), block.of_keys(key), block, scale, softcap)
+            queries, keys = block.of_queries(query, key), block.of_keys(key)
+            if kernels := kernels_for(query):
+                probability = queries @ keys.mT
+                _softmax(kernels, probability, None, block, scale, softcap)
+            else:
+                probability, _ = _probability(queries, keys, block, scale, softcap)
             block.put(out, probability.to(query.dtype) @ block.of_keys(value))
         return out
 
@@ -210,12 +224,16 @@ class _SegmentAttention(torch.autograd.Function):
         for block in blocks:
             queries, keys, values = block.of_queries(query, key), block.of_keys(key), block.of_keys(value)
             grads = block.of_queries(grad, key)  # those of padding are zero: nobody reads its output
-            probability, slope = _probability(queries, keys, block, scale, softcap)
+            if kernels := kernels_for(query):
+                probability, grad_score = queries @ keys.mT, grads @ values.mT
+                _softmax(kernels, probability, grad_score, block, scale, softcap)
+            else:
+                probability, slope = _probability(queries, keys, block, scale, softcap)
+                grad_score = torch._softmax_backward_data((grads @ values.mT).float(), probability, -1, torch.float32)
+                if slope is not None:
+                    grad_score.mul_(slope)
+                grad_score = grad_score.mul_(scale).to(grad.dtype)
             block.add(grad_value, probability.to(grad.dtype).mT @ grads)
-            grad_score = torch._softmax_backward_data((grads @ values.mT).float(), probability, -1, torch.float32)
-            if slope is not None:
-                grad_score.mul_(slope)
-            grad_score = grad_score.mul_(scale).to(grad.dtype)
             block.put(grad_query, grad_score @ keys)
             block.add(grad_key, grad_score.mT @ queries)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
@@ -290,6 +308,16 @@ def _blocks(segments: list[Segment], padding: int, window: int | None) -> Iterat
                     torch.tensor([tokens(segment, first - hidden, end) for segment in members]),
                     torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf")),
                 )
+
+
+def _softmax(
+    kernels: Any, score: Tensor, grad: Tensor | None, block: "Block", scale: float, softcap: float | None
+) -> None:
+    """`_probability` in place; given the gradients of the probabilities, they become those of the scores."""
+    count, keys = block.bias.shape[0], block.bias.shape[-1]
+    group = score.shape[1] // count
+    kernels.attention_softmax(score.data_ptr(), None if grad is None else grad.data_ptr(), block.bias.data_ptr(), scale,
+                              softcap or 0.0, len(score), count, group, keys)  # fmt: skip
 
 
 def _probability(
