@@ -118,8 +118,9 @@ def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base
 
 @pytest.mark.slow
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, tmp_path: Path) -> None:
-    result = run(tmp_path, f"model.path={base_folder}", "task.data.train_rows=32", "task.train.batch_size=32")
+    """Of a task whose packs differ in length: freed memory is then in pieces that do not fit the next."""
+    result = run(tmp_path, f"model.path={base_folder}", "task=squid_game", "task.data.train_rows=40")
     assert result.returncode == 0, result.stderr
-    (file,) = tmp_path.glob("runs/slang/*/evaluation.json")
+    (file,) = tmp_path.glob("runs/squid_game/*/evaluation.json")
     figures = json.loads(file.read_text())
     assert figures["memory_estimate_gib"] == pytest.approx(figures["peak_memory_gib"], rel=0.2)
