@@ -170,14 +170,16 @@ AttentionInterface.register("packed", _packed_attention)
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled on first use, once for packs of any length: uncompiled, attention and its mask both hold a
     number for every pair of tokens."""
+    # Some forms are left: lengths that 128 divides, one block, training or not. At 8 of them torch goes on uncompiled.
+    torch._dynamo.config.recompile_limit = 32
     return torch.compile(function, dynamic=True)
 
 
 def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    attend = _compiled(flex_attention) if query.is_cuda else flex_attention
-    out = attend(
+    flex = _compiled(flex_attention) if query.is_cuda else flex_attention
+    out = flex(
         query, key, value, score_mod=_soft_cap(softcap) if softcap else None, block_mask=layout.block_mask(window),
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
