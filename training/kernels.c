@@ -61,19 +61,15 @@ static inline float norm_of(const bf16 *x, int size, float eps) {
     return 1 / __builtin_sqrtf(_mm512_reduce_add_ps(sum) / size + eps);
 }
 
-/* y = x / √(mean(x²) + eps) · scale, plus earlier where it is given, over rows of `size`; the factor 1 / √… of each row
-goes to `inverse`. */
-void norm_forward(bf16 *y, float *inverse, const bf16 *x, const float *scale, const bf16 *earlier, float eps, int rows,
-                  int size) {
+/* y = x / √(mean(x²) + eps) · scale, over rows of `size`; the factor 1 / √… of each row goes to `inverse`. */
+void norm_forward(bf16 *y, float *inverse, const bf16 *x, const float *scale, float eps, int rows, int size) {
 #pragma omp parallel for
     for (int row = 0; row < rows; row++) {
         const bf16 *from = x + (size_t)row * size;
         bf16 *to = y + (size_t)row * size;
         Numbers factor = all(inverse[row] = norm_of(from, size, eps));
-        for (int i = 0; i < size; i += 16) {
-            Numbers value = _mm512_mul_ps(_mm512_mul_ps(get(from + i), factor), _mm512_loadu_ps(scale + i));
-            put(to + i, earlier ? _mm512_add_ps(value, get(earlier + (size_t)row * size + i)) : value);
-        }
+        for (int i = 0; i < size; i += 16)
+            put(to + i, _mm512_mul_ps(_mm512_mul_ps(get(from + i), factor), _mm512_loadu_ps(scale + i)));
     }
 }
 

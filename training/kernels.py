@@ -1,8 +1,8 @@
 """kernels.c for torch: the small operations of a LoRA step on a CPU that computes in bfloat16, where it can.
 
 Measured with Gemma 3 270M on two cores of a Xeon: of a step in torch's own operations, the frozen matrices' products
-are a third; casts, norms, activations, softmaxes and copies are most of the rest. Where there is no compiler, no AVX-512
-with bfloat16, on a GPU or in float32, every caller keeps to torch.
+are a third; casts, norms, activations, softmaxes and copies are most of the rest. Without a compiler or AVX-512 for
+bfloat16, on a GPU or in float32, every caller keeps to torch.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 # What each takes: p a pointer (None: not given), i an int32, l a ptrdiff_t, f a float32.
 FUNCTIONS = {
-    "norm_forward": "pppppfii",
+    "norm_forward": "ppppfii",
     "norm_backward": "pppppii",
     "turn_forward": "ppppfppiii",
     "turn_backward": "pppppppiii",

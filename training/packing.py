@@ -310,10 +310,8 @@ class Tables(NamedTuple):
     padding: int
 
     def arguments(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Attention:
-        return Attention(
-            *(part.data_ptr() for part in self[:4]), len(self.items), query.shape[1], *key.shape[1:], self.padding, scale,
-            softcap or 0.0,
-        )  # fmt: skip
+        places = (part.data_ptr() for part in (self.items, self.queries, self.keys, self.bias))
+        return Attention(*places, len(self.items), query.shape[1], *key.shape[1:], self.padding, scale, softcap or 0.0)
 
 
 def _tables(blocks: list[Block], padding: int) -> Tables:
