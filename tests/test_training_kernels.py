@@ -12,7 +12,7 @@ from torch import Tensor
 from training import c_library, kernels
 from training.cross_entropy import linear_cross_entropy
 from training.fast_layers import _GatedGelu, _RMSNorm, speed_up
-from training.packing import pack, use_packed_attention
+from training.packing import attend, pack, use_packed_attention
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
@@ -70,6 +70,24 @@ def test_output_layer(softcap: float | None) -> None:
     loss.sum().backward()
     exact.sum().backward()
     assert error(hidden.grad, exact_hidden.grad) < 0.01
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 5.0), (16, 5.0)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_attention_in_tiles(window: int | None, softcap: float | None, groups: int) -> None:
+    torch.manual_seed(0)
+    layout = pack(ROWS).layout
+    real = [place for one in layout.segments for place in range(one.start, one.start + one.length)]
+    parts = [torch.randn(layout.positions.shape[1], heads, 64).bfloat16() for heads in (4, groups, groups)]
+    weight = torch.randn(len(real), 4, 64).bfloat16()
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [part.detach().to(dtype).requires_grad_() for part in parts]
+        out = attend(*leaves, layout, 0.2, window, softcap)[real]
+        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+
+    for fast, exact in zip(results(torch.bfloat16), results(torch.float32), strict=True):
+        assert error(fast, exact) < 0.01
 
 
 def with_lora(family: str) -> PeftModel:

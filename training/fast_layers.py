@@ -108,7 +108,7 @@ class _RMSNorm(torch.autograd.Function):
         if kernels := kernels_for(x):
             x, scale = x.contiguous(), 1 + weight.float()
             y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-            kernels.norm_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), None, eps,
+            kernels.norm_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), eps,
                                  inverse.numel(), x.shape[-1])  # fmt: skip
             ctx.save_for_backward(x, inverse, scale)
             return y
@@ -123,8 +123,8 @@ class _RMSNorm(torch.autograd.Function):
         x, inverse, scale = ctx.saved_tensors
         if kernels := kernels_for(x):
             grad_x, grad = torch.empty_like(x), grad.contiguous()
-            kernels.norm_backward(grad_x.data_ptr(), grad.data_ptr(), x.data_ptr(), inverse.data_ptr(), scale.data_ptr(),
-                                  inverse.numel(), x.shape[-1])  # fmt: skip
+            places = (part.data_ptr() for part in (grad_x, grad, x, inverse, scale))
+            kernels.norm_backward(*places, inverse.numel(), x.shape[-1])
             return grad_x, None, None
         if x.is_cuda:  # whose kernel for LayerNorm takes no float32 scale for a bfloat16 x
             return _norm_gradient(grad, x, inverse, scale), None, None
@@ -199,8 +199,8 @@ class _Turn(torch.autograd.Function):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
         y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        kernels.turn_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), None if scale is None else scale.data_ptr(),
-                             eps, cos.data_ptr(), sin.data_ptr(), *x.shape)  # fmt: skip
+        kernels.turn_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr() if norm else None, eps,
+                             cos.data_ptr(), sin.data_ptr(), *x.shape)  # fmt: skip
         ctx.save_for_backward(x, inverse, scale, cos, sin)
         return y
 

@@ -6,6 +6,7 @@ through the layers are neither padding nor repetition, and yet every hidden stat
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import byref
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby, islice, takewhile
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from training.kernels import kernels_for
+from training.kernels import Attention, kernels_for
 
 ROUND = 64  # tokens of a pack: oneDNN builds and keeps a kernel for every new shape, so there are to be few
 SEGMENT_ROUND = 32
@@ -46,6 +47,7 @@ class Layout:
     positions: Tensor
     segments: list[Segment]
     _blocks: dict[int | None, list["Block"]] = field(default_factory=dict)
+    _tables: dict[int | None, "Tables"] = field(default_factory=dict)
     _named: Tensor | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
@@ -53,6 +55,11 @@ class Layout:
         if window not in self._blocks:
             self._blocks[window] = list(_blocks(self.segments, self.positions.shape[1] - 1, window))
         return self._blocks[window]
+
+    def tables(self, window: int | None) -> "Tables":
+        if window not in self._tables:
+            self._tables[window] = _tables(self.blocks(window), self.positions.shape[1] - 1)
+        return self._tables[window]
 
     def to(self, device: torch.device) -> "Layout":
         named = self._names().to(device, non_blocking=True) if device.type == "cuda" else None
@@ -160,6 +167,9 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attention of packed rows on a CPU: query [tokens, heads, size], key and value [tokens, groups, size]."""
+    kernels = kernels_for(query, key, value)
+    if kernels and kernels.has_amx:
+        return _TileAttention.apply(query, key, value, layout.tables(window), scale, softcap)
     return _SegmentAttention.apply(query, key, value, layout.blocks(window), scale, softcap)
 
 
@@ -208,12 +218,7 @@ class _SegmentAttention(torch.autograd.Function):
         ctx.arguments = blocks, scale, softcap
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)
         for block in blocks:
-            queries, keys = block.of_queries(query, key), block.of_keys(key)
-            if kernels := kernels_for(query):
-                probability = queries @ keys.mT
-                _softmax(kernels, probability, None, block, scale, softcap)
-            else:
-                probability, _ = _probability(queries, keys, block, scale, softcap)
+            probability, _ = _probability(block.of_queries(query, key), block.of_keys(key), block, scale, softcap)
             block.put(out, probability.to(query.dtype) @ block.of_keys(value))
         return out
 
@@ -226,16 +231,12 @@ class _SegmentAttention(torch.autograd.Function):
         for block in blocks:
             queries, keys, values = block.of_queries(query, key), block.of_keys(key), block.of_keys(value)
             grads = block.of_queries(grad, key)  # those of padding are zero: nobody reads its output
-            if kernels := kernels_for(query):
-                probability, grad_score = queries @ keys.mT, grads @ values.mT
-                _softmax(kernels, probability, grad_score, block, scale, softcap)
-            else:
-                probability, slope = _probability(queries, keys, block, scale, softcap)
-                grad_score = torch._softmax_backward_data((grads @ values.mT).float(), probability, -1, torch.float32)
-                if slope is not None:
-                    grad_score.mul_(slope)
-                grad_score = grad_score.mul_(scale).to(grad.dtype)
+            probability, slope = _probability(queries, keys, block, scale, softcap)
             block.add(grad_value, probability.to(grad.dtype).mT @ grads)
+            grad_score = torch._softmax_backward_data((grads @ values.mT).float(), probability, -1, torch.float32)
+            if slope is not None:
+                grad_score.mul_(slope)
+            grad_score = grad_score.mul_(scale).to(grad.dtype)
             block.put(grad_query, grad_score @ keys)
             block.add(grad_key, grad_score.mT @ queries)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
@@ -312,14 +313,78 @@ def _blocks(segments: list[Segment], padding: int, window: int | None) -> Iterat
                 )
 
 
-def _softmax(
-    kernels: Any, score: Tensor, grad: Tensor | None, block: "Block", scale: float, softcap: float | None
-) -> None:
-    """`_probability` in place; given the gradients of the probabilities, they become those of the scores."""
-    count, keys = block.bias.shape[0], block.bias.shape[-1]
-    group = score.shape[1] // count
-    kernels.attention_softmax(score.data_ptr(), None if grad is None else grad.data_ptr(), block.bias.data_ptr(), scale,
-                              softcap or 0.0, len(score), count, group, keys)  # fmt: skip
+class Tables(NamedTuple):
+    """All blocks of a layout as kernels.c takes them, a segment of a block to an item.
+
+    Attributes:
+        items: [items, 6], int32: where its queries begin, how many, where its keys begin, how many, where its bias
+            begins, and how many keys, each item's rounded up, the items before it have.
+        queries, keys: int32, tokens.
+        bias: float32.
+        sums: keys of all items, each item's rounded up.
+        padding: some token that belongs to no segment.
+    """
+
+    items: Tensor
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor
+    sums: int
+    padding: int
+
+    def arguments(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Attention:
+        places = (part.data_ptr() for part in (self.items, self.queries, self.keys, self.bias))
+        return Attention(*places, len(self.items), query.shape[1], *key.shape[1:], self.padding, scale, softcap or 0.0)
+
+
+def _tables(blocks: list[Block], padding: int) -> Tables:
+    items: list[list[int]] = []
+    keys: list[Tensor] = []
+    places = [0] * 4  # past the last: queries, keys, bias, sums
+    for block in blocks:
+        count, seen = block.bias.shape[0], block.bias.shape[-1]
+        for own in block.own:
+            items.append([places[0], count, places[1], seen, places[2], places[3]])
+            keys.append(torch.cat([torch.arange(block.earlier.start, block.earlier.stop), own]))
+            places = [places[0] + count, places[1] + seen, places[2], places[3] - (-seen // 32) * 32]
+        places[2] += block.bias.numel()
+    nothing = torch.zeros(0)  # of a pack of padding alone
+    return Tables(
+        torch.tensor(items, dtype=torch.int32).view(-1, 6),
+        torch.cat([block.queries.flatten() for block in blocks] or [nothing]).int(),
+        torch.cat(keys or [nothing]).int(),
+        torch.cat([block.bias.flatten() for block in blocks] or [nothing]),
+        places[3],
+        padding,
+    )
+
+
+class _TileAttention(torch.autograd.Function):
+    """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, tables, scale, softcap):  # type: ignore[no-untyped-def]
+        query, key, value = (part.contiguous() for part in (query, key, value))
+        ctx.save_for_backward(query, key, value)
+        ctx.arguments = tables, scale, softcap
+        out = torch.zeros_like(query)
+        kernels_for(query).attention_forward(
+            *(part.data_ptr() for part in (out, query, key, value)), byref(tables.arguments(query, key, scale, softcap))
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        query, key, value = ctx.saved_tensors
+        tables, scale, softcap = ctx.arguments
+        grad, grad_query = grad.contiguous(), torch.zeros_like(query)
+        grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+        sums = torch.empty(tables.sums, 2, *key.shape[1:])
+        kernels_for(query).attention_backward(
+            *(part.data_ptr() for part in (grad_query, grad_key, grad_value, sums, grad, query, key, value)),
+            byref(tables.arguments(query, key, scale, softcap)),
+        )
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _probability(
