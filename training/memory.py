@@ -30,7 +30,7 @@ GIB = 2**30
 PROCESS = 1.15 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
 # Over what is kept: gradients and temporary results, in peft's own layers in float32, and gaps in the heap, more where
 # packs differ in length (1.3 times with packs of 4,032 tokens, 1.6 times with some of 1,000 to 1,500).
-BACKWARD, BACKWARD_OF_PEFT = 1.45, 2.0
+BACKWARD, BACKWARD_OF_PEFT = 1.45, 1.6
 # Bytes a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 of those.
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
