@@ -27,10 +27,10 @@ from training.cross_entropy import BLOCK
 from training.load_model import add_lora
 
 GIB = 2**30
-PROCESS = 1.15 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
+PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
 # Over what is kept: gradients and temporary results, in peft's own layers in float32, and gaps in the heap, more where
-# packs differ in length (1.3 times with packs of 4,032 tokens, 1.6 times with some of 1,000 to 1,500).
-BACKWARD, BACKWARD_OF_PEFT = 1.45, 1.6
+# packs differ in length (1.0 times with rows of 4096, 1.5 times with packs of 1,000 to 1,500 tokens).
+BACKWARD, BACKWARD_OF_PEFT = 1.18, 1.5
 # Bytes a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 of those.
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
