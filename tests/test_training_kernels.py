@@ -1,6 +1,7 @@
 """The kernels of a CPU compute what torch computes, to the last bit of bfloat16 or nearly so."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import FAMILIES, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from training import c_library, kernels
+from training import kernels
 from training.cross_entropy import linear_cross_entropy
 from training.fast_layers import _GatedGelu, _RMSNorm, speed_up
 from training.packing import attend, pack, use_packed_attention
@@ -148,8 +149,8 @@ def test_without_a_compiler_training_says_so_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(c_library.shutil, "which", lambda name: None)
-    monkeypatch.setattr(kernels, "_library", kernels.cache(kernels._library.__wrapped__))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(kernels, "_library", cache(kernels._library.__wrapped__))
     x = torch.randn(4, 32).bfloat16()
     assert kernels.kernels_for(x) is None
     assert "no C compiler is installed" in capsys.readouterr().out

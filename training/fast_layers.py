@@ -199,8 +199,10 @@ class _Turn(torch.autograd.Function):
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
         y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        kernels.turn_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr() if norm else None, eps,
-                             cos.data_ptr(), sin.data_ptr(), *x.shape)  # fmt: skip
+        place = None if scale is None else scale.data_ptr()
+        kernels.turn_forward(
+            y.data_ptr(), inverse.data_ptr(), x.data_ptr(), place, eps, cos.data_ptr(), sin.data_ptr(), *x.shape
+        )
         ctx.save_for_backward(x, inverse, scale, cos, sin)
         return y
 
