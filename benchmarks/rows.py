@@ -9,6 +9,7 @@ from itertools import accumulate, chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.prepare import prepare
@@ -68,6 +69,11 @@ def pieces(rows: list[Row], length: int) -> list[Row]:
     cut = range(0, len(stream) - length + 2, length - 1)
     return [{"input_ids": [bos, *stream[at : at + length - 1]], "learned": [[first, length]]}
             for at in cut]  # fmt: skip
+
+
+def as_dataset(rows: list[Row]) -> Dataset:
+    """As training/batches.py takes them."""
+    return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
 
 
 def text_task(config: DictConfig, column: str) -> DictConfig:

@@ -189,7 +189,7 @@ def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, pef
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
         check_heads(config, Path(folder))
-        need = estimate(config, Path(folder), torch.bfloat16, tokens, tokens // 2, own.length)
+        need = estimate(config, Path(folder), torch.bfloat16, tokens, tokens // 2)
 
     targets = list(config.peft.target_modules)
     flops = flops_of(architecture, [own.length] * rows_at_once, tokens // 2, config.peft.r, targets)

@@ -115,11 +115,11 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from training.__main__ import quiet_libraries
 
     quiet_libraries()
-    from datasets import Dataset
     from lightning.pytorch import Callback, Trainer
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
+    from benchmarks.rows import as_dataset
     from training.base_model import describe
     from training.batches import Batches
     from training.gemma_lora import GemmaLoRA
@@ -152,8 +152,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
         trainer,
     )  # fmt: skip
     model.load_state_dict(load_file(job.initial))
-    rows = Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in job.read_rows()])
-    trainer.fit(model, Batches(rows, job.batch, job.micro_batch_tokens, seed=None))
+    trainer.fit(model, Batches(as_dataset(job.read_rows()), job.batch, job.micro_batch_tokens, seed=None))
     return model.state_dict()
 
 

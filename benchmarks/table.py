@@ -77,6 +77,7 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"output layer's: {best[dtype]:.2f} s, {data['tokens'] / best[dtype]:,.0f} tokens/s"
         for dtype in ("bfloat16", "float32")
     )
+    expected = result.get("memory_expected_gib")  # not in what was measured before November 2026
     peak = f" The GPU's peak is {rates['gpu_peak'] / 1e12:,.0f} TFLOP/s." if rates["gpu_peak"] else ""
     return [
         f"{data['source']}: {data['rows']} {rows}, {data['tokens']:,} tokens, {data['learned']:,} of them learned. "
@@ -86,6 +87,7 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"{flops['adapters'] / flops['total']:.0%} adapters, {flops['attention'] / flops['total']:.0%} attention, "
         f"{flops['output'] / flops['total']:.0%} output layer). Matrix products alone reach here: {least}.{peak}",
         f"Held-out loss before training: {result['held_out_loss_before']:.4f}, on {data['held_out_rows']} rows.",
+        *([f"This project expected to need {expected:.2f} GiB of memory."] if expected else []),
     ]
 
 

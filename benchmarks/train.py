@@ -117,13 +117,15 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from transformers import AutoConfig
 
     from benchmarks import ceiling
-    from benchmarks.rows import read_rows
+    from benchmarks.rows import as_dataset, read_rows
     from benchmarks.systems import Job
     from training.__main__ import describe_environment, quiet_libraries
     from training.flops import flops_of
 
     quiet_libraries()
+    from training.batches import Batches
     from training.gemma_lora import weights_dtype
+    from training.memory import GIB, estimate, largest_micro_batch
 
     on_gpu, settings = config.trainer.accelerator == "gpu", config.task.train
     step_tokens, peer_tokens = (32_768, 8192) if on_gpu else (4096, 2048)
@@ -143,6 +145,8 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     lora = {key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")}
 
     (scratch / "rows.json").write_text(json.dumps(training))
+    in_order = Batches(as_dataset(training), batch, config.trainer.micro_batch_tokens, seed=None)
+    expected = estimate(config, base_folder, weights_dtype(), *largest_micro_batch(in_order))
     initial = scratch / "initial.safetensors"
     evaluator = Evaluator(base_folder, lora, held_out, config.trainer.micro_batch_tokens)
     before = evaluator.begin(config.seed, initial)
@@ -200,6 +204,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
             dtype: ceiling.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
         },
         "held_out_loss_before": before,
+        "memory_expected_gib": expected.total / GIB,
         "systems": systems,
     }  # fmt: skip
 
@@ -388,13 +393,12 @@ class Evaluator:
 
     def _loss(self, model: Any) -> float:
         import torch
-        from datasets import Dataset
 
+        from benchmarks.rows import as_dataset
         from training.batches import Batches, held_out_loss
 
-        rows = Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in self.rows])
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        loss = held_out_loss(model.get_base_model(), Batches(rows, 32, self.budget, seed=None))
+        loss = held_out_loss(model.get_base_model(), Batches(as_dataset(self.rows), 32, self.budget, seed=None))
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

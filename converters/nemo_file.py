@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from converters import nemo
 from converters.checkpoint import Adapter
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError
 from training.base_model import describe
-from training.load_model import load_base
+from training.load_model import load_base, load_tokenizer
 
 
 @dataclass
@@ -59,7 +59,7 @@ class NemoFile:
         base = load_base(base_folder, getattr(torch, self.dtype), quantization, torch.device(device))
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **self.peft))
         set_peft_model_state_dict(model, self.adapter)
-        return model.to(device).eval(), AutoTokenizer.from_pretrained(base_folder)
+        return model.to(device).eval(), load_tokenizer(base_folder)
 
 
 def read_nemo(path: Path) -> NemoFile:

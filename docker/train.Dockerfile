@@ -15,9 +15,10 @@ RUN sed -i '/^# --- environments/,$!d' Makefile && sed -i '/"torch==/!d' pyproje
 
 FROM ${BASE_IMAGE}
 # tini: what is process 1 gets no signal that it has no handler for, and `docker stop` must end in a checkpoint.
+# gcc: kernels are compiled for the processor that they find themselves on, when a training starts.
 # hadolint ignore=DL3008 # Debian and Ubuntu keep only the newest version of a package
 RUN export DEBIAN_FRONTEND=noninteractive && apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates make tini \
+    && apt-get install -y --no-install-recommends ca-certificates gcc libc6-dev make tini \
     && { python3 -c 'import ensurepip, venv' 2>/dev/null || apt-get install -y --no-install-recommends python3 python3-venv; } \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 

@@ -1,22 +1,24 @@
 """The benchmark gives every system the same work and tells their results apart."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, TINY, tiny_gemma
+from conftest import FAMILIES, ROOT, TINY, TINY_FAMILY, tiny_gemma
 from peft import LoraConfig, get_peft_model
 from test_training import ENVIRONMENT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import table
+from benchmarks.random_base import ARCHITECTURES
 from benchmarks.rows import pieces
 from benchmarks.systems import Job
-from benchmarks.train import Evaluator, run_rounds
+from benchmarks.train import Evaluator, main, run_rounds
 from training.flops import flops_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -129,6 +131,27 @@ def test_the_command_writes_one_table_from_what_it_measured(
     table.write_docs(tmp_path / "benchmarks/results")  # again: its section is replaced, not added
     assert (tmp_path / "docs/benchmarks.md").read_text() == text
     assert (tmp_path / "docs/benchmarks.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `random=gemma-2-2b length=4096` does on a GPU, with an architecture that a test can train."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {name: size for name, size in TINY.items() if not name.endswith("token_id")}
+    monkeypatch.setitem(ARCHITECTURES, "tiny", ("gemma2", {**sizes, **TINY_FAMILY["gemma2"], "vocab_size": 500}))
+    words = [f"task.data.source={ROOT}/data_prep/samples/slang.csv", f"model.path={tiny_base}", "random=tiny",
+             f"model.models_dir={tmp_path}", "systems=ours,hf-bf16-weights", "rows=16", "rounds=1", "warmup=1",
+             "length=64"]  # fmt: skip
+    main(words)
+    (file,) = (tmp_path / "benchmarks/results").glob("*tiny*.json")
+    found = json.loads(file.read_text())
+    assert found["model"] == "tiny (random weights)" and found["data"]["tokens"] == 64 * found["data"]["rows"]
+    assert all(len(system["rounds"]) == 1 for system in found["systems"].values())
+    assert found["held_out_loss_before"] == pytest.approx(math.log(500), abs=1)  # it has not learned anything
+    text = (tmp_path / "docs/benchmarks.md").read_text()
+    assert "This project expected to need" in text
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,8 @@ def two_machines(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.slow
 def test_two_machines_train_what_one_trains(two_machines: Path, alone: Path) -> None:
     assert_same_result(two_machines, alone)
+    logs = [file.read_text() for file in two_machines.rglob("*") if file.suffix in (".log", ".txt")]
+    assert logs and not any("without SLURM" in text for text in logs)  # NeMo's error, which is none
 
 
 @pytest.mark.slow

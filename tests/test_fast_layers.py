@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from training.fast_layers import speed_up
+from training.fast_layers import _norm_gradient, _RMSNorm, speed_up
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -39,7 +39,7 @@ def test_same_outputs_and_adapter_gradients(family: str) -> None:
     fast, fast_gradients = outputs_and_gradients(model, ids)
 
     norms_per_layer = {"gemma": 2, "gemma2": 4, "gemma3_text": 6}[family]
-    assert len(changed) == 3 * (7 + 1 + norms_per_layer) + 1, "a layer was left slow"
+    assert len(changed) == 3 * (7 + 1 + 1 + norms_per_layer) + 1, "a layer was left slow"
     torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
     assert fast_gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
@@ -61,3 +61,16 @@ def test_what_the_fast_path_cannot_do_stays_with_peft(options: dict[str, object]
     model = with_lora("gemma3_text", **options)
     speed_up(model)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module) and name.endswith("_proj")]
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_norm_s_gradient_is_the_same_by_the_formula_of_a_gpu(dtype: torch.dtype, close: float) -> None:
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True), torch.randn(2, 7, 64, dtype=dtype)
+    weight = torch.randn(64, dtype=dtype)
+    _RMSNorm.apply(x, weight, 1e-6).backward(grad)
+    wide = x.detach().float()
+    inverse = wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+    found = _norm_gradient(grad, x.detach(), inverse, 1 + weight.float())
+    assert found.dtype == dtype and x.grad is not None
+    torch.testing.assert_close(found, x.grad, rtol=close, atol=close)

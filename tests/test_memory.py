@@ -11,8 +11,10 @@ import torch
 from conftest import FAMILIES, ROOT, tiny_gemma
 
 from nemo_configs.command_line import load_config, plain
+from training.fast_layers import speed_up
 from training.load_model import add_lora, load_base
-from training.memory import estimate, free_memory
+from training.memory import estimate, free_memory, layer_bytes
+from training.packing import pack, use_packed_attention
 
 EIGHT = 8 * 2**30
 
@@ -22,7 +24,7 @@ EIGHT = 8 * 2**30
 def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Path) -> None:
     tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     config = load_config([f"peft={peft}"])
-    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500, longest=50)
+    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500)
     settings = plain(config.peft)
     quantization = settings.pop("quantization")
     base = load_base(tmp_path, torch.bfloat16, quantization, torch.device("cpu"))
@@ -37,9 +39,38 @@ def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Pa
     assert need.adapter == 2 * adapter and need.optimizer == 2 * adapter
 
 
+@pytest.mark.parametrize("words", [[], ["peft.use_dora=true"], ["peft.lora_dropout=0.1"]])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: list[str]) -> None:
+    gemma = tiny_gemma(family, torch.bfloat16, vocab_size=1000, hidden_size=256, intermediate_size=512, head_dim=64)
+    settings = plain(load_config(words).peft)
+    model = add_lora(gemma, {key: settings[key] for key in ("r", "lora_dropout", "use_dora", "target_modules")})
+    model.train()
+    speed_up(model)
+    use_packed_attention(gemma)
+    torch.manual_seed(0)
+    packed = pack(sorted([2, *torch.randint(3, 999, (300,)).tolist()] for _ in range(9)))
+    tokens = packed.ids.numel()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights and tensor.numel() % tokens == 0:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
+    assert hidden.last_hidden_state.requires_grad
+    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, ours=not words)
+    # The more is where queries and keys turn without kernels of our own (float32, another processor).
+    assert 0.92 < counted / sum(kept.values()) < 1.16
+
+
 def test_advice_is_worth_following(base_folder: Path) -> None:
     def total(*words: str, tokens: int = 4000) -> float:
-        return estimate(load_config(words), base_folder, torch.bfloat16, tokens, tokens // 3, 150).total
+        return estimate(load_config(words), base_folder, torch.bfloat16, tokens, tokens // 3).total
 
     assert total("peft=qlora") < total()
     assert total("task.train.gradient_checkpointing=true") < 0.6 * total()
@@ -87,8 +118,9 @@ def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base
 
 @pytest.mark.slow
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, tmp_path: Path) -> None:
-    result = run(tmp_path, f"model.path={base_folder}", "task.data.train_rows=32", "task.train.batch_size=32")
+    """Of a task whose packs differ in length: freed memory is then in pieces that do not fit the next."""
+    result = run(tmp_path, f"model.path={base_folder}", "task=squid_game", "task.data.train_rows=40")
     assert result.returncode == 0, result.stderr
-    (file,) = tmp_path.glob("runs/slang/*/evaluation.json")
+    (file,) = tmp_path.glob("runs/squid_game/*/evaluation.json")
     figures = json.loads(file.read_text())
     assert figures["memory_estimate_gib"] == pytest.approx(figures["peak_memory_gib"], rel=0.2)

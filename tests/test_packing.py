@@ -1,5 +1,7 @@
 """Packing changes what is computed once and what lies where, never the result."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_gemma
@@ -7,8 +9,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from training import packing
 from training.fast_layers import speed_up
-from training.packing import ROUND, Layout, _packed_attention, pack, shared_prefixes, use_packed_attention
+from training.packing import (
+    ROUND,
+    Layout,
+    _flex_attention,
+    _packed_attention,
+    pack,
+    shared_prefixes,
+    use_packed_attention,
+)
 
 BEGINNING = list(range(10, 40))
 OTHER = list(range(50, 74))
@@ -37,8 +48,9 @@ def gradients(model: PeftModel) -> dict[str, Tensor]:
 
 def hidden_of_rows(gemma: PreTrainedModel, rows: list[list[int]]) -> list[Tensor]:
     packed = pack(rows)
+    layout = packed.layout.to(gemma.device)
     hidden = gemma.model(
-        input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout, use_cache=False
+        input_ids=packed.ids.to(gemma.device), position_ids=layout.positions, layout=layout, use_cache=False
     ).last_hidden_state[0]
     return [hidden[[*prefix, *rest]] for prefix, rest in zip(packed.prefixes, packed.rests, strict=True)]
 
@@ -74,21 +86,47 @@ def test_flex_attention_of_a_gpu_sees_what_the_blocks_of_a_cpu_see(window: int |
     query, key, value = torch.randn(1, 4, tokens, 16), *torch.randn(2, 1, 2, tokens, 16)
     options = {"scaling": 0.25, "layout": layout, "sliding_window": window, "softcap": softcap}
     blocks, _ = _packed_attention(None, query, key, value, None, **options)  # type: ignore[arg-type]
-    from training.packing import _flex_attention
-
     flex = _flex_attention(query, key, value, layout, 0.25, window, softcap)
     real = [n for segment in layout.segments for n in range(segment.start, segment.start + segment.length)]
     torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
+
+
+def test_flex_attention_is_compiled_for_packs_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's tracer alone: what it does not trace anew, a GPU does not compile anew."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = packing._compiled.__wrapped__
+    for function in ("flex_attention", "create_block_mask"):
+        monkeypatch.setattr(packing, function, compiled(getattr(packing, function)))
+    generator = torch.Generator().manual_seed(0)
+    graphs = []
+    for longest in (90, 20, 33, 120, 50):
+        rows = [[2, *BEGINNING, *range(100, 103 + int(torch.randint(longest, (), generator=generator)))]
+                for _ in range(12)]  # fmt: skip
+        layout = pack(sorted(rows)).layout
+        for window in (None, 16):
+            tokens = layout.positions.shape[1]
+            query, key, value = torch.randn(1, 4, tokens, 16), *torch.randn(2, 1, 2, tokens, 16)
+            options = {"scaling": 0.25, "layout": layout, "sliding_window": window, "softcap": 50.0}
+            blocks, _ = _packed_attention(None, query, key, value, None, **options)  # type: ignore[arg-type]
+            flex = _flex_attention(query, key, value, layout, 0.25, window, 50.0)
+            real = [n for segment in layout.segments for n in range(segment.start, segment.start + segment.length)]
+            torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and graphs[1] == graphs[-1], "compiled again for a length or a window"
 
 
 def test_bfloat16_stays_close_to_float32() -> None:
     torch.manual_seed(0)
     layout = pack(ROWS).layout
     parts = [torch.randn(1, heads, layout.positions.shape[1], 32, requires_grad=True) for heads in (4, 1, 1)]
+    real = [n for segment in layout.segments for n in range(segment.start, segment.start + segment.length)]
 
     def result(dtype: torch.dtype) -> list[Tensor]:
         query, key, value = (part.to(dtype) for part in parts)
         out, _ = _packed_attention(None, query, key, value, None, scaling=0.2, layout=layout)  # type: ignore[arg-type]
+        out = out[:, real]
         return [out.float(), *torch.autograd.grad(out.float().square().sum(), parts)]
 
     for exact, rounded in zip(result(torch.float32), result(torch.bfloat16), strict=True):

@@ -112,7 +112,6 @@ def train(
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
     import torch
-    from transformers import AutoTokenizer
 
     from converters.nemo_file import read_nemo
     from data_prep.prompt import Prompt
@@ -121,13 +120,13 @@ def train(
     from training.batches import Batches, tokenize
     from training.fit import fit
     from training.gemma_lora import weights_dtype
-    from training.load_model import load_base
-    from training.memory import check_memory
+    from training.load_model import load_base, load_tokenizer
+    from training.memory import check_memory, give_back
     from training.progress import peak_memory_gib
 
     record(config, base_folder, data_folder, run_folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     splits: dict[str, Any] = {}
     left_out: dict[str, int] = {}
@@ -150,6 +149,7 @@ def train(
         base = load_base(base_folder, weights_dtype(), plain(config.peft)["quantization"], device).to(device).eval()
         write_json(before_file, measure(base, tokenizer, prompt, *measured))
         del base
+        give_back()
     before = json.loads(before_file.read_text())
     print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
     print(indent(before["answers"][0]), flush=True)
@@ -165,6 +165,7 @@ def train(
     else:
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive, identity, signals)
 
+    give_back()
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
     after = measure(model, tokenizer, prompt, *measured)
@@ -254,6 +255,8 @@ def quiet_libraries() -> None:
     for name in (lightning.pytorch.__name__, "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     nemo_logging.setLevel(logging.ERROR)
+    # NeMo calls several machines without Slurm an error, as it has not tried them; tests/test_distribute.py has.
+    logging.getLogger("nemo_logger").addFilter(lambda said: "multi-node training without SLURM" not in str(said.msg))
 
 
 def indent(text: str) -> str:

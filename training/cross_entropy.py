@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.kernels import kernels_for
+
 BLOCK = 2048  # vocabulary entries at a time: with 4096, the second product takes twice as long on two cores
 ROUND = 64  # tokens are padded to a multiple: few shapes, few kernels for oneDNN to build and keep
 
@@ -46,8 +48,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rounded_of = torch.empty_like(logits_of)
         probability_of = hidden.new_empty(tokens, block_size, dtype=torch.float32)
         part = torch.empty_like(hidden)
+        kernels = kernels_for(hidden, weight) if weight.shape[0] % BLOCK % 32 == 0 else None
+        factor = torch.empty_like(total)
         for start in range(0, weight.shape[0], BLOCK):
             block = weight[start : start + BLOCK]
+            if kernels:
+                logits = logits_of.flatten()[: tokens * len(block)].view(tokens, len(block))
+                torch.mm(hidden, block.T, out=logits)
+                kernels.vocabulary_softmax(logits.data_ptr(), maximum.data_ptr(), total.data_ptr(), factor.data_ptr(),
+                                           softcap or 0.0, *logits.shape)  # fmt: skip
+                torch.mm(logits, block, out=part)
+                kernels.add_rescaled(mean_weight.data_ptr(), part.data_ptr(), factor.data_ptr(), *part.shape)
+                continue
             logits, rounded, probability = (of[:, : len(block)] for of in (logits_of, rounded_of, probability_of))
             torch.mm(hidden, block.T, out=logits)
             slope = None
@@ -68,6 +80,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if softcap:
             tanh = torch.tanh(target_logit / softcap)
             target_logit, target_side = tanh * softcap, target_weight * (1 - tanh.square())
+        if kernels and softcap:  # they keep the maximum before the capping
+            maximum = torch.tanh(maximum / softcap) * softcap
         ctx.save_for_backward(mean_weight.div_(total).sub_(target_side).to(hidden.dtype)[:learned])
         return (maximum + total.log() - target_logit)[:learned, 0]
 

@@ -14,9 +14,12 @@ from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from training.kernels import kernels_for
+from training.packing import attend
+
 
 def speed_up(model: PeftModel) -> None:
-    """Give the LoRA layers, RMS norms and gated MLPs of a Gemma their faster forward, in place.
+    """Give the LoRA layers, RMS norms, attentions and gated MLPs of a Gemma their faster forward, in place.
 
     Layers this does not hold for (dropout, DoRA, quantized or biased base, several adapters) keep peft's own.
     """
@@ -27,6 +30,8 @@ def speed_up(model: PeftModel) -> None:
             module.forward = types.MethodType(_lora_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
+        elif kind.startswith("Gemma") and kind.endswith("Attention"):
+            module.forward = types.MethodType(_attention_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("MLP") and module.config.hidden_activation in _TANH_GELU:
             module.forward = types.MethodType(_mlp_forward, module)
 
@@ -100,6 +105,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        if kernels := kernels_for(x):
+            x, scale = x.contiguous(), 1 + weight.float()
+            y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+            kernels.norm_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), eps,
+                                 inverse.numel(), x.shape[-1])  # fmt: skip
+            ctx.save_for_backward(x, inverse, scale)
+            return y
         y = x.float()
         inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         scale = 1 + weight.float()
@@ -108,9 +120,16 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, inverse, scale = ctx.saved_tensors
+        if kernels := kernels_for(x):
+            grad_x, grad = torch.empty_like(x), grad.contiguous()
+            places = (part.data_ptr() for part in (grad_x, grad, x, inverse, scale))
+            kernels.norm_backward(*places, inverse.numel(), x.shape[-1])
+            return grad_x, None, None
+        if x.is_cuda:  # whose kernel for LayerNorm takes no float32 scale for a bfloat16 x
+            return _norm_gradient(grad, x, inverse, scale), None, None
         # LayerNorm's own kernel, told that the mean is 0, computes this gradient in one pass, less the mean over
         # features of scale · grad (which reaches x through the mean in LayerNorm, and not here).
-        x, inverse, scale = ctx.saved_tensors
         shape = [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(), x.contiguous(), shape, torch.zeros_like(inverse), inverse, scale, None,
@@ -118,6 +137,12 @@ class _RMSNorm(torch.autograd.Function):
         )  # fmt: skip
         mean = (grad.float() @ scale).div_(x.shape[-1]).unsqueeze(-1)
         return grad_x.add_(mean.mul_(inverse)), None, None
+
+
+def _norm_gradient(grad: Tensor, x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
+    """Of x in y = x · inverse · scale with inverse = 1 / √(mean(x²) + eps)."""
+    normed, grad_normed = x * inverse, grad * scale
+    return ((grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)) * inverse).to(x.dtype)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -129,11 +154,65 @@ class _GatedGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        activation = F.gelu(gate, approximate="tanh")
-        ctx.save_for_backward(gate, up, activation)
-        return activation * up
+        ctx.save_for_backward(gate, up)
+        if kernels := kernels_for(gate):
+            y = torch.empty_like(gate)
+            kernels.gelu_forward(y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
+            return y
+        return F.gelu(gate, approximate="tanh") * up
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-        gate, up, activation = ctx.saved_tensors
+        gate, up = ctx.saved_tensors
+        if kernels := kernels_for(gate):
+            grad, grad_gate, grad_up = grad.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+            places = (tensor.data_ptr() for tensor in (grad_gate, grad_up, grad, gate, up))
+            kernels.gelu_backward(*places, gate.numel())
+            return grad_gate, grad_up
+        activation = F.gelu(gate, approximate="tanh")
         return torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh"), activation * grad
+
+
+def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own, but for packed rows and where the kernels can norm and turn queries and keys in one pass."""
+    layout = kwargs.get("layout")
+    cos, sin = position_embeddings
+    if layout is None or not kernels_for(hidden_states, cos) or cos.shape[-1] % 32:
+        return type(self).forward(self, hidden_states, position_embeddings, *args, **kwargs)
+    query, key, value = (
+        part(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    query = _Turn.apply(query, getattr(self, "q_norm", None), cos, sin)
+    key = _Turn.apply(key, getattr(self, "k_norm", None), cos, sin)
+    softcap = getattr(self, "attn_logit_softcapping", None)
+    out = attend(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
+    return self.o_proj(out.flatten(1)[None]), None
+
+
+class _Turn(torch.autograd.Function):
+    """Rotary embedding of x [tokens, heads, size] after its RMSNorm, if it has one; cos and sin [1, tokens, size]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        kernels = kernels_for(x)
+        assert kernels is not None
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
+        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        place = None if scale is None else scale.data_ptr()
+        kernels.turn_forward(
+            y.data_ptr(), inverse.data_ptr(), x.data_ptr(), place, eps, cos.data_ptr(), sin.data_ptr(), *x.shape
+        )
+        ctx.save_for_backward(x, inverse, scale, cos, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        x, inverse, scale, cos, sin = ctx.saved_tensors
+        kernels = kernels_for(x)
+        assert kernels is not None
+        grad_x, grad = torch.empty_like(x), grad.contiguous()
+        kernels.turn_backward(grad_x.data_ptr(), grad.data_ptr(), x.data_ptr(), inverse.data_ptr(),
+                              None if scale is None else scale.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+                              *x.shape)  # fmt: skip
+        return grad_x, None, None, None

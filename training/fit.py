@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
-from transformers import AutoTokenizer
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
@@ -22,6 +21,7 @@ from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoin
 from training.distribute import AdapterParallel
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
 from training.identity import made_of, refuse_other
+from training.load_model import load_tokenizer
 from training.progress import RunProgress
 from training.stopping import Stopped, StopSignals
 
@@ -42,7 +42,7 @@ class AllEpochs:
 
 def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
     """`fit` for one of several processes, which have nothing in memory yet."""
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     training, validation = (
         tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,

@@ -18,7 +18,6 @@ from nemo.core.optim.optimizers import register_optimizer
 from omegaconf import DictConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from data_prep.prompt import Prompt
 from nemo_configs.command_line import UserError, plain
@@ -76,7 +75,6 @@ class GemmaLoRA(ModelPT):
                 f"{found['name']} with weights {found['sha256'][:12]}. Give the right base: model.path=/its/folder"
             )
         torch.manual_seed(cfg.seed)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.prompt = Prompt(**plain(cfg.prompt))
         device = (
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")

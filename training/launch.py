@@ -161,12 +161,9 @@ def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder:
         UserError: what stopped them, once: the sentence of one of them; `Lost`: which one died and how.
         SystemExit: with the workers' own exit code, where that says what a scheduler should do.
     """
-    import gc
+    from training.memory import give_back
 
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()  # a worker needs the memory that the base model was asked in
+    give_back()  # a worker needs the memory that the base model was asked in
     folders = [str(folder.resolve()) for folder in (run_folder, base_folder, data_folder)]
     store.set("folders", json.dumps(folders))
     watch(config, store, folders)

@@ -2,10 +2,12 @@
 
 Parameters are counted exactly, on the model built without memory (torch's meta device). Activations are the tensors
 that a layer keeps for its backward pass, summed over the architecture; they grow with the tokens in memory at once.
-Three constants are measured, on Gemma 3 270M with a CPU: see `make test`, tests/test_memory.py.
+Three constants are measured, on Gemma 3 270M with a CPU: `python -m benchmarks.memory` compares what comes of them.
 """
 
 import copy
+import ctypes
+import gc
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,9 +27,10 @@ from training.cross_entropy import BLOCK
 from training.load_model import add_lora
 
 GIB = 2**30
-PROCESS = 1.25 * GIB  # Python, NeMo, oneDNN and the heap that asking the base model leaves; a GPU holds none of it
-# Over what is kept: gradients and temporary results, which in peft's own layers are float32, and gaps in the heap.
-BACKWARD, BACKWARD_OF_PEFT = 1.3, 2.0
+PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
+# Over what is kept: gradients and temporary results, in peft's own layers in float32, and gaps in the heap, more where
+# packs differ in length (1.0 times with rows of 4096, 1.5 times with packs of 1,000 to 1,500 tokens).
+BACKWARD, BACKWARD_OF_PEFT = 1.18, 1.5
 # Bytes a weight: 4 bits, an 8-bit scale for 64 of them, a 32-bit one for 256 of those.
 FOUR_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
 
@@ -58,12 +61,13 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
     Raises:
         UserError: it is more than the machine has free, or `config.peft` does not fit the model.
     """
-    settings, budget = config.task.train, config.trainer.micro_batch_tokens
-    world = config.trainer.devices * config.trainer.num_nodes
-    batches = Batches(rows, settings.batch_size * settings.accumulation, budget, config.seed, world_size=world)
-    parts = [part for step in islice(batches, 50) for part in step.micro_batches]  # rows are drawn by chance: enough
-    tokens, learned = max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
-    need = estimate(config, base_folder, dtype, tokens, learned, max(rows["length"]))
+    settings = config.task.train
+    batches = Batches(
+        rows, settings.batch_size * settings.accumulation, config.trainer.micro_batch_tokens, config.seed,
+        world_size=config.trainer.devices * config.trainer.num_nodes,
+    )  # fmt: skip
+    tokens, learned = largest_micro_batch(batches)
+    need = estimate(config, base_folder, dtype, tokens, learned)
     free = free_memory(config.trainer.accelerator)
     print(f"Memory: training needs about {need}; {free / GIB:.1f} GiB are free", flush=True)
     if need.total > free:
@@ -78,14 +82,17 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
     return need.total / GIB
 
 
-def estimate(
-    config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: int, learned: int, longest: int
-) -> Estimate:
+def largest_micro_batch(batches: Batches) -> tuple[int, int]:
+    """The most tokens, padding included, and the most learned ones, of the first 50 steps: rows are drawn by chance."""
+    parts = [part for step in islice(batches, 50) for part in step.micro_batches]
+    return max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
+
+
+def estimate(config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: int, learned: int) -> Estimate:
     """
     Args:
         dtype: of the base model's weights.
         tokens, learned: in one micro-batch, padding included.
-        longest: tokens of the longest row.
 
     Raises:
         UserError: `config.peft` does not fit the model.
@@ -116,17 +123,19 @@ def estimate(
         with torch.device("meta"):
             model = add_lora(_without_memory(architecture, dtype), settings)
     ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
-    kept = layer_bytes(architecture, model, dtype, ours, longest) * (BACKWARD if ours else BACKWARD_OF_PEFT)
-    if config.task.train.gradient_checkpointing:  # every layer's input, and one layer whole
-        kept = kept + (layers - 1) * architecture.hidden_size * dtype.itemsize
+    kept = tokens * layer_bytes(architecture, model, dtype, ours)
+    if config.peft.use_dora:  # each layer's weights in float32, with its adapter added
+        kept += 4 * linear / layers
+    if config.task.train.gradient_checkpointing:  # one layer's, and every layer's input
+        kept += tokens * (layers - 1) * architecture.hidden_size * dtype.itemsize
     else:
-        kept = kept * layers
+        kept *= layers
     return Estimate(
         process=PROCESS if config.trainer.accelerator == "cpu" else 0,
         weights=weights,
         adapter=(8 if processes == 1 else 12) * adapter,
         optimizer=8 * adapter,
-        activations=tokens * kept,
+        activations=kept * (BACKWARD if ours else BACKWARD_OF_PEFT),
         logits=learned * (BLOCK * (8 + dtype.itemsize) + 4 * architecture.hidden_size),
     )
 
@@ -136,22 +145,16 @@ def _without_memory(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTr
         return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
-def layer_bytes(
-    architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, ours: bool, longest: int
-) -> float:
-    """What the backward pass of one layer keeps, in bytes a token; see training/fast_layers.py."""
+def layer_bytes(architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, ours: bool) -> float:
+    """What the backward pass of one layer keeps, in bytes a token; see training/fast_layers.py and packing.py."""
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim
-    family = architecture.model_type
-    norms = (2 if family == "gemma" else 4) * hidden + (queries + keys if family.startswith("gemma3") else 0)
-    attention = 2 * queries + 2 * keys  # rotated queries and keys, values, output
+    norms = (2 if architecture.model_type == "gemma" else 4) * hidden
+    attention = 2 * queries + 3 * keys  # queries and keys as they came and rotated, values
     gated = 2 * inner  # gate and up; their product is the input of down_proj
     elements = norms + attention + gated
     bytes_kept = 0.0
-    if getattr(architecture, "attn_logit_softcapping", None):  # no fused attention: keys and values repeated, and
-        elements += 2 * (queries - keys)  # the scores after tanh, after softmax in float32, and rounded
-        bytes_kept += architecture.num_attention_heads * longest * (2 * dtype.itemsize + 4)
     config: Any = model.peft_config["default"]
     shared = set()
     for name, layer in model.named_modules():
@@ -162,13 +165,22 @@ def layer_bytes(
             group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}.get(
                 kind, kind
             )
-            if group not in shared and kind != "o_proj":  # whose input is the output of attention
+            if group not in shared:
                 elements += layer.in_features
             shared.add(group)
-        else:  # peft's own: its input in float32 for each layer, dropout's mask, DoRA's two summands
-            bytes_kept += layer.in_features * (4 + (1 if config.lora_dropout else 0))
+        else:  # peft's own: its input in float32 for each layer, dropout's factors, DoRA's two summands
+            bytes_kept += layer.in_features * (4 + (4 if config.lora_dropout else 0))
             bytes_kept += layer.out_features * (4 + dtype.itemsize) if config.use_dora else 0
     return bytes_kept + elements * dtype.itemsize
+
+
+def give_back() -> None:
+    """Let go of what is no longer used: Lightning's cycles, and what torch and glibc keep of freed memory for this
+    process, which after training is a gigabyte in pieces."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's own
+        trim(0)
 
 
 def free_memory(accelerator: str, root: Path = Path("/")) -> int:

@@ -5,8 +5,10 @@ common is computed once, as a segment of its own, and each row's remainder atten
 through the layers are neither padding nor repetition, and yet every hidden state is the one that its row alone has.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import byref
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby, islice, takewhile
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
+
+from training.kernels import Attention, kernels_for
 
 ROUND = 64  # tokens of a pack: oneDNN builds and keeps a kernel for every new shape, so there are to be few
 SEGMENT_ROUND = 32
@@ -43,6 +47,8 @@ class Layout:
     positions: Tensor
     segments: list[Segment]
     _blocks: dict[int | None, list["Block"]] = field(default_factory=dict)
+    _tables: dict[int | None, "Tables"] = field(default_factory=dict)
+    _named: Tensor | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def blocks(self, window: int | None) -> list["Block"]:
@@ -50,30 +56,40 @@ class Layout:
             self._blocks[window] = list(_blocks(self.segments, self.positions.shape[1] - 1, window))
         return self._blocks[window]
 
+    def tables(self, window: int | None) -> "Tables":
+        if window not in self._tables:
+            self._tables[window] = _tables(self.blocks(window), self.positions.shape[1] - 1)
+        return self._tables[window]
+
     def to(self, device: torch.device) -> "Layout":
-        return Layout(self.positions.to(device, non_blocking=True), self.segments)
+        named = self._names().to(device, non_blocking=True) if device.type == "cuda" else None
+        return Layout(self.positions.to(device, non_blocking=True), self.segments, _named=named)
+
+    def _names(self) -> Tensor:
+        """[2, tokens], int64: the number of each token's segment (-1: padding) and of that before it (-2: none). Made
+        in main memory: on a GPU every segment would cost launches, of which a pack has hundreds."""
+        own, before = torch.full_like(self.positions[0], -1), torch.full_like(self.positions[0], -2)
+        names = {segment.start: name for name, segment in enumerate(self.segments)}
+        for name, segment in enumerate(self.segments):
+            own[segment.start : segment.start + segment.length] = name
+            if segment.prefix_length:
+                before[segment.start : segment.start + segment.length] = names[segment.prefix_start]
+        return torch.stack([own, before])
 
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's mask: a token sees its own segment and the prefix of that, up to itself."""
         if window not in self._block_masks:
-            positions = self.positions[0]
-            own, before = torch.full_like(positions, -1), torch.full_like(positions, -2)
-            names = {segment.start: name for name, segment in enumerate(self.segments)}
-            for name, segment in enumerate(self.segments):
-                own[segment.start : segment.start + segment.length] = name
-                if segment.prefix_length:
-                    before[segment.start : segment.start + segment.length] = names[segment.prefix_start]
+            own, before = self._names() if self._named is None else self._named
+            positions, tokens = self.positions[0], self.positions.shape[1]
+            # A tensor for all windows: with a number for each, every one would be compiled apart.
+            earliest = positions - (tokens if window is None else window - 1)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 same = (own[query] == own[key]) | (before[query] == own[key])
-                distance = positions[query] - positions[key]
-                seen = same & (distance >= 0)
-                return seen if window is None else seen & (distance < window)
+                return same & (positions[key] <= positions[query]) & (positions[key] >= earliest[query])
 
-            tokens = len(positions)
-            self._block_masks[window] = create_block_mask(
-                visible, None, None, tokens, tokens, device=str(positions.device)
-            )
+            create = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
+            self._block_masks[window] = create(visible, None, None, tokens, tokens, device=str(positions.device))
         return self._block_masks[window]
 
 
@@ -144,22 +160,48 @@ def _packed_attention(
     if query.is_cuda:
         return _flex_attention(query, key, value, layout, scaling, sliding_window, softcap), None
     query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return _SegmentAttention.apply(query, key, value, layout.blocks(sliding_window), scaling, softcap)[None], None
+    return attend(query, key, value, layout, scaling, sliding_window, softcap)[None], None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Attention of packed rows on a CPU: query [tokens, heads, size], key and value [tokens, groups, size]."""
+    kernels = kernels_for(query, key, value)
+    if kernels and kernels.has_amx:
+        return _TileAttention.apply(query, key, value, layout.tables(window), scale, softcap)
+    return _SegmentAttention.apply(query, key, value, layout.blocks(window), scale, softcap)
 
 
 AttentionInterface.register("packed", _packed_attention)
 
 
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled on first use, once for packs of any length: uncompiled, attention and its mask both hold a
+    number for every pair of tokens."""
+    # Some forms are left: lengths that 128 divides, one block, training or not. At 8 of them torch goes on uncompiled.
+    torch._dynamo.config.recompile_limit = 32
+    return torch.compile(function, dynamic=True)
+
+
 def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
-
-    attend = torch.compile(flex_attention) if query.is_cuda else flex_attention
-    out = attend(query, key, value, score_mod=capped if softcap else None, block_mask=layout.block_mask(window),
-                 scale=scaling, enable_gqa=query.shape[1] != key.shape[1])  # fmt: skip
+    flex: Callable[..., Any] = _compiled(flex_attention) if query.is_cuda else flex_attention
+    out = flex(
+        query, key, value, score_mod=_soft_cap(softcap) if softcap else None, block_mask=layout.block_mask(window),
+        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
     return out.transpose(1, 2)
+
+
+@cache
+def _soft_cap(limit: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, *place: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return capped
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -269,6 +311,80 @@ def _blocks(segments: list[Segment], padding: int, window: int | None) -> Iterat
                     torch.tensor([tokens(segment, first - hidden, end) for segment in members]),
                     torch.zeros(unseen.shape).masked_fill_(unseen, float("-inf")),
                 )
+
+
+class Tables(NamedTuple):
+    """All blocks of a layout as kernels.c takes them, a segment of a block to an item.
+
+    Attributes:
+        items: [items, 6], int32: where its queries begin, how many, where its keys begin, how many, where its bias
+            begins, and how many keys, each item's rounded up, the items before it have.
+        queries, keys: int32, tokens.
+        bias: float32.
+        sums: keys of all items, each item's rounded up.
+        padding: some token that belongs to no segment.
+    """
+
+    items: Tensor
+    queries: Tensor
+    keys: Tensor
+    bias: Tensor
+    sums: int
+    padding: int
+
+    def arguments(self, query: Tensor, key: Tensor, scale: float, softcap: float | None) -> Attention:
+        places = (part.data_ptr() for part in (self.items, self.queries, self.keys, self.bias))
+        return Attention(*places, len(self.items), query.shape[1], *key.shape[1:], self.padding, scale, softcap or 0.0)
+
+
+def _tables(blocks: list[Block], padding: int) -> Tables:
+    items: list[list[int]] = []
+    keys: list[Tensor] = []
+    places = [0] * 4  # past the last: queries, keys, bias, sums
+    for block in blocks:
+        count, seen = block.bias.shape[0], block.bias.shape[-1]
+        for own in block.own:
+            items.append([places[0], count, places[1], seen, places[2], places[3]])
+            keys.append(torch.cat([torch.arange(block.earlier.start, block.earlier.stop), own]))
+            places = [places[0] + count, places[1] + seen, places[2], places[3] - (-seen // 32) * 32]
+        places[2] += block.bias.numel()
+    nothing = torch.zeros(0)  # of a pack of padding alone
+    return Tables(
+        torch.tensor(items, dtype=torch.int32).view(-1, 6),
+        torch.cat([block.queries.flatten() for block in blocks] or [nothing]).int(),
+        torch.cat(keys or [nothing]).int(),
+        torch.cat([block.bias.flatten() for block in blocks] or [nothing]),
+        places[3],
+        padding,
+    )
+
+
+class _TileAttention(torch.autograd.Function):
+    """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, tables, scale, softcap):  # type: ignore[no-untyped-def]
+        query, key, value = (part.contiguous() for part in (query, key, value))
+        ctx.save_for_backward(query, key, value)
+        ctx.arguments = tables, scale, softcap
+        out = torch.zeros_like(query)
+        kernels_for(query).attention_forward(
+            *(part.data_ptr() for part in (out, query, key, value)), byref(tables.arguments(query, key, scale, softcap))
+        )
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        query, key, value = ctx.saved_tensors
+        tables, scale, softcap = ctx.arguments
+        grad, grad_query = grad.contiguous(), torch.zeros_like(query)
+        grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
+        sums = torch.empty(tables.sums, 2, *key.shape[1:])
+        kernels_for(query).attention_backward(
+            *(part.data_ptr() for part in (grad_query, grad_key, grad_value, sums, grad, query, key, value)),
+            byref(tables.arguments(query, key, scale, softcap)),
+        )
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
 
 
 def _probability(

@@ -5,11 +5,7 @@ the 27 ms in which 536 MB of weights are read: see docs/serving.md for what this
 """
 
 import ctypes as c
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
 import weakref
 from pathlib import Path
 from typing import Any
@@ -23,10 +19,10 @@ from serving.engine import UserError
 from serving.engine.adapters import Adapter
 from serving.engine.architecture import Config, Rows, Weights, norms_of
 from serving.engine.kv_cache import BLOCK
+from training.c_library import NoLibrary, compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-         "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]  # fmt: skip
+FLAGS = ["-fopenmp-simd", "-fno-signed-zeros", "-pthread"]
 if platform.machine() == "x86_64":
     FLAGS.append("-mprefer-vector-width=512")
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -205,27 +201,10 @@ def _load() -> c.CDLL:
     Raises:
         NoKernels: there is no compiler, or it failed.
     """
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        raise NoKernels("no C compiler is installed (gcc or clang); with one, answers come several times as fast")
-    about = "\n".join((SOURCE.read_text(), *FLAGS, compiler, platform.machine(), _processor()))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-nemo"
-    built = cache / f"kernels-{hashlib.sha256(about.encode()).hexdigest()[:16]}.so"
-    if not built.exists():
-        partial = built.with_suffix(f".{os.getpid()}")
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(partial), "-lm"], check=True, capture_output=True)
-            partial.rename(built)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()
-            raise NoKernels(f"{compiler} could not compile {SOURCE.name}: {said[0] if said else error}") from None
-        finally:
-            partial.unlink(missing_ok=True)
     try:
-        library = c.CDLL(str(built))
-    except OSError as error:
-        raise NoKernels(str(error)) from None
+        library = compiled(SOURCE, FLAGS)
+    except NoLibrary as reason:
+        raise NoKernels(f"{reason}; with kernels, answers come several times as fast") from None
     library.start_threads.restype = c.c_void_p
     library.start_threads.argtypes = c.c_int, c.c_int
     library.stop_threads.argtypes = (c.c_void_p,)
@@ -233,10 +212,3 @@ def _load() -> c.CDLL:
     library.uses_amx.argtypes = (c.c_void_p,)
     library.run_step.argtypes = c.c_void_p, c.c_void_p, c.c_void_p
     return library
-
-
-def _processor() -> str:
-    try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
-    except (OSError, StopIteration):
-        return platform.processor()
