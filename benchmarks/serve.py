@@ -10,6 +10,9 @@ Words:
     rounds    counted ones, after one that is not; figures are medians of them; default 3
     base, adapter   folders; default models/gemma-3-270m and exports/slang/adapter
 
+Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
+XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table says what is missing.
+
 Every system has a process of its own and computes alone. Writes benchmarks/results/serving/<machine>-<model>.json, and
 the table in docs/serving.md.
 """

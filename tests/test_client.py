@@ -547,6 +547,6 @@ def test_the_command_line_streams_prints_json_and_cancels_on_ctrl_c(stack: Stack
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and said.decode().strip() == "stopped by Ctrl-C"
     assert eventually(lambda: stack.stats()["running"] == 0)
