@@ -188,7 +188,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _flex_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
 ) -> Tensor:
-    flex: Callable[..., Any] = _compiled(flex_attention) if query.is_cuda else flex_attention
+    flex: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
     out = flex(
         query, key, value, score_mod=_soft_cap(softcap) if softcap else None, block_mask=layout.block_mask(window),
         scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
