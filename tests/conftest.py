@@ -50,15 +50,21 @@ TINY_FAMILY = {
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test marked `alone` has the machine to itself: the processes of pytest-xdist wait until it has ended."""
+    """A test marked `alone` has the machine to itself: the processes of pytest-xdist wait until it has ended. What a
+    training in this process does with signals ends with its test."""
     alone = item.get_closest_marker("alone")
     how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     with Path(__file__).open() as turn, (ROOT / "pyproject.toml").open() as machine:
         fcntl.flock(turn, how)  # who waits for the whole machine is not passed by those who would share it
         fcntl.flock(machine, how)
         if not alone:
             fcntl.flock(turn, fcntl.LOCK_UN)
-        return (yield)
+        try:
+            return (yield)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +136,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
-    """`training.fit.fit` into `folder`/slang.nemo, in this process, whose signal handlers it leaves as they were."""
+    """`training.fit.fit` into `folder`/slang.nemo, in this process."""
     from training.fit import fit
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        fit(config, base, rows, validation_rows, folder, folder / "slang.nemo", {}, StopSignals())
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    fit(config, base, rows, validation_rows, folder, folder / "slang.nemo", {}, StopSignals())
 
 
 def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:

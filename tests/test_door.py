@@ -20,7 +20,18 @@ import httpx
 import openai
 import pytest
 from conftest import ROOT
-from tiny_serving import ENDLESS, GREEDY, LONG, PROMPTS, SAMPLING, SERVING_PYTHON, Stack, free_ports, serve_tiny
+from tiny_serving import (
+    ENDLESS,
+    GREEDY,
+    LONG,
+    PROMPTS,
+    SAMPLING,
+    SERVING_PYTHON,
+    WINDOW,
+    Stack,
+    free_ports,
+    serve_tiny,
+)
 
 from serving.client import (
     AsyncClient,
@@ -294,7 +305,7 @@ def test_the_openai_package_raises_what_it_raises_for_openai(api: openai.OpenAI)
         api.chat.completions.create(model="chat", messages=HI, temperature=-1)
     assert refused.value.param == "temperature" and "0 (greedy) or more" in str(refused.value)
     with pytest.raises(openai.BadRequestError) as refused:
-        api.chat.completions.create(model="chat", messages=[{"role": "user", "content": "word " * 900}], stream=True)
+        api.chat.completions.create(model="chat", messages=[{"role": "user", "content": "word " * WINDOW}], stream=True)
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="stop is not a text, or a list of texts"):
         api.chat.completions.create(model="chat", messages=HI, extra_body={"stop": [1]})

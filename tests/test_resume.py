@@ -247,7 +247,7 @@ def test_another_configuration_beside_an_unfinished_run_says_what_differs(start:
 
 def test_early_stopping_ends_with_the_best_weights_however_often_it_was_killed(start: Start, tmp_path: Path) -> None:
     # A learning rate at which the validation loss soon rises.
-    words = ("task.train.early_stopping=1", "task.train.evaluate_every=null", "task.train.learning_rate=0.1",
+    words = ("task.train.early_stopping=1", "task.train.evaluate_every=null", "task.train.learning_rate=1.0",
              "task.train.evaluate_every_tokens=1500")  # fmt: skip
     left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
     training = start(left_alone, *words)
