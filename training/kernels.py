@@ -1,8 +1,7 @@
 """kernels.c for torch: the small operations of a LoRA step on a CPU that computes in bfloat16, where it can.
 
-Measured with Gemma 3 270M on two cores of a Xeon: of a step in torch's own operations, the frozen matrices' products
-are a third; casts, norms, activations, softmaxes and copies are most of the rest. Without a compiler or AVX-512 for
-bfloat16, on a GPU or in float32, every caller keeps to torch.
+In torch's own operations, casts, norms, activations, softmaxes and copies take more of a step than the frozen matrices'
+products. Without a compiler or AVX-512 for bfloat16, on a GPU or in float32, every caller keeps to torch.
 """
 
 import ctypes
@@ -65,7 +64,7 @@ def _library() -> Any:
     try:
         library = compiled(SOURCE, ["-fopenmp"])
     except NoLibrary as reason:
-        print(f"Training without kernels of its own, at half the speed: {reason}", flush=True)
+        print(f"Training without kernels of its own, and so more slowly: {reason}", flush=True)
         return None
     library.has_amx = bool(library.may_use_amx())
     for name, letters in (FUNCTIONS | ON_TILES if library.has_amx else FUNCTIONS).items():
