@@ -174,13 +174,14 @@ def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..
 
 
 def test_two_browsers_at_once_do_not_meet(live: Site, open_page: Callable[..., Any]) -> None:
-    pages = [open_page(f"{live.address}/chat") for _ in range(2)]
-    for number, page in enumerate(pages):
-        page.get_by_label("Your message").fill(f"My name is visitor{number}. Who won the match?")
+    names = ("Quillon", "Brask")  # which no model says of itself
+    pages = [open_page(f"{live.address}/chat") for _ in names]
+    for page, name in zip(pages, names, strict=True):
+        page.get_by_label("Your message").fill(f"My name is {name}. Who won the match?")
         page.get_by_label("Your message").press("Enter")
-    for number, page in enumerate(pages):
+    for page, other in zip(pages, reversed(names), strict=True):
         expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
-        assert page.locator(".bubble").count() == 2 and f"visitor{1 - number}" not in page.locator("#log").inner_text()
+        assert page.locator(".bubble").count() == 2 and other not in page.locator("#log").inner_text()
 
 
 def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
