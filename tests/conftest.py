@@ -47,6 +47,9 @@ TINY_FAMILY = {
     },
 }  # fmt: skip
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's background job hands on to all its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:

@@ -463,10 +463,10 @@ def test_a_phrase_that_all_rows_share_does_not_slow_the_search() -> None:
     texts = [f"used when someone is very very happy about a thing {number}" for number in range(20_000)]
     index = Candidates()
     index.add(texts, range(20_000))
-    started = time.perf_counter()
+    started = time.process_time()
     asker, _ = index.of(texts[:2000], range(2000))
     assert len(asker) <= 2000 * 8
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_repeated_terms_are_merged(make: Callable[..., Path]) -> None:
@@ -828,12 +828,12 @@ def test_it_is_made_once_and_anew_when_anything_changes(
 def test_small_tables_take_no_time(tmp_path: Path) -> None:
     config = config_for(tmp_path / "data", real("all_slangs.csv"))
     prepare(config_for(tmp_path / "warm", real("genz_slang.csv")), None)  # imports
-    started = time.perf_counter()
+    started = time.process_time()
     prepare(config, None)
-    made = time.perf_counter() - started
+    made = time.process_time() - started
     prepare(config, None)
     assert made < 1.5
-    assert time.perf_counter() - started - made < 0.2
+    assert time.process_time() - started - made < 0.2
 
 
 def test_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

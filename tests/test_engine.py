@@ -572,7 +572,7 @@ def test_the_socket_is_its_owners_and_beats(engine_socket: Path) -> None:
     line.hear("beat")
     before = time.monotonic()
     beat = line.hear("beat")["beat"]
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 3  # ten a second where the machine has nothing else to do
     assert beat["adapters"] == sorted(LORAS) and {"running", "waiting", "kv_tokens", "tokens"} <= beat.keys()
     line.say({"op": "stats"})
     assert line.hear()["stats"]["base"]

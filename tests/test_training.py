@@ -91,10 +91,9 @@ def test_nemo_restores_its_own_archive(finished: Path) -> None:
 def test_a_finished_run_is_shown_and_not_repeated(finished: Path, source: Path, tiny_base: Path) -> None:
     archive = only_run(finished) / "slang.nemo"
     written = archive.stat().st_mtime_ns
-    began = time.monotonic()
     result = train(command(source, tiny_base, finished))
-    assert time.monotonic() - began < 3
     assert result.returncode == 0 and "is finished" in result.stdout and str(archive) in result.stdout
+    assert "Loading NeMo" not in result.stdout  # which takes some seconds
     assert archive.stat().st_mtime_ns == written
 
 

@@ -24,6 +24,7 @@ PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"doc
             "</textarea><svg onload=document.title='owned'>")  # fmt: skip
 needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # on a busy machine
 
 
 class Site:
