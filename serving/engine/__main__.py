@@ -63,6 +63,7 @@ def main(words: list[str]) -> int:
     # five times as long on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages; see docs/serving.md
     from serving.engine import UserError
 
     handler = logging.StreamHandler()

@@ -21,6 +21,7 @@ Layouts, in C order:
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -33,13 +34,20 @@ Layouts, in C order:
 enum { QKV, O, GATE_UP, DOWN, SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
 enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
-enum { PANEL = 32 /* tokens that are multiplied with weights at a time */ };
+enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
 typedef float wide __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t wide_bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t wide_ints __attribute__((vector_size(64)));
-typedef uint16_t half_bits __attribute__((vector_size(32), aligned(2), may_alias));
+#ifdef __clang__
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (wide_ints){__VA_ARGS__})
+#endif
+#define EVEN(a, b) PICK(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define ODD(a, b) PICK(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#define UNROLLED _Pragma("GCC unroll 16")
 
 typedef struct { /* rows and columns are multiples of 32 */
     int32_t rows, columns;
@@ -98,19 +106,22 @@ typedef struct {
     int ending;
     atomic_int arrived;
     atomic_llong meetings; /* of all steps */
-    atomic_int *counters; /* of each phase of a step: the next piece of its work */
     int32_t phases;
     const Model *model;
     const Step *step;
     struct Scratch *scratch;
+    char *memory; /* of the scratch: kept, as long as no step needs more */
+    size_t room;
     int amx;
 } Pool;
 
 typedef struct Scratch {
+    atomic_int *counters; /* of each phase: the next piece of its work */
     int32_t wanted, longest, ranks;
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
     float *turns; /* [tokens][ropes][cosines, sines] */
     float *x, *normed, *gated, *y, *inner, *scores, *best;
+    size_t *place; /* [threads][longest]: where keys and values lie */
     bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
     size_t piece;
@@ -136,7 +147,7 @@ static int meet(Pool *pool, int phase, long long *met) {
     return phase + 1;
 }
 
-static int next_piece(Pool *pool, int phase) { return atomic_fetch_add(&pool->counters[phase], 1); }
+static int next_piece(Pool *pool, int phase) { return atomic_fetch_add(&pool->scratch->counters[phase], 1); }
 
 /* --- small sums --------------------------------------------------------------------------------------------------- */
 
@@ -182,6 +193,15 @@ static inline float total(wide x) {
     return lane[0];
 }
 
+/* Of each of 16 vectors its total: neighbours are added until one is left, in the same order for every vector. */
+static inline wide totals(wide *sum) {
+#define ADD_NEIGHBOURS(left) \
+    UNROLLED for (int i = 0; i < left; i++) sum[i] = EVEN(sum[2 * i], sum[2 * i + 1]) + ODD(sum[2 * i], sum[2 * i + 1]);
+    ADD_NEIGHBOURS(8) ADD_NEIGHBOURS(4) ADD_NEIGHBOURS(2) ADD_NEIGHBOURS(1)
+#undef ADD_NEIGHBOURS
+    return sum[0];
+}
+
 /* The sums here have the order that their vectors give them, whatever a compiler does; n is a multiple of 16. */
 static inline float dot(const float *a, const float *b, int n) {
     wide sum[4] = {{0}}; /* that do not wait for each other */
@@ -201,23 +221,23 @@ static inline void norm(float *out, const float *x, const float *weight, float e
     for (int i = 0; i < n; i += 16) *(wide *)(out + i) = *(const wide *)(x + i) * factor * *(const wide *)(weight + i);
 }
 
-static inline wide_bits round_to_bf16(wide x) { /* to nearest even; the lower half of each is zero */
-    wide_bits bits = (wide_bits)x;
-    return (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-}
-
-static inline half_bits upper(wide_bits x) { return __builtin_convertvector(x >> 16, half_bits); }
-
 /* Split 16 float32 values of a token into three bfloat16 summands, where the products expect them. */
 static inline void pack(bf16 *packed, int columns, int token, int column, wide x) {
+#if HAS_AMX
     bf16 *out = packed + (size_t)(token / 16) * columns * 48 + column / 32 * 1536 + token % 16 * 32 + column % 32;
-    wide_bits high = round_to_bf16(x), middle = round_to_bf16(x - (wide)high);
-    *(half_bits *)out = upper(high);
-    *(half_bits *)(out + 512) = upper(middle);
-    *(half_bits *)(out + 1024) = upper(round_to_bf16(x - (wide)high - (wide)middle));
+    __m512 rest = (__m512)x;
+    UNROLLED for (int s = 0; s < 3; s++) {
+        __m256i part = (__m256i)_mm512_cvtneps_pbh(rest);
+        _mm256_storeu_si256((__m256i *)(out + s * 512), part);
+        rest = _mm512_sub_ps(rest, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(part), 16));
+    }
+#endif
 }
 
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
+
+/* Bytes of weights that are one thread's at a time, and how far ahead of them memory is asked. */
+enum { PIECE_BYTES = 640 << 10, PIECE_BYTES_OF_ONE_PANEL = 1 << 20, AHEAD = 32 << 10 };
 
 /* What products give: of a pair of blocks of 16 rows, for a panel of tokens. */
 typedef struct Sums { _Alignas(64) float of[2][PANEL][16]; } Sums;
@@ -256,52 +276,49 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* int8 weights as bfloat16, which holds them exactly. */
-static void widen(bf16 *to, const int8_t *from, size_t count) {
-    for (size_t i = 0; i < count; i += 32) {
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i))));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + i + 16))));
-        _mm512_storeu_si512(to + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+/* int8 weights as bfloat16, which holds them exactly. Memory is asked for later ones meanwhile, up to `end`. */
+static void widen(bf16 *to, const int8_t *from, size_t count, const int8_t *end) {
+    for (size_t i = 0; i < count; i += 64) {
+        if (from + i + AHEAD < end) _mm_prefetch((const char *)from + i + AHEAD, _MM_HINT_T1);
+        for (size_t j = i; j < i + 64; j += 32) {
+            __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + j))));
+            __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(from + j + 16))));
+            _mm512_storeu_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
     }
 }
 
-/* Each sum runs over the columns in their order, and over the summands of each 32 columns. `narrow`: int8 weights that
-are to be widened into `weights`, or NULL. `next`: what will be read soon, `step` bytes of it for every 32 columns. */
-static void product_amx(Sums *sums, const int8_t *narrow, bf16 *weights, const bf16 *x, int columns, int tokens,
-                        const char *next, int step) {
-    size_t part = (size_t)columns * 48;
+/* Two pairs at once, or one twice, so that what is loaded of `x` is used four times. Each sum runs over the columns in
+their order, and over the summands of each 32 columns. `end`: of what memory is asked for meanwhile; NULL: of nothing. */
+static void product_amx(Sums *one, Sums *two, const bf16 *weights, const bf16 *others, const bf16 *x, int columns,
+                        const char *end) {
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, next += step) {
-        for (int line = 0; line < step; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-        if (narrow) widen(weights, narrow, 1024), narrow += 1024;
-        _tile_loadd(4, weights, 64);
-        _tile_loadd(5, weights + 512, 64);
-        for (int s = 0; s < 3; s++) {
-            _tile_loadd(6, x + s * 512, 64);
-            _tile_dpbf16ps(0, 6, 4);
-            _tile_dpbf16ps(2, 6, 5);
-            if (tokens > 16) {
-                _tile_loadd(7, x + part + s * 512, 64);
-                _tile_dpbf16ps(1, 7, 4);
-                _tile_dpbf16ps(3, 7, 5);
+    for (int k = 0; k < columns; k += 32, x += 1536, weights += 1024, others += 1024) {
+        if ((const char *)others + AHEAD < end)
+            for (int line = AHEAD; line < AHEAD + 2048; line += 64) {
+                _mm_prefetch((const char *)weights + line, _MM_HINT_T1);
+                _mm_prefetch((const char *)others + line, _MM_HINT_T1);
             }
-        }
+        _tile_loadd(5, x, 64); _tile_loadd(6, x + 512, 64); _tile_loadd(7, x + 1024, 64);
+#define TIMES_X(sum, block) \
+    _tile_loadd(4, block, 64); _tile_dpbf16ps(sum, 5, 4); _tile_dpbf16ps(sum, 6, 4); _tile_dpbf16ps(sum, 7, 4)
+        TIMES_X(0, weights); TIMES_X(1, weights + 512);
+        TIMES_X(2, others); TIMES_X(3, others + 512);
+#undef TIMES_X
     }
-    _tile_stored(0, sums->of[0], 64); _tile_stored(1, sums->of[0][16], 64);
-    _tile_stored(2, sums->of[1], 64); _tile_stored(3, sums->of[1][16], 64);
+    _tile_stored(0, one->of[0], 64); _tile_stored(1, one->of[1], 64);
+    _tile_stored(2, two->of[0], 64); _tile_stored(3, two->of[1], 64);
 }
 #endif
 
 /* The pairs of blocks that are one thread's at a time: as many as stay in its cache while all tokens pass by, and every
 thread gets as many of such pieces. */
-enum { PIECE_BYTES = 640 << 10, SMALL_PIECE_BYTES = 160 << 10, AHEAD = 4096 };
-
 static int pairs_of_piece(const Pool *pool, const Matrix *m, int tokens) {
     int pairs = m->rows / 32;
-    size_t most = tokens > PANEL ? PIECE_BYTES : SMALL_PIECE_BYTES, bytes = (size_t)pairs * m->columns * 64;
+    size_t most = tokens > PANEL ? PIECE_BYTES : PIECE_BYTES_OF_ONE_PANEL, bytes = (size_t)pairs * m->columns * 64;
     size_t share = (bytes + pool->threads - 1) / pool->threads;
     size_t pieces = (share + most - 1) / most * pool->threads;
-    return (pairs + pieces - 1) / pieces;
+    return ((pairs + pieces - 1) / pieces + 1) / 2 * 2; /* they are multiplied two at a time */
 }
 
 /* All tokens times a matrix. `use` gets the sums of each panel and pair. */
@@ -318,30 +335,37 @@ typedef void Use(const Product *, Sums *, int pair, int first, int tokens);
 static void multiply(const Product *p, int phase, Use *use) {
     const Matrix *m = p->m;
     int pairs = m->rows / 32, most = pairs_of_piece(p->pool, m, p->tokens);
-    size_t bytes = (size_t)m->columns * 32 * (m->scales ? 1 : 2); /* of a pair */
-    Sums sums;
+    size_t size = (size_t)m->columns * 32, bytes = size * (m->scales ? 1 : 2); /* of a pair */
+    Sums sums[2];
     for (int piece; (piece = next_piece(p->pool, phase)) * most < pairs;) {
         int from = piece * most, to = from + most < pairs ? from + most : pairs;
         for (int first = 0; first < p->tokens; first += PANEL) {
             int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
-            for (int pair = from; pair < to; pair++) {
+            for (int pair = from; pair < to; pair += 2) {
+                int both = pair + 1 < to;
                 const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
                 if (p->pool->amx) {
-                    bf16 *now = (bf16 *)weights;
-                    if (m->scales)
-                        now = p->pool->scratch->widened + p->thread * p->pool->scratch->piece + (pair - from) * bytes;
-                    product_amx(&sums, m->scales && !first ? (const int8_t *)weights : NULL, now,
-                                p->packed + (size_t)first * m->columns * 3, m->columns, some, weights + AHEAD,
-                                first ? 0 : m->scales ? 1024 : 2048);
+                    const bf16 *one = (const bf16 *)weights, *x = p->packed + (size_t)first * m->columns * 3;
+                    const char *end = first ? NULL : (const char *)m->weight + to * bytes;
+                    if (m->scales) {
+                        bf16 *widened = p->pool->scratch->widened + p->thread * p->pool->scratch->piece;
+                        if (p->tokens > PANEL) widened += (pair - from) * size; /* kept for the next panel */
+                        if (!first) widen(widened, (const int8_t *)weights, size * (1 + both), (const int8_t *)end);
+                        one = widened, end = NULL;
+                    }
+                    product_amx(&sums[0], &sums[both], one, one + both * size, x, m->columns, end);
                 } else
 #endif
-                    product_plain(&sums, m, weights, p->x + (size_t)first * m->columns, some);
-                if (m->scales)
-                    for (int block = 0; block < 2; block++)
-                        for (int t = 0; t < some; t++)
-                            *(wide *)sums.of[block][t] *= *(const wide *)(m->scales + pair * 32 + block * 16);
-                use(p, &sums, pair, first, some);
+                    for (int i = 0; i <= both; i++)
+                        product_plain(&sums[i], m, weights + i * bytes, p->x + (size_t)first * m->columns, some);
+                for (int i = 0; i <= both; i++) {
+                    if (m->scales)
+                        for (int block = 0; block < 2; block++)
+                            for (int t = 0; t < some; t++)
+                                *(wide *)sums[i].of[block][t] *= *(const wide *)(m->scales + (pair + i) * 32 + block * 16);
+                    use(p, &sums[i], pair + i, first, some);
+                }
             }
         }
     }
@@ -362,6 +386,14 @@ static int width(const Model *m, int module) {
     }
 }
 
+/* The dot products of `x` with four rows, whose sums do not wait for each other. */
+static inline void four_dots(float *out, const float *rows, const float *x, int n) {
+    wide sum[4] = {{0}};
+    for (int i = 0; i < n; i += 16)
+        UNROLLED for (int r = 0; r < 4; r++) sum[r] += *(const wide *)(rows + (size_t)r * n + i) * *(const wide *)(x + i);
+    for (int r = 0; r < 4; r++) out[r] = total(sum[r]);
+}
+
 /* What a token's adapter makes of its input to a site: A x, of each module. */
 static void adapt(const Pool *pool, int layer, int site, int token, const float *x) {
     const Lora *lora = pool->step->row[pool->scratch->row_of[token]].lora;
@@ -370,22 +402,43 @@ static void adapt(const Pool *pool, int layer, int site, int token, const float 
     int columns = pool->model->layer[layer].site[site].columns;
     for (int i = 0; i < modules_of[site]; i++) {
         const Lora *one = lora + layer * MODULES + first_module[site] + i;
-        for (int r = 0; r < one->rank; r++) *inner++ = dot(one->inner + (size_t)r * columns, x, columns);
+        int r = 0;
+        for (; r + 4 <= one->rank; r += 4) four_dots(inner + r, one->inner + (size_t)r * columns, x, columns);
+        for (; r < one->rank; r++) inner[r] = dot(one->inner + (size_t)r * columns, x, columns);
+        inner += one->rank;
     }
 }
 
-/* B A x of a module, its rows `row` … row + 15, of a token; `skipped`: ranks of the modules before it in its site. */
-static inline wide adapted(const Product *p, wide y, int token, int module, int row) {
+/* Add `rank` numbers of `inner` times as many lines of 16 to each of some tokens' 16 sums. */
+static inline __attribute__((always_inline)) void add_lines(const int tokens, float (*y)[16], const float *inner, int ranks,
+                                                            const float *line, int rank, int rows) {
+    wide sum[8];
+    for (int t = 0; t < tokens; t++) sum[t] = *(wide *)y[t];
+    for (int r = 0; r < rank; r++, line += rows)
+        UNROLLED for (int t = 0; t < tokens; t++) sum[t] += *(const wide *)line * inner[(size_t)t * ranks + r];
+    for (int t = 0; t < tokens; t++) *(wide *)y[t] = sum[t];
+}
+
+/* Add to the sums of some tokens what their adapters make of them: B A x of a module, its rows `row` … row + 15. */
+static void adapted(const Product *p, float (*y)[16], int first, int tokens, int module, int row) {
     const Scratch *s = p->pool->scratch;
-    const Lora *lora = p->pool->step->row[s->row_of[token]].lora;
-    if (!lora) return y;
-    lora += p->layer * MODULES;
-    const float *inner = s->inner + (size_t)token * s->ranks;
-    for (int other = first_module[p->site]; other < module; other++) inner += lora[other].rank;
-    const float *outer = lora[module].outer + row;
-    for (int r = 0, rows = width(p->pool->model, module); r < lora[module].rank; r++)
-        y += *(const wide *)(outer + (size_t)r * rows) * inner[r];
-    return y;
+    if (!s->ranks) return;
+    int rows = width(p->pool->model, module);
+    for (int t = 0, some; t < tokens; t += some) {
+#define LORA(t) p->pool->step->row[s->row_of[first + (t)]].lora
+        const Lora *lora = LORA(t);
+        for (some = 1; some < 8 && t + some < tokens && LORA(t + some) == lora;) some++;
+#undef LORA
+        if (!lora) continue;
+        lora += p->layer * MODULES;
+        const float *inner = s->inner + (size_t)(first + t) * s->ranks, *outer = lora[module].outer + row;
+        for (int other = first_module[p->site]; other < module; other++) inner += lora[other].rank;
+        if (some == 8)
+            add_lines(8, y + t, inner, s->ranks, outer, lora[module].rank, rows);
+        else
+            for (int n = 0; n < some; n++)
+                add_lines(1, y + t + n, inner + (size_t)n * s->ranks, s->ranks, outer, lora[module].rank, rows);
+    }
 }
 
 /* The input of a site for one token: as summands for AMX, and for its adapter. */
@@ -402,9 +455,9 @@ static void keep(const Product *p, Sums *sums, int pair, int first, int tokens) 
         int row = pair * 32 + block * 16, module = first_module[p->site], start = 0;
         while (module + 1 < first_module[p->site] + modules_of[p->site] && row >= start + width(p->pool->model, module))
             start += width(p->pool->model, module++);
+        adapted(p, sums->of[block], first, tokens, module, row - start);
         float *y = p->pool->scratch->y + (size_t)first * p->m->rows + row;
-        for (int t = 0; t < tokens; t++, y += p->m->rows)
-            *(wide *)y = adapted(p, *(wide *)sums->of[block][t], first + t, module, row - start);
+        for (int t = 0; t < tokens; t++, y += p->m->rows) *(wide *)y = *(wide *)sums->of[block][t];
     }
 }
 
@@ -412,9 +465,10 @@ static void keep(const Product *p, Sums *sums, int pair, int first, int tokens) 
 static void keep_gated(const Product *p, Sums *sums, int pair, int first, int tokens) {
     Scratch *s = p->pool->scratch;
     int wide_as = p->pool->model->intermediate;
+    adapted(p, sums->of[0], first, tokens, GATE_PROJ, pair * 16);
+    adapted(p, sums->of[1], first, tokens, UP_PROJ, pair * 16);
     for (int t = 0; t < tokens; t++) {
-        wide gate = adapted(p, *(wide *)sums->of[0][t], first + t, GATE_PROJ, pair * 16);
-        wide up = adapted(p, *(wide *)sums->of[1][t], first + t, UP_PROJ, pair * 16);
+        wide gate = *(wide *)sums->of[0][t], up = *(wide *)sums->of[1][t];
         wide tanh = quick_tanh(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
         wide y = 0.5f * gate * (1.0f + tanh) * up;
         *(wide *)(s->gated + (size_t)(first + t) * wide_as + pair * 16) = y;
@@ -451,67 +505,91 @@ static void remember(const Pool *pool, int number, int token, float *qkv) {
     memcpy(m->values + slot * many, qkv + (m->heads + m->kv_heads) * size, many * sizeof(float));
 }
 
+/* The loops of attention keep 16 sums in registers. They are written once and compiled for each of the numbers of
+queries that share what is loaded; `queries`, `keys` and `columns` are constants. Every sum has the same order in all. */
+#define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
+
+/* scores[g][j] of some queries and 16 / queries keys. */
+COMPILED_FOR_EACH score(const int queries, const Model *m, const float *query, const size_t *place, float *scores,
+                        int line) {
+    const int keys = 16 / queries;
+    wide sum[16] = {{0}};
+    for (int i = 0; i < m->head_size; i += 16)
+        UNROLLED for (int j = 0; j < keys; j++) {
+            __builtin_prefetch(m->values + place[j] + i); /* which are wanted next */
+            UNROLLED for (int g = 0; g < queries; g++)
+                sum[g * keys + j] +=
+                    *(const wide *)(query + g * m->head_size + i) * *(const wide *)(m->keys + place[j] + i);
+        }
+    wide found = totals(sum) * m->scale;
+    for (int g = 0; g < queries; g++) memcpy(scores + (size_t)g * line, (float *)&found + g * keys, keys * sizeof(float));
+}
+
+/* Columns `i` … of the values, as each query weighs them. */
+COMPILED_FOR_EACH mix(const int queries, const int columns, const Pool *pool, int token, int column, const size_t *place,
+                      int length, const float *scores, int line, int i) {
+    const Model *m = pool->model;
+    wide sum[16] = {{0}};
+    for (int j = 0; j < length; j++)
+        UNROLLED for (int c = 0; c < columns; c++)
+            UNROLLED for (int g = 0; g < queries; g++)
+                sum[g * columns + c] += *(const wide *)(m->values + place[j] + i + 16 * c) * scores[(size_t)g * line + j];
+    for (int g = 0; g < queries; g++)
+        for (int c = 0; c < columns; c++) {
+            int at = column + g * m->head_size + i + 16 * c, all = m->heads * m->head_size;
+            *(wide *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
+            if (pool->amx) pack(pool->scratch->packed, all, token, at, sum[g * columns + c]);
+        }
+}
+
+/* What some queries of a token, from `column` on, find among `length` keys and values that lie at `place`. */
+COMPILED_FOR_EACH look(const int queries, const Pool *pool, int token, int column, const float *query, const size_t *place,
+                       int length, float *scores) {
+    const Model *m = pool->model;
+    const int together = 16 / queries;
+    int line = (length + 15) / 16 * 16, i = 0;
+    for (int j = 0; j < line; j += together) score(queries, m, query, place + j, scores + j, line);
+    for (int g = 0; g < queries; g++) {
+        float *weight = scores + (size_t)g * line;
+        wide most = {0}, sum = {0};
+        if (m->attention_cap)
+            for (int j = 0; j < line; j += 16)
+                *(wide *)(weight + j) = quick_tanh(*(wide *)(weight + j) / m->attention_cap) * m->attention_cap;
+        for (int j = length; j < line; j++) weight[j] = -INFINITY;
+        most -= INFINITY;
+        for (int j = 0; j < line; j += 16) {
+            wide x = *(wide *)(weight + j);
+            most = (wide)(((wide_ints)x & (x > most)) | ((wide_ints)most & ~(x > most)));
+        }
+        float highest = most[0];
+        for (int n = 1; n < 16; n++) highest = most[n] > highest ? most[n] : highest;
+        for (int j = 0; j < line; j += 16) sum += *(wide *)(weight + j) = quick_exp(*(wide *)(weight + j) - highest);
+        float all = total(sum);
+        for (int j = 0; j < line; j += 16) *(wide *)(weight + j) /= all;
+    }
+    for (; i + 16 * together <= m->head_size; i += 16 * together)
+        mix(queries, together, pool, token, column, place, length, scores, line, i);
+    for (; i < m->head_size; i += 16) mix(queries, 1, pool, token, column, place, length, scores, line, i);
+}
+
 /* Attention of the queries of one token that share a key/value head. */
-static void attend(const Pool *pool, int number, int token, int kv_head, const float *qkv, float *scores) {
+static void attend(const Pool *pool, int number, int token, int kv_head, const float *qkv, float *scores, size_t *place) {
     const Model *m = pool->model;
     const Rows *row = &pool->step->row[pool->scratch->row_of[token]];
     int size = m->head_size, group = m->heads / m->kv_heads, position = pool->scratch->position[token];
     int window = m->layer[number].window;
     int begin = window && position >= window ? position - window + 1 : 0, length = position + 1 - begin;
-    int columns = m->heads * size, padded = (length + 15) / 16 * 16;
-    const float *queries = qkv + kv_head * group * size;
     size_t many = (size_t)m->kv_heads * size, start = (size_t)number * m->slots * many + (size_t)kv_head * size;
-#define SLOT(at) (start + ((size_t)row->blocks[(at) / BLOCK] * BLOCK + (at) % BLOCK) * many)
-    for (int j = 0; j < length; j++) {
-        const float *key = m->keys + SLOT(begin + j);
-        int g = 0;
-        for (; g + 4 <= group; g += 4) { /* four sums that do not wait for each other */
-            const float *q = queries + g * size;
-            wide sum[4] = {{0}};
-            for (int i = 0; i < size; i += 16)
-                for (int n = 0; n < 4; n++) sum[n] += *(const wide *)(q + n * size + i) * *(const wide *)(key + i);
-            for (int n = 0; n < 4; n++) scores[(size_t)(g + n) * padded + j] = total(sum[n]) * m->scale;
-        }
-        for (; g < group; g++) { /* the same sum */
-            wide sum = {0};
-            for (int i = 0; i < size; i += 16) sum += *(const wide *)(queries + g * size + i) * *(const wide *)(key + i);
-            scores[(size_t)g * padded + j] = total(sum) * m->scale;
-        }
-    }
-    for (int g = 0; g < group; g++) {
-        float *line = scores + (size_t)g * padded, highest = -INFINITY;
-        for (int j = length; j < padded; j++) line[j] = -INFINITY;
-        if (m->attention_cap)
-            for (int j = 0; j < length; j += 16)
-                *(wide *)(line + j) = quick_tanh(*(wide *)(line + j) / m->attention_cap) * m->attention_cap;
-        for (int j = 0; j < length; j++) highest = line[j] > highest ? line[j] : highest;
-        wide sum = {0};
-        for (int j = 0; j < padded; j += 16) sum += *(wide *)(line + j) = quick_exp(*(wide *)(line + j) - highest);
-        float all = total(sum);
-        for (int j = 0; j < padded; j += 16) *(wide *)(line + j) /= all;
-    }
+    for (int j = 0; j < length; j++)
+        place[j] = start + ((size_t)row->blocks[(begin + j) / BLOCK] * BLOCK + (begin + j) % BLOCK) * many;
+    for (int j = length; j % 16; j++) place[j] = place[0]; /* looked at, and given no weight */
     for (int g = 0, some; g < group; g += some) {
-        some = group - g < 4 ? 1 : 4;
-        for (int i = 0; i < size; i += 16) {
-            wide found[4] = {{0}};
-            for (int j = 0, run; j < length; j += run) { /* what lies in one block */
-                const float *value = m->values + SLOT(begin + j) + i, *score = scores + (size_t)g * padded + j;
-                run = BLOCK - (begin + j) % BLOCK;
-                run = run < length - j ? run : length - j;
-                if (some == 4)
-                    for (int k = 0; k < run; k++, value += many, score++)
-                        for (int n = 0; n < 4; n++) found[n] += *(const wide *)value * score[n * padded];
-                else
-                    for (int k = 0; k < run; k++, value += many) found[0] += *(const wide *)value * *score++;
-            }
-            for (int n = 0; n < some; n++) {
-                int column = (kv_head * group + g + n) * size + i;
-                *(wide *)(pool->scratch->normed + (size_t)token * columns + column) = found[n];
-                if (pool->amx) pack(pool->scratch->packed, columns, token, column, found[n]);
-            }
-        }
+        int column = (kv_head * group + g) * size;
+        some = group - g < 2 ? 1 : group - g < 4 ? 2 : 4;
+        if (some == 4) look(4, pool, token, column, qkv + column, place, length, scores);
+        else if (some == 2) look(2, pool, token, column, qkv + column, place, length, scores);
+        else look(1, pool, token, column, qkv + column, place, length, scores);
     }
-#undef SLOT
 }
 
 /* Logits of the wanted tokens, and the best token of each; of equal ones the first. */
@@ -544,6 +622,18 @@ static void embed(const Model *m, int token, float *x) {
     for (int i = 0; i < m->hidden; i++) x[i] = to_float(from[i]) * m->embedding_scale;
 }
 
+/* Move the wanted tokens to the front, each to where none is left that is wanted. */
+static void keep_wanted(const Pool *pool, int wide_as) {
+    Scratch *s = pool->scratch;
+    int hidden = pool->model->hidden;
+    for (int i = 0; i < s->wanted; i++) {
+        int t = s->wanted_token[i];
+        memmove(s->x + (size_t)i * hidden, s->x + (size_t)t * hidden, hidden * sizeof(float));
+        memmove(s->y + (size_t)i * wide_as, s->y + (size_t)t * wide_as, wide_as * sizeof(float));
+        s->row_of[i] = s->row_of[t], s->position[i] = s->position[t];
+    }
+}
+
 /* One thread's part of a step. Tokens, pieces of matrices and (token, head) are shared out as threads become free. */
 static void work(Pool *pool, int thread) {
     const Model *m = pool->model;
@@ -552,7 +642,8 @@ static void work(Pool *pool, int thread) {
     long long met = atomic_load(&pool->meetings); /* no next one is counted before this thread has come to it */
     int phase = 0, tokens = step->tokens, hidden = m->hidden, wide_as = m->layer[0].site[QKV].rows;
     int units = tokens * m->kv_heads, found = m->heads * m->head_size;
-    float *scores = s->scores + (size_t)thread * (s->longest + 15) * (m->heads / m->kv_heads);
+    float *scores = s->scores + (size_t)thread * (s->longest + 15) * 4;
+    size_t *place = s->place + (size_t)thread * (s->longest + 15);
 #if HAS_AMX
     if (pool->amx) configure_tiles();
 #endif
@@ -574,9 +665,14 @@ static void work(Pool *pool, int thread) {
         phase = meet(pool, phase, &met);
         for (int t; (t = next_piece(pool, phase)) < tokens;) remember(pool, i, t, s->y + (size_t)t * wide_as);
         phase = meet(pool, phase, &met);
+        if (i + 1 == m->layers) { /* of the last layer only what is wanted is needed any more */
+            if (next_piece(pool, phase) == 0) keep_wanted(pool, wide_as);
+            phase = meet(pool, phase, &met);
+            tokens = s->wanted, units = tokens * m->kv_heads;
+        }
         for (int unit; (unit = next_piece(pool, phase)) < units;) {
             int t = units - 1 - unit; /* the longest first */
-            attend(pool, i, t / m->kv_heads, t % m->kv_heads, s->y + (size_t)(t / m->kv_heads) * wide_as, scores);
+            attend(pool, i, t / m->kv_heads, t % m->kv_heads, s->y + (size_t)(t / m->kv_heads) * wide_as, scores, place);
         }
         phase = meet(pool, phase, &met);
         if (s->ranks) {
@@ -618,7 +714,7 @@ static void work(Pool *pool, int thread) {
     }
     for (int i; (i = next_piece(pool, phase)) < s->wanted;) {
         float *x = s->normed + (size_t)i * hidden;
-        norm(x, s->x + (size_t)s->wanted_token[i] * hidden, m->norm, m->eps, hidden);
+        norm(x, s->x + (size_t)i * hidden, m->norm, m->eps, hidden);
         if (pool->amx)
             for (int k = 0; k < hidden; k += 16) pack(s->packed, hidden, i, k, *(const wide *)(x + k));
     }
@@ -668,7 +764,7 @@ void stop_threads(Pool *pool) {
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->mutex);
     for (int i = 1; i < pool->threads; i++) pthread_join(pool->worker[i], NULL);
-    free(pool->counters);
+    free(pool->memory);
     free(pool);
 }
 
@@ -695,18 +791,55 @@ Pool *start_threads(int threads, int use_amx) {
 
 int uses_amx(const Pool *pool) { return pool->amx; }
 
-static void *room(size_t count, size_t size, int *failed) {
-    void *memory = aligned_alloc(64, (count * size + 64) / 64 * 64);
-    if (!memory) *failed = 1;
-    return memory;
+static void *take(char *memory, size_t *used, size_t bytes) {
+    void *taken = memory ? memory + *used : NULL;
+    *used += (bytes + 64) / 64 * 64;
+    return taken;
+}
+
+/* The scratch of a step in `memory`, whose size is returned; NULL: the size alone. */
+static size_t lay_out(Scratch *s, char *memory, const Pool *pool, const Model *model, int tokens) {
+    const Matrix *site = model->layer[0].site;
+    size_t used = 0, most = s->longest + 15, padded = (tokens + 15) / 16 * 16; /* products take whole panels */
+    size_t widest = site[QKV].rows > model->hidden ? site[QKV].rows : model->hidden;
+    size_t deepest = site[O].columns > model->hidden ? site[O].columns : model->hidden;
+#define TAKE(name, count) s->name = take(memory, &used, (size_t)(count) * sizeof *s->name)
+    TAKE(counters, pool->phases);
+    TAKE(row_of, tokens);
+    TAKE(position, tokens);
+    TAKE(wanted_token, s->wanted);
+    TAKE(wanted_row, s->wanted);
+    TAKE(turns, (size_t)tokens * model->ropes * model->head_size);
+    TAKE(x, tokens * (size_t)model->hidden);
+    TAKE(normed, tokens * deepest);
+    TAKE(gated, tokens * (size_t)model->intermediate);
+    TAKE(y, tokens * widest);
+    TAKE(inner, tokens * (size_t)s->ranks);
+    TAKE(scores, pool->threads * most * 4);
+    TAKE(place, pool->threads * most);
+    TAKE(best, pool->threads * (size_t)s->wanted * 2);
+    TAKE(packed, pool->amx ? padded * deepest * 3 : 0);
+    TAKE(packed_gated, pool->amx ? padded * model->intermediate * 3 : 0);
+    TAKE(widened, pool->threads * s->piece);
+#undef TAKE
+    return used;
+}
+
+/* Whether the scratch has `bytes`. What has been touched once costs nothing the next time. */
+static int has_room(Pool *pool, size_t bytes) {
+    if (bytes <= pool->room) return 1;
+    free(pool->memory);
+    pool->room = (bytes + HUGE - 1) / HUGE * HUGE;
+    pool->memory = aligned_alloc(HUGE, pool->room);
+    if (!pool->memory) pool->room = 0;
+#ifdef MADV_HUGEPAGE
+    else madvise(pool->memory, pool->room, MADV_HUGEPAGE);
+#endif
+    return pool->memory != NULL;
 }
 
 /* 0, or 1 where memory is wanting; nothing has been done then. */
 int run_step(Pool *pool, const Model *model, const Step *step) {
-    const Matrix *site = model->layer[0].site;
-    int failed = 0, tokens = step->tokens, padded = (tokens + 15) / 16 * 16;
-    int widest = site[QKV].rows > model->hidden ? site[QKV].rows : model->hidden;
-    int deepest = site[O].columns > model->hidden ? site[O].columns : model->hidden;
     Scratch s = {0};
     for (int i = 0; i < step->rows; i++) {
         const Rows *row = &step->row[i];
@@ -722,55 +855,35 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                 }
     }
     for (int i = 0; i <= SITES && model->head.scales; i++) {
-        const Matrix *one = i < SITES ? &site[i] : &model->head;
-        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? tokens : s.wanted) * one->columns * 32;
+        const Matrix *one = i < SITES ? &model->layer[0].site[i] : &model->head;
+        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? step->tokens : s.wanted) * one->columns * 32;
         s.piece = piece > s.piece ? piece : s.piece;
     }
-    pool->phases = model->layers * PHASES + 4;
-    int group = model->heads / model->kv_heads;
-    s.row_of = room(tokens, sizeof(int32_t), &failed);
-    s.position = room(tokens, sizeof(int32_t), &failed);
-    s.wanted_token = room(s.wanted, sizeof(int32_t), &failed);
-    s.wanted_row = room(s.wanted, sizeof(int32_t), &failed);
-    s.turns = room((size_t)tokens * model->ropes * model->head_size, sizeof(float), &failed);
-    s.x = room((size_t)tokens * model->hidden, sizeof(float), &failed);
-    s.normed = room((size_t)tokens * deepest, sizeof(float), &failed);
-    s.gated = room((size_t)tokens * model->intermediate, sizeof(float), &failed);
-    s.y = room((size_t)tokens * widest, sizeof(float), &failed);
-    s.inner = room((size_t)tokens * s.ranks, sizeof(float), &failed);
-    s.scores = room((size_t)pool->threads * (s.longest + 15) * group, sizeof(float), &failed);
-    s.best = room((size_t)pool->threads * s.wanted * 2, sizeof(float), &failed);
-    s.packed = room(pool->amx ? (size_t)padded * deepest * 3 : 1, sizeof(bf16), &failed); /* what fills up a */
-    s.packed_gated = room(pool->amx ? (size_t)padded * model->intermediate * 3 : 1, sizeof(bf16), &failed); /* panel… */
-    s.widened = room(pool->threads * s.piece, sizeof(bf16), &failed);
-    free(pool->counters);
-    pool->counters = calloc(pool->phases, sizeof(atomic_int));
-    if (!failed && pool->counters) {
-        for (int i = 0, wanted = 0; i < step->rows; i++) {
-            const Rows *row = &step->row[i];
-            for (int t = 0; t < row->count; t++) s.row_of[row->first + t] = i, s.position[row->first + t] = row->start + t;
-            if (row->wanted) s.wanted_row[wanted] = i, s.wanted_token[wanted++] = row->first + row->count - 1;
+    pool->phases = model->layers * PHASES + 5;
+    if (!has_room(pool, lay_out(&s, NULL, pool, model, step->tokens))) return 1;
+    lay_out(&s, pool->memory, pool, model, step->tokens);
+    memset(s.counters, 0, pool->phases * sizeof *s.counters);
+    for (int i = 0, wanted = 0; i < step->rows; i++) {
+        const Rows *row = &step->row[i];
+        for (int t = 0; t < row->count; t++) s.row_of[row->first + t] = i, s.position[row->first + t] = row->start + t;
+        if (row->wanted) s.wanted_row[wanted] = i, s.wanted_token[wanted++] = row->first + row->count - 1;
+    }
+    pthread_mutex_lock(&pool->mutex);
+    pool->model = model, pool->step = step, pool->scratch = &s;
+    pool->turn++;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->mutex);
+    work(pool, 0);
+    for (int i = 0; i < s.wanted; i++) {
+        float highest = -INFINITY;
+        int32_t chosen = 0;
+        for (int thread = 0; thread < pool->threads; thread++) {
+            const float *best = s.best + ((size_t)thread * s.wanted + i) * 2;
+            int32_t token;
+            memcpy(&token, &best[1], 4);
+            if (best[0] > highest || (best[0] == highest && token < chosen)) highest = best[0], chosen = token;
         }
-        pthread_mutex_lock(&pool->mutex);
-        pool->model = model, pool->step = step, pool->scratch = &s;
-        pool->turn++;
-        pthread_cond_broadcast(&pool->work);
-        pthread_mutex_unlock(&pool->mutex);
-        work(pool, 0);
-        for (int i = 0; i < s.wanted; i++) {
-            float highest = -INFINITY;
-            int32_t chosen = 0;
-            for (int thread = 0; thread < pool->threads; thread++) {
-                const float *best = s.best + ((size_t)thread * s.wanted + i) * 2;
-                int32_t token;
-                memcpy(&token, &best[1], 4);
-                if (best[0] > highest || (best[0] == highest && token < chosen)) highest = best[0], chosen = token;
-            }
-            step->best[i] = chosen;
-        }
-    } else
-        failed = 1;
-    void *all[] = {s.row_of, s.position, s.wanted_token, s.wanted_row, s.turns, s.x, s.normed, s.y, s.gated, s.inner, s.scores, s.best, s.packed, s.packed_gated, s.widened};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
-    return failed;
+        step->best[i] = chosen;
+    }
+    return 0;
 }

@@ -1,7 +1,6 @@
 """Gemma on a CPU by kernels.c: compiled once on the machine that runs it, one call a step.
 
-Measured with Gemma 3 270M on two cores of a Xeon with AMX, where memory gives 20 GB/s and a step cannot take less than
-the 27 ms in which 536 MB of weights are read: see docs/serving.md for what this does beside torch and others.
+A step cannot take less than the time in which memory gives all weights: see docs/serving.md for this one beside others.
 """
 
 import ctypes as c
@@ -83,7 +82,7 @@ class KernelGemma:
         Args:
             folder: of Hugging Face format, safetensors.
             blocks: of the cache, each of `BLOCK` tokens.
-            int8: round weights to 8 bits, each output's by its largest. Twice as fast where memory is slow, not exact.
+            int8: round weights to 8 bits, each output's by its largest. Half the memory, not exact.
             amx: use it where it is there.
 
         Raises:
