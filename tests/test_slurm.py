@@ -192,7 +192,8 @@ class Submitted:
         try:
             while self.process.poll() is None:
                 assert time.monotonic() < until, self.said + self.cluster.ask("squeue")
-                if self.cluster.job(self.number).get("Reason") == "BeginTime":
+                job = self.cluster.job(self.number)
+                if job.get("Reason") == "BeginTime" and job["Restarts"] != "0":
                     self.start_now()
                 time.sleep(1)
             return self.process.returncode
