@@ -334,18 +334,22 @@ def test_what_the_cluster_cannot_give_is_one_sentence(
 @pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
-    held = {"SBATCH_BEGIN": "now+3600"}  # one of sbatch's own variables
-    job = Submitted(cluster, tmp_path, words, **held)
+    other = cluster.ask("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null",
+                        "--wrap=sleep 600").strip()  # fmt: skip
+    cluster.wait_for(lambda: cluster.job(other)["JobState"] == "RUNNING")
+    job = Submitted(cluster, tmp_path, words)
     job.wait_for(lambda: "waits in the queue" in job.said)
     job.process.send_signal(signal.SIGINT)
     assert job.end() == 130
     assert f"job {job.number} goes on" in job.said and f"scancel {job.number}" in job.said
 
-    again = Submitted(cluster, tmp_path, words, **held)
+    again = Submitted(cluster, tmp_path, words)
     again.wait_for(lambda: f"Job {job.number} does this already" in again.said)
-    assert cluster.ask("squeue", "--noheader").count("\n") == 1
+    assert set(cluster.ask("squeue", "--noheader", "--format=%i").split()) == {other, job.number}
     cluster.ask("scancel", job.number)
     assert again.end() == 1 and "CANCELLED" in again.said
+    cluster.ask("scancel", other)
+    cluster.wait_for(lambda: not cluster.ask("squeue", "--noheader"))
 
 
 @pytest.mark.alone
