@@ -33,7 +33,7 @@ Layouts, in C order:
 
 enum { QKV, O, GATE_UP, DOWN, SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
-enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */ };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
@@ -585,8 +585,8 @@ static void attend(const Pool *pool, int number, int token, int kv_head, const f
     for (int j = length; j % 16; j++) place[j] = place[0]; /* looked at, and given no weight */
     for (int g = 0, some; g < group; g += some) {
         int column = (kv_head * group + g) * size;
-        some = group - g < 2 ? 1 : group - g < 4 ? 2 : 4;
-        if (some == 4) look(4, pool, token, column, qkv + column, place, length, scores);
+        some = group - g < 2 ? 1 : group - g < MOST_QUERIES ? 2 : MOST_QUERIES;
+        if (some == MOST_QUERIES) look(MOST_QUERIES, pool, token, column, qkv + column, place, length, scores);
         else if (some == 2) look(2, pool, token, column, qkv + column, place, length, scores);
         else look(1, pool, token, column, qkv + column, place, length, scores);
     }
@@ -642,7 +642,7 @@ static void work(Pool *pool, int thread) {
     long long met = atomic_load(&pool->meetings); /* no next one is counted before this thread has come to it */
     int phase = 0, tokens = step->tokens, hidden = m->hidden, wide_as = m->layer[0].site[QKV].rows;
     int units = tokens * m->kv_heads, found = m->heads * m->head_size;
-    float *scores = s->scores + (size_t)thread * (s->longest + 15) * 4;
+    float *scores = s->scores + (size_t)thread * (s->longest + 15) * MOST_QUERIES;
     size_t *place = s->place + (size_t)thread * (s->longest + 15);
 #if HAS_AMX
     if (pool->amx) configure_tiles();
@@ -815,7 +815,7 @@ static size_t lay_out(Scratch *s, char *memory, const Pool *pool, const Model *m
     TAKE(gated, tokens * (size_t)model->intermediate);
     TAKE(y, tokens * widest);
     TAKE(inner, tokens * (size_t)s->ranks);
-    TAKE(scores, pool->threads * most * 4);
+    TAKE(scores, pool->threads * most * MOST_QUERIES);
     TAKE(place, pool->threads * most);
     TAKE(best, pool->threads * (size_t)s->wanted * 2);
     TAKE(packed, pool->amx ? padded * deepest * 3 : 0);
