@@ -328,6 +328,26 @@ def test_nor_over_grpc(server: Server, call: str) -> None:
     assert server.is_ready()
 
 
+def test_other_users_of_the_machine_cannot_read_requests(server: Server, stack: Stack) -> None:
+    server.ask("http", "A prompt that is nobody else's", GREEDY)
+    name = next(word for word in victim(stack, "gemma").cmdline() if word.startswith("triton_gemma_"))
+    region = Path("/dev/shm", name)
+    assert b"A prompt that is nobody else's" in region.read_bytes()
+    assert region.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.slow
+def test_variables_of_vertex_ai_open_no_other_frontend(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"AIP_MODE": "PREDICTION", "AIP_HTTP_PORT": str(free_ports(1)[0])}.items():
+        monkeypatch.setenv(name, value)
+    with serve_tiny(tiny_base, tmp_path) as running:
+        listening = [one.laddr for one in running.part("triton").net_connections() if one.status == "LISTEN"]
+        assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
+        assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
+
+
 @pytest.mark.slow
 def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None:
     """Each is answered or refused with a reason, and afterwards it says what it said before."""
@@ -557,6 +577,20 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     assert started.returncode == 2
     assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
     assert "--grpc-port" in started.stderr
+    assert "warning" not in started.stdout
+
+
+def test_an_address_that_lets_others_in_comes_with_a_warning(tiny_base: Path, tmp_path: Path) -> None:
+    write_repository(tmp_path, tiny_base)
+    (tmp_path / "adapters").mkdir()
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
+        port = taken.getsockname()[1]
+        words = ["--host", "0.0.0.0", "--grpc-port", str(port)]
+        started = subprocess.run([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path, *words],
+                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert started.returncode == 2
+    assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
+    assert "SECURITY.md" in started.stdout
 
 
 @pytest.mark.slow
