@@ -328,12 +328,19 @@ def test_nor_over_grpc(server: Server, call: str) -> None:
     assert server.is_ready()
 
 
-def test_other_users_of_the_machine_cannot_read_requests(server: Server, stack: Stack) -> None:
-    server.ask("http", "A prompt that is nobody else's", GREEDY)
-    name = next(word for word in victim(stack, "gemma").cmdline() if word.startswith("triton_gemma_"))
-    region = Path("/dev/shm", name)
-    assert b"A prompt that is nobody else's" in region.read_bytes()
-    assert region.stat().st_mode & 0o077 == 0
+def test_the_security_policy_is_about_what_is_served(server: Server) -> None:
+    policy = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert f"Triton {httpx.get(f'{server.http}/v2', timeout=20).json()['version']}" in policy
+    pinned = re.search(r"nvidia-pytriton==([\d.]+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pinned and f"nvidia-pytriton {pinned[1]}" in policy
+    image = re.search(r"^ARG BASE_IMAGE=(\S+)", (ROOT / "docker/serve.Dockerfile").read_text(encoding="utf-8"), re.M)
+    assert image and f"`{image[1]}`" in policy
+
+
+def test_other_users_of_the_machine_cannot_read_requests(stack: Stack) -> None:
+    """Triton itself leaves the region of shared memory that they pass through readable by everybody."""
+    region = next(word for word in victim(stack, "gemma").cmdline() if word.startswith("triton_gemma_"))
+    assert Path("/dev/shm", region).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
