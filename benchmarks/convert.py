@@ -31,10 +31,18 @@ from training.base_model import ensure_base_model
 DOCS = Path("docs/converters.md")
 # https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
 GEMMA_3_27B = {
-    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262_144, "hidden_size": 5376,
-    "intermediate_size": 21_504, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
-    "query_pre_attn_scalar": 168, "sliding_window": 1024, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262_144,
+    "hidden_size": 5376,
+    "intermediate_size": 21_504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+    "sliding_window": 1024,
+    "dtype": "bfloat16",
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEERS = """
 import sys
@@ -83,8 +91,13 @@ def main(words: list[str]) -> None:
             lines += compare(base, folder, with_peers=not count)
             shutil.rmtree(folder)
     machine = describe_environment()
-    text = HEADER.format(table=table(), words=" ".join(words), machine=f"{machine['cpu']}, {machine['cores']} cores",
-                         date=f"{datetime.now(UTC):%Y-%m-%d}", note=NOTE)  # fmt: skip
+    text = HEADER.format(
+        table=table(),
+        words=" ".join(words),
+        machine=f"{machine['cpu']}, {machine['cores']} cores",
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        note=NOTE,
+    )
     DOCS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     print(f"written: {DOCS}")
 
@@ -110,8 +123,10 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
         until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
         # A process begins with its parent's peak in its books, so that cp's would be this one's.
         memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
-        lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
-                     f"{busy / copied:.1f} | {memory} |")  # fmt: skip
+        lines.append(
+            f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
+            f"{busy / copied:.1f} | {memory} |"
+        )
         print(lines[-1], flush=True)
         shutil.rmtree(target)
     return lines
@@ -157,8 +172,14 @@ def write_adapter(base: Path, folder: Path) -> None:
                 torch.randn(weight.shape[0], 8, generator=chance) * 0.02
             )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": TARGETS,
-                "base_model_name_or_path": str(base)}  # fmt: skip
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": TARGETS,
+        "base_model_name_or_path": str(base),
+    }
     hf.write_json(folder / "adapter_config.json", settings)
 
 

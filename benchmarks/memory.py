@@ -48,8 +48,9 @@ def main(words: list[str]) -> None:
     for word in words:
         name, _, value = word.partition("=")
         if name != "runs" or (unknown := [one for one in value.split(",") if one not in RUNS]):
-            raise UserError(f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. "
-                            f"Known: runs={','.join(RUNS)}")  # fmt: skip
+            raise UserError(
+                f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. Known: runs={','.join(RUNS)}"
+            )
         chosen = value.split(",")
     model = load_config([]).model
     ensure_base_model(model)
@@ -58,8 +59,9 @@ def main(words: list[str]) -> None:
         for name in chosen:
             expected, measured = measure(name, Path(scratch) / name)
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
-            table.append(f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | "
-                         f"{expected / measured:.2f} |\n")  # fmt: skip
+            table.append(
+                f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |\n"
+            )
     environment = describe_environment()
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
     command = " ".join(["python -m benchmarks.memory", *words])

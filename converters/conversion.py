@@ -96,14 +96,20 @@ def fill(
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
         adapter = source if isinstance(source, Adapter) else Adapter({}, {})
         record = {
-            "source": path.name, "source_sha256": digest(path, seen), "from": origin, "to": to,
+            "source": path.name,
+            "source_sha256": digest(path, seen),
+            "from": origin,
+            "to": to,
             "base": {key: value for key, value in adapter.base.items() if key != "folder"},
-            "dtype": adapter.dtype, "quantization": adapter.quantization, "proof": proof,
+            "dtype": adapter.dtype,
+            "quantization": adapter.quantization,
+            "proof": proof,
             "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
             "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
-            "seconds_to_write": round(seconds_to_write, 1), "seconds": round(time.monotonic() - begun, 1),
+            "seconds_to_write": round(seconds_to_write, 1),
+            "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }  # fmt: skip
+        }
     with written(folder):
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
     return proof
@@ -116,10 +122,17 @@ def fetched(name: Path | str) -> Path:
         return path
     files = sorted((CONFIG_DIR / "model").glob("*.yaml"))
     known = next((model for file in files if (model := OmegaConf.load(file)).repo == str(name)), None)
-    model = known or OmegaConf.create({
-        "name": str(name).replace("/", "--"), "repo": str(name), "revision": "main", "embedded": False, "path": None,
-        "models_dir": "models", "max_perplexity": 1000,
-    })  # fmt: skip
+    model = known or OmegaConf.create(
+        {
+            "name": str(name).replace("/", "--"),
+            "repo": str(name),
+            "revision": "main",
+            "embedded": False,
+            "path": None,
+            "models_dir": "models",
+            "max_perplexity": 1000,
+        }
+    )
     return ensure_base_model(cast(DictConfig, model))
 
 
@@ -158,8 +171,10 @@ def written(folder: Path) -> Iterator[None]:
     except OSError as error:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
         free = shutil.disk_usage(there).free / 1e9
-        raise UserError(f"{folder.parent} could not be written to: {error.strerror or error}; {free:.1f} GB are free "
-                        f"there. Nothing of the target was left") from None  # fmt: skip
+        raise UserError(
+            f"{folder.parent} could not be written to: {error.strerror or error}; {free:.1f} GB are free "
+            f"there. Nothing of the target was left"
+        ) from None
 
 
 def files_of(folder: Path) -> list[Path]:

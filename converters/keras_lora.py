@@ -40,8 +40,11 @@ WALK: dict[str, list[str | None]] = {
     "gemma2": [*_MLP, None, None, None, "self_attn.o_proj", *_QKV, None, None],
     "gemma3_text": [*_MLP, None, None, None, "self_attn.o_proj", None, None, *_QKV, None, None],
 }
-HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads",
-         "self_attn.v_proj": "num_key_value_heads"}  # fmt: skip
+HEADS = {
+    "self_attn.q_proj": "num_attention_heads",
+    "self_attn.k_proj": "num_key_value_heads",
+    "self_attn.v_proj": "num_key_value_heads",
+}
 
 
 def read(path: Path) -> Adapter:

@@ -142,8 +142,10 @@ def publish(config: DictConfig, repo: str, to: str, dataset: str, dry_run: bool)
         raise UserError("name the repository with its owner: REPO=name/model, DATASET=name/data")
     token = os.environ.get("HF_TOKEN")
     if not token and not dry_run:
-        raise UserError("HF_TOKEN is not set. Make a token that may write at https://huggingface.co/settings/tokens, "
-                        "then: export HF_TOKEN=hf_...; or look at what would be sent with DRY_RUN=1")  # fmt: skip
+        raise UserError(
+            "HF_TOKEN is not set. Make a token that may write at https://huggingface.co/settings/tokens, "
+            "then: export HF_TOKEN=hf_...; or look at what would be sent with DRY_RUN=1"
+        )
     run_folder = newest_run(config)
     archive = run_folder / f"{config.task.name}.nemo"
     nemo = read_nemo(archive)
@@ -172,25 +174,42 @@ def write_card(
     machine, proof = read_json(run_folder / "environment.json"), read_json(folder / "conversion.json")["proof"]
     base = base_on_hub(nemo.base)
     front = ModelCardData(
-        base_model=base, license="gemma", datasets=[dataset] if dataset else None, pipeline_tag="text-generation",
+        base_model=base,
+        license="gemma",
+        datasets=[dataset] if dataset else None,
+        pipeline_tag="text-generation",
         library_name="peft" if to == "adapter" else "transformers",
         tags=["gemma", "nemo", "lora", trained["task"]["name"]],
-    )  # fmt: skip
+    )
     train = {key: value for key, value in trained["task"]["train"].items() if key != "epochs_on"}
-    settings = {"peft": {key: value for key, value in nemo.peft.items() if value}, "train": train,
-                "quantization": nemo.quantization}  # fmt: skip
+    settings = {
+        "peft": {key: value for key, value in nemo.peft.items() if value},
+        "train": train,
+        "quantization": nemo.quantization,
+    }
     text = MODEL_CARD.format(
-        front=front.to_yaml(), title=repo.partition("/")[2], base=base, held_out=evaluation["held_out_rows"],
+        front=front.to_yaml(),
+        title=repo.partition("/")[2],
+        base=base,
+        held_out=evaluation["held_out_rows"],
         kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA",
         rows=manifest["splits"]["training"]["rows"],
-        before=evaluation["before"]["perplexity"], after=evaluation["after"]["perplexity"],
-        answers=answers(evaluation), template=nemo.prompt.template, code=LOAD[to].format(repo=repo, base=base),
-        data=data_line(manifest, dataset), splits=split_lines(manifest), epochs=train.get("epochs"),
-        seed=trained.get("seed", manifest.get("seed")), machine=", ".join(machine["gpus"]) or machine["cpu"],
-        settings=yaml.safe_dump(settings, sort_keys=False).strip(), terms=TERMS,
+        before=evaluation["before"]["perplexity"],
+        after=evaluation["after"]["perplexity"],
+        answers=answers(evaluation),
+        template=nemo.prompt.template,
+        code=LOAD[to].format(repo=repo, base=base),
+        data=data_line(manifest, dataset),
+        splits=split_lines(manifest),
+        epochs=train.get("epochs"),
+        seed=trained.get("seed", manifest.get("seed")),
+        machine=", ".join(machine["gpus"]) or machine["cpu"],
+        settings=yaml.safe_dump(settings, sort_keys=False).strip(),
+        terms=TERMS,
         other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
-        difference=proof["max_logit_difference"], agreement=proof["top1_agreement"],
-    )  # fmt: skip
+        difference=proof["max_logit_difference"],
+        agreement=proof["top1_agreement"],
+    )
     ModelCard(text).save(folder / "README.md")
 
 
@@ -202,8 +221,10 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
     """
     trained, manifest = read_json(run_folder / "data_manifest.json"), read_json(data_folder / "manifest.json")
     if trained["splits"] != manifest["splits"]:
-        raise UserError(f"{data_folder} holds other rows than {run_folder} was trained on. Prepare them again as then: "
-                        f"its environment.json has the command")  # fmt: skip
+        raise UserError(
+            f"{data_folder} holds other rows than {run_folder} was trained on. Prepare them again as then: "
+            f"its environment.json has the command"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in (*SPLITS.values(), "manifest.json"):
@@ -212,9 +233,15 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
     front = DatasetCardData(
         configs=[{"config_name": "default", "data_files": files}], task_categories=["text-generation"]
     )
-    text = DATA_CARD.format(front=front.to_yaml(), title=dataset.partition("/")[2], rows=manifest["rows_out"],
-                            model=f"[{repo}](https://huggingface.co/{repo})", source=manifest["source"]["name"],
-                            seed=manifest["seed"], splits=split_lines(manifest))  # fmt: skip
+    text = DATA_CARD.format(
+        front=front.to_yaml(),
+        title=dataset.partition("/")[2],
+        rows=manifest["rows_out"],
+        model=f"[{repo}](https://huggingface.co/{repo})",
+        source=manifest["source"]["name"],
+        seed=manifest["seed"],
+        splits=split_lines(manifest),
+    )
     DatasetCard(text).save(folder / "README.md")
 
 

@@ -119,8 +119,10 @@ def write_tensors(
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(empty, layout)
         size = layout.stat().st_size
-        places = {name: tensor.untyped_storage()._checkpoint_offset
-                  for name, tensor in torch.load(layout, map_location="meta", weights_only=True).items()}  # fmt: skip
+        places = {
+            name: tensor.untyped_storage()._checkpoint_offset
+            for name, tensor in torch.load(layout, map_location="meta", weights_only=True).items()
+        }
         file.write(header(size))
         begin = file.tell()
         checksums: dict[int, int] = {}

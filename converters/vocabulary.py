@@ -89,10 +89,15 @@ def read_vocabulary(files: Mapping[str, bytes | Path], config: PretrainedConfig)
         elif not of_bytes and len(token) == 6 and token.startswith("<0x"):
             kinds[number] = TokenType.BYTE
     return Vocabulary(
-        tokens, scores, kinds, merges, of_bytes,
+        tokens,
+        scores,
+        kinds,
+        merges,
+        of_bytes,
         {name: number for name, number in special.items() if isinstance(number, int)},
-        starts == [special["bos"]], _text(files, "chat_template.jinja") or settings.get("chat_template") or "",
-    )  # fmt: skip
+        starts == [special["bos"]],
+        _text(files, "chat_template.jinja") or settings.get("chat_template") or "",
+    )
 
 
 def _text(files: Mapping[str, bytes | Path], name: str) -> str:

@@ -34,13 +34,39 @@ SURE = 0.5  # probability of a language; below it a review with a word of VADER'
 QUOTE = range(4, 31)  # words: less says nothing, more is an essay
 REPRESENTATIVE, PHRASES = 30, 12
 LANGUAGES = {
-    "en": "English", "es": "Spanish", "pt": "Portuguese", "fr": "French", "de": "German", "it": "Italian",
+    "en": "English",
+    "es": "Spanish",
+    "pt": "Portuguese",
+    "fr": "French",
+    "de": "German",
+    "it": "Italian",
     "nl": "Dutch",
-    "sv": "Swedish", "da": "Danish", "no": "Norwegian", "fi": "Finnish", "pl": "Polish", "cs": "Czech",
-    "hu": "Hungarian", "ro": "Romanian", "el": "Greek", "tr": "Turkish", "ru": "Russian", "uk": "Ukrainian",
-    "ar": "Arabic", "he": "Hebrew", "fa": "Persian", "hi": "Hindi", "bn": "Bengali", "ur": "Urdu", "id": "Indonesian",
-    "tl": "Tagalog", "vi": "Vietnamese", "th": "Thai", "ko": "Korean", "ja": "Japanese", "zh": "Chinese",
-}  # fmt: skip
+    "sv": "Swedish",
+    "da": "Danish",
+    "no": "Norwegian",
+    "fi": "Finnish",
+    "pl": "Polish",
+    "cs": "Czech",
+    "hu": "Hungarian",
+    "ro": "Romanian",
+    "el": "Greek",
+    "tr": "Turkish",
+    "ru": "Russian",
+    "uk": "Ukrainian",
+    "ar": "Arabic",
+    "he": "Hebrew",
+    "fa": "Persian",
+    "hi": "Hindi",
+    "bn": "Bengali",
+    "ur": "Urdu",
+    "id": "Indonesian",
+    "tl": "Tagalog",
+    "vi": "Vietnamese",
+    "th": "Thai",
+    "ko": "Korean",
+    "ja": "Japanese",
+    "zh": "Chinese",
+}
 UNKNOWN = "unknown"
 
 # Where a sentence may change its mind: what stands on both sides is judged apart.

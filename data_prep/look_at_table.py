@@ -124,9 +124,13 @@ def show(look: Look, source: Source, console: Console) -> None:
         lengths = [len(cell) for cell in column.filled] or [0]
         example = column.filled[0] if column.filled else ""
         table.add_row(
-            Text(column.header), f"{len(column.filled) / max(look.rows, 1):.0%}", f"{column.different:,}",
-            f"{min(lengths)}-{max(lengths)}", column.holds, Text(example[:200], style="dim"),
-        )  # fmt: skip
+            Text(column.header),
+            f"{len(column.filled) / max(look.rows, 1):.0%}",
+            f"{column.different:,}",
+            f"{min(lengths)}-{max(lengths)}",
+            column.holds,
+            Text(example[:200], style="dim"),
+        )
     console.print(table)
     for problem, count in look.unreadable.items():
         console.print(f"   {count:,} rows cannot be read: {problem}")

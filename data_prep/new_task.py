@@ -55,8 +55,9 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     show(look, source, console)
     if look.rows < FEWEST:
         rows = f"{look.rows} row{'s' * (look.rows != 1)}"
-        raise UserError(f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and "
-                        "measure with the rest")  # fmt: skip
+        raise UserError(
+            f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and measure with the rest"
+        )
     kind = kind_of(look, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
@@ -68,8 +69,11 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     except BaseException:
         file.unlink()
         raise
-    console.print(f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
-                  f"look at the rows:\n\n  make data TASK={name}", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
+        f"look at the rows:\n\n  make data TASK={name}",
+        soft_wrap=True,
+    )
     return file
 
 
@@ -78,8 +82,10 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
     key, used = kind.columns[kind.key], list(kind.columns.values())
     places = {key_of(cell): place for place, cell in reversed(list(enumerate(key.cells))) if cell}
     if len(places) < FEWEST:
-        raise UserError(f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
-                        f"{FEWEST} are needed")  # fmt: skip
+        raise UserError(
+            f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
+            f"{FEWEST} are needed"
+        )
     shares = (0.1, 0.1) if len(places) >= FEW else (0.2, 0.2)
     seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and look.is_whole else 0
     first, end = ranges(*shares)["test"]
@@ -105,9 +111,12 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
         "examples": {field: kind.columns[field].cells[held_out] for field in kind.given},
     }
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     template.filters["text"] = _text
     return template.get_template("new_task.yaml.j2").render(words)
 

@@ -179,8 +179,10 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
             found[-1] = (found[-1][0], text)
         else:
             due = "assistant" if waiting else "user"
-            raise ValueError(f"message {number} is of role {role!r} where {due} is due: user and assistant alternate, "
-                             f"after one system message at most")  # fmt: skip
+            raise ValueError(
+                f"message {number} is of role {role!r} where {due} is due: user and assistant alternate, "
+                f"after one system message at most"
+            )
     if not found:
         raise ValueError("the dialogue has no message of a user")
     return found

@@ -74,8 +74,11 @@ class Answers:
         if len(found) < 2:
             return None
         named = [f"{phrase} ({_reviews(self._count(rows))})" for phrase, rows in found]
-        opening = self._one_of("Some phrases come back in review after review:", "Several viewers use the same words:",
-                               "Certain expressions return again and again:")  # fmt: skip
+        opening = self._one_of(
+            "Some phrases come back in review after review:",
+            "Several viewers use the same words:",
+            "Certain expressions return again and again:",
+        )
         return self._answer(opening, f"{_listing(named)}.")
 
     def languages(self) -> Answer:
@@ -148,9 +151,10 @@ class Answers:
             )
         aspect = self._one_of(*split[:4])
         opening = self._one_of(
-            f"Viewers part ways over the {aspect.name}:", f"Opinions clash about the {aspect.name}:",
+            f"Viewers part ways over the {aspect.name}:",
+            f"Opinions clash about the {aspect.name}:",
             f"One point of disagreement is the {aspect.name}:",
-        )  # fmt: skip
+        )
         return self._answer(opening, self._numbers(aspect), self._both_sides(aspect, 2, 2))
 
     # --- one aspect ---
@@ -171,19 +175,23 @@ class Answers:
         share = good / judged
         if share >= MOSTLY:
             opening = self._one_of(
-                f"Viewers mostly speak well of the {aspect.name}:", f"The {aspect.name} can count on praise:",
-                f"Most who judge the {aspect.name} are pleased:", f"There is much praise for the {aspect.name}:",
-            )  # fmt: skip
+                f"Viewers mostly speak well of the {aspect.name}:",
+                f"The {aspect.name} can count on praise:",
+                f"Most who judge the {aspect.name} are pleased:",
+                f"There is much praise for the {aspect.name}:",
+            )
         elif len(aspect.unfavourable) / judged >= MOSTLY:
             opening = self._one_of(
-                f"Viewers are hard on the {aspect.name}:", f"The {aspect.name} disappointed most viewers:",
+                f"Viewers are hard on the {aspect.name}:",
+                f"The {aspect.name} disappointed most viewers:",
                 f"There is more blame than praise for the {aspect.name}:",
-            )  # fmt: skip
+            )
         else:
             opening = self._one_of(
-                f"Opinions on the {aspect.name} differ:", f"Viewers do not agree about the {aspect.name}:",
+                f"Opinions on the {aspect.name} differ:",
+                f"Viewers do not agree about the {aspect.name}:",
                 f"The picture of the {aspect.name} is mixed:",
-            )  # fmt: skip
+            )
         return self._answer(
             opening, self._numbers(aspect), self._both_sides(aspect, 2 if share >= 0.4 else 1, 2 if share < 0.6 else 1)
         )
@@ -213,9 +221,11 @@ class Answers:
             return self._answer(opening)
         names = _the(self._some([aspect.name for aspect in aspects], 3))
         instead = self._one_of(
-            f"They talk about {names} instead.", f"What viewers do discuss is {names}.",
-            f"You could ask about {names}.", f"I can tell you what they say about {names}.",
-        )  # fmt: skip
+            f"They talk about {names} instead.",
+            f"What viewers do discuss is {names}.",
+            f"You could ask about {names}.",
+            f"I can tell you what they say about {names}.",
+        )
         return self._answer(opening, instead)
 
     # --- parts of an answer ---
@@ -241,8 +251,11 @@ class Answers:
                 "Viewers are disappointed:", "The response is mostly negative:", "Most viewers are let down:"
             )
         elif good > bad:
-            opening = self._one_of("More viewers are pleased than not:", "The response leans to the positive:",
-                                   f"Viewers like the {self._noun} more often than not:")  # fmt: skip
+            opening = self._one_of(
+                "More viewers are pleased than not:",
+                "The response leans to the positive:",
+                f"Viewers like the {self._noun} more often than not:",
+            )
         else:
             opening = self._one_of("Viewers are divided:", "The response is mixed at best:", "There is no agreement:")
         return f"{opening} {numbers}"
@@ -276,11 +289,13 @@ class Answers:
         if praised:
             first = self._one_of(*praised)
             count = _reviews(self._count(first.praised_by))
-            parts.append(self._one_of(
-                f"What wins viewers over is, among other things, the {first.name}, with {count} in favour.",
-                f"Much of the praise goes to the {first.name}: {count} in favour.",
-                f"Those who like the {self._noun} point to the {first.name} ({count}).",
-            ))  # fmt: skip
+            parts.append(
+                self._one_of(
+                    f"What wins viewers over is, among other things, the {first.name}, with {count} in favour.",
+                    f"Much of the praise goes to the {first.name}: {count} in favour.",
+                    f"Those who like the {self._noun} point to the {first.name} ({count}).",
+                )
+            )
             parts.append(self._cite(_strong(first.praise), quotes))
         if meaning:
             about = self._one_of(*meaning)
@@ -288,10 +303,12 @@ class Answers:
         if criticised:
             worst = self._one_of(*criticised)
             count = _reviews(self._count(worst.criticised_by))
-            parts.append(self._one_of(
-                f"What spoils it for some is the {worst.name} ({count} against).",
-                f"Among the objections is the {worst.name}, with {count} against.",
-            ))  # fmt: skip
+            parts.append(
+                self._one_of(
+                    f"What spoils it for some is the {worst.name} ({count} against).",
+                    f"Among the objections is the {worst.name}, with {count} against.",
+                )
+            )
             parts.append(self._cite(_strong(worst.criticism), 1))
         return " ".join(part for part in parts if part) or "The reviews give no reasons that could be counted."
 
@@ -374,9 +391,13 @@ class Answers:
 
 
 _FIRST = (
-    "One viewer writes:", "In one review:", "As one viewer puts it:", "A viewer says:", "One review says:",
+    "One viewer writes:",
+    "In one review:",
+    "As one viewer puts it:",
+    "A viewer says:",
+    "One review says:",
     "In the words of one viewer:",
-)  # fmt: skip
+)
 _NEXT = ("Another writes:", "Another says:", "And another:", "Someone else writes:", "From another review:")
 
 

@@ -135,21 +135,32 @@ def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) ->
             given.add(said.text)
             question = next(wordings).format(title=about.title, noun=about.kind, **names)
             yield {
-                "input": question, "output": said.text, "kind": kind, "aspect": names.get("aspect", ""),
-                "reviews": said.reviews, "quoted": said.quoted,
-            }  # fmt: skip
+                "input": question,
+                "output": said.text,
+                "kind": kind,
+                "aspect": names.get("aspect", ""),
+                "reviews": said.reviews,
+                "quoted": said.quoted,
+            }
 
 
 def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, part: str) -> Iterator[Question]:
     """Each as often as there is evidence to answer it anew; `part` is that of review_questions.yaml."""
     known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
     of_the_whole = {
-        "comparison": answers.comparison, "summary and explanation": answers.summary_and_explanation,
-        "summary": answers.summary, "explanation": answers.explanation, "positive": answers.positive,
-        "negative": answers.negative, "overall": answers.overall, "division": answers.division,
-        "audience": answers.audience, "phrases": answers.phrases, "ratings": answers.ratings,
+        "comparison": answers.comparison,
+        "summary and explanation": answers.summary_and_explanation,
+        "summary": answers.summary,
+        "explanation": answers.explanation,
+        "positive": answers.positive,
+        "negative": answers.negative,
+        "overall": answers.overall,
+        "division": answers.division,
+        "audience": answers.audience,
+        "phrases": answers.phrases,
+        "ratings": answers.ratings,
         "languages": answers.languages,
-    }  # fmt: skip
+    }
     for kind, wordings in known["of_the_whole"].items():
         asked = cycle(wordings[part])
         for _ in range(_how_many(len(knowledge.reviews), PER_ROW, FEW.get(kind, MOST))):

@@ -93,8 +93,13 @@ def kind_of(look: Look, file_name: str, title: str) -> Kind:
         kind.instruction = f"Write a new {longest.header.lower()}."
         return kind
     first, second = texts[:2]
-    return _pair(f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
-                 f"'{second.header}' for the answer.", look, [first], [second])  # fmt: skip
+    return _pair(
+        f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
+        f"'{second.header}' for the answer.",
+        look,
+        [first],
+        [second],
+    )
 
 
 def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:

@@ -23,8 +23,11 @@ RESERVED = ("row", "messages", "self")  # what a row, or a call of the prompt, h
 
 _COMPARISON = re.compile(r"(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt
-}  # fmt: skip
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 @dataclass
@@ -180,8 +183,10 @@ def _check_templates(prompt: Prompt, data: Data) -> None:
     """A field that no row has would be empty in all of them, without a word."""
     for name in data.columns:
         if not re.fullmatch(r"\w+", name) or name in RESERVED:
-            raise UserError(f"task.data.columns: a field cannot be called '{name}'. Use letters, digits and _, and "
-                            f"none of {', '.join(RESERVED)}; the header stands in the list after it")  # fmt: skip
+            raise UserError(
+                f"task.data.columns: a field cannot be called '{name}'. Use letters, digits and _, and "
+                f"none of {', '.join(RESERVED)}; the header stands in the list after it"
+            )
     known = [*data.columns, *prompt.fields]
     for option, template in {"instruction": prompt.instruction, "response": prompt.response}.items():
         for name in re.findall(r"\{([^{}]*)\}", template):

@@ -26,10 +26,21 @@ READ = ("task.data.source", "model.path", "run")  # words that name something ou
 WRITTEN = ("data_dir", "runs_dir", "model.models_dir")
 # Passed by name: a value in argv would be seen by everybody on the machine.
 PASSED = (
-    "HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "WANDB_API_KEY",
+    "OPENAI_API_KEY",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
     "ONEDNN_MAX_CPU_ISA",
-    "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy",
-)  # fmt: skip
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "NO_PROXY",
+    "no_proxy",
+)
 STOP_SECONDS = 300  # what is left to a step and its checkpoint after `docker stop`
 
 

@@ -34,8 +34,16 @@ from docker import UserError
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
 ENDED = (
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"
-)  # fmt: skip
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+)
 # Why a job waits that no waiting mends (too few nodes may be mended: some are down). Slurm says others in words,
 # "… use this partition (h100 allows lab)".
 HOPELESS = {
@@ -62,8 +70,10 @@ def main(words: list[str]) -> int:
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
-                        "shows the script that it would submit")  # fmt: skip
+        raise UserError(
+            "there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
+            "shows the script that it would submit"
+        )
     user = f"--user={getpass.getuser()}"
     if queued := ask("squeue", "--noheader", user, f"--name={name}", "--format=%F").split():
         job = queued[0]
@@ -285,8 +295,11 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                 if not elements:
                     shown = copy(log, shown)
     except KeyboardInterrupt:
-        print(f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
-              f"scancel {job}", file=sys.stderr)  # fmt: skip
+        print(
+            f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
+            f"scancel {job}",
+            file=sys.stderr,
+        )
         return 130
     if elements:
         copy(folder / f"{job}.table", 0)

@@ -19,8 +19,20 @@ from training.identity import made_of
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 TARGET = Path("docs/attempts.md")
-COLUMNS = ("run", "training rows", "columns", "epochs", "rank", "steps", "training time", "tokens/s (median)",
-           "validation loss", "held-out loss", "held-out perplexity", "gain")  # fmt: skip
+COLUMNS = (
+    "run",
+    "training rows",
+    "columns",
+    "epochs",
+    "rank",
+    "steps",
+    "training time",
+    "tokens/s (median)",
+    "validation loss",
+    "held-out loss",
+    "held-out perplexity",
+    "gain",
+)
 
 
 def main(words: list[str]) -> None:
@@ -50,8 +62,11 @@ def write(results: list[Run], words: list[str]) -> str:
     given = [field for field, column in first.manifest["source"]["columns"].items() if column]
     for row, result in zip(told, results, strict=True):
         row["columns"] = str(len(result.config["task"]["data"]["train_fields"] or given))
-    base = {"run": "base model", "held-out loss": f"{before['loss']:.3f}",
-            "held-out perplexity": f"{before['perplexity']:.2f}"}  # fmt: skip
+    base = {
+        "run": "base model",
+        "held-out loss": f"{before['loss']:.3f}",
+        "held-out perplexity": f"{before['perplexity']:.2f}",
+    }
     table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     table += [f"| {' | '.join(row.get(column, '') for column in COLUMNS)} |" for row in (base, *told)]
     answers = [("base model", before["answers"])]
@@ -65,27 +80,29 @@ def write(results: list[Run], words: list[str]) -> str:
     source = first.manifest["source"]
     more = [word for word in words if not word.startswith(("task.data.source=", "model="))]
     arguments = f' ARGS="{" ".join(more)}"' if more else ""
-    return "\n".join([
-        "# The three attempts, measured",
-        "",
-        f"Made by `make attempts SOURCE={source['name']}{arguments}` (rows in: {first.manifest['rows_in']}, sha256 "
-        f"{source['sha256'][:12]}). Base: {first.config['model']['name']}, "
-        f"{first.config['peft']['name']} on all linear layers; the authors' base was Gemma 2 2B. Every line is "
-        f"measured on the same {first.evaluation['held_out_rows']} held-out rows with all columns; loss is the mean "
-        "cross-entropy of a response token, gain the share by which the base's perplexity fell, with the range that it "
-        "would keep in 95 of 100 cases with other rows.",
-        "",
-        f"Machine: {environment['cpu']}, {environment['cores']} cores, {', '.join(environment['gpus']) or 'no GPU'}; "
-        f"torch {environment['packages']['torch']}, NeMo {environment['packages']['nemo-toolkit']}.",
-        "",
-        *table,
-        "",
-        "## What they answer",
-        "",
-        f"One sample each, seed {first.config['seed']}, nothing picked.",
-        "",
-        *samples,
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# The three attempts, measured",
+            "",
+            f"Made by `make attempts SOURCE={source['name']}{arguments}` (rows in: {first.manifest['rows_in']}, sha256 "
+            f"{source['sha256'][:12]}). Base: {first.config['model']['name']}, "
+            f"{first.config['peft']['name']} on all linear layers; the authors' base was Gemma 2 2B. Every line is "
+            f"measured on the same {first.evaluation['held_out_rows']} held-out rows with all columns; loss is the mean "
+            "cross-entropy of a response token, gain the share by which the base's perplexity fell, with the range that "
+            "it would keep in 95 of 100 cases with other rows.",
+            "",
+            f"Machine: {environment['cpu']}, {environment['cores']} cores, "
+            f"{', '.join(environment['gpus']) or 'no GPU'}; torch {environment['packages']['torch']}, NeMo {environment['packages']['nemo-toolkit']}.",
+            "",
+            *table,
+            "",
+            "## What they answer",
+            "",
+            f"One sample each, seed {first.config['seed']}, nothing picked.",
+            "",
+            *samples,
+        ]
+    )
 
 
 if __name__ == "__main__":

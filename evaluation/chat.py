@@ -107,8 +107,16 @@ def _answer(dialogue: "Dialogue", text: str, console: Console) -> None:
         remark = ""
     console.print()
     if dialogue.forgotten > forgotten:
-        remark = "; ".join(filter(None, [remark, "the dialogue no longer fits in the model's window: it was not given "
-                                         f"the oldest {dialogue.forgotten} exchanges"]))  # fmt: skip
+        remark = "; ".join(
+            filter(
+                None,
+                [
+                    remark,
+                    "the dialogue no longer fits in the model's window: it was not given "
+                    f"the oldest {dialogue.forgotten} exchanges",
+                ],
+            )
+        )
     if remark:
         _say(console, remark)
     console.print()

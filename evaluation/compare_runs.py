@@ -91,12 +91,14 @@ def compare(finished: Iterable[Run]) -> list[dict[str, Any]]:
         for one, facts_of_it in zip(members, told, strict=True):
             facts_of_it |= answers(one) if one in same else {}
         titles = dict.fromkeys(title for one in told for title in one)
-        groups.append({
-            "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
-            "runs": members,
-            "lines": [[title, *(one.get(title, "") for one in told)] for title in titles],
-            "notes": _notes(members, asked, same),
-        })  # fmt: skip
+        groups.append(
+            {
+                "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
+                "runs": members,
+                "lines": [[title, *(one.get(title, "") for one in told)] for title in titles],
+                "notes": _notes(members, asked, same),
+            }
+        )
     return groups
 
 
@@ -115,8 +117,10 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
     if asked and others:
         notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
     if len(same) < len(asked):
-        notes.append(f"Asked other questions, or sampled otherwise: "
-                     f"{', '.join(one.folder.name for one in asked if one not in same)}.")  # fmt: skip
+        notes.append(
+            f"Asked other questions, or sampled otherwise: "
+            f"{', '.join(one.folder.name for one in asked if one not in same)}."
+        )
     return notes
 
 
@@ -154,8 +158,13 @@ def main(words: list[str]) -> None:
     show(groups)
     for group in groups:
         group["plots"] = draw_comparison(group["runs"])
-    print(write_page(Path(config.runs_dir) / config.task.name / "comparison.html", "comparison.html.j2",
-                     {"task": config.task.name, "groups": groups}))  # fmt: skip
+    print(
+        write_page(
+            Path(config.runs_dir) / config.task.name / "comparison.html",
+            "comparison.html.j2",
+            {"task": config.task.name, "groups": groups},
+        )
+    )
 
 
 if __name__ == "__main__":

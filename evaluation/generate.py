@@ -43,10 +43,15 @@ def main(words: list[str]) -> None:
         base = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)
     console.print(Text(instruction), style="dim")
     side = max(30, (console.width - 2) // 2)
-    console.print(Columns([
-        Panel(Text(base), title=f"{nemo.base['name']}, before", width=side),
-        Panel(Text(tuned), title=f"fine-tuned, seed {config.seed}", width=side, border_style="green"),
-    ], padding=(0, 1)))  # fmt: skip
+    console.print(
+        Columns(
+            [
+                Panel(Text(base), title=f"{nemo.base['name']}, before", width=side),
+                Panel(Text(tuned), title=f"fine-tuned, seed {config.seed}", width=side, border_style="green"),
+            ],
+            padding=(0, 1),
+        )
+    )
     labels = nemo.prompt.labels()
     for name, text in nemo.prompt.read_response(tuned).items():
         console.print(Text.assemble((f"{labels[name]} ", "bold"), text))

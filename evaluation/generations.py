@@ -49,10 +49,16 @@ def _line(side: str, question: Question, seed: int, sampling: Mapping[str, Any])
     """An answer's line without the answer. Its id changes with all that decides the answer."""
     made_of = json.dumps([side, question.id, question.text_in, question.reference, seed, sampling], sort_keys=True)
     line = {
-        "id": hashlib.sha256(made_of.encode()).hexdigest()[:12], "side": side, "question": question.id,
-        "asked": question.asked, "text_in": question.text_in, "seed": seed, "fields": dict(question.fields),
-        "reference": question.reference, "row": question.row,
-    }  # fmt: skip
+        "id": hashlib.sha256(made_of.encode()).hexdigest()[:12],
+        "side": side,
+        "question": question.id,
+        "asked": question.asked,
+        "text_in": question.text_in,
+        "seed": seed,
+        "fields": dict(question.fields),
+        "reference": question.reference,
+        "row": question.row,
+    }
     return {key: value for key, value in line.items() if value not in (None, {})}
 
 

@@ -118,8 +118,9 @@ def _ask(client: httpx2.Client, model: str, request: str, a: str, b: str) -> str
             continue
         if response.status_code != 200:
             hint = ". Set OPENAI_API_KEY to its key" if response.status_code in (401, 403) else ""
-            raise UserError(f"the judge at {client.base_url} refuses with {response.status_code}: "
-                            f"{response.text[:200]}{hint}")  # fmt: skip
+            raise UserError(
+                f"the judge at {client.base_url} refuses with {response.status_code}: {response.text[:200]}{hint}"
+            )
         try:
             return response.json()["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):
@@ -143,6 +144,10 @@ def _summary(model: str, judged: Lines) -> dict[str, Any]:
     series = np.array(list(sums.values()), dtype=float)
     preference = interval(float(series[:, 0].sum() / series[:, 1].sum()), resample(series)[0], len(series))
     return {
-        "model": model, "pairs": len(judged), **{side: verdicts[side] for side in ("after", "before", "tie")},
-        "disagreed": reasons["orders disagree"], "no_verdict": reasons["no verdict"], "preference": preference,
-    }  # fmt: skip
+        "model": model,
+        "pairs": len(judged),
+        **{side: verdicts[side] for side in ("after", "before", "tie")},
+        "disagreed": reasons["orders disagree"],
+        "no_verdict": reasons["no verdict"],
+        "preference": preference,
+    }

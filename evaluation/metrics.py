@@ -88,8 +88,11 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
     `before`, `after` and `difference` are `[value, low, high]`; `reference` is the score of the held-out rows' own
     answers, or None. A metric that applies to no question is left out.
     """
-    known = [{**line, "side": "reference", "text": line["reference"], "ended": True} for line in generations
-             if line["side"] == "after" and "reference" in line]  # fmt: skip
+    known = [
+        {**line, "side": "reference", "text": line["reference"], "ended": True}
+        for line in generations
+        if line["side"] == "after" and "reference" in line
+    ]
     lines = [*generations, *known]
     more = import_module(f"evaluation.{family}_metrics").METRICS if family else []
     scores: dict[str, dict[str, float]] = {line["id"]: {} for line in generations}
@@ -103,11 +106,18 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
             continue
         before, after = (np.array([sides[side][question] for question in both]) for side in ("before", "after"))
         own = np.array(list(sides["reference"].values()))
-        found.append({
-            "name": name, "title": metric.title, "better": metric.better, "unit": metric.unit,
-            "explanation": metric.explanation, "questions": len(both), **estimates(before, after),
-            "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
-        })  # fmt: skip
+        found.append(
+            {
+                "name": name,
+                "title": metric.title,
+                "better": metric.better,
+                "unit": metric.unit,
+                "explanation": metric.explanation,
+                "questions": len(both),
+                **estimates(before, after),
+                "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
+            }
+        )
         for line, value in zip(generations, values, strict=False):
             if value is not None and not metric.together:
                 scores[line["id"]][name] = value

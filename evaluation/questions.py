@@ -67,8 +67,10 @@ def listed_questions(listed: Sequence[Any], prompt: Prompt) -> list[Question]:
             questions.append(_dialogue(name, given["messages"], prompt))
         elif isinstance(given, dict):
             if unknown := sorted(given.keys() - known):
-                raise UserError(f"task.evaluate.questions, {name}: the prompt has no field {', '.join(unknown)}. "
-                                f"Known: {', '.join(sorted(known))}")  # fmt: skip
+                raise UserError(
+                    f"task.evaluate.questions, {name}: the prompt has no field {', '.join(unknown)}. "
+                    f"Known: {', '.join(sorted(known))}"
+                )
             fields = {**prompt.fields, **given}
             instruction = prompt.write_instruction(**given)
             questions.append(Question(name, instruction, prompt.wrap(instruction), fields))

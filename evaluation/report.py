@@ -52,10 +52,16 @@ def evaluate(finished: Run, config: DictConfig) -> None:
         raise UserError("nothing to ask: task.evaluate.questions is empty and task.evaluate.held_out is 0")
     lines = generations.generate(finished, config, questions)
     measured = measure(lines, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
-    write_json(finished.folder / "metrics.json", {
-        "sampling": plain(config.task.generate), "settings": settings,
-        "held_out": held_out(finished.evaluation), **measured, "judge": judge.judge(finished.folder, config, lines),
-    })  # fmt: skip
+    write_json(
+        finished.folder / "metrics.json",
+        {
+            "sampling": plain(config.task.generate),
+            "settings": settings,
+            "held_out": held_out(finished.evaluation),
+            **measured,
+            "judge": judge.judge(finished.folder, config, lines),
+        },
+    )
 
 
 def write(run_folder: Path) -> Path:
@@ -63,32 +69,36 @@ def write(run_folder: Path) -> Path:
     shown = Run.read(run_folder)
     ended = datetime.fromisoformat(shown.evaluation["finished"])
     intervals = held_out(shown.evaluation)
-    return write_page(run_folder / "report.html", "report.html.j2", {
-        "config": shown.config,
-        "config_text": (run_folder / "config.yaml").read_text(encoding="utf-8"),
-        "run_name": run_folder.resolve().name,
-        "ended": f"{ended.day} {ended:%B %Y, %H:%M} UTC",
-        "evaluation": shown.evaluation,
-        "change": -gain(shown.evaluation),
-        "held_out": intervals,
-        "metrics": shown.metrics,
-        "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
-        "conversations": _conversations(shown),
-        "manifest": shown.manifest,
-        "machine": shown.environment,
-        "base": _read_base(shown.archive),
-        "archive_name": shown.archive.name,
-        "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
-        "steps": shown.steps[-1]["step"] if shown.steps else 0,
-        "train_seconds": shown.seconds,
-        "step_seconds": shown.step_seconds,
-        "speed": shown.median("tokens_per_second"),
-        "padding": shown.median("padding"),
-        "mfu": shown.median("mfu"),
-        "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
-        "last": shown.validations[-1] if shown.validations else None,
-        "plots": draw(shown, intervals),
-    })  # fmt: skip
+    return write_page(
+        run_folder / "report.html",
+        "report.html.j2",
+        {
+            "config": shown.config,
+            "config_text": (run_folder / "config.yaml").read_text(encoding="utf-8"),
+            "run_name": run_folder.resolve().name,
+            "ended": f"{ended.day} {ended:%B %Y, %H:%M} UTC",
+            "evaluation": shown.evaluation,
+            "change": -gain(shown.evaluation),
+            "held_out": intervals,
+            "metrics": shown.metrics,
+            "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
+            "conversations": _conversations(shown),
+            "manifest": shown.manifest,
+            "machine": shown.environment,
+            "base": _read_base(shown.archive),
+            "archive_name": shown.archive.name,
+            "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
+            "steps": shown.steps[-1]["step"] if shown.steps else 0,
+            "train_seconds": shown.seconds,
+            "step_seconds": shown.step_seconds,
+            "speed": shown.median("tokens_per_second"),
+            "padding": shown.median("padding"),
+            "mfu": shown.median("mfu"),
+            "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
+            "last": shown.validations[-1] if shown.validations else None,
+            "plots": draw(shown, intervals),
+        },
+    )
 
 
 def write_page(file: Path, template: str, values: Mapping[str, Any]) -> Path:
@@ -143,10 +153,15 @@ def _conversations(shown: Run) -> list[dict[str, Any]]:
         rests = [text[len(opening) :][::-1] for text in texts]
         closing = re.sub(r"^\w*", "", _common_start(rests)[::-1])
     return [
-        {**turn, "opening": opening, "question": turn["asked"].removeprefix(opening).removesuffix(closing),
-         "closing": closing, "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair]}
+        {
+            **turn,
+            "opening": opening,
+            "question": turn["asked"].removeprefix(opening).removesuffix(closing),
+            "closing": closing,
+            "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair],
+        }
         for turn in asked.values()
-    ]  # fmt: skip
+    ]
 
 
 def _by_side(shown: Run) -> dict[str, Lines]:

@@ -58,8 +58,9 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
         invented = [quote for quote in quotes if f" {' '.join(quote)} " not in said]
         unquoted = QUOTE.sub(" ", line["text"])
         asked = NUMBER.findall(line["text_in"])
-        return float(len(invented) + sum(number not in counted and number not in asked
-                                         for number in NUMBER.findall(unquoted)))  # fmt: skip
+        return float(
+            len(invented) + sum(number not in counted and number not in asked for number in NUMBER.findall(unquoted))
+        )
 
     return [count(line) for line in generations]
 

@@ -28,8 +28,12 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser("serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("exports/serve"))
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    ports = {"http": (8000, "Triton's HTTP"), "grpc": (8001, "Triton's gRPC"), "metrics": (8002, "Prometheus metrics"),
-             "door": (9000, "OpenAI's interface")}  # fmt: skip
+    ports = {
+        "http": (8000, "Triton's HTTP"),
+        "grpc": (8001, "Triton's gRPC"),
+        "metrics": (8002, "Prometheus metrics"),
+        "door": (9000, "OpenAI's interface"),
+    }
     for name, (port, about) in ports.items():
         parser.add_argument(f"--{name}-port", type=int, default=port, help=f"{about} (default: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the engine (default: the machine's cores)")
@@ -38,10 +42,19 @@ def main(words: list[str]) -> int:
     parser.add_argument("--dtype", help="of the engine's weights: bfloat16, float32 or int8")
     parser.add_argument("--log-text", action="store_true", help="prompts and answers too in state/requests.jsonl")
     given = parser.parse_args(words)
-    engine = [f"--{name.replace('_', '-')}={value}" for name in ENGINE_OPTIONS
-              if (value := getattr(given, name)) is not None]  # fmt: skip
-    options = Options(given.folder, given.host, given.http_port, given.grpc_port, given.metrics_port, given.door_port,
-                      given.log_text, tuple(engine))  # fmt: skip
+    engine = [
+        f"--{name.replace('_', '-')}={value}" for name in ENGINE_OPTIONS if (value := getattr(given, name)) is not None
+    ]
+    options = Options(
+        given.folder,
+        given.host,
+        given.http_port,
+        given.grpc_port,
+        given.metrics_port,
+        given.door_port,
+        given.log_text,
+        tuple(engine),
+    )
     state, console = State(options.folder / "state"), Console(highlight=False, soft_wrap=True)
     try:
         if not (options.folder / "repository" / "gemma" / "1" / "model.py").exists():
@@ -86,8 +99,10 @@ def joined(folder: Path, state: State, console: Console) -> None:
     while missing := [name for name in wanted if name not in (found := engine_of(state)).get("adapters", [])]:
         reason = found.get("broken", {}).get(missing[0])
         if reason or time.monotonic() > until:
-            raise StartError(f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
-                             f"{reason or f'what it said is in {state.folder}'}")  # fmt: skip
+            raise StartError(
+                f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
+                f"{reason or f'what it said is in {state.folder}'}"
+            )
         time.sleep(0.25)
     what = ", ".join(wanted) or "the base"
     console.print(f"A server is running already (process {status['pid']}); it serves {what}.", markup=False)

@@ -86,8 +86,13 @@ class Door:
         address = client_of(request.scope)
         if not self._keys:
             return address
-        guess = partial(self._take, f"wrong keys of {address}", per_minute=WRONG_KEYS, burst=WRONG_KEYS,
-                        refusal="too many wrong API keys from this address")  # fmt: skip
+        guess = partial(
+            self._take,
+            f"wrong keys of {address}",
+            per_minute=WRONG_KEYS,
+            burst=WRONG_KEYS,
+            refusal="too many wrong API keys from this address",
+        )
         guess(0)
         word, _, given = request.headers.get("authorization", "").partition(" ")
         # All are compared, each in the same time, so that time tells nothing of them.
@@ -95,8 +100,9 @@ class Door:
         if word.lower() != "bearer" or not any(right):
             if given:
                 guess(1)
-            raise ApiError(401, "no such API key; give one of SERVING_API_KEY as Authorization: Bearer KEY",
-                           "invalid_api_key")  # fmt: skip
+            raise ApiError(
+                401, "no such API key; give one of SERVING_API_KEY as Authorization: Bearer KEY", "invalid_api_key"
+            )
         return f"key {right.index(True) + 1}"
 
     def count(self, caller: str) -> None:
@@ -324,10 +330,20 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
     parser.add_argument("--port", type=int, default=9000, help="default 9000")
     parser.add_argument("--max-body", type=int, default=Limits.body, metavar="BYTES", help="default 1 MiB")
-    parser.add_argument("--per-minute", type=float, default=Limits.per_minute, metavar="N",
-                        help="requests of one key, or address, a minute; default: any number")  # fmt: skip
-    parser.add_argument("--concurrent", type=int, default=Limits.concurrent, metavar="N",
-                        help=f"requests at once, default {Limits.concurrent}")  # fmt: skip
+    parser.add_argument(
+        "--per-minute",
+        type=float,
+        default=Limits.per_minute,
+        metavar="N",
+        help="requests of one key, or address, a minute; default: any number",
+    )
+    parser.add_argument(
+        "--concurrent",
+        type=int,
+        default=Limits.concurrent,
+        metavar="N",
+        help=f"requests at once, default {Limits.concurrent}",
+    )
     options = parser.parse_args()
     keys = [key.strip() for key in os.environ.get("SERVING_API_KEY", "").split(",") if key.strip()]
     limits = Limits(options.max_body, options.per_minute, options.concurrent)
@@ -339,15 +355,19 @@ def main() -> None:
     except InvalidRequest as error:
         parser.error(f"--triton: {error}")
     except (OSError, OverflowError) as error:
-        print(f"error: the door cannot listen at {options.host}:{options.port} ({error}); give another --port",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: the door cannot listen at {options.host}:{options.port} ({error}); give another --port",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if not keys and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         log.warning("anybody who reaches this port may use the model: SERVING_API_KEY is not set")
     app = create_app(options.triton, options.ca_file, limits, keys, os.environ.get("SERVING_LOG_TEXT") == "1")
-    server = uvicorn.Server(uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
-    ))  # fmt: skip
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        )
+    )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which uvicorn raises again when it has drained
     log.info("listening", extra={"fields": {"url": f"http://{options.host}:{options.port}", "triton": options.triton}})
     with contextlib.suppress(KeyboardInterrupt):

@@ -65,11 +65,20 @@ class Record:
             metrics.tokens.labels(self.model, "input").inc(self.input_tokens)
             metrics.tokens.labels(self.model, "output").inc(self.output_tokens)
         line = {
-            "id": self.id, "caller": self.caller, "path": self._path, "model": self.model, "stream": self.stream,
-            "status": status, "finish_reason": self.finish_reason, "seconds": round(seconds, 4),
-            "first_token_seconds": self._first and round(self._first, 4), "input_tokens": self.input_tokens,
-            "output_tokens": self.output_tokens, "error": self.error, **self.texts,
-        }  # fmt: skip
+            "id": self.id,
+            "caller": self.caller,
+            "path": self._path,
+            "model": self.model,
+            "stream": self.stream,
+            "status": status,
+            "finish_reason": self.finish_reason,
+            "seconds": round(seconds, 4),
+            "first_token_seconds": self._first and round(self._first, 4),
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "error": self.error,
+            **self.texts,
+        }
         log.info("request", extra={"fields": {name: value for name, value in line.items() if value not in (None, "")}})
 
 
@@ -78,9 +87,11 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower(),
-            "message": record.getMessage(), **getattr(record, "fields", {}),
-        }  # fmt: skip
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)

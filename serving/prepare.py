@@ -48,15 +48,19 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
     bases = {found.task: base_of(found, load_config([f"task={found.task}"])).resolve() for found in runs}
     if len(set(bases.values())) > 1:
         listed = ", ".join(f"{task} on {base.name}" for task, base in bases.items())
-        raise UserError(f"all tasks that are served together share one base, but these are {listed}. Train one of "
-                        f"them again, MODEL=…, or serve them one after the other")  # fmt: skip
+        raise UserError(
+            f"all tasks that are served together share one base, but these are {listed}. Train one of "
+            f"them again, MODEL=…, or serve them one after the other"
+        )
     base = next(iter(bases.values()), None) or ensure_base_model(load_config([f"model={model}"]).model).resolve()
     is_running = State(folder / "state").is_taken()
     if is_running and engine == "vllm":
         raise UserError(f"a server is running from {folder}; stop it first, its repository would be written anew")
     if is_running and (folder / "base").resolve() != base:
-        raise UserError(f"the running server has the base {(folder / 'base').resolve().name}, and these tasks "
-                        f"{base.name}; stop it first")  # fmt: skip
+        raise UserError(
+            f"the running server has the base {(folder / 'base').resolve().name}, and these tasks "
+            f"{base.name}; stop it first"
+        )
     adapters = {found.task: adapter_of(found, base) for found in runs}
     (folder / "adapters").mkdir(parents=True, exist_ok=True)
     if not is_running:
@@ -67,8 +71,10 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
         put_adapter(folder, adapters[found.task], serving_of(found, adapters[found.task], base))
     if engine == "vllm":
         write_vllm_repository(folder, base)
-        print(f"{folder} holds what NVIDIA's Triton with the vLLM backend serves, from {base.name}: "
-              f"{', '.join(adapters) or 'the base alone'}. Run it where there is an NVIDIA GPU:")  # fmt: skip
+        print(
+            f"{folder} holds what NVIDIA's Triton with the vLLM backend serves, from {base.name}: "
+            f"{', '.join(adapters) or 'the base alone'}. Run it where there is an NVIDIA GPU:"
+        )
         print("  make up ENGINE=vllm" + (f" TASKS={','.join(adapters)}" if adapters else ""))
     elif not is_running:
         write_repository(folder, base)
@@ -112,9 +118,15 @@ def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
         sampling["stop"] = [prompt.end]
     field = next((name for name in task["data"]["columns"] if f"{{{name}}}" in prompt.instruction), None)
     return {
-        "name": found.task, "task": found.task, "title": title_of(found), "base": base.name, "sampling": sampling,
-        "run": found.folder.name, "has_turns": bool(prompt.end), "field": field,
-    }  # fmt: skip
+        "name": found.task,
+        "task": found.task,
+        "title": title_of(found),
+        "base": base.name,
+        "sampling": sampling,
+        "run": found.folder.name,
+        "has_turns": bool(prompt.end),
+        "field": field,
+    }
 
 
 def title_of(found: Run) -> str:

@@ -32,20 +32,32 @@ FAMILIES = ("gemma", "gemma2", "gemma3_text")
 # Small enough for a test, large enough that every mechanism of its family is at work: grouped queries, a sliding
 # window shorter than the rows, soft-capping.
 TINY = {
-    "vocab_size": 262_144, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16,
-    "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 262_144,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 TINY_FAMILY = {
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 16,
     },
     "gemma3_text": {
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
     },
-}  # fmt: skip
+}
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's background job hands on to all its children
     signal.signal(signal.SIGINT, signal.default_int_handler)

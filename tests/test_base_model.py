@@ -37,8 +37,12 @@ def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     result = subprocess.run(
         [sys.executable, "-m", "training.base_model", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 2
     assert "cannot be reached" in result.stderr and "model.path=" in result.stderr
     assert "Traceback" not in result.stderr
@@ -80,8 +84,14 @@ def test_the_hash_follows_the_weights_and_not_the_folder(tiny_base: Path, tmp_pa
 
 def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     text = tiny_gemma("gemma3_text").config.to_dict()
     whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     whole.eval().save_pretrained(tmp_path)

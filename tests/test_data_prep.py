@@ -634,9 +634,11 @@ def test_filters_leave_rows_out_by_number_and_by_pattern(tmp_path: Path) -> None
     too_low = sum(row[2] in ("0", "1", "2") for row in rows)
     other = sum(row[2] in ("3", "4", "5", "6") and row[3] == "de" for row in rows)
     assert manifest["dropped"] == {
-        "context does not match en|fr": other, "example is empty": 1, "example is no number": 1,
+        "context does not match en|fr": other,
+        "example is empty": 1,
+        "example is no number": 1,
         "example is not >=2.5": too_low,
-    }  # fmt: skip
+    }
     assert account(manifest) == (140, 140)
 
 
@@ -670,8 +672,14 @@ def test_a_column_to_filter_by_must_be_there(tmp_path: Path) -> None:
 def test_a_template_that_does_not_fit_is_named(tmp_path: Path, option: str, template: object, message: str) -> None:
     columns = {"review": ["review"], "answer": ["answer"]}
     prompt = {"template": "{instruction}\n{response}", "instruction": 'As {"a": 1}, {review}', "response": "{answer}"}
-    data = {"source": "a.csv", "columns": columns, "required": ["review"], "key": "review", "max_chars": 99,
-            "split": {"validation": 0.1, "test": 0.1}}  # fmt: skip
+    data = {
+        "source": "a.csv",
+        "columns": columns,
+        "required": ["review"],
+        "key": "review",
+        "max_chars": 99,
+        "split": {"validation": 0.1, "test": 0.1},
+    }
     Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": prompt}}))
     with pytest.raises(UserError) as error:
         Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": {**prompt, option: template}}}))
@@ -781,15 +789,24 @@ def test_counts_and_shown_rows_are_those_of_training(
     assert counted == [(len(ids), sum(end - first for first, end in spans))]
 
     tokens = {"total": len(ids), "learned": counted[0][1], "mean": float(len(ids)), "max": len(ids), "counted_rows": 1}
-    manifest = {"rows_in": 1, "rows_out": 1, "source": {"name": "a.csv"}, "dropped": {}, "merged": 0, "repaired": 0,
-                "notes": {}, "splits": {"training": {"rows": 1, "tokens": tokens}}}  # fmt: skip
+    manifest = {
+        "rows_in": 1,
+        "rows_out": 1,
+        "source": {"name": "a.csv"},
+        "dropped": {},
+        "merged": 0,
+        "repaired": 0,
+        "notes": {},
+        "splits": {"training": {"rows": 1, "tokens": tokens}},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     show(tmp_path, prompt, 1)
     shown = capsys.readouterr().out.partition("Example 1")[2].split("\n")[1:-3]
     learned = "".join(tokenizer.decode(ids[first:end]) for first, end in spans)
-    given = "".join(tokenizer.decode(ids[first:end]) for first, end in zip(
-        [0, *(end for _, end in spans)], [first for first, _ in spans], strict=False
-    ))  # fmt: skip
+    given = "".join(
+        tokenizer.decode(ids[first:end])
+        for first, end in zip([0, *(end for _, end in spans)], [first for first, _ in spans], strict=False)
+    )
     assert "".join(line[4:].strip() for line in shown if line.startswith("  ▌ ")) == learned.replace("\n", "")
     unmarked = [line.strip() for line in shown if not line.startswith("  ▌ ")]
     assert "".join(unmarked).replace(" ", "") == given.replace("\n", "").replace(" ", "")

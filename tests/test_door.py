@@ -86,8 +86,11 @@ def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Do
     with log.open("w") as out:
         process = subprocess.Popen(
             [SERVING_PYTHON, "-m", "serving.door", "--triton", triton, "--port", str(port), *words],
-            cwd=ROOT, stderr=out, text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+            cwd=ROOT,
+            stderr=out,
+            text=True,
+            env={**os.environ, **environment},
+        )
     try:
         while "listening" not in log.read_text():
             assert process.poll() is None, log.read_text()
@@ -121,8 +124,15 @@ def settled(stack: Stack, seconds: float = 1.5) -> bool:
 
 
 def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside() -> None:
-    statuses = {InvalidRequest: 400, TooLong: 400, UnknownAdapter: 404, Busy: 429, Unavailable: 503,
-                DeadlineExceeded: 504, ServingError: 500}  # fmt: skip
+    statuses = {
+        InvalidRequest: 400,
+        TooLong: 400,
+        UnknownAdapter: 404,
+        Busy: 429,
+        Unavailable: 503,
+        DeadlineExceeded: 504,
+        ServingError: 500,
+    }
     for kind, status in statuses.items():
         error = ApiError.of(kind("temperature is -1"))
         assert error.status == status and set(error.body()["error"]) == {"message", "type", "param", "code"}
@@ -359,8 +369,9 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
 
 @pytest.mark.slow
 def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
-    with door(stack.grpc, tmp_path / "log", "--max-body", "5000", "--concurrent", "2",
-              SERVING_API_KEY="first, second") as guarded:  # fmt: skip
+    with door(
+        stack.grpc, tmp_path / "log", "--max-body", "5000", "--concurrent", "2", SERVING_API_KEY="first, second"
+    ) as guarded:
         url = f"{guarded.url}/v1/chat/completions"
 
         def post(key: str | None, **others: Any) -> httpx.Response:
@@ -422,9 +433,29 @@ def test_texts_are_logged_for_who_asks_for_it_and_a_door_that_is_told_to_end_let
 def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, stack: Stack) -> None:
     dice = random.Random(1)
     values = [None, True, -1, 0, 1, 2.5, 1e400, 10**30, "", "x", "chat", [], ["x"], {}, HI, [[]], {"type": "text"}]
-    names = ["model", "messages", "prompt", "stream", "stream_options", "temperature", "top_p", "top_k", "max_tokens",
-             "max_completion_tokens", "stop", "seed", "n", "logprobs", "presence_penalty", "tools", "response_format",
-             "min_p", "ignore_eos", "user", "é"]  # fmt: skip
+    names = [
+        "model",
+        "messages",
+        "prompt",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_p",
+        "top_k",
+        "max_tokens",
+        "max_completion_tokens",
+        "stop",
+        "seed",
+        "n",
+        "logprobs",
+        "presence_penalty",
+        "tools",
+        "response_format",
+        "min_p",
+        "ignore_eos",
+        "user",
+        "é",
+    ]
 
     def ask(number: int) -> int:
         body: dict[str, Any] = chat(prompt="Hi", max_tokens=2)

@@ -42,10 +42,18 @@ TURNS = Prompt(load_config(["+prompt=gemma-turns"]).task.prompt.template, "{ask}
 
 def words_for(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        f"task.data.source={source}", f"model.path={tiny_base}", f"data_dir={folder}/data", f"runs_dir={folder}/runs",
-        "task.train.epochs=2", "task.train.batch_size=16", "task.train.learning_rate=1e-2",
-        "task.generate.max_new_tokens=8", "task.evaluate.seeds=2", "task.evaluate.held_out=3", *more,
-    ]  # fmt: skip
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        f"data_dir={folder}/data",
+        f"runs_dir={folder}/runs",
+        "task.train.epochs=2",
+        "task.train.batch_size=16",
+        "task.train.learning_rate=1e-2",
+        "task.generate.max_new_tokens=8",
+        "task.evaluate.seeds=2",
+        "task.evaluate.held_out=3",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +87,10 @@ def test_who_else_is_in_a_batch_changes_nothing(tiny_base: Path) -> None:
     sampling = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
     texts = ["Slang", "A much longer text about the rain in the tents: 12345", "Slang", "At the beach"]
     together = sample(model, tokenizer, ENDS, texts, [0, 0, 1, 0], sampling)
-    alone = [sample(model, tokenizer, ENDS, [text], [seed], sampling)[0]
-             for text, seed in zip(texts, [0, 0, 1, 0], strict=True)]  # fmt: skip
+    alone = [
+        sample(model, tokenizer, ENDS, [text], [seed], sampling)[0]
+        for text, seed in zip(texts, [0, 0, 1, 0], strict=True)
+    ]
     assert together == alone
     assert together[0].text != together[2].text  # another seed
 
@@ -117,8 +127,11 @@ def test_an_answer_says_whether_it_came_to_its_end(tiny_base: Path) -> None:
 
 
 def test_a_question_is_a_text_or_fields_or_a_dialogue() -> None:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
-                {"role": "user", "content": "Bye"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ]
     text, defaults, fields = listed_questions(["Say it.", {}, {"context": "Rain."}], PROMPT)
     assert text.text_in == "Instruction:\nSay it.\n\nResponse:\n" and text.fields == {}
     assert defaults.asked == PROMPT.write_instruction() and defaults.fields["context"].startswith("You're hanging out")
@@ -130,9 +143,12 @@ def test_a_question_is_a_text_or_fields_or_a_dialogue() -> None:
 
 @pytest.mark.parametrize(
     ("question", "says"),
-    [({"contxt": "Rain."}, "no field contxt. Known: condition, context, tag"), (7, "question 1: give a text"),
-     ({"messages": [{"role": "assistant", "content": "Hi"}]}, "question 1 cannot be asked")],
-)  # fmt: skip
+    [
+        ({"contxt": "Rain."}, "no field contxt. Known: condition, context, tag"),
+        (7, "question 1: give a text"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "question 1 cannot be asked"),
+    ],
+)
 def test_a_question_that_cannot_be_asked_is_named(question: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         listed_questions([question], PROMPT)
@@ -144,7 +160,9 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = held_out_questions(file, 4, ENDS)
     assert [(it.id, it.text_in, it.reference) for it in questions[:2]] == [
-        ("row 1", "Q: ask 0\nA: ", "say 0"), ("row 3", "Q: ask 2\nA: ", "say 2")]  # fmt: skip
+        ("row 1", "Q: ask 0\nA: ", "say 0"),
+        ("row 3", "Q: ask 2\nA: ", "say 2"),
+    ]
     assert [it.row for it in questions] == [1, 3, 6, 8] and len(held_out_questions(file, 99, ENDS)) == 10
     assert held_out_questions(file, 0, ENDS) == []
     turns = [
@@ -157,10 +175,13 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("task.evaluate.seeds=0", "seeds must be 1 or more"), ("task.evaluate.held_out=-1", "held_out must be 0"),
-     ("task.evaluate.metrics=films", "films is unknown. Known: slang, reviews, null"),
-     ("task.evaluate.min_gain=5", "min_gain is a share")],
-)  # fmt: skip
+    [
+        ("task.evaluate.seeds=0", "seeds must be 1 or more"),
+        ("task.evaluate.held_out=-1", "held_out must be 0"),
+        ("task.evaluate.metrics=films", "films is unknown. Known: slang, reviews, null"),
+        ("task.evaluate.min_gain=5", "min_gain is a share"),
+    ],
+)
 def test_a_wrong_setting_is_named(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         check(load_config([word]))
@@ -245,9 +266,15 @@ def test_a_run_of_another_task_is_named(finished: Run, words: list[str]) -> None
 
 @pytest.mark.parametrize(
     ("after", "min_gain", "code"),
-    [(15.0, None, 0), (15.0, 0.25, 0), (15.0, 0.26, NOT_BETTER), (21.0, 0.0, NOT_BETTER), (21.0, -0.1, 0),
-     (float("nan"), 0.0, NOT_BETTER)],
-)  # fmt: skip
+    [
+        (15.0, None, 0),
+        (15.0, 0.25, 0),
+        (15.0, 0.26, NOT_BETTER),
+        (21.0, 0.0, NOT_BETTER),
+        (21.0, -0.1, 0),
+        (float("nan"), 0.0, NOT_BETTER),
+    ],
+)
 def test_a_fine_tune_that_is_not_better_enough_does_not_pass(
     after: float, min_gain: float | None, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,10 +327,17 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]], list[Reply]]]:
 
 def pairs(count: int = 4) -> list[dict[str, Any]]:
     return [
-        {"id": f"{side} {n}", "side": side, "question": f"question {n // 2}", "seed": n % 2, "text_in": "Say it.",
-         "text": f"{'good' if side == 'after' else 'bad'} {n}"}
-        for side in ("before", "after") for n in range(count)
-    ]  # fmt: skip
+        {
+            "id": f"{side} {n}",
+            "side": side,
+            "question": f"question {n // 2}",
+            "seed": n % 2,
+            "text_in": "Say it.",
+            "text": f"{'good' if side == 'after' else 'bad'} {n}",
+        }
+        for side in ("before", "after")
+        for n in range(count)
+    ]
 
 
 def config_of(url: str, *more: str) -> Any:
@@ -331,9 +365,13 @@ def test_a_preference_counts_where_both_orders_agree(endpoint: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("reply", "reason"),
-    [(lambda a, b: (200, "A"), "disagreed"), (lambda a, b: (200, "I cannot judge this."), "no_verdict"),
-     (lambda a, b: (200, ""), "no_verdict"), (lambda a, b: (200, "A and B are both fine, A"), "no_verdict")],
-)  # fmt: skip
+    [
+        (lambda a, b: (200, "A"), "disagreed"),
+        (lambda a, b: (200, "I cannot judge this."), "no_verdict"),
+        (lambda a, b: (200, ""), "no_verdict"),
+        (lambda a, b: (200, "A and B are both fine, A"), "no_verdict"),
+    ],
+)
 def test_everything_else_is_a_tie_and_said(reply: Reply, reason: str, endpoint: Any, tmp_path: Path) -> None:
     url, _, replies = endpoint
     replies.append(reply)
@@ -410,8 +448,10 @@ def three(finished: Run) -> Iterator[tuple[Run, Run, Run]]:
     """A run; one whose every row is a nat worse; and one measured on other rows."""
     worse = [[nats + 1, tokens] for nats, tokens in finished.evaluation["after"]["rows"]]
     loss = sum(nats for nats, _ in worse) / sum(tokens for _, tokens in worse)
-    copies = (copy_of(finished, "worse", after={"rows": worse, "loss": loss, "perplexity": exp(loss)}),
-              copy_of(finished, "elsewhere", test={"sha256": "e" * 64}))  # fmt: skip
+    copies = (
+        copy_of(finished, "worse", after={"rows": worse, "loss": loss, "perplexity": exp(loss)}),
+        copy_of(finished, "elsewhere", test={"sha256": "e" * 64}),
+    )
     yield finished, *copies
     for copy in copies:
         for file in copy.folder.iterdir():

@@ -92,8 +92,15 @@ def validate(document: Document) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_serves_is_valid(clusters: dict[str, list[Document]], overlay: str) -> None:
     kinds = [document["kind"] for document in clusters[overlay]]
-    assert {"Namespace", "PersistentVolumeClaim", "Deployment", "Service", "PodDisruptionBudget",
-            "HorizontalPodAutoscaler", "NetworkPolicy"} == set(kinds)  # fmt: skip
+    assert {
+        "Namespace",
+        "PersistentVolumeClaim",
+        "Deployment",
+        "Service",
+        "PodDisruptionBudget",
+        "HorizontalPodAutoscaler",
+        "NetworkPolicy",
+    } == set(kinds)
     for document in clusters[overlay]:
         validate(document)
 
@@ -172,8 +179,10 @@ def test_pods_keep_the_restricted_pod_security_standard(
         for container in pod["containers"] + pod.get("initContainers", []):
             security = container["securityContext"]
             assert security == {
-                "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
-            }  # fmt: skip
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            }
             assert {"requests", "limits"} <= set(container["resources"]), container["name"]
             for variable in container.get("env", []):
                 if variable["name"] in ("HF_TOKEN", "SERVING_API_KEY"):
@@ -193,8 +202,11 @@ def test_names_that_refer_to_others_find_them(
         labels, containers = pod["metadata"]["labels"], pod["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for container in containers for port in container.get("ports", [])}
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
-        used = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if len(volume) == 2
-                and "persistentVolumeClaim" in volume}  # fmt: skip
+        used = {
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in volumes.values()
+            if len(volume) == 2 and "persistentVolumeClaim" in volume
+        }
         assert used == claims
         for container in containers + pod["spec"].get("initContainers", []):
             assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
@@ -366,11 +378,20 @@ def follow(folder: Path, jobs: list[Document], pods: list[list[Document]], befor
     return result, asked
 
 
-FAILED = {"status": {"conditions": [
-    {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
-    {"type": "Failed", "status": "True", "reason": "PodFailurePolicy",
-     "message": "Container train for pod gemma/b-11 failed with exit code 3 matching FailJob rule at index 2"},
-]}}  # fmt: skip
+FAILED = {
+    "status": {
+        "conditions": [
+            {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
+            {
+                "type": "Failed",
+                "status": "True",
+                "reason": "PodFailurePolicy",
+                "message": "Container train for pod gemma/b-11 failed with exit code 3 matching FailJob rule "
+                "at index 2",
+            },
+        ]
+    }
+}
 
 
 def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) -> None:
@@ -388,8 +409,11 @@ def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) ->
 
 def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_path: Path) -> None:
     complete = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
-    for name, before, made in (("new", {}, ["apply"]), ("runs", {"status": {"active": 2}}, []),
-                               ("failed", FAILED, ["delete", "apply"])):  # fmt: skip
+    for name, before, made in (
+        ("new", {}, ["apply"]),
+        ("runs", {"status": {"active": 2}}, []),
+        ("failed", FAILED, ["delete", "apply"]),
+    ):
         (tmp_path / name).mkdir()
         result, asked = follow(tmp_path / name, [complete], [[pod("a-10", 0, ended(0))]], before)
         assert result.returncode == 0 and "log of a-10" in result.stdout
@@ -426,8 +450,9 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
     for container in spec["containers"] + spec["initContainers"]:
         container["image"] = container["image"].replace("gemma-nemo/", "localhost/gemma-nemo/")
         container["imagePullPolicy"] = "Never"
-        container["ports"] = [{**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", [])
-                              if p["name"] == "openai"]  # fmt: skip
+        container["ports"] = [
+            {**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", []) if p["name"] == "openai"
+        ]
     # What podman 4 does otherwise than Kubernetes: init containers that end well are started again too, and the folder
     # that is to be /dev/shm belongs to root; it has one of its own.
     spec["restartPolicy"] = "Never"
@@ -463,8 +488,9 @@ def test_the_serving_pod_generates_in_a_container_engine(serving_pod: str) -> No
     asked = {"model": "gemma-3-270m", "prompt": "The capital of France is", "max_tokens": 5, "temperature": 0}
     with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=20) as answer:
         asked["model"] = json.load(answer)["data"][0]["id"]
-    request = urllib.request.Request(f"{serving_pod}/v1/completions", json.dumps(asked).encode(),
-                                     {"Content-Type": "application/json"})  # fmt: skip
+    request = urllib.request.Request(
+        f"{serving_pod}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         found = json.load(answer)
     assert found["usage"]["completion_tokens"] == 5 and "capital" in found["choices"][0]["text"]

@@ -39,8 +39,10 @@ def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]], d
 def made_up(count: int, *words: int, seed: int = 0) -> list[list[str]]:
     """Rows of random words, so many to a cell."""
     letters = random.Random(seed)
-    return [[" ".join("".join(letters.choices("abdefgiklmnoprstu", k=6)) for _ in range(n)) for n in words]
-            for _ in range(count)]  # fmt: skip
+    return [
+        [" ".join("".join(letters.choices("abdefgiklmnoprstu", k=6)) for _ in range(n)) for n in words]
+        for _ in range(count)
+    ]
 
 
 def film_reviews(count: int) -> list[list[object]]:
@@ -129,9 +131,16 @@ def test_one_column_of_text(tmp_path: Path, rows_of: Callable[..., Any]) -> None
 
 
 def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    new_task("recipes", str(write(tmp_path / "a.csv", ["no", "Dish (name)", "How to"], [
-        [f"id-{n}", *row] for n, row in enumerate(made_up(60, 2, 9))
-    ])))  # fmt: skip
+    new_task(
+        "recipes",
+        str(
+            write(
+                tmp_path / "a.csv",
+                ["no", "Dish (name)", "How to"],
+                [[f"id-{n}", *row] for n, row in enumerate(made_up(60, 2, 9))],
+            )
+        ),
+    )
     row = rows_of("recipes")
     assert (row["input"], row["output"]) == (row["dish_name"], row["how_to"])
     assert "'Dish (name)' is taken for what is asked, 'How to' for the answer" in capsys.readouterr().out

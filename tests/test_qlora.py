@@ -126,8 +126,9 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
         else:
             weights = {
                 name: dequantize_4bit(layer.weight, layer.weight.quant_state)
-                for name, layer in base.named_modules() if isinstance(layer, Linear4bit)
-            }  # fmt: skip
+                for name, layer in base.named_modules()
+                if isinstance(layer, Linear4bit)
+            }
         torch.manual_seed(1)
         model = add_lora(base, {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}).train()
         for name, parameter in model.named_parameters():

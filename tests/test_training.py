@@ -16,10 +16,19 @@ from converters.nemo_file import read_nemo
 
 def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "training", f"task.data.source={source}", f"model.path={tiny_base}",
-        f"data_dir={folder}/data", f"runs_dir={folder}/runs", "task.train.epochs=3", "task.train.batch_size=4",
-        "task.train.learning_rate=1e-2", "task.generate.max_new_tokens=4", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "training",
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        f"data_dir={folder}/data",
+        f"runs_dir={folder}/runs",
+        "task.train.epochs=3",
+        "task.train.batch_size=4",
+        "task.train.learning_rate=1e-2",
+        "task.generate.max_new_tokens=4",
+        *more,
+    ]
 
 
 # One thread: a tiny model gains nothing from more, and waits for them on a busy machine. Vector units alone: in one of

@@ -41,11 +41,20 @@ def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         config = load_config([f"task={task}"]).task
         prompt = Prompt(**plain(config.prompt))
         prompt.save(found)
-        put_adapter(scratch / "serve", found, {
-            "name": task, "task": task, "title": task, "base": base_folder.name, "run": f"run-of-{task}",
-            "sampling": {"temperature": config.generate.temperature, "max_tokens": 60}, "has_turns": bool(prompt.end),
-            "field": "context" if task == "slang" else None,
-        })  # fmt: skip
+        put_adapter(
+            scratch / "serve",
+            found,
+            {
+                "name": task,
+                "task": task,
+                "title": task,
+                "base": base_folder.name,
+                "run": f"run-of-{task}",
+                "sampling": {"temperature": config.generate.temperature, "max_tokens": 60},
+                "has_turns": bool(prompt.end),
+                "field": "context" if task == "slang" else None,
+            },
+        )
     write_repository(scratch / "serve", base_folder)
     with serve(scratch / "serve") as running:
         yield running
@@ -162,8 +171,10 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
 def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any], payload: str) -> None:
     """The base goes on with what it is full of, the likeliest token each time: the page would let it draw."""
     page = open_page(f"{live.address}/chat")
-    page.route("**/api/answer", lambda route: route.continue_(
-        post_data=json.dumps({**route.request.post_data_json, "temperature": 0})))  # fmt: skip
+    page.route(
+        "**/api/answer",
+        lambda route: route.continue_(post_data=json.dumps({**route.request.post_data_json, "temperature": 0})),
+    )
     page.get_by_label("Model").select_option("Base model, not fine-tuned")
     page.get_by_label("Your message").fill((payload + "\n") * 6)
     page.get_by_label("Your message").press("Enter")
@@ -190,8 +201,9 @@ def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
     streams = []
     try:
         for _ in range(4):
-            request = httpx.Client().stream("POST", f"{live.address}/api/answer", json=question, timeout=60,
-                                            headers={"origin": live.address})  # fmt: skip
+            request = httpx.Client().stream(
+                "POST", f"{live.address}/api/answer", json=question, timeout=60, headers={"origin": live.address}
+            )
             streams.append(request)
         codes = [stream.__enter__().status_code for stream in streams]
         assert codes[:3] == [200] * 3 and codes[3] == 429
@@ -276,8 +288,9 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
         found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
         return [" ".join(words) for words in found if any(str(tmp_path) in word for word in words)]
 
-    site = Site(tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False,
-                PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    site = Site(
+        tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False, PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
+    )
     site.wait()
     wait_for(lambda: site.ask("GET", "/api/status").json()["ready"])
     assert len(ours()) > 5

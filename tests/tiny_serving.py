@@ -28,13 +28,14 @@ SERVING_PYTHON = ROOT / ".venv-serve/bin/python"
 TURNS = "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<eos>"
 PROMPTS = {
     "slang": Prompt(
-        "Instruction:\n{instruction}\n\nResponse:\n{response}", "{tag}{context}{condition}",
+        "Instruction:\n{instruction}\n\nResponse:\n{response}",
+        "{tag}{context}{condition}",
         "Slang: {slang}\nDefinition: {description}",
         {"tag": "Make a term:\n", "context": "At the zoo. ", "condition": "Be brief."},
     ),
     "squid_game": Prompt(TURNS, "{question}", "{answer}", {"question": "Summarize"}),
     "chat": Prompt(TURNS, "{message}", "{answer}", {"message": "Hi!"}),
-}  # fmt: skip
+}
 SAMPLING = {"temperature": 0.7, "max_tokens": 24}
 GREEDY = {"temperature": 0, "max_tokens": 12}
 LONG = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}  # 0.2 s of the tiny base
@@ -108,10 +109,20 @@ def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
         )
         model.save_pretrained(scratch / name)
         prompt.save(scratch / name)
-        put_adapter(folder, scratch / name, {
-            "name": name, "task": name, "title": name.title(), "base": base.name, "sampling": SAMPLING, "run": "a-run",
-            "has_turns": bool(prompt.end), "field": "context" if name == "slang" else None,
-        })  # fmt: skip
+        put_adapter(
+            folder,
+            scratch / name,
+            {
+                "name": name,
+                "task": name,
+                "title": name.title(),
+                "base": base.name,
+                "sampling": SAMPLING,
+                "run": "a-run",
+                "has_turns": bool(prompt.end),
+                "field": "context" if name == "slang" else None,
+            },
+        )
     write_repository(folder, base)
 
 
@@ -154,8 +165,11 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
         [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         said = ""
         assert process.stdout

@@ -48,8 +48,10 @@ SAMPLES = 3  # questions asked before and after; `make report` asks more
 
 def main(words: list[str]) -> int:
     config = load_config(words)
-    print(f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
-          f"{config.trainer.accelerator.upper()}")  # fmt: skip
+    print(
+        f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
+        f"{config.trainer.accelerator.upper()}"
+    )
     if config.engine not in ENGINES:
         raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
     settings = check(config)
@@ -68,8 +70,10 @@ def main(words: list[str]) -> int:
     identity = made_of(config, base_folder, data_folder)
     run_folder = name_run(config, base_folder, identity)
     if (run_folder / "report.html").exists():
-        print(f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
-              f"example ARGS=seed=1, to train another")  # fmt: skip
+        print(
+            f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
+            f"example ARGS=seed=1, to train another"
+        )
         dismiss(config, store)
         return show_result(run_folder, settings["min_gain"])
     refuse_changed_records(run_folder, identity)
@@ -105,9 +109,14 @@ def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) ->
 
 
 def train(
-    config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path, identity: dict[str, Any],
-    signals: StopSignals, store: "TCPStore | None",
-) -> None:  # fmt: skip
+    config: DictConfig,
+    base_folder: Path,
+    data_folder: Path,
+    run_folder: Path,
+    identity: dict[str, Any],
+    signals: StopSignals,
+    store: "TCPStore | None",
+) -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
     quiet_libraries()
@@ -131,8 +140,13 @@ def train(
     splits: dict[str, Any] = {}
     left_out: dict[str, int] = {}
     for name in ("training", "validation", "test"):
-        rows, too_long = tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
-                                  cache=data_folder / ".tokens")  # fmt: skip
+        rows, too_long = tokenize(
+            data_folder / f"{name}.jsonl",
+            tokenizer,
+            prompt,
+            config.task.train.max_length,
+            cache=data_folder / ".tokens",
+        )
         splits[name], left_out[name] = rows, too_long
         if too_long:
             print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
@@ -172,15 +186,20 @@ def train(
     steps = read_metrics(run_folder)[0]
     if config.engine == "automodel":
         peak_of_workers = max(step["memory_gib"] for step in steps)
-    write_json(run_folder / "evaluation.json", {
-        "held_out_rows": len(splits["test"]),
-        "rows_over_max_length": left_out, "questions": [question.asked for question in asked],
-        "before": before, "after": after,
-        "training_seconds": round(sum(step["seconds"] for step in steps), 1),
-        "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
-        "memory_estimate_gib": round(need, 2),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    })  # fmt: skip
+    write_json(
+        run_folder / "evaluation.json",
+        {
+            "held_out_rows": len(splits["test"]),
+            "rows_over_max_length": left_out,
+            "questions": [question.asked for question in asked],
+            "before": before,
+            "after": after,
+            "training_seconds": round(sum(step["seconds"] for step in steps), 1),
+            "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
+            "memory_estimate_gib": round(need, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
     report.write(run_folder)
 
 
@@ -194,8 +213,10 @@ def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder:
         then = json.loads(file.read_text())
         was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))
         if changes := differences(was, now):
-            print(f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
-                  "digits may not be those of a run that was never stopped")  # fmt: skip
+            print(
+                f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
+                "digits may not be those of a run that was never stopped"
+            )
     partial = run_folder / "config.partial"
     OmegaConf.save(config, partial)
     partial.rename(run_folder / "config.yaml")
@@ -209,9 +230,11 @@ def show_result(run_folder: Path, min_gain: float | None) -> int:
     result = json.loads((run_folder / "evaluation.json").read_text())
     before, after = result["before"], result["after"]
     print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
-    print(f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
-          f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
-          f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)")  # fmt: skip
+    print(
+        f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
+        f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
+        f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)"
+    )
     print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
     return pass_gate(result, min_gain)
 

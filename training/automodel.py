@@ -33,9 +33,14 @@ CHECKPOINTS_PER_RUN = 20
 LORA_KEYS = {"name", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "optimizer"}
 # What the recipe is not told, with the values that it has for it.
 TRAIN_KEYS = {
-    "accumulation": 1, "optimizer": "adamw", "schedule": "CosineAnnealing", "gradient_checkpointing": False,
-    "evaluate_every": None, "evaluate_every_tokens": None, "early_stopping": None,
-}  # fmt: skip
+    "accumulation": 1,
+    "optimizer": "adamw",
+    "schedule": "CosineAnnealing",
+    "gradient_checkpointing": False,
+    "evaluate_every": None,
+    "evaluate_every_tokens": None,
+    "early_stopping": None,
+}
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
@@ -56,20 +61,29 @@ def check(config: DictConfig) -> None:
     if not isinstance(lora["target_modules"], list):
         unknown.append("target_modules, unless it is a list of names")
     if unknown:
-        raise UserError(f"engine=automodel cannot do what {config.peft.name} asks for: peft.{', peft.'.join(unknown)}. "
-                        f"engine=lightning can")  # fmt: skip
-    wanted = [f"task.train.{key}={config.task.train[key]}" for key, value in TRAIN_KEYS.items()
-              if config.task.train[key] != value]  # fmt: skip
+        raise UserError(
+            f"engine=automodel cannot do what {config.peft.name} asks for: peft.{', peft.'.join(unknown)}. "
+            f"engine=lightning can"
+        )
+    wanted = [
+        f"task.train.{key}={config.task.train[key]}"
+        for key, value in TRAIN_KEYS.items()
+        if config.task.train[key] != value
+    ]
     if config.trainer.strategy != "auto":
         wanted.append(f"trainer.strategy={config.trainer.strategy}")
     if wanted:
         raise UserError(f"engine=automodel cannot do {', '.join(wanted)}. engine=lightning can")
     if config.task.train.batch_size % config.trainer.devices:
-        raise UserError(f"task.train.batch_size={config.task.train.batch_size} cannot be dealt out evenly to "
-                        f"trainer.devices={config.trainer.devices}")  # fmt: skip
+        raise UserError(
+            f"task.train.batch_size={config.task.train.batch_size} cannot be dealt out evenly to "
+            f"trainer.devices={config.trainer.devices}"
+        )
     if not (ENVIRONMENT / "automodel.stamp").exists():
-        raise UserError(f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
-                        f"Install it (about 2.5 GB): make automodel-env")  # fmt: skip
+        raise UserError(
+            f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
+            f"Install it (about 2.5 GB): make automodel-env"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -108,12 +122,18 @@ def fit(
         now = trained[-1]
         if not math.isfinite(now["train_loss"]):
             rate = config.task.train.learning_rate
-            raise UserError(f"the loss became {now['train_loss']} at step {now['step']}. Lower "
-                            f"task.train.learning_rate (now {rate}) and train again")  # fmt: skip
+            raise UserError(
+                f"the loss became {now['train_loss']} at step {now['step']}. Lower "
+                f"task.train.learning_rate (now {rate}) and train again"
+            )
         if now["step"] > said and (time.monotonic() - last_said > 5 or now["step"] == steps):
             last_said, said = time.monotonic(), now["step"]
-            print(f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
-                  f"  {last_said - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+                f"  {last_said - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     lines = run_recipe(recipe, folder, config.trainer.devices, show)
     write_tensorboard(lines, run_folder / "tensorboard")
@@ -291,15 +311,17 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")
     peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     model = GemmaLoRA(
-        OmegaConf.create({
-            "base_folder": str(base_folder),
-            "base": describe(base_folder),
-            "dtype": str(weights_dtype()).removeprefix("torch."),
-            "peft": peft,
-            "prompt": config.task.prompt,
-            "seed": config.seed,
-        })
-    )  # fmt: skip
+        OmegaConf.create(
+            {
+                "base_folder": str(base_folder),
+                "base": describe(base_folder),
+                "dtype": str(weights_dtype()).removeprefix("torch."),
+                "peft": peft,
+                "prompt": config.task.prompt,
+                "seed": config.seed,
+            }
+        )
+    )
     model.load_state_dict({name: tensor.float() for name, tensor in adapter.items()})
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))

@@ -143,9 +143,16 @@ def _download(model: DictConfig, folder: Path) -> dict[str, str]:
             revision=revision,
             local_dir=folder,
             token=token,
-            allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-                            "tokenizer*", "special_tokens_map.json", "chat_template*"],
-        )  # fmt: skip
+            allow_patterns=[
+                "*.safetensors",
+                "*.safetensors.index.json",
+                "config.json",
+                "generation_config.json",
+                "tokenizer*",
+                "special_tokens_map.json",
+                "chat_template*",
+            ],
+        )
     except OfflineModeIsEnabled:
         raise UserError(f"{model.name} is not in {folder.parent} and HF_HUB_OFFLINE forbids to fetch it") from None
     except GatedRepoError:

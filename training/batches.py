@@ -107,8 +107,14 @@ def tokenize(
     # folder, which is made anew with another tokenizer or prompt.
     name = hashlib.sha256(f"{file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
     small = len(rows) < 100_000
-    rows = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=small, desc=file.name,
-                    new_fingerprint=name)  # fmt: skip
+    rows = rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=small,
+        desc=file.name,
+        new_fingerprint=name,
+    )
     fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=small)
     if not len(fitting):
         raise UserError(

@@ -163,8 +163,10 @@ def newest_checkpoint(folder: Path, say: bool = True) -> Path | None:
             return path
         path.unlink(missing_ok=True)
         if say:
-            print(f"checkpoint {path.name} is damaged (its bytes do not have the hash in its name): going back to the "
-                  "one before")  # fmt: skip
+            print(
+                f"checkpoint {path.name} is damaged (its bytes do not have the hash in its name): going back to the "
+                "one before"
+            )
     return None
 
 

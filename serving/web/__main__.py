@@ -32,8 +32,9 @@ DRAIN = 30  # seconds that `make serve` has to end
 
 
 def main() -> int:
-    words = argparse.ArgumentParser(prog="python -m serving.web", description=__doc__,
-                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    words = argparse.ArgumentParser(
+        prog="python -m serving.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     words.add_argument("--host", default="127.0.0.1", help="address to listen on")
     words.add_argument("--port", type=int, default=8080)
     words.add_argument("--name", action="append", default=[], help="a name visitors call the site by; may be repeated")
@@ -48,21 +49,31 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if given.host in ("0.0.0.0", "::") and not given.name:
-        print(f"error: --host {given.host} answers every network; say by which name or address visitors call the "
-              "site: --name slang.example.org", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: --host {given.host} answers every network; say by which name or address visitors call the "
+            "site: --name slang.example.org",
+            file=sys.stderr,
+        )
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally` below, which ends what was started
 
     settings = Settings(
-        triton=given.triton, runs=given.runs, data=given.data, database=given.database,
-        hosts=(*Settings.hosts, given.host, *given.name), password=os.environ.get("WEB_PASSWORD", ""),
+        triton=given.triton,
+        runs=given.runs,
+        data=given.data,
+        database=given.database,
+        hosts=(*Settings.hosts, given.host, *given.name),
+        password=os.environ.get("WEB_PASSWORD", ""),
         clean=given.clean,
-    )  # fmt: skip
+    )
     try:
         listener = socket.create_server((given.host, given.port))
     except OSError as error:
-        print(f"error: {given.host}:{given.port} cannot be used ({error.strerror}). Choose another: --port 8081, or "
-              "make web ARGS='--port 8081'", file=sys.stderr)  # fmt: skip
+        print(
+            f"error: {given.host}:{given.port} cannot be used ({error.strerror}). Choose another: --port 8081, or "
+            "make web ARGS='--port 8081'",
+            file=sys.stderr,
+        )
         return 2
     stack = None if given.alone or answers(given.triton) else start_stack()
     if stack:
@@ -72,9 +83,15 @@ def main() -> int:
     if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform == "darwin":
         threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
     server = uvicorn.Config(
-        create_app(settings), log_level="warning", access_log=False, server_header=False, limit_concurrency=500,
-        proxy_headers=bool(given.proxy), forwarded_allow_ips=given.proxy, timeout_graceful_shutdown=3,
-    )  # fmt: skip
+        create_app(settings),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=500,
+        proxy_headers=bool(given.proxy),
+        forwarded_allow_ips=given.proxy,
+        timeout_graceful_shutdown=3,
+    )
     try:
         uvicorn.Server(server).run([listener])
     except KeyboardInterrupt:
@@ -99,8 +116,9 @@ def start_stack() -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name != "WEB_PASSWORD"}
     words = ["make", "--no-print-directory", "serve", "ARGS="]
     # make hands the signal on to what it runs.
-    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, env=environment,
-                            preexec_fn=end_with_us(signal.SIGTERM))  # fmt: skip
+    return subprocess.Popen(
+        words, cwd=ROOT, start_new_session=True, env=environment, preexec_fn=end_with_us(signal.SIGTERM)
+    )
 
 
 def report_end(stack: subprocess.Popen[bytes]) -> None:

@@ -38,8 +38,10 @@ def browser_options() -> list[str]:
 
 def slang(browser: Browser, site: str, file: Path) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.5)
-    page.goto(f"{site}/#seed={SEED}&creativity=0.7&compare=1&context=Your phone dies at two percent, right when the "
-              "best part of the concert begins.")  # fmt: skip
+    page.goto(
+        f"{site}/#seed={SEED}&creativity=0.7&compare=1&context=Your phone dies at two percent, right when the "
+        "best part of the concert begins."
+    )
     expect(page.locator("#tools")).to_be_visible()
     expect(page.locator("#status[data-state=ready]")).to_be_visible()
     page.screenshot(path=file, animations="disabled")
@@ -47,8 +49,13 @@ def slang(browser: Browser, site: str, file: Path) -> None:
 
 
 def reviews(browser: Browser, site: str, file: Path) -> None:
-    page = browser.new_page(viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True,
-                            has_touch=True, color_scheme="dark")  # fmt: skip
+    page = browser.new_page(
+        viewport={"width": 390, "height": 844},
+        device_scale_factor=2,
+        is_mobile=True,
+        has_touch=True,
+        color_scheme="dark",
+    )
     page.add_init_script(f"crypto.getRandomValues = (numbers) => numbers.fill({2 * SEED})")  # half of it is the seed
     page.goto(f"{site}/reviews")
     page.get_by_label("Your question").fill("What do viewers say about the games?")
