@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import save_file
 
 from converters import hf
-from converters.__main__ import table
+from converters.convert import table
 from converters.streamed import empty_model
-from nemo_configs.command_line import UserError, load_config, run
-from training.__main__ import describe_environment
-from training.base_model import ensure_base_model
+from core.base_model import ensure_base_model
+from core.configuration import load_config
+from core.errors import UserError, run
+from core.machine import describe_environment
 
 DOCS = Path("docs/converters.md")
 # https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
@@ -55,7 +56,7 @@ AutoTokenizer.from_pretrained(base).save_pretrained(target)
 """
 HEADER = """# Converters
 
-What can be converted to what, as `python -m converters --help` prints it:
+What can be converted to what, as `python -m commands.convert --help` prints it:
 
 {table}
 
@@ -107,7 +108,18 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
         "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
-        "ours": [python, "-m", "converters", folder / "adapter", "--to", "merged", "--base", base, "--out", target],
+        "ours": [
+            python,
+            "-m",
+            "commands.convert",
+            folder / "adapter",
+            "--to",
+            "merged",
+            "--base",
+            base,
+            "--out",
+            target,
+        ],
     }
     if with_peers:
         systems["transformers, peft"] = [python, "-c", PEERS, base, folder / "adapter", target]

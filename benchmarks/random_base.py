@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # As the published configurations: https://huggingface.co/google/gemma-2-2b/blob/main/config.json and its like.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,9 +12,10 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
+from core.configuration import plain
+from core.errors import UserError
+from core.prompt import Prompt
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
 
 Row = dict[str, Any]  # {"input_ids": list[int], "learned": [[first, past the last], ...]}
 HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_base import ARCHITECTURES
-from nemo_configs.command_line import UserError, load_config, run
+from core.configuration import load_config
+from core.errors import UserError, run
 
 
 @dataclass(frozen=True)

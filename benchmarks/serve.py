@@ -168,8 +168,8 @@ def openvino(job: dict[str, Any]) -> Serve:
 def llama_cpp(job: dict[str, Any]) -> Serve:
     """llama.cpp's server with continuous batching; $LLAMA_CPP_MODEL and $LLAMA_CPP_LORA are GGUF files.
 
-    python -m converters models/gemma-3-270m --to gguf --dtype bf16 --out base
-    python -m converters exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
+    python -m commands.convert models/gemma-3-270m --to gguf --dtype bf16 --out base
+    python -m commands.convert exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -339,10 +339,10 @@ class Worker:
 
 def read_prompts(adapter: Path, count: int) -> list[str]:
     """The adapter's own prompt around scenes of the shipped table, each another one."""
-    from data_prep.prompt import Prompt
+    from core.prompt import Prompt
 
     prompt = Prompt(**json.loads((adapter / "prompt.json").read_text()))
-    with (ROOT / "data_prep/samples/slang.csv").open(newline="", encoding="utf-8") as file:
+    with (ROOT / "tasks/slang/slang.csv").open(newline="", encoding="utf-8") as file:
         scenes = [row["Context"] for row in csv.DictReader(file)]
     return [prompt.wrap(prompt.write_instruction(context=scenes[n % len(scenes)])) for n in range(count)]
 
@@ -479,8 +479,8 @@ def write_docs() -> Path:
 
 
 def main(words: list[str]) -> None:
-    from evaluation.runs import write_json
-    from nemo_configs.command_line import UserError
+    from core.errors import UserError
+    from core.files import write_json
 
     given = dict(DEFAULTS)
     for word in words:
@@ -511,6 +511,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         work(sys.argv[2], json.loads(sys.argv[3]))
     else:
-        from nemo_configs.command_line import run
+        from core.errors import run
 
         run(main)

@@ -43,7 +43,7 @@ class Job:
         micro_batch: rows that a peer takes at once.
         micro_batch_tokens: tokens that this project takes at once.
         pack_tokens: tokens of a peer's packed row.
-        prompt: data_prep.prompt.Prompt keys, for this project's archive.
+        prompt: core.prompt.Prompt keys, for this project's archive.
         recipe: folder with NeMo AutoModel's recipe for this very job; what it writes goes there.
         adapter: file to write.
     """
@@ -121,7 +121,7 @@ class Gate:
 # --- this project ---------------------------------------------------------------------------------------------------
 def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     """GemmaLoRA in Lightning's loop, as training/fit.py has it, without its checkpoints and logs."""
-    from training.__main__ import quiet_libraries
+    from core.machine import quiet_libraries
 
     quiet_libraries()
     from lightning.pytorch import Callback, Trainer
@@ -129,7 +129,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     from benchmarks.rows import as_dataset
-    from training.base_model import describe
+    from core.base_model import describe
     from training.batches import Batches
     from training.gemma_lora import GemmaLoRA
 
@@ -438,7 +438,7 @@ def main(name: str, job_file: str) -> None:
 
 
 def _peak_memory_gib() -> float:
-    """As training.__main__.peak_memory_gib, which a peer's environment cannot import."""
+    """As commands.train.peak_memory_gib, which a peer's environment cannot import."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     held = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]

@@ -32,8 +32,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, load_config, plain, run
-from training.base_model import describe, ensure_base_model
+from core.base_model import describe, ensure_base_model
+from core.configuration import load_config, plain
+from core.errors import UserError, run
 
 RESULTS = Path("benchmarks/results")
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def main(words: list[str]) -> None:
     result["data"]["source"] = source.name
     RESULTS.mkdir(parents=True, exist_ok=True)
 
-    from evaluation.runs import write_json
+    from core.files import write_json
 
     name = [result["machine"], result["model"], source.stem, *([str(own.length)] if own.length else [])]
     file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")
@@ -119,7 +120,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from benchmarks import ceiling
     from benchmarks.rows import as_dataset, read_rows
     from benchmarks.systems import Job
-    from training.__main__ import describe_environment, quiet_libraries
+    from core.machine import describe_environment, quiet_libraries
     from training.flops import flops_of
 
     quiet_libraries()

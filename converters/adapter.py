@@ -23,7 +23,7 @@ from torch import Tensor
 from converters.checkpoint import Adapter, Checkpoint, of_memory
 from converters.hf import read_json, read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 TITLE = "PEFT adapter folder"
 READS = {Adapter}

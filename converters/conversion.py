@@ -21,9 +21,10 @@ from converters.checks import check_shapes, checked
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
 from converters.prove import MERGED_LIMITS, prove
-from data_prep.progress import Progress
-from nemo_configs.command_line import CONFIG_DIR, UserError
-from training.base_model import describe, ensure_base_model
+from core.base_model import describe, ensure_base_model
+from core.configuration import CONFIG_DIR
+from core.errors import UserError
+from core.progress import Progress
 
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,7 +37,7 @@ def fill(
 ) -> dict[str, Any]:
     """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
 
-    See `converters.__main__.convert`.
+    See `commands.convert.convert`.
     """
     begun = time.monotonic()
     path = fetched(source_name)

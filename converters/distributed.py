@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from converters.checkpoint import Lazy
 from converters.spans import Span, damaged
 from converters.torch_file import read_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 CONFIG, COMMON, INDEX, DATA = "metadata.json", "common.pt", ".metadata", "__0_0.distcp"
 LAYERS = re.compile(r"(.*\bdecoder\.layers\.)(\d+\.)?(.+)")

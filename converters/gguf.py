@@ -50,9 +50,9 @@ from converters.hf import as_prompt
 from converters.merge_lora import updates
 from converters.streamed import empty_model
 from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
-from data_prep.progress import Progress
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.progress import Progress
+from core.prompt import Prompt
 
 TITLE = "GGUF file of llama.cpp: a model, or a LoRA adapter"
 READS = {Checkpoint, Adapter}

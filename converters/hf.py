@@ -24,9 +24,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.safetensors_file import read_tensors, write_tensors
-from data_prep.prompt import PROMPT_FILE, Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import text_name
+from core.base_model import text_name
+from core.errors import UserError
+from core.prompt import PROMPT_FILE, Prompt
 
 TITLE = "Hugging Face folder"
 READS = {Checkpoint}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from converters.checkpoint import Lazy
 from converters.gguf_metadata import CLASSES as ARCHITECTURES
 from converters.gguf_metadata import GELU
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 CLASSES = {"gemma": "GemmaBackbone", "gemma2": "GemmaBackbone", "gemma3_text": "Gemma3Backbone"}
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # which layer sees everything

@@ -30,7 +30,7 @@ from converters.adapter import PREFIX, targets
 from converters.checkpoint import Adapter
 from converters.keras_h5 import dataset, opened, tensor_of, write_tensor
 from converters.merge_lora import updates
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # What Keras walks over in a layer, last made first; None has no LoRA. Before layer 0 comes the embedding.
 _MLP = [None, "mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"]  # the layer itself; its MLP

@@ -39,7 +39,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from converters.checkpoint import Lazy
 from converters.spans import damaged
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"

@@ -11,8 +11,8 @@ from typing import Any
 
 from converters.megatron import FAMILIES, known
 from converters.spans import Span, damaged
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 
 def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:

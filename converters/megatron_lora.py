@@ -37,7 +37,7 @@ from torch import Tensor
 
 from converters.checkpoint import Adapter, Lazy
 from converters.megatron import JOINED, Sizes, bare, join, split
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 PEFT = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"

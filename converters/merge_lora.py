@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converters.adapter import PART
 from converters.checkpoint import Adapter, Checkpoint, Lazy
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 
 @dataclass

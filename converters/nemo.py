@@ -22,7 +22,7 @@ from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.hf import COMPANIONS, as_prompt
 from converters.spans import Span, below, members
 from converters.torch_file import read_tensors, write_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 TITLE = ".nemo of this project"
 READS = {Checkpoint, Adapter}

@@ -33,8 +33,8 @@ from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import Span, below, damaged, members
 from converters.torch_file import read_tensors
-from data_prep.prompt import PROMPT_FILE
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 1 .nemo (Megatron layout)"
 READS = {Checkpoint, Adapter}

@@ -29,8 +29,8 @@ from converters.megatron import from_megatron, rows_of, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import below, damaged, members
-from data_prep.prompt import PROMPT_FILE
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 2 checkpoint folder (Megatron layout)"
 READS = {Checkpoint, Adapter}

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 
 @dataclass(frozen=True)

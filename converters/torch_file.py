@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from converters.checkpoint import Lazy
 from converters.safetensors_file import as_bytes
 from converters.spans import Span, damaged
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 MAX_PICKLE = 64 * 2**20  # bytes: what names a hundred thousand tensors
 

@@ -16,8 +16,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_configs.command_line import UserError
-from training.base_model import read_gguf_tokenizer, start_with_bos
+from core.base_model import read_gguf_tokenizer, start_with_bos
+from core.errors import UserError
 
 END_OF_TURN = "<end_of_turn>"
 SPECIAL = ("bos", "eos", "unk", "pad")

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.progress import Progress
 from data_prep.clean_text import clean
-from data_prep.progress import Progress
 from data_prep.read_table import plain_header
 from data_prep.sources import Source, open_source
 

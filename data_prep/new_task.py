@@ -1,13 +1,9 @@
 """A starter for a task of the user's own, from a look at the table.
 
-    python -m data_prep.new_task films reviews.csv --title "Squid Game"
-    (what `make new-task NAME=films SOURCE=reviews.csv TITLE="Squid Game"` calls)
-
 `nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; its words are in
 `new_task.yaml.j2`.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -15,6 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from core import configuration
+from core.configuration import load_config, names
+from core.errors import UserError
 from data_prep.clean_text import key_of
 from data_prep.look_at_table import ABOUT, Look, look_at, show
 from data_prep.show_rows import plain_console
@@ -22,8 +21,6 @@ from data_prep.sources import HubTable, find_source
 from data_prep.split import hash_of, ranges, seed_that_fills
 from data_prep.table_kind import RATINGS, Kind, called, field_of, kind_of
 from data_prep.task import Task
-from nemo_configs import command_line
-from nemo_configs.command_line import UserError, load_config, names, run
 
 FEWEST = 10  # rows, of which some can be held out
 FEW = 200  # rows, of which a tenth is too little to measure with
@@ -40,7 +37,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     Raises:
         UserError: a name that cannot be one or is taken, a source that cannot be read or is of no use.
     """
-    file = command_line.CONFIG_DIR / "task" / f"{name}.yaml"
+    file = configuration.CONFIG_DIR / "task" / f"{name}.yaml"
     if not name:
         raise UserError("what is the task to be called? Give it a name, such as NAME=films")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in WORDS:
@@ -129,16 +126,3 @@ def _text(value: str) -> str:
     if '"' in value and not set(value) & set("'\\\n"):
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False)
-
-
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.new_task", description=__doc__.partition("\n")[0])
-    parser.add_argument("name")
-    parser.add_argument("source")
-    parser.add_argument("--title", default="")
-    options = parser.parse_args(words)
-    new_task(options.name, options.source, options.title)
-
-
-if __name__ == "__main__":
-    run(main)

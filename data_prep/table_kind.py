@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from core.errors import UserError
 from data_prep.look_at_table import Column, Look
 from data_prep.read_table import plain_header
 from data_prep.task import RESERVED
-from nemo_configs.command_line import UserError
 
 # Headers, best first. A header is one of these, or has one among its words.
 DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog")

@@ -1,6 +1,6 @@
 """A training, or the place where models are kept and served, on Kubernetes.
 
-python -m docker.kubernetes training task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
+python -m docker.kubernetes commands.train task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
 python -m docker.kubernetes cluster                     make cluster RUNTIME=k8s OVERLAY=gpu
 
 The manifests are in docker/kubernetes/, for Kustomize; this file lays one more patch over them, has kubectl render and
@@ -61,8 +61,8 @@ def number(name: str, default: int, least: int) -> int:
 
 def main(words: Sequence[str]) -> int:
     """Exit code of the training; 0 once the cluster has taken everything."""
-    if not words or words[0] not in ("training", "cluster"):
-        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: training, cluster")
+    if not words or words[0] not in ("commands.train", "cluster"):
+        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: commands.train, cluster")
     namespace, overlay = setting("NAMESPACE", "gemma"), setting("OVERLAY", "gpu" if gpus() else "cpu")
     if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
         raise UserError(f"NAMESPACE={namespace} is no name of a namespace: small letters, digits and '-', at most 63")
@@ -214,7 +214,7 @@ def make_cluster(namespace: str, overlay: str) -> int:
     layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
     layer["images"] = [image(kind, name) for kind, name in given.items()]
     if tasks := setting("TASKS").replace(",", " ").split():
-        args = "/spec/template/spec/initContainers/0/args/"  # python -m serving.prepare --default slang ...
+        args = "/spec/template/spec/initContainers/0/args/"  # python -m commands.prepare_serving --default slang ...
         change: list[dict[str, Any]] = [{"op": "remove", "path": f"{args}{place}"} for place in (4, 3)]
         change += [{"op": "add", "path": f"{args}3", "value": task} for task in reversed(tasks)]
         layer["patches"] = [{"target": {"kind": "Deployment"}, "patch": json.dumps(change)}]

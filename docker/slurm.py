@@ -1,6 +1,6 @@
 """A training as a Slurm job: writes the sbatch script, submits it, and shows its log until it ends.
 
-    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 -m docker.slurm training task=slang peft.r=16
+    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 -m docker.slurm commands.train task=slang peft.r=16
                                          (what `make train TASK=slang RUNTIME=slurm NODES=2 … ARGS=peft.r=16` calls)
 
 From the environment: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, QOS, TIME; CONTAINER=image runs it in an
@@ -59,7 +59,7 @@ CPUS = 4  # for each process, where CPUS_PER_NODE says nothing: the training, it
 
 
 def main(words: list[str]) -> int:
-    if words[:1] != ["training"]:
+    if words[:1] != ["commands.train"]:
         raise UserError("RUNTIME=slurm is for `make train`; the rest runs here, or on a node you are logged in to")
     words = words[1:]
     runs = Path(value_of(words, "runs_dir") or "runs")

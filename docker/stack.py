@@ -3,7 +3,7 @@
 make up [TASKS=slang,chat] [VARIANT=cpu]    with the newest runs; VARIANT=gpu (or ENGINE=vllm) is NVIDIA's Triton
 make up PROFILES=cpu                        without Prometheus and Grafana
 make down
-python3 -m docker.stack up slang chat       the same; the words go to serving.prepare
+python3 -m docker.stack up slang chat       the same; the words go to commands.prepare_serving
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's

@@ -1,8 +1,5 @@
 """The finished runs of a task side by side: bases, ranks, LoRA and QLoRA, engines, experiments.
 
-    python -m evaluation.compare_runs task=slang                    (what `make compare TASK=slang RUNS="a b"` calls)
-    python -m evaluation.compare_runs task=slang "runs=a b"         only these, by name or folder
-
 A table in the terminal, and `runs/<task>/comparison.html`, one file without scripts. Only runs that were measured on
 the same held-out rows stand in one table.
 """
@@ -16,12 +13,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from core.errors import UserError
+from core.run_folder import Run, finished_runs, named_run
 from evaluation.gate import gain
 from evaluation.intervals import estimates, held_out
-from evaluation.plots import draw_comparison
-from evaluation.report import cell, write_page
-from evaluation.runs import Run, finished_runs, named_run
-from nemo_configs.command_line import UserError, load_config, run
+from evaluation.report import cell
 
 
 def facts(finished: Run) -> dict[str, str]:
@@ -149,23 +145,3 @@ def show(groups: list[dict[str, Any]]) -> None:
         console.print(table)
         for note in group["notes"]:
             console.print(note, markup=False, highlight=False)
-
-
-def main(words: list[str]) -> None:
-    names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
-    config = load_config([word for word in words if not word.startswith("runs=")])
-    groups = compare(choose(config, names))
-    show(groups)
-    for group in groups:
-        group["plots"] = draw_comparison(group["runs"])
-    print(
-        write_page(
-            Path(config.runs_dir) / config.task.name / "comparison.html",
-            "comparison.html.j2",
-            {"task": config.task.name, "groups": groups},
-        )
-    )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -13,10 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_prep.progress import Progress
+from core.configuration import plain
+from core.files import Lines, read_lines, to_line, write_lines
+from core.progress import Progress
+from core.run_folder import Run, base_of
 from evaluation.questions import Question
-from evaluation.runs import Lines, Run, base_of, read_lines, to_line, write_lines
-from nemo_configs.command_line import plain
 
 FILE = "generations.jsonl"
 BATCH = 16  # answers at a time: on one core with Gemma 3 270M they take no longer than one

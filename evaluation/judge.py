@@ -1,6 +1,6 @@
 """A language model as judge: which of two answers is the better one, asked in both orders. Off without `judge.url`.
 
-    python -m evaluation.report task=slang judge.url=http://127.0.0.1:8000/v1 judge.model=NAME
+    python -m commands.report task=slang judge.url=http://127.0.0.1:8000/v1 judge.model=NAME
 
 Any endpoint with OpenAI's chat completions will do. A key is taken from OPENAI_API_KEY, and from nowhere else. Judges
 prefer what they read first, or last (Zheng et al., 2023): a preference counts only if both orders agree on it, else it
@@ -18,10 +18,10 @@ import httpx2
 import numpy as np
 from omegaconf import DictConfig
 
-from data_prep.progress import Progress
+from core.errors import UserError
+from core.files import Lines, read_lines, to_line, write_lines
+from core.progress import Progress
 from evaluation.intervals import interval, resample
-from evaluation.runs import Lines, read_lines, to_line, write_lines
-from nemo_configs.command_line import UserError
 
 FILE = "judgements.jsonl"
 TRIES = 4  # of a request that failed for a reason that may pass

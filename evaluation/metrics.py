@@ -1,6 +1,6 @@
 """Figures of a run's answers, each with an interval: `metrics.json`.
 
-`task.evaluate.metrics` names a family of more: METRICS of `<family>_metrics.py` join those below.
+`task.evaluate.metrics` names a family of more: METRICS of `tasks/<family>/metrics.py` join those below.
 
 A metric is a function of the answers and what they are held against; its result has a score for each answer, or None
 where it does not apply. The first paragraph of its docstring is what the report says about it.
@@ -12,16 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.prompt import Prompt
+from core.files import Lines, read_json, read_lines
+from core.prompt import Prompt
+from core.tasks import part_of
 from evaluation.intervals import estimates
-from evaluation.runs import Lines, read_json, read_lines
 
 Scores = list[float | None]
 
@@ -94,7 +94,7 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
         if line["side"] == "after" and "reference" in line
     ]
     lines = [*generations, *known]
-    more = import_module(f"evaluation.{family}_metrics").METRICS if family else []
+    more = part_of(family, "metrics", "task.evaluate.metrics").METRICS if family else []
     scores: dict[str, dict[str, float]] = {line["id"]: {} for line in generations}
     found = []
     for metric in [*METRICS, *more]:

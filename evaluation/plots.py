@@ -19,8 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from core.files import Lines
+from core.run_folder import Run
 from evaluation.intervals import held_out
-from evaluation.runs import Lines, Run
 
 POINTS = 400  # of a curve: a longer run's steps are averaged down to it, which keeps the page small
 REASONS = 8  # for dropping rows that get a bar of their own

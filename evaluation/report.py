@@ -1,6 +1,6 @@
 """A run on one page: did it work, how did it learn, from which data, and everything needed to do it again.
 
-    python -m evaluation.report task=slang               (the newest finished run's; +run=FOLDER another's)
+    python -m commands.report task=slang               (the newest finished run's; +run=FOLDER another's)
 
 Training writes the page with three questions. This command asks `task.evaluate`'s, of base and fine-tuned model, with
 several seeds (evaluation/generations.py), measures the answers (evaluation/metrics.py), lets a judge compare them where
@@ -24,14 +24,16 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from omegaconf import DictConfig
 
-from data_prep.prompt import Prompt
-from evaluation.gate import gain, pass_gate
+from core.configuration import plain
+from core.errors import UserError
+from core.files import Lines, read_lines, write_json
+from core.prompt import Prompt
+from core.run_folder import Run, base_of
+from evaluation.gate import gain
 from evaluation.intervals import held_out
 from evaluation.metrics import Evidence, measure
 from evaluation.plots import SHARES, draw
 from evaluation.questions import check, held_out_questions, listed_questions
-from evaluation.runs import Lines, Run, base_of, newest_run, read_lines, write_json
-from nemo_configs.command_line import UserError, load_config, plain, run
 
 ALIKE = 0.5  # of the words of two answers: from here on their differences are marked
 
@@ -258,19 +260,3 @@ def show(metrics: Mapping[str, Any]) -> None:
         cells = [f"{row[side]['value']}\n[dim]{row[side]['range']}[/]" for side in ("before", "after", "difference")]
         table.add_row(row["title"], *cells, row["reference"])
     Console().print(table)
-
-
-def main(words: list[str]) -> int:
-    config = load_config(words)
-    finished = Run.read(newest_run(config))
-    if finished.task != config.task.name:
-        raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
-    evaluate(finished, config)
-    report = write(finished.folder)
-    show(Run.read(finished.folder).metrics)
-    print(report)
-    return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
-
-
-if __name__ == "__main__":
-    run(main)

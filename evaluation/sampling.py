@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 
 
 class Answer(NamedTuple):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 from serving.errors import InvalidRequest
 
 Message = Mapping[str, str]  # {"role", "content"}

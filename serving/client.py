@@ -11,7 +11,7 @@
         answer = await client.ask("squid_game", "Is it violent?")
         async for part in client.ask("squid_game", "Is it violent?"): ...
 
-The prompt of a task comes from the server, with the adapter, and is written by `data_prep.prompt`: a model is asked as
+The prompt of a task comes from the server, with the adapter, and is written by `core.prompt`: a model is asked as
 it was trained. `python -m serving.client --help` is the same from the command line (`client_command.py`).
 """
 

@@ -58,7 +58,7 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """See `python -m serving --help`."""
+    """See `python -m commands.serve --help`."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -121,7 +121,7 @@ class Supervisor:
                 sys.executable,
                 "-u",
                 "-m",
-                "serving.door",
+                "serving.gateway",
                 "--host",
                 options.host,
                 "--port",

@@ -23,8 +23,8 @@ from transformers import (
 
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
-from nemo_configs.command_line import load_config
-from training.base_model import ensure_base_model
+from core.base_model import ensure_base_model
+from core.configuration import load_config
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train([str(ROOT / "data_prep/samples/slang.csv")], trainer)
+    bpe.train([str(ROOT / "tasks/slang/slang.csv")], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
@@ -158,7 +158,7 @@ def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dat
 
 
 def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:
-    """What a format's file reads, checked as `python -m converters` checks it."""
+    """What a format's file reads, checked as `python -m commands.convert` checks it."""
     found: Adapter | Checkpoint = module.read(path)
     if isinstance(found, Checkpoint):
         check_shapes(found, path)

@@ -18,9 +18,10 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from converters.nemo_file import read_nemo
-from data_prep.prompt import Prompt
-from evaluation.runs import read_metrics
-from nemo_configs.command_line import UserError, load_config, plain
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.prompt import Prompt
+from core.run_folder import read_metrics
 from training import automodel
 from training.automodel_worker import TokenizedRows
 from training.batches import Batches, held_out_loss, tokenize
@@ -118,7 +119,10 @@ def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([sys.executable, "-m", "training", "engine=nosuch"], "unknown engine 'nosuch'. Known: lightning, automodel"),
+        (
+            [sys.executable, "-m", "commands.train", "engine=nosuch"],
+            "unknown engine 'nosuch'. Known: lightning, automodel",
+        ),
         (["make", "train", "ENGINE=nosuch"], "ENGINE=nosuch is unknown. Known: lightning automodel"),
     ],
 )
@@ -170,7 +174,7 @@ def command(tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "training",
+        "commands.train",
         f"model.path={tiny_base}",
         f"data_dir={folder}/data",
         f"runs_dir={folder}/runs",

@@ -14,8 +14,9 @@ from conftest import ROOT, tiny_gemma
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
-from nemo_configs.command_line import UserError, load_config, names
-from training.base_model import describe, ensure_base_model, keep_text_model, self_check
+from core.base_model import describe, ensure_base_model, keep_text_model, self_check
+from core.configuration import load_config, names
+from core.errors import UserError
 
 EXPECTED = {
     *(f"gemma-{size}{kind}" for size in ("2b", "7b") for kind in ("", "-it")),
@@ -36,7 +37,7 @@ def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
     # Port 9 of this machine answers nobody: the hub is out of reach whatever the network.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "training.base_model", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
+        [sys.executable, "-m", "commands.base", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -109,7 +110,7 @@ def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedT
 
 @pytest.mark.slow
 def test_killed_and_doubled_builds_end_in_one_good_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training.base_model", f"model.models_dir={tmp_path}"]
+    command = [sys.executable, "-m", "commands.base", f"model.models_dir={tmp_path}"]
     killed = subprocess.Popen(command, cwd=ROOT)
     while not list(tmp_path.glob(".gemma-3-270m.partial/*.gguf")):
         time.sleep(0.1)

@@ -26,7 +26,7 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "target_mo
 
 
 def benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.train", f"task.data.source={ROOT}/data_prep/samples/slang.csv", *words]
+    command = [sys.executable, "-m", "benchmarks.train", f"task.data.source={ROOT}/tasks/slang/slang.csv", *words]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
 
@@ -161,7 +161,7 @@ def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
     sizes = {name: size for name, size in TINY.items() if not name.endswith("token_id")}
     monkeypatch.setitem(ARCHITECTURES, "tiny", ("gemma2", {**sizes, **TINY_FAMILY["gemma2"], "vocab_size": 500}))
     words = [
-        f"task.data.source={ROOT}/data_prep/samples/slang.csv",
+        f"task.data.source={ROOT}/tasks/slang/slang.csv",
         f"model.path={tiny_base}",
         "random=tiny",
         f"model.models_dir={tmp_path}",

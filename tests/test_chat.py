@@ -20,17 +20,18 @@ from conftest import FAMILIES, ROOT, tiny_gemma
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.prompt import Prompt
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
 from data_prep.same_rows import NEAR
 from evaluation.dialogue import Dialogue
-from nemo_configs.command_line import UserError, load_config, plain
 from training.batches import Batches, learned_loss, tokenize
 from training.packing import use_packed_attention
 
 Messages = list[dict[str, str]]
 
-SAMPLE = ROOT / "data_prep" / "samples" / "chat.jsonl"
+SAMPLE = ROOT / "tasks" / "chat" / "chat.jsonl"
 PRETRAINED = Prompt(**plain(load_config(["task=chat"]).task.prompt))
 PROMPT = Prompt(**plain(load_config(["task=chat", "model=gemma-3-270m-it"]).task.prompt))
 # The turns of Gemma 1, 2 and 3, as a Hugging Face chat template. The first two refuse a system text.
@@ -426,7 +427,7 @@ def run_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "task.train.epochs=1",
         "task.generate.max_new_tokens=4",
     ]
-    subprocess.run([sys.executable, "-m", "training", *words], cwd=ROOT, check=True, env=ENVIRONMENT, timeout=300)
+    subprocess.run([sys.executable, "-m", "commands.train", *words], cwd=ROOT, check=True, env=ENVIRONMENT, timeout=300)
     (run,) = (folder / "runs" / "chat").iterdir()
     return run
 
@@ -435,7 +436,7 @@ def chat_command(run: Path, tokens: int) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "evaluation.chat",
+        "commands.chat",
         "task=chat",
         f"+run={run}",
         f"task.generate.max_new_tokens={tokens}",

@@ -49,7 +49,7 @@ def program(folder: Path, name: str, text: str) -> None:
 def test_auto_trains_here_without_a_gpu_and_says_why() -> None:
     said = make("-n", "train").stdout
     assert "RUNTIME=auto: local, as there is no NVIDIA GPU" in said
-    assert ".venv/bin/python -m training task=slang" in said
+    assert ".venv/bin/python -m commands.train task=slang" in said
 
 
 @pytest.mark.parametrize(
@@ -118,16 +118,16 @@ def test_gpus_limits_and_the_user_are_passed_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("VARIANT", "gpu")
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(os, "getuid", lambda: 1234)
-    words = container.run_command(DOCKER, "image", ["training", "task=slang"])
+    words = container.run_command(DOCKER, "image", ["commands.train", "task=slang"])
     assert {"--gpus=all", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"} <= set(words)
     assert words[words.index("--user") + 1].startswith("1234:")
     assert words[words.index("HF_TOKEN") - 1] == "--env"
     assert SECRET not in " ".join(words)
     with pytest.raises(UserError, match="nvidia-ctk cdi generate"):
-        container.run_command(PODMAN, "image", ["training"])
+        container.run_command(PODMAN, "image", ["commands.train"])
     monkeypatch.setenv("VARIANT", "cpu")
-    assert "--userns=keep-id" in container.run_command(PODMAN, "image", ["training"])
-    assert "--gpus=all" not in container.run_command(DOCKER, "image", ["training"])
+    assert "--userns=keep-id" in container.run_command(PODMAN, "image", ["commands.train"])
+    assert "--gpus=all" not in container.run_command(DOCKER, "image", ["commands.train"])
 
 
 def test_what_the_words_name_is_mounted(tmp_path: Path) -> None:
@@ -227,7 +227,9 @@ def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kin
         environment,
         "LICENSE",
         "Makefile",
+        "commands",
         "converters",
+        "core",
         "data",
         "data_prep",
         "evaluation",
@@ -238,6 +240,7 @@ def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kin
         "runs",
         "serve.lock",
         "serving",
+        "tasks",
         "train.lock",
         "training",
     }

@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
-from converters.__main__ import convert, table
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
+from converters.convert import convert, table
 from converters.nemo_file import read_nemo
 from converters.prove import prove
 from converters.spans import whole
 from converters.streamed import logits
 from converters.torch_file import MAX_PICKLE, read_tensors
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import describe
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 
 PROMPT = {
     "template": "Instruction:\n{instruction}\n\nResponse:\n{response}",
@@ -287,7 +287,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path:
     # No file may grow beyond 100 KB, which is what a full disk looks like to a program.
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-        "from converters.__main__ import main; from nemo_configs.command_line import run; run(main)"
+        "from commands.convert import main; from core.errors import run; run(main)"
     )
     words = [tiny_base, "--to", "hf", "--out", tmp_path / "exports/x"]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
@@ -571,7 +571,7 @@ def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
 def test_an_error_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.nemo").write_bytes(b"not a tar")
     result = subprocess.run(
-        [sys.executable, "-m", "converters", tmp_path / "x.nemo", "--to", "adapter"],
+        [sys.executable, "-m", "commands.convert", tmp_path / "x.nemo", "--to", "adapter"],
         cwd=ROOT,
         capture_output=True,
         text=True,

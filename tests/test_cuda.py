@@ -17,7 +17,7 @@ from bitsandbytes.optim import PagedAdamW32bit
 from conftest import FAMILIES, ROOT
 from test_packing import ROWS, gradients, hidden_of_rows, with_lora
 
-from evaluation.runs import read_metrics
+from core.run_folder import read_metrics
 from training.cross_entropy import linear_cross_entropy
 from training.fast_layers import speed_up
 from training.packing import _flex_attention, pack, use_packed_attention
@@ -113,7 +113,7 @@ def test_a_run_on_a_gpu_learns_and_reports(words: list[str], tiny_base: Path, tm
         [
             sys.executable,
             "-m",
-            "training",
+            "commands.train",
             f"model.path={tiny_base}",
             "trainer=gpu",
             f"data_dir={tmp_path}/data",

@@ -18,18 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from rapidfuzz import fuzz, process
 from transformers import AutoTokenizer
 
-from data_prep import progress
+from core import progress
+from core.configuration import load_config
+from core.errors import UserError
+from core.prompt import Prompt
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
 from data_prep.read_table import Row, open_table
 from data_prep.same_rows import NEAR
 from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
 from data_prep.task import Data, Task
 from data_prep.write_splits import SplitWriter
-from nemo_configs.command_line import UserError, load_config
 from training.batches import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -573,7 +574,7 @@ def test_real_tables_go_through_whole(tmp_path: Path, name: str, rows_in: int, c
 
 
 def test_every_row_of_the_sample_is_usable(tmp_path: Path) -> None:
-    manifest = manifest_of(prepare(config_for(tmp_path / "data", ROOT / "data_prep" / "samples" / "slang.csv"), None))
+    manifest = manifest_of(prepare(config_for(tmp_path / "data", ROOT / "tasks" / "slang" / "slang.csv"), None))
     assert manifest["rows_out"] == manifest["rows_in"] >= 300
     assert not manifest["dropped"]
 
@@ -872,7 +873,7 @@ import sys
 from pathlib import Path
 from omegaconf import OmegaConf
 from data_prep.prepare import prepare
-from nemo_configs.command_line import run
+from core.errors import run
 def main(words):
     prepare(OmegaConf.load(words[0]), None)
     print(Path("/proc/self/status").read_text())
@@ -959,7 +960,7 @@ def test_make_data_s_command(tmp_path: Path, tokenizer_file: Path) -> None:
     (base / "model.safetensors").touch()
     source = write_csv(tmp_path / "a.csv", made_up(80))
     words = ["task=slang", f"task.data.source={source}", f"data_dir={tmp_path / 'data'}", f"model.path={base}"]
-    command = [sys.executable, "-m", "data_prep", *words]
+    command = [sys.executable, "-m", "commands.data", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "80 rows in, 80 out, from a.csv" in done.stdout

@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from converters.nemo_file import read_nemo
-from nemo_configs.command_line import UserError, load_config
+from core.configuration import load_config
+from core.errors import UserError
 from training.batches import Batches, learned_loss
 from training.distribute import AdapterParallel, shard_base, split_base
 from training.fast_layers import speed_up
@@ -172,7 +173,7 @@ def words(source: Path, tiny_base: Path) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "training",
+        "commands.train",
         f"task.data.source={source}",
         f"model.path={tiny_base}",
         "task.train.epochs=2",

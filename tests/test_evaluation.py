@@ -24,15 +24,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from data_prep.prompt import Prompt
+from commands import compare as compare_command
+from commands import report as report_command
+from commands.train import main as train
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.files import read_lines
+from core.prompt import Prompt
+from core.run_folder import Run
 from evaluation import compare_runs, judge, report
 from evaluation.gate import NOT_BETTER, pass_gate
 from evaluation.generations import generate
 from evaluation.questions import check, held_out_questions, listed_questions
-from evaluation.runs import Run, read_lines
 from evaluation.sampling import SampledToken, sample
-from nemo_configs.command_line import UserError, load_config, plain
-from training.__main__ import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt(**plain(load_config(["task=slang"]).task.prompt))
@@ -63,7 +67,7 @@ def words(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda *_: {})  # once is enough, and drawing takes longest
         assert train(words) == 0
-    assert report.main(words) == 0
+    assert report_command.main(words) == 0
     return words
 
 
@@ -178,7 +182,7 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
     [
         ("task.evaluate.seeds=0", "seeds must be 1 or more"),
         ("task.evaluate.held_out=-1", "held_out must be 0"),
-        ("task.evaluate.metrics=films", "films is unknown. Known: slang, reviews, null"),
+        ("task.evaluate.metrics=films", "films is unknown. Known: reviews, slang, null"),
         ("task.evaluate.min_gain=5", "min_gain is a share"),
     ],
 )
@@ -248,7 +252,7 @@ def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], 
     changed["splits"]["test"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"does not hold the rows of .* make data TASK=slang"):
-        report.main(words)
+        report_command.main(words)
     manifest.write_text(kept)
 
 
@@ -257,7 +261,7 @@ def test_a_run_of_another_task_is_named(finished: Run, words: list[str]) -> None
     kept = config.read_text()
     config.write_text(kept.replace("name: slang\n", "name: films\n", 1))
     with pytest.raises(UserError, match="is a run of films: make report TASK=films"):
-        report.main([*words, f"+run={finished.folder}"])
+        report_command.main([*words, f"+run={finished.folder}"])
     config.write_text(kept)
 
 
@@ -288,9 +292,9 @@ def test_train_and_report_end_with_the_gate_s_code(words: list[str], capsys: pyt
         train([*words, "task.evaluate.min_gain=0.999"]) == 3
     )  # the same run: what is asked afterwards changes nothing
     assert "is finished" in capsys.readouterr().out
-    assert report.main([*words, "task.evaluate.min_gain=0.999"]) == 3
+    assert report_command.main([*words, "task.evaluate.min_gain=0.999"]) == 3
     assert "asks for 99.9%. The run is kept" in capsys.readouterr().err
-    assert report.main([*words, "task.evaluate.min_gain=0.001"]) == 0
+    assert report_command.main([*words, "task.evaluate.min_gain=0.001"]) == 0
 
 
 # --- the judge ------------------------------------------------------------------------------------------------
@@ -421,7 +425,7 @@ def test_an_address_without_a_judge_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_the_report_shows_the_judge(finished: Run, words: list[str], endpoint: Any) -> None:
     url, _, replies = endpoint
     replies.append(lambda a, b: (200, "tie"))
-    assert report.main([*words, f"judge.url={url}", "judge.model=a-judge"]) == 0
+    assert report_command.main([*words, f"judge.url={url}", "judge.model=a-judge"]) == 0
     assert "a-judge saw 15 pairs of answers" in (finished.folder / "report.html").read_text()
 
 
@@ -486,7 +490,7 @@ def test_models_with_other_tokens_are_not_compared_by_the_token(finished: Run) -
 def test_the_comparison_is_one_page_without_scripts(
     three: tuple[Run, Run, Run], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare_runs.main(words)
+    compare_command.main(words)
     out = capsys.readouterr().out
     page = (three[0].folder.parent / "comparison.html").read_text()
     assert out.strip().endswith("comparison.html") and page.count("sha256 ") == 2
@@ -496,7 +500,7 @@ def test_the_comparison_is_one_page_without_scripts(
     chosen = compare_runs.choose(load_config(words), f"{three[0].folder.name} {three[1].folder}")
     assert [one.folder for one in chosen] == [one.folder for one in three[:2]]
     with pytest.raises(UserError, match="no-such is not a finished run"):
-        compare_runs.main([*words, "runs=no-such"])
+        compare_command.main([*words, "runs=no-such"])
 
 
 @pytest.mark.slow

@@ -14,14 +14,15 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters.__main__ import convert
-from data_prep.prompt import Prompt
+from converters.convert import convert
+from core.base_model import describe
+from core.configuration import load_config, names, plain
+from core.errors import UserError
+from core.load_model import add_lora
+from core.prompt import Prompt
 from evaluation.compare import answer
-from nemo_configs.command_line import UserError, load_config, names, plain
-from training.base_model import describe
 from training.batches import Batches, learned_loss, tokenize
 from training.gemma_lora import GemmaLoRA
-from training.load_model import add_lora
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template

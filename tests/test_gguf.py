@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
 from converters.checkpoint import Adapter, Checkpoint, of_memory
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "{slang}", {"ask": "«Was?»"})

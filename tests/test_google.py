@@ -17,7 +17,7 @@ from conftest import FAMILIES, read_checked, tiny_gemma
 from torch import Tensor
 
 from converters import google
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"gemma": 18, "gemma2": 26, "gemma3_text": 26}

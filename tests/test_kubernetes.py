@@ -23,8 +23,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from core.errors import UserError
 from evaluation.gate import NOT_BETTER
-from nemo_configs.command_line import UserError
 from training.stopping import LOST, TRY_AGAIN
 
 OVERLAYS = ("cpu", "gpu")
@@ -61,7 +61,7 @@ def clusters() -> dict[str, list[Document]]:
 @pytest.fixture(scope="module")
 def trainings() -> dict[tuple[str, str], list[Document]]:
     sizes: dict[str, dict[str, object]] = {"cpu": {"NODES": 2}, "gpu": {"NODES": 2, "GPUS_PER_NODE": 8}}
-    words = ("training", "task=squid_game", "seed=1")
+    words = ("commands.train", "task=squid_game", "seed=1")
     return {(overlay, job): rendered(*words, JOB=job, **sizes[overlay]) for overlay in OVERLAYS for job in JOBS}
 
 
@@ -230,7 +230,7 @@ def test_names_that_refer_to_others_find_them(
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
     containers = one("Deployment", clusters[overlay])["spec"]["template"]["spec"]["containers"]
-    door = containers[-1]  # /health of the door has Triton generate a token: serving/door.py
+    door = containers[-1]  # /health of the door has Triton generate a token: serving/gateway.py
     assert door["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"} == door["startupProbe"]["httpGet"]
     alive = containers[0]["livenessProbe"]
     assert (
@@ -255,7 +255,7 @@ def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple
 @CLUSTER
 def test_the_command_and_its_size_arrive_as_they_are() -> None:
     image = "registry.example:5000/me/train@sha256:" + 64 * "0"
-    words = ("training", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
+    words = ("commands.train", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
     job = one("Job", rendered(*words, NODES=3, GPUS_PER_NODE=4, NAMESPACE="lab-1", IMAGE=image))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["args"] == ["python", "-m", *words, "trainer=gpu", "trainer.devices=4", "trainer.num_nodes=3"]
@@ -270,7 +270,7 @@ def test_the_command_and_its_size_arrive_as_they_are() -> None:
     assert environment["MASTER_ADDR"]["value"] == "$(JOB_NAME)-0.train"
     assert list(environment).index("JOB_NAME") < list(environment).index("MASTER_ADDR"), "used before it is set"
     assert re.fullmatch("train-squid-game-[0-9a-f]{8}", job["metadata"]["name"])
-    one_gpu = one("Job", rendered("training", "trainer.devices=1", GPUS_PER_NODE=1))
+    one_gpu = one("Job", rendered("commands.train", "trainer.devices=1", GPUS_PER_NODE=1))
     assert one_gpu["spec"]["template"]["spec"]["containers"][0]["args"].count("trainer.devices=1") == 1
 
 
@@ -279,7 +279,7 @@ def test_a_table_of_this_machine_travels_and_names_the_job(tmp_path: Path) -> No
     table = tmp_path / "my, slang's.CSV"
     text = 'Slang,Description\nlumami,"To dor a ""vex"""\nÄhm,été\n'
     table.write_text(text, encoding="utf-8")
-    words = ("training", f"task.data.source={table}")
+    words = ("commands.train", f"task.data.source={table}")
     first, again = rendered(*words), rendered(*words)
     assert first == again
     job, files = one("Job", first), one("ConfigMap", first)
@@ -320,13 +320,13 @@ def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them(
     ],
 )
 def test_a_mistake_is_answered_in_a_sentence(settings: dict[str, Any], says: str) -> None:
-    result = command("training", "task=slang", **settings)
+    result = command("commands.train", "task=slang", **settings)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: bash .ci/kubernetes")
 def test_without_a_cluster_it_says_so_and_how_to_look() -> None:
-    for words in (("cluster",), ("training", "task=slang")):
+    for words in (("cluster",), ("commands.train", "task=slang")):
         result = command(*words)
         assert result.returncode == 2 and "no cluster answers" in result.stderr and "DRY_RUN=1" in result.stderr
 
@@ -373,7 +373,7 @@ def follow(folder: Path, jobs: list[Document], pods: list[list[Document]], befor
         (folder / f"job-{number}.json").write_text(json.dumps(job))
     for number, items in enumerate(pods):
         (folder / f"pod-{number}.json").write_text(json.dumps({"items": items}))
-    result = command("training", "task=slang", path=f"{folder}:{os.environ['PATH']}", NODES=2)
+    result = command("commands.train", "task=slang", path=f"{folder}:{os.environ['PATH']}", NODES=2)
     asked = [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
     return result, asked
 

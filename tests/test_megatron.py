@@ -32,8 +32,8 @@ from converters.distributed import read_distributed
 from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import members
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

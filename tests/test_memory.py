@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny_gemma
 
-from nemo_configs.command_line import load_config, plain
+from core.configuration import load_config, plain
+from core.load_model import add_lora, load_base
 from training.fast_layers import speed_up
-from training.load_model import add_lora, load_base
 from training.memory import estimate, free_memory, layer_bytes
 from training.packing import pack, use_packed_attention
 
@@ -104,7 +104,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         [
             sys.executable,
             "-m",
-            "training",
+            "commands.train",
             f"data_dir={folder}/data",
             f"runs_dir={folder}/runs",
             "task.train.epochs=1",

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from data_prep.new_task import main, new_task
+from commands.new_task import main, new_task
+from core import configuration as command_line
+from core.configuration import load_config, names
+from core.errors import UserError
 from data_prep.prepare import prepare
-from nemo_configs import command_line
-from nemo_configs.command_line import UserError, load_config, names
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 PRAISE = ["a quiet, patient film", "the desert looks endless", "what a score", "I cried at the end", "the worms!"]
@@ -173,7 +174,7 @@ def test_reviews_of_another_film(
 
 
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    pytest.importorskip("data_prep.reviews")
+    pytest.importorskip("tasks.reviews.rows")
     new_task("dune", str(write(tmp_path / "dune_reviews.csv", ["Review Text", "Rating"], film_reviews(60))))
     row = rows_of("dune")
     assert row["input"] and row["output"]

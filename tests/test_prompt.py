@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prompt import Prompt, exchanges
+from core.prompt import Prompt, exchanges
 
 SLANG = Prompt(
     template="Instruction:\n{instruction}\n\nResponse:\n{response}",

@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from commands.publish import main
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
-from converters.publish import main
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import describe
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKEN = "hf_" + "secret" * 6

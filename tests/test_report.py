@@ -15,9 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from commands import report as report_command
+from core.errors import UserError
+from core.run_folder import newest_run
 from evaluation import report
-from evaluation.runs import newest_run
-from nemo_configs.command_line import UserError
 
 EVIL = "<script>alert('boo')</script> 🔥 \"quoted\" & $x^2$"
 
@@ -72,7 +73,7 @@ def write_run(folder: Path, steps: int = 60) -> Path:
     write_json(
         folder / "environment.json",
         {
-            "command": "python -m training task=slang",
+            "command": "python -m commands.train task=slang",
             "commit": "c0ffee",
             "python": "3.11.7",
             "packages": {"torch": "2.13.0"},
@@ -267,6 +268,6 @@ def test_the_newest_finished_run_is_found_or_the_one_named(tmp_path: Path) -> No
 
 def test_without_a_finished_run_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make train TASK=slang"):
-        report.main(["task=slang", f"runs_dir={tmp_path}"])
+        report_command.main(["task=slang", f"runs_dir={tmp_path}"])
     with pytest.raises(UserError, match="not a finished run"):
-        report.main(["task=slang", f"+run={tmp_path}"])
+        report_command.main(["task=slang", f"+run={tmp_path}"])

@@ -14,16 +14,17 @@ import yaml
 from omegaconf import DictConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from core.configuration import load_config
+from core.errors import UserError
 from data_prep.clean_text import clean
-from data_prep.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
 from data_prep.prepare import prepare
-from data_prep.reviews import WORDS
-from nemo_configs.command_line import UserError, load_config
+from tasks.reviews.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
+from tasks.reviews.rows import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "data_prep" / "samples" / "squid_game_reviews.csv"
+SAMPLE = ROOT / "tasks" / "reviews" / "squid_game_reviews.csv"
 REAL = ROOT.parent / "shared" / "data" / "squid_game_reviews.csv"
-QUESTIONS = yaml.safe_load((ROOT / "data_prep" / "review_questions.yaml").read_text(encoding="utf-8"))
+QUESTIONS = yaml.safe_load((ROOT / "tasks" / "reviews" / "review_questions.yaml").read_text(encoding="utf-8"))
 SPLITS = ("training", "validation", "test")
 
 
@@ -344,8 +345,8 @@ def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
     ],
 )
 def test_ratings_in_any_form(cells: list[str], means: list[float | None], best: int) -> None:
-    from data_prep.reviews import _read_ratings
     from data_prep.task import Task
+    from tasks.reviews.rows import _read_ratings
 
     rows = [{"row": number, "rating": cell} for number, cell in enumerate(cells)]
     ratings, scale = _read_ratings(rows, Task.of(load_config(["task=squid_game", "trainer=cpu"])))

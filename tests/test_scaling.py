@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.scaling import GPUS, Message, Sizes, Words, architecture_of, messages, plan, sizes_of
-from nemo_configs.command_line import UserError, load_config
+from core.configuration import load_config
+from core.errors import UserError
 from training.batches import Batches
 from training.distribute import AdapterParallel, shard_base, split_base
 from training.flops import flops_of

@@ -39,15 +39,15 @@ from transformers import AutoModelForCausalLM
 from tritonclient.utils import InferenceServerException
 from vllm_contract import Refused, Server, tensors
 
+from commands.prepare_serving import prepare
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from serving.prepare import prepare
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 from serving.processes import Part, lives
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
-from training.base_model import describe
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 FUZZ_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "400"))
@@ -467,7 +467,7 @@ def over_grpc(server: Server, fields: dict[str, Any]) -> str:
 IN_COMMAND = {
     "engine": "serving.engine",
     "triton": "bin/tritonserver",
-    "door": "serving.door",
+    "door": "serving.gateway",
     "gemma": "/gemma/1/model.py",
     "adapters": "/adapters/1/model.py",
 }

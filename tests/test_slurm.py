@@ -27,7 +27,7 @@ BARE = {"PATH": os.environ["PATH"], "HF_TOKEN": "hf_secret"}
 
 def write(*words: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "training", *words],
+        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -129,7 +129,7 @@ def test_the_script_is_sound_bash() -> None:
 )
 def test_what_cannot_be_is_one_sentence(environment: dict[str, str], words: tuple[str, ...], says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "training", *words],
+        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -243,7 +243,7 @@ def words(source: Path, tiny_base: Path) -> list[str]:
 def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of four processes on one machine, which nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    local = [sys.executable, "-m", "training", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    local = [sys.executable, "-m", "commands.train", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     done = subprocess.run(
         [*local, "trainer.devices=4"],
         cwd=ROOT,

@@ -18,10 +18,10 @@ import pyarrow.parquet
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from core.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.read_table import Row, open_table
 from data_prep.sources import HubTable, find_source, open_source
-from nemo_configs.command_line import UserError
 
 LETTERS = random.Random(0)
 ROWS = [

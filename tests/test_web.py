@@ -19,8 +19,8 @@ from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
+from core.configuration import load_config
 from data_prep.prepare import prepare
-from nemo_configs.command_line import load_config
 from serving.web.answers import _Shown
 from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
 from serving.web.evidence import Reviews
@@ -287,7 +287,7 @@ def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
 
 def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     """The loop: what visitors kept is what data preparation reads, cell by cell."""
-    with (ROOT / "data_prep/samples/slang.csv").open(encoding="utf-8", newline="") as file:
+    with (ROOT / "tasks/slang/slang.csv").open(encoding="utf-8", newline="") as file:
         kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
@@ -422,5 +422,5 @@ def test_nothing_that_was_typed_is_logged(site: Site) -> None:
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
     words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
-    other = subprocess.run([SERVING_PYTHON, "-m", "serving.web", *words], cwd=ROOT, capture_output=True, text=True)
+    other = subprocess.run([SERVING_PYTHON, "-m", "commands.web", *words], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr

@@ -16,8 +16,8 @@ from conftest import ROOT
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import load_config, plain
+from core.configuration import load_config, plain
+from core.prompt import Prompt
 from serving.client import Client
 from serving.repository import put_adapter, write_repository
 
@@ -279,7 +279,9 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = " ".join(f"--{name}-port {port}" for name, port in ports.items())
     # The project's own Makefile would serve what was trained here, at ports that may be taken.
-    (tmp_path / "Makefile").write_text(f"serve:\n\t@{SERVING_PYTHON} -m serving --folder {tmp_path}/serve {words}\n")
+    (tmp_path / "Makefile").write_text(
+        f"serve:\n\t@{SERVING_PYTHON} -m commands.serve --folder {tmp_path}/serve {words}\n"
+    )
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/make").write_text(f'#!/bin/sh\nexec {shutil.which("make")} -f {tmp_path}/Makefile "$@"\n')
     (tmp_path / "bin/make").chmod(0o755)

@@ -21,7 +21,7 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 from serving.repository import put_adapter, write_repository
 
 SERVING_PYTHON = ROOT / ".venv-serve/bin/python"
@@ -46,7 +46,7 @@ QUEUE = 8  # requests that may wait, so that the tests meet a busy server
 
 @dataclass
 class Stack:
-    """What `python -m serving` runs: the addresses, and the process of each part."""
+    """What `python -m commands.serve` runs: the addresses, and the process of each part."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -66,7 +66,7 @@ class Stack:
 
     def part(self, name: str) -> psutil.Process:
         """The process of the engine, of tritonserver or of the door."""
-        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.door"}[name]
+        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.gateway"}[name]
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if any(word in argument for argument in child.cmdline()))
 
@@ -100,7 +100,7 @@ class Stack:
 
 
 def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
-    """What `serving.prepare` makes of finished runs, of adapters that nobody trained."""
+    """What `commands.prepare_serving` makes of finished runs, of adapters that nobody trained."""
     for number, (name, prompt) in enumerate(PROMPTS.items()):
         torch.manual_seed(number)
         model = get_peft_model(
@@ -147,7 +147,7 @@ def wait_for(port: int, seconds: float = 30.0) -> None:
 
 @contextmanager
 def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -> Iterator[Stack]:
-    """The tiny folder under `python -m serving`, with room for four `ENDLESS` answers at once."""
+    """The tiny folder under `python -m commands.serve`, with room for four `ENDLESS` answers at once."""
     patient = shutil.copytree(base, scratch / base.name)
     config = json.loads((patient / "config.json").read_text())
     (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
@@ -158,7 +158,7 @@ def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -
 
 @contextmanager
 def serve(folder: Path, *options: str) -> Iterator[Stack]:
-    """`python -m serving` of a folder, ready to be asked."""
+    """`python -m commands.serve` of a folder, ready to be asked."""
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))

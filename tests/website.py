@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
 
+from core.configuration import load_config
 from data_prep.prepare import prepare
-from nemo_configs.command_line import load_config
 from serving.web.dictionary import Dictionary, Entry
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -40,7 +40,7 @@ class Site:
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "serving.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
             cwd=ROOT,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,

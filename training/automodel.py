@@ -1,6 +1,6 @@
 """The other engine: NVIDIA's own recipe, NeMo AutoModel, on the same rows with the same settings.
 
-    make train TASK=slang ENGINE=automodel          (python -m training task=slang engine=automodel)
+    make train TASK=slang ENGINE=automodel          (python -m commands.train task=slang engine=automodel)
 
 It writes the recipe and the tokenized rows into the run folder, has torchrun run them in `.venv-automodel` (see
 `training/automodel_worker.py`), shows what the recipe logs, and brings its adapter back as the run's `.nemo`. So
@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, plain
+from core.configuration import plain
+from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
@@ -305,7 +306,7 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
-    from training.base_model import describe
+    from core.base_model import describe
     from training.gemma_lora import GemmaLoRA, weights_dtype
 
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")

@@ -17,8 +17,8 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 from training.cross_entropy import linear_cross_entropy
 from training.packing import Layout, pack, shared_prefixes, use_packed_attention
 

@@ -18,8 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from data_prep.data_folder import sync
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.files import sync
 from training.stopping import Stopped, StopSignals
 
 CHECKPOINTS_PER_RUN = 20

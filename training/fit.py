@@ -13,15 +13,16 @@ from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
-from training.base_model import describe
+from core.base_model import describe
+from core.configuration import plain
+from core.errors import UserError
+from core.load_model import load_tokenizer
+from core.prompt import Prompt
 from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.distribute import AdapterParallel
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
 from training.identity import made_of, refuse_other
-from training.load_model import load_tokenizer
 from training.progress import RunProgress
 from training.stopping import Stopped, StopSignals
 

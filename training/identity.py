@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, plain
-from training.base_model import describe
+from core.base_model import describe
+from core.configuration import plain
+from core.errors import UserError
 
 # Where files lie, how many processes share a step, how much memory it may take, who watches and what is asked
 # afterwards do not change the result, beyond rounding: a run that was stopped may go on with others.

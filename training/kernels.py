@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.c_library import NoLibrary, compiled, processor_flags
+from core.c_build import NoLibrary, compiled, processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}

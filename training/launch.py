@@ -1,6 +1,6 @@
 """One command, many processes: who trains, who waits, and what is said when one of them dies.
 
-`python -m training` prepares, evaluates and reports in one process. Only the training between is done by
+`python -m commands.train` prepares, evaluates and reports in one process. Only the training between is done by
 `trainer.devices` processes on each of `trainer.num_nodes` machines; this file starts them and watches over them. On
 several machines the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set as for torchrun and with
 a file system they share; those but the first only lend their processes.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 from training.stopping import LOST, Stopped
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
         backend = "nccl" if config.trainer.accelerator == "gpu" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("fit", store), rank=rank, world_size=world)
 
-        from training.__main__ import quiet_libraries
+        from core.machine import quiet_libraries
 
         quiet_libraries()
         from training.fit import fit_folders

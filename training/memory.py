@@ -21,10 +21,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nemo_configs.command_line import UserError, plain
+from core.configuration import plain
+from core.errors import UserError
+from core.load_model import add_lora
 from training.batches import Batches
 from training.cross_entropy import BLOCK
-from training.load_model import add_lora
 
 GIB = 2**30
 PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
