@@ -25,7 +25,7 @@ PATIENCE = 15.0  # seconds for a running server to take a new adapter
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EXPOSED = (
     "warning: other machines reach Triton on ports {ports}, which ask for no password; this release of it has known "
-    "vulnerabilities. Let only port {door} through your firewall, see SECURITY.md."
+    "vulnerabilities. Let only port {gateway} through your firewall, see SECURITY.md."
 )
 
 
@@ -80,8 +80,8 @@ async def serve(options: Options, state: State, console: Console) -> None:
     title = f"Serving {base} with {', '.join(adapters)}" if adapters else f"Serving {base} alone"
     console.print(title)
     if options.host not in LOOPBACK:
-        console.print(EXPOSED.format(ports=f"{options.http_port}, {options.grpc_port} and {options.metrics_port}",
-                                     door=options.door_port))  # fmt: skip
+        ports = f"{options.http_port}, {options.grpc_port} and {options.metrics_port}"
+        console.print(EXPOSED.format(ports=ports, gateway=options.door_port))
     supervisor = Supervisor(options, state, lambda line: console.print(line, markup=False))
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()
