@@ -1,0 +1,49 @@
+"""Record what the README's first command came to on this machine, for the table in the README.
+
+    make train TASK=slang && .venv/bin/python -m benchmarks.default_run
+
+Takes the newest finished run of the default configuration and writes benchmarks/results/default-run/<machine>.json.
+"""
+
+import re
+from pathlib import Path
+
+from core.configuration import load_config
+from core.errors import UserError, run
+from core.files import write_json
+from core.run_folder import Run, finished_runs
+
+RESULTS = Path(__file__).parent / "results" / "default-run"
+
+
+def main(words: list[str]) -> None:
+    config = load_config(words)
+    runs = [Run.read(folder) for folder in finished_runs(config)]
+    default = [found for found in runs if found.config["task"]["train"] == config.task.train and not found.config["seed"]]
+    if not default:
+        raise UserError("no finished run of the default configuration. Train one: make train TASK=slang")
+    found, environment = default[-1], default[-1].environment
+    evaluation = found.evaluation
+    machine = f"{environment['cpu']}, {environment['cores']} cores"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
+    write_json(
+        file,
+        {
+            "machine": machine,
+            "finished": evaluation["finished"],
+            "commit": environment["commit"],
+            "command": environment["command"],
+            "packages": environment["packages"],
+            "training_seconds": evaluation["training_seconds"],
+            "peak_memory_gib": evaluation["peak_memory_gib"],
+            "perplexity_before": evaluation["before"]["perplexity"],
+            "perplexity_after": evaluation["after"]["perplexity"],
+            "held_out_rows": evaluation["held_out_rows"],
+        },
+    )
+    print(file)
+
+
+if __name__ == "__main__":
+    run(main)
