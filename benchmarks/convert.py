@@ -5,7 +5,7 @@
 
 The synthetic models have Gemma 3 27B's widths and zeros for weights, in sparse files; the merged ones are as large as
 they say, so that layers=62 needs 55 GB of disk. Peak memory is the kernel's figure for the whole process, asked for by
-its parent. Writes docs/converters.md.
+its parent. Writes benchmarks/results/convert.json and the table in docs/converters.md.
 """
 
 import os
@@ -17,19 +17,20 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.figures import RESULTS, refresh
 from converters import hf
-from converters.convert import table
 from converters.streamed import empty_model
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.files import write_json
 from core.machine import describe_environment
 
-DOCS = Path("docs/converters.md")
 # https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
 GEMMA_3_27B = {
     "model_type": "gemma3_text",
@@ -54,23 +55,6 @@ model = AutoModelForCausalLM.from_pretrained(base)
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(target)
 AutoTokenizer.from_pretrained(base).save_pretrained(target)
 """
-HEADER = """# Converters
-
-What can be converted to what, as `python -m commands.convert --help` prints it:
-
-{table}
-
-## Memory and speed
-
-`python -m benchmarks.convert {words}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
-base. Ours also opens what it wrote, compares every tensor and runs both sides; `until written` is the time before that.
-`× cp` is of processor seconds, which other work on the machine does not lengthen as it does those by the clock. {note}
-
-| model | by | GB | seconds | until written | processor seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
-|---|---|---|---|---|---|---|---|---|
-"""
-NOTE = """`gemma-3-27b, n of 62 layers` has that model's widths, and zeros for weights: memory depends on its largest
-tensor, and not on how many there are."""
 
 
 def main(words: list[str]) -> None:
@@ -81,7 +65,7 @@ def main(words: list[str]) -> None:
             raise UserError(f"{word} is unknown. Known: layers=2,6 with numbers from 1 to 62")
         layers = [int(number) for number in value.split(",")]
     real = ensure_base_model(load_config().model).resolve()
-    lines = []
+    rows = []
     Path("exports").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="exports") as scratch:
         for count in [0, *layers]:
@@ -89,22 +73,24 @@ def main(words: list[str]) -> None:
             folder.mkdir()
             base = write_sparse(folder / "base", count) if count else real
             write_adapter(base, folder / "adapter")
-            lines += compare(base, folder, with_peers=not count)
+            rows += compare(base, folder, with_peers=not count)
             shutil.rmtree(folder)
     machine = describe_environment()
-    text = HEADER.format(
-        table=table(),
-        words=" ".join(words),
-        machine=f"{machine['cpu']}, {machine['cores']} cores",
-        date=f"{datetime.now(UTC):%Y-%m-%d}",
-        note=NOTE,
-    )
-    DOCS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-    print(f"written: {DOCS}")
+    result = {
+        "command": " ".join(["python -m benchmarks.convert", *words]),
+        "machine": f"{machine['cpu']}, {machine['cores']} cores",
+        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+        "rows": rows,
+    }
+    write_json(RESULTS / "convert.json", result)
+    print(f"written: {RESULTS / 'convert.json'}, {', '.join(refresh())}")
 
 
-def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
-    """Lines of the table. Each system reads the base anew; what it wrote is removed before the next."""
+def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
+    """A row for each system, as benchmarks/figures.py shows it.
+
+    Each system reads the base anew; what it wrote is removed before the next.
+    """
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
         "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
@@ -126,22 +112,28 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     tensors = hf.read(base).tensors.values()
     allowed = 2 * max(tensor.nbytes for tensor in tensors) / 2**30 + 1
     size = sum(tensor.nbytes for tensor in tensors) / 1e9
-    lines = []
+    rows = []
     copied = 0.0
     for name, command in systems.items():
         seconds, busy, peak = measured(command)
         copied = copied or busy
         record = target / "conversion.json"
-        until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
-        # A process begins with its parent's peak in its books, so that cp's would be this one's.
-        memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
-        lines.append(
-            f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
-            f"{busy / copied:.1f} | {memory} |"
-        )
-        print(lines[-1], flush=True)
+        row = {
+            "model": folder.name,
+            "by": name,
+            "gigabytes": round(size, 1),
+            "seconds": round(seconds, 1),
+            "seconds_to_write": hf.read_json(record)["seconds_to_write"] if record.exists() else None,
+            "processor_seconds": round(busy, 1),
+            "times_cp": round(busy / copied, 1),
+            # A process begins with its parent's peak in its books, so that cp's would be this one's.
+            "peak_gib": round(peak, 2) if name != "cp" else None,
+            "allowed_gib": round(allowed, 2) if name != "cp" else None,
+        }
+        rows.append(row)
+        print(row, flush=True)
         shutil.rmtree(target)
-    return lines
+    return rows
 
 
 def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:

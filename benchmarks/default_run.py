@@ -19,7 +19,9 @@ RESULTS = Path(__file__).parent / "results" / "default-run"
 def main(words: list[str]) -> None:
     config = load_config(words)
     runs = [Run.read(folder) for folder in finished_runs(config)]
-    default = [found for found in runs if found.config["task"]["train"] == config.task.train and not found.config["seed"]]
+    default = [
+        found for found in runs if found.config["task"]["train"] == config.task.train and not found.config["seed"]
+    ]
     if not default:
         raise UserError("no finished run of the default configuration. Train one: make train TASK=slang")
     found, environment = default[-1], default[-1].environment

@@ -87,7 +87,9 @@ def svg(title: str, rows: list[list[Box]]) -> str:
                 parts.append(_arrow(f"M{last} {top - GAP + 3} V{between} H{left + width / 2} V{top - 3}"))
                 x, y = left + width / 2 + 34, top - GAP / 2 + 16
             if box.label:
-                parts.append(f'<text x="{x}" y="{y}" font-size="12" fill="#555" text-anchor="middle">{box.label}</text>')
+                parts.append(
+                    f'<text x="{x}" y="{y}" font-size="12" fill="#555" text-anchor="middle">{box.label}</text>'
+                )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

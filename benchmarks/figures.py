@@ -10,21 +10,23 @@ machines were measured, a sentence quotes the one that it names: `AMX` is the Xe
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import table
 from benchmarks.table import speedup
+from core.files import write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path("benchmarks/results")
 AMX = "intel-xeon-processor-2-cores-gemma-3-270m"
 MARK = re.compile(r"<!--figure ([\w-]+)-->(.*?)<!--/figure-->", re.DOTALL)
 
 
 def pages() -> list[Path]:
     """Every page that may quote a figure."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [*Path().glob("README.md"), *sorted(Path("docs").glob("*.md"))]
 
 
 def render(text: str) -> str:
@@ -36,8 +38,22 @@ def render(text: str) -> str:
     return MARK.sub(lambda mark: f"<!--figure {mark[1]}-->{FIGURES[mark[1]]()}<!--/figure-->", text)
 
 
+def refresh() -> list[str]:
+    """Write every page anew whose figures have changed; their names."""
+    changed = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        if (made := render(text)) != text:
+            write_whole(page, made)
+            changed.append(page.name)
+    return changed
+
+
+# --- one figure ---------------------------------------------------------------------------------------------------
+
+
 def _train(data: str = "all-slangs") -> dict[str, Any]:
-    return _read(f"{AMX}-{data}.json")
+    return _read(f"training/{AMX}-{data}.json")
 
 
 def _serve(system: str, streams: int) -> dict[str, float]:
@@ -53,13 +69,18 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:.1f}"
 
 
+def _beside_openvino(streams: int) -> str:
+    ours, theirs = (_serve(system, streams)["tokens_per_second"] for system in ("ours", "openvino-genai"))
+    return f"{ours / theirs:.2f}"
+
+
 def _memory_share(data: str = "all-slangs") -> str:
     systems = _train(data)["systems"]
     return f"{systems['ours']['peak_gib'] / systems['hf-fp32']['peak_gib']:.2f}"
 
 
 def _default_runs() -> str:
-    """A table row for each machine on which `python -m benchmarks.default_run` has recorded the README's first command."""
+    """A row for each machine on which `python -m benchmarks.default_run` recorded the README's first command."""
     rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / "default-run").glob("*.json"))]
     lines = [
         f"| {row['machine']} | {row['training_seconds'] / 60:.1f} minutes | {row['peak_memory_gib']:.1f} GiB | "
@@ -72,16 +93,109 @@ def _default_runs() -> str:
 
 def _rows_of(table: str) -> str:
     """Rows of a data set in this repository; a CSV's header is none, and no cell of these holds a line break."""
-    lines = (ROOT / table).read_text(encoding="utf-8").splitlines()
+    lines = Path(table).read_text(encoding="utf-8").splitlines()
     return str(len(lines) - table.endswith(".csv"))
 
 
 def _models() -> str:
-    return str(len(list((ROOT / "nemo_configs" / "model").glob("*.yaml"))))
+    return str(len(list(Path("nemo_configs/model").glob("*.yaml"))))
+
+
+# --- a table, or a whole page's content ------------------------------------------------------------------------------
+
+
+def _table(header: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header), *(f"| {' | '.join(cells)} |" for cells in rows)]
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def _conversion_formats() -> str:
+    from converters.convert import table  # with torch, for which nothing else here has to wait
+
+    return f"\n{table()}\n"
+
+
+def _conversion_speed() -> str:
+    result = _read("convert.json")
+
+    def cell(value: float | None, digits: int = 1) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        [
+            row["model"],
+            row["by"],
+            *(cell(row[key]) for key in ("gigabytes", "seconds", "seconds_to_write", "processor_seconds", "times_cp")),
+            *(cell(row[key], 2) for key in ("peak_gib", "allowed_gib")),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["model", "by", "GB", "seconds", "until written", "processor seconds", "× cp", "peak memory, GiB"]
+    return _measured(result) + _table([*header, "2 × largest tensor + 1 GiB"], rows)
+
+
+def _memory() -> str:
+    result = _read("memory.json")
+    rows = [
+        [
+            row["run"],
+            " ".join(row["overrides"]),
+            f"{row['expected_gib']:.2f}",
+            f"{row['measured_gib']:.2f}",
+            f"{row['expected_gib'] / row['measured_gib']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["run", "overrides", "estimate, GiB", "measured, GiB", "estimate / measured"]
+    return _measured(result) + _table(header, rows)
+
+
+def _measured(result: dict[str, Any]) -> str:
+    return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:\n"
+
+
+def _attempts() -> str:
+    result = _read("attempts.json")
+    columns = ["run", "training rows", "columns", "epochs", "rank", "steps", "training time", "tokens/s (median)"]
+    columns += ["validation loss", "held-out loss", "held-out perplexity", "gain"]
+    columns = [column for column in columns if any(column in row for row in result["table"])]
+    samples = []
+    for sample in result["samples"]:
+        samples.append(f"**Prompt.** {sample['prompt']}\n")
+        for name, text in sample["answers"].items():
+            samples.append(f"{name}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()) + "\n")
+    packages = result["packages"]
+    return (
+        f"\n`{result['command']}` ({result['rows_in']} rows in, sha256 {result['source_sha256']}). Base model: "
+        f"{result['model']}, {result['peft']} on all linear layers. Every run is measured on the same "
+        f"{result['held_out_rows']} held-out rows with all columns.\n\n"
+        f"Machine: {result['machine']}; torch {packages['torch']}, NeMo {packages['nemo-toolkit']}.\n"
+        + _table(columns, [[row.get(column, "") for column in columns] for row in result["table"]])
+        + f"\n## Their answers\n\nOne sample each, seed {result['seed']}, none selected.\n\n"
+        + "\n".join(samples)
+    )
+
+
+def _training_speed() -> str:
+    found = [_read(f"training/{file.name}") for file in sorted((RESULTS / "training").glob("*.json"))]
+    return "\n" + "\n".join(line for result in found for line in table.section(result))
+
+
+def _serving_speed() -> str:
+    from benchmarks import serve
+
+    found = [_read(f"serving/{file.name}") for file in sorted((RESULTS / "serving").glob("*.json"))]
+    return "".join("\n" + "\n".join(serve.table(result)) + "\n" for result in found)
 
 
 FIGURES: dict[str, Callable[[], str]] = {
     "default-runs": _default_runs,
+    "attempts": _attempts,
+    "conversion-formats": _conversion_formats,
+    "conversion-speed": _conversion_speed,
+    "memory": _memory,
+    "training-speed": _training_speed,
+    "serving-speed": _serving_speed,
     "models": _models,
     "rows-slang": lambda: _rows_of("tasks/slang/slang.csv"),
     "rows-reviews": lambda: _rows_of("tasks/reviews/squid_game_reviews.csv"),
@@ -96,10 +210,5 @@ FIGURES: dict[str, Callable[[], str]] = {
         f"{_serve('ours', 8)['tokens_per_second'] / _serve('transformers', 8)['tokens_per_second']:.0f}"
     ),
     "serve-first-token-8": lambda: f"{1000 * _serve('ours', 8)['ttft_p50']:.0f}",
-    **{
-        f"serve-openvino-{streams}": lambda streams=streams: (  # type: ignore[misc]
-            f"{_serve('ours', streams)['tokens_per_second'] / _serve('openvino-genai', streams)['tokens_per_second']:.2f}"
-        )
-        for streams in (1, 4, 8, 32)
-    },
+    **{f"serve-openvino-{streams}": partial(_beside_openvino, streams) for streams in (1, 4, 8, 32)},
 }

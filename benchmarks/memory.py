@@ -4,7 +4,8 @@
     python -m benchmarks.memory runs=slang,rank-64
 
 Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
-stops growing within its steps. Writes docs/memory.md.
+stops growing within its steps. Writes
+benchmarks/results/memory.json and the table in docs/memory.md.
 """
 
 import json
@@ -15,12 +16,13 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
+from benchmarks.figures import RESULTS, refresh
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.files import write_json
 from core.machine import describe_environment
 
-DOCS = Path("docs/memory.md")
 CHAT = Path("tasks/chat/chat.jsonl")
 RUNS = {
     "slang": [],
@@ -34,14 +36,6 @@ RUNS = {
     "long-rows": ["task=chat", "task.train.max_length=2048", "task.train.batch_size=4"],
 }
 SHORT = ["task.train.epochs=1", "task.generate.max_new_tokens=8", "task.evaluate.questions=[]"]
-HEADER = """# Memory of training
-
-`{command}` on {machine}, {date}: what `make train` says before it starts, and the most that the
-process then held (`VmHWM`, or the GPU's reserved memory). Base: {model}.
-
-| run | words | expected, GiB | measured, GiB | expected / measured |
-|---|---|---|---|---|
-"""
 
 
 def main(words: list[str]) -> None:
@@ -55,22 +49,24 @@ def main(words: list[str]) -> None:
         chosen = value.split(",")
     model = load_config([]).model
     ensure_base_model(model)
-    table = []
+    rows = []
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         for name in chosen:
             expected, measured = measure(name, Path(scratch) / name)
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
-            table.append(
-                f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |\n"
-            )
+            overrides = RUNS[name]
+            rows.append({"run": name, "overrides": overrides, "expected_gib": expected, "measured_gib": measured})
     environment = describe_environment()
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
-    command = " ".join(["python -m benchmarks.memory", *words])
-    text = HEADER.format(command=command, machine=machine, date=datetime.now(UTC).date(), model=model.name)
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(text + "".join(table))
-    partial.rename(DOCS)
-    print(f"written: {DOCS}")
+    result = {
+        "command": " ".join(["python -m benchmarks.memory", *words]),
+        "machine": machine,
+        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+        "model": model.name,
+        "rows": rows,
+    }
+    write_json(RESULTS / "memory.json", result)
+    print(f"written: {RESULTS / 'memory.json'}, {', '.join(refresh())}")
 
 
 def measure(name: str, folder: Path) -> tuple[float, float]:

@@ -39,8 +39,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/serving")
-DOCS = Path("docs/serving.md")
-MARKS = "<!-- benchmark: python -m benchmarks.serve -->", "<!-- end of benchmark -->"
 DEFAULTS: dict[str, str] = {
     "systems": "",
     "streams": "1,4,8,32",
@@ -463,22 +461,8 @@ def table(result: dict[str, Any]) -> list[str]:
     return [about, "", *lines, "", made]
 
 
-def write_docs() -> Path:
-    """The tables of all results, between the marks in docs/serving.md."""
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    text = DOCS.read_text(encoding="utf-8") if DOCS.exists() else "# Serving\n"
-    section = "\n".join(
-        [MARKS[0], "## Speed beside others", *("\n" + "\n".join(table(one)) for one in found), MARKS[1]]
-    )
-    before, mark, rest = text.partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2] if mark else ""
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(before.rstrip("\n") + "\n\n" + section + (after or "\n"), encoding="utf-8")
-    partial.rename(DOCS)
-    return DOCS
-
-
 def main(words: list[str]) -> None:
+    from benchmarks.figures import refresh
     from core.errors import UserError
     from core.files import write_json
 
@@ -504,7 +488,7 @@ def main(words: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{result['machine']}-{result['model']}".lower())
     write_json(RESULTS / f"{name}.json", result)
-    print("\n".join(table(result)), f"\nwritten: {RESULTS / name}.json, {write_docs()}")
+    print("\n".join(table(result)), f"\nwritten: {RESULTS / name}.json, {', '.join(refresh())}")
 
 
 if __name__ == "__main__":

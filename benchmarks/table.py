@@ -1,9 +1,5 @@
-"""What a benchmark found, as a table in the terminal and as docs/benchmarks.md and docs/benchmarks.png.
+"""What a benchmark of training found: a table in the terminal, a section of docs/benchmarks.md, docs/benchmarks.png."""
 
-The documents are made anew from all files of benchmarks/results: a measurement made again replaces its section.
-"""
-
-import json
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +8,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCES = ("hf-fp32", "hf-bf16-autocast")
-DOCS = Path("docs/benchmarks.md")
 PLOT = Path("docs/benchmarks.png")
 OURS, OTHERS = "#2a7f62", "#9aa5b1"
 
@@ -121,41 +116,22 @@ def show(result: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def write_docs(results: Path) -> Path:
-    """docs/benchmarks.md and its plot, from every `*.json` in `results`."""
-    found = [json.loads(file.read_text()) for file in sorted(results.glob("*.json"))]
-    text = [
-        "# Training speed beside other stacks",
+def section(result: dict[str, Any]) -> list[str]:
+    """The lines of a result's section in docs/benchmarks.md."""
+    titles, columns = header(result), len(header(result))
+    return [
+        f"## {_title(result)}",
         "",
-        "Made by `make bench` (`python -m benchmarks.train`), a section for each machine, model and data set. Every "
-        "system runs its own training loop in a process of its own, on the same token ids, from the same adapter. "
-        "Rounds take turns; figures are medians of the rounds, loading and warm-up left out. Held-out loss is measured "
-        "by one evaluator after equally many tokens: a speed that costs quality shows there.",
+        f"`{result['command']}`",
         "",
-        "![Tokens a second of each system](benchmarks.png)",
+        *(f"{fact}\n" for fact in facts(result)),
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * columns}",
+        *(f"| {' | '.join(cells)} {'| ' * (columns - len(cells))}|" for cells in lines(result)),
+        "",
+        _made_with(result),
         "",
     ]
-    for result in found:
-        titles, columns = header(result), len(header(result))
-        text += [
-            f"## {_title(result)}",
-            "",
-            f"`{result['command']}`",
-            "",
-            *(f"{fact}\n" for fact in facts(result)),
-            f"| {' | '.join(titles)} |",
-            f"|{'---|' * columns}",
-            *(f"| {' | '.join(cells)} {'| ' * (columns - len(cells))}|" for cells in lines(result)),
-            "",
-            _made_with(result),
-            "",
-        ]
-    DOCS.parent.mkdir(exist_ok=True)
-    _plot(found)
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text("\n".join(text), encoding="utf-8")
-    partial.rename(DOCS)
-    return DOCS
 
 
 def _title(result: dict[str, Any]) -> str:
@@ -172,7 +148,7 @@ def _made_with(result: dict[str, Any]) -> str:
     return f"{result['finished'][:10]}, commit {result['environment']['commit'][:12]}. Versions: {systems}."
 
 
-def _plot(found: list[dict[str, Any]]) -> None:
+def plot(found: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -14,7 +14,7 @@ Words of its own, beside those of the configuration:
     random    an architecture of benchmarks/random_base.py, with random weights, in place of the base model
 
 Every system starts from the same adapter; what it has learned from the same rows is measured on held-out rows by one
-evaluator. Writes benchmarks/results/<machine>-<model>-<data>.json, and docs/benchmarks.md from all that lie there.
+evaluator. Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/benchmarks.md from all of those.
 """
 
 import json
@@ -32,11 +32,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from benchmarks import figures
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
 
-RESULTS = Path("benchmarks/results")
+RESULTS = figures.RESULTS / "training"
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -110,7 +111,8 @@ def main(words: list[str]) -> None:
     file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")
     write_json(file, result)
     table.show(result)
-    print(f"written: {file}, {table.write_docs(RESULTS)}")
+    table.plot([json.loads(other.read_text()) for other in sorted(RESULTS.glob("*.json"))])
+    print(f"written: {file}, {', '.join(figures.refresh())}")
 
 
 def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) -> dict[str, Any]:

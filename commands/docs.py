@@ -6,17 +6,12 @@ Benchmarks write their own pages when they are measured; nothing is measured her
 """
 
 from benchmarks.diagrams import write_diagrams
-from benchmarks.figures import pages, render
+from benchmarks.figures import refresh
 from core.errors import run
-from core.files import write_whole
 
 
 def main(words: list[str]) -> None:
-    for page in pages():
-        text = page.read_text(encoding="utf-8")
-        if (made := render(text)) != text:
-            write_whole(page, made)
-            print(page.name)
+    print("\n".join(refresh()))
     write_diagrams()
 
 

@@ -9,11 +9,17 @@ from conftest import ROOT
 
 from benchmarks import diagrams, figures
 
-PAGES = [*figures.pages(), *sorted((ROOT / "examples").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+QUOTING = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*QUOTING, *sorted((ROOT / "examples").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-@pytest.mark.parametrize("page", figures.pages(), ids=lambda page: page.name)
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", QUOTING, ids=lambda page: page.name)
 def test_every_figure_is_what_its_result_file_says(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == figures.render(text), f"{page.name} is out of date: make docs"
@@ -28,13 +34,13 @@ def test_a_figure_that_differs_is_noticed() -> None:
 
 def test_no_mark_begins_a_line_of_text() -> None:
     """Markdown would take that line for HTML and end the paragraph; a mark around a table stands alone."""
-    for page in figures.pages():
+    for page in QUOTING:
         for line in page.read_text(encoding="utf-8").splitlines():
             assert re.fullmatch(r"<!--/?figure[ \w-]*-->", line) or not line.startswith(("<!--figure", "<!--/figure"))
 
 
 def test_every_figure_is_quoted_somewhere() -> None:
-    quoted = {mark[1] for page in figures.pages() for mark in figures.MARK.finditer(page.read_text(encoding="utf-8"))}
+    quoted = {mark[1] for page in QUOTING for mark in figures.MARK.finditer(page.read_text(encoding="utf-8"))}
     assert quoted == set(figures.FIGURES)
 
 
