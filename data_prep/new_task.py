@@ -1,7 +1,15 @@
 """A starter for a task of the user's own, from a look at the table.
 
-`nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; its words are in
-`new_task.yaml.j2`.
+`nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; it is made from the
+template `new_task.yaml.j2`.
+
+A task folder may claim tables that its code can read. Its part `tasks/<name>/new_task.py` holds
+
+    claim(look, general, file_name, title) -> Kind | None
+
+asked with what was seen of the table, the kind that its headers suggest without it (None where no column is text), the
+file's name and the user's title. The `Kind` that it returns may name a template of its own beside it, which extends
+"new_task.yaml.j2" and fills its blocks `module`, `key` and `prompt`.
 """
 
 import json
@@ -14,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core import configuration
 from core.configuration import load_config, names
 from core.errors import UserError
+from core.tasks import folders
 from data_prep.clean_text import key_of
 from data_prep.look_at_table import ABOUT, Look, look_at, show
 from data_prep.show_rows import plain_console
@@ -106,16 +115,17 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
         "max_chars": round(characters + 500, -3) if characters > 4000 else 4000,
         "max_length": min(1 << tokens.bit_length(), 4096) if tokens > 512 else 512,
         "examples": {field: kind.columns[field].cells[held_out] for field in kind.given},
+        **kind.values,
     }
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders()]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     template.filters["text"] = _text
-    return template.get_template("new_task.yaml.j2").render(words)
+    return template.get_template(kind.template).render(words)
 
 
 def _text(value: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, StringConstraints
 
-from serving.web.tasks import task_config
+from serving.web.page import task_config
 from tasks.reviews.aspect_words import AspectWords
 
 QUOTE = re.compile(r'["“]([^"“”\n]{4,})["”]')
@@ -108,14 +108,14 @@ def _read(file: Path, made: int, task: str) -> Reviews:
     return Reviews(file.parent, task_config(task)["data"]["reviews"])
 
 
-class Asked(BaseModel):
+class EvidenceRequest(BaseModel):
     task: Annotated[str, StringConstraints(max_length=64, pattern=r"^\w+$")]
     question: Text
     answer: Text
 
 
 @router.post("/api/evidence")
-def evidence(asked: Asked, request: Request) -> dict[str, Any]:
+def evidence(asked: EvidenceRequest, request: Request) -> dict[str, Any]:
     reviews = reviews_of(request.app.state.settings.data, asked.task)
     if reviews is None:
         raise HTTPException(404, f"The reviews are not on this machine. Prepare them: make data TASK={asked.task}")
