@@ -9,7 +9,7 @@ A task folder may claim tables that its code can read. Its part `tasks/<name>/ne
 
 asked with what was seen of the table, the kind that its headers suggest without it (None where no column is text), the
 file's name and the user's title. The `Kind` that it returns may name a template of its own beside it, which extends
-"new_task.yaml.j2" and fills its blocks `module`, `key` and `prompt`.
+"new_task.yaml.j2" and fills its blocks `title`, `module`, `key` and `prompt`.
 """
 
 import json
