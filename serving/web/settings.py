@@ -37,7 +37,7 @@ def session_key(storage: Path) -> bytes:
     if not file.exists():
         storage.mkdir(parents=True, exist_ok=True)
         partial = storage / f".session.key.{secrets.token_hex(8)}"
-        with partial.open("xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
             out.write(secrets.token_bytes(32))
             out.flush()
             os.fsync(out.fileno())
