@@ -11,7 +11,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.tasks import having, part_of
-from data_prep.look_at_table import Column, Look
+from data_prep.profile_table import Column, TableProfile
 from data_prep.read_table import plain_header
 from data_prep.task import RESERVED
 
@@ -27,7 +27,7 @@ RATINGS = ("rating", "stars", "score", "rate", "grade")
 
 
 @dataclass
-class Kind:
+class TableKind:
     """What a table can teach, as the keys of a task.
 
     Attributes:
@@ -53,7 +53,7 @@ class Kind:
     is_guess: bool = False
 
 
-def kind_of(look: Look, file_name: str, title: str) -> Kind:
+def kind_of(profile: TableProfile, file_name: str, title: str) -> TableKind:
     """What the table can teach; the first task that claims it decides, else the headers.
 
     Args:
@@ -62,13 +62,13 @@ def kind_of(look: Look, file_name: str, title: str) -> Kind:
     Raises:
         UserError: no column holds text; a title for a table that no task claims.
     """
-    texts = text_columns(look)
-    if not texts and not any(column.holds == "dialogues" for column in look.columns):
-        seen = ", ".join(f"{column.header}: {column.holds}" for column in look.columns)
+    texts = text_columns(profile)
+    if not texts and not any(column.holds == "dialogues" for column in profile.columns):
+        seen = ", ".join(f"{column.header}: {column.holds}" for column in profile.columns)
         raise UserError(f"{file_name} has no column of text that could be learned ({seen})")
-    general = _general_kind(look, texts) if texts else None
+    general = _general_kind(profile, texts) if texts else None
     for name in having("new_task"):
-        kind: Kind | None = part_of(name, "new_task", "task").claim(look, general, file_name, title)
+        kind: TableKind | None = part_of(name, "new_task", "task").claim(profile, general, file_name, title)
         if kind:
             return kind
     if title:
@@ -78,30 +78,30 @@ def kind_of(look: Look, file_name: str, title: str) -> Kind:
     return general
 
 
-def text_columns(look: Look) -> list[Column]:
-    return [column for column in look.columns if column.holds in ("text", "labels")]
+def text_columns(profile: TableProfile) -> list[Column]:
+    return [column for column in profile.columns if column.holds in ("text", "labels")]
 
 
-def _general_kind(look: Look, texts: list[Column]) -> Kind:
+def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
     if pair := _two(called(QUESTIONS, texts), called(ANSWERS, texts)):
         more = [column for column in called(MORE, texts) if column not in pair][:1]
-        return _pair("Questions and answers.", look, [pair[0], *more], [pair[1]])
+        return _pair("Questions and answers.", profile, [pair[0], *more], [pair[1]])
     if pair := _two(called(TERMS, texts), called(DEFINITIONS, texts)):
         term, definition = map(field_of, pair)
         examples = [column for column in called(EXAMPLES, texts) if column not in pair][:1]
-        kind = _pair("Terms and what they mean.", look, [pair[0]], [pair[1], *examples])
+        kind = _pair("Terms and what they mean.", profile, [pair[0]], [pair[1], *examples])
         kind.instruction = f'What does "{{{term}}}" mean?'
         kind.response = "\n".join([f"{{{definition}}}", *(f"Example: {{{field_of(column)}}}" for column in examples)])
         return kind
     longest = max(texts, key=lambda column: column.mean_length)
     labels = [column for column in called(LABELS, texts) if column.holds == "labels" and column is not longest]
     if labels:
-        kind = _pair("Texts and their labels: to give a text its label is learned.", look, [longest], labels[:1])
+        kind = _pair("Texts and their labels: to give a text its label is learned.", profile, [longest], labels[:1])
         known = ", ".join(sorted(set(labels[0].filled)))
         kind.instruction = f"Which {labels[0].header.lower()} fits this text: {known}?\n{{{field_of(longest)}}}"
         return kind
     if len(texts) == 1:
-        kind = _pair(f"One column of text: to write another {longest.header.lower()} is learned.", look, [], texts)
+        kind = _pair(f"One column of text: to write another {longest.header.lower()} is learned.", profile, [], texts)
         kind.instruction = f"Write a new {longest.header.lower()}."
         kind.is_guess = True
         return kind
@@ -110,7 +110,7 @@ def _general_kind(look: Look, texts: list[Column]) -> Kind:
         f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
         f"'{second.header}' for the answer."
     )
-    return replace(_pair(about, look, [first], [second]), is_guess=True)
+    return replace(_pair(about, profile, [first], [second]), is_guess=True)
 
 
 def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:
@@ -127,12 +127,12 @@ def _two(first: Sequence[Column], second: Sequence[Column]) -> tuple[Column, Col
     return next(((one, other) for one in first for other in second if one is not other), None)
 
 
-def _pair(about: str, look: Look, given: list[Column], learned: list[Column]) -> Kind:
+def _pair(about: str, profile: TableProfile, given: list[Column], learned: list[Column]) -> TableKind:
     """The columns `given` make the instruction, `learned` the response; the first of each stands in every row."""
     varied = [max(columns, key=lambda column: column.different) for columns in (given, learned) if columns]
     # A row is known by what is asked, unless the same is asked again and again.
-    key = varied[0] if varied[0].different >= look.rows / 2 else max(varied, key=lambda column: column.different)
-    return Kind(
+    key = varied[0] if varied[0].different >= profile.rows / 2 else max(varied, key=lambda column: column.different)
+    return TableKind(
         about,
         {field_of(column): column for column in (*given, *learned)},
         key=field_of(key),

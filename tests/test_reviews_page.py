@@ -10,14 +10,14 @@ from website import Site, needs_serving
 
 pytest.importorskip("tasks.reviews.page")
 from serving.web.page import task_config
-from tasks.reviews.evidence import Reviews
+from tasks.reviews.evidence import ReviewIndex
 
 pytest_plugins = ("website",)
 pytestmark = needs_serving
 
 
 def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(house: Path) -> None:
-    reviews = Reviews(house / "data/squid_game", task_config("squid_game")["data"]["reviews"])
+    reviews = ReviewIndex(house / "data/squid_game", task_config("squid_game")["data"]["reviews"])
     real = reviews.knowledge["aspects"][0]["praise"][0]
     found = reviews.behind("What about the acting?", f"One says: “{real['quote']}” Another: “I made this one up.”")
     acting = next(aspect for aspect in reviews.knowledge["aspects"] if aspect["name"] == "acting")

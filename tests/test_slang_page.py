@@ -19,16 +19,16 @@ from core.configuration import load_config
 from data_prep.prepare import prepare
 
 pytest.importorskip("tasks.slang.page")
-from tasks.slang.dictionary import COLUMNS, FILE_NAME, Dictionary, Entry, csv_of
+from tasks.slang.dictionary import COLUMNS, FILE_NAME, Dictionary, DictionaryEntry, csv_of
 
 pytest_plugins = ("website",)
 pytestmark = needs_serving
-WORD = Entry(
+WORD = DictionaryEntry(
     "plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.", "A friend always wins."
 )
 
 
-def token(site: Site, entry: Entry) -> str:
+def token(site: Site, entry: DictionaryEntry) -> str:
     """What the site signs when its model has said `entry`."""
     return Dictionary(site.storage / FILE_NAME).token_of(entry)
 
@@ -47,7 +47,7 @@ def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, o
 
 def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.address)
-    others = [Entry(f"word {number}", "A meaning.", "", "") for number in range(3)]
+    others = [DictionaryEntry(f"word {number}", "A meaning.", "", "") for number in range(3)]
     for entry in (*others, WORD):
         page.request.post(
             f"{site.address}/api/dictionary", data={"token": token(site, entry)}, headers={"origin": site.address}
@@ -80,7 +80,7 @@ def test_a_payload_in_the_dictionary_is_text(site: Site, open_page: Callable[...
     page.request.post(
         f"{site.address}/api/dictionary",
         headers={"origin": site.address},
-        data={"token": token(site, Entry(payload, payload, payload, payload))},
+        data={"token": token(site, DictionaryEntry(payload, payload, payload, payload))},
     )
     page.reload()
     expect(page.locator("#entries .term")).to_have_text([payload])
@@ -114,12 +114,12 @@ def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
 def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     """The loop: what visitors kept is what data preparation reads, cell by cell."""
     with (ROOT / "tasks/slang/slang.csv").open(encoding="utf-8", newline="") as file:
-        kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
+        kept = [DictionaryEntry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
         store.keep("a", entry, 0)
     store.keep("b", kept[0], 1)  # somebody else kept it too
-    store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
+    store.keep("b", DictionaryEntry("no good", "Voted down.", "", ""), -1)
     out = tmp_path / "kept.csv"
     said = subprocess.run(
         [sys.executable, "-m", "tasks.slang.dictionary", str(out), str(tmp_path / "d.sqlite3")],
@@ -143,7 +143,7 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
 
 
 def test_a_formula_in_the_csv_is_text_to_a_spreadsheet() -> None:
-    assert csv_of([Entry('=HYPERLINK("http://evil")', "+1", "-", "@a")]).splitlines()[1] == (
+    assert csv_of([DictionaryEntry('=HYPERLINK("http://evil")', "+1", "-", "@a")]).splitlines()[1] == (
         '"\'=HYPERLINK(""http://evil"")",\'+1,\'-,\'@a'
     )
 

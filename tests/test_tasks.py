@@ -148,7 +148,7 @@ def test_the_rest_works_without_a_task(task: str, tmp_path: Path) -> None:
 
     pytest_here = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-n0", "-m", "not slow")
     run(*pytest_here, "--collect-only")
-    files = ("test_tasks.py", "test_new_task.py", "test_metrics.py", "test_evaluation.py", "test_slang_page.py")
+    files = ("test_tasks.py", "test_new_task.py", "test_metrics.py", "test_evaluation.py")
     run(*pytest_here, *(f"tests/{name}" for name in files))
     run(sys.executable, "-m", "commands.data", "task=slang", f"data_dir={tmp_path}/slang")
     assert task not in run("make", "help")

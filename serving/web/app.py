@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.client import Adapter, AsyncClient, ServingError
 from serving.rate_limit import Rate, client_of
 from serving.web import answers, runs
-from serving.web.guard import HeadAsGet, Limits, SameOrigin, SecurityHeaders, SignIn
+from serving.web.guard import HeadAsGet, RequestLimits, SameOrigin, SecurityHeaders, SignIn
 from serving.web.page import FoundPage, find_pages
 from serving.web.runs import finished_runs
 from serving.web.settings import Settings, session_key
@@ -55,20 +55,18 @@ def create_app(settings: Settings) -> FastAPI:
 
     pages = find_pages()
     rates = RATES | {path: rate for found in pages for path, rate in found.page.rates.items()}
-    sign_in = []
+    password_guard = []
     if settings.password:
-        sign_in = [Middleware(SignIn, password=settings.password, key=session_key(settings.storage))]
+        password_guard = [Middleware(SignIn, password=settings.password, key=session_key(settings.storage))]
     guards = [
         Middleware(RequestLog),
         Middleware(SecurityHeaders),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False),
-        Middleware(Limits, rates=rates, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all),
-        Middleware(SameOrigin),
-        *(
-            [Middleware(SignIn, password=settings.password, key=session_key(settings.storage))]
-            if settings.password
-            else []
+        Middleware(
+            RequestLimits, rates=rates, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all
         ),
+        Middleware(SameOrigin),
+        *password_guard,
         Middleware(GZipMiddleware, minimum_size=1000),
         Middleware(HeadAsGet),
     ]

@@ -55,7 +55,7 @@ class SecurityHeaders:
         await self._app(scope, receive, with_headers)
 
 
-class Limits:
+class RequestLimits:
     """Refuses with 429 a client that asks too often, or for too many answers at once.
 
     Args:

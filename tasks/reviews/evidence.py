@@ -24,7 +24,7 @@ router = APIRouter()
 Text = Annotated[str, StringConstraints(max_length=8000)]
 
 
-class Reviews:
+class ReviewIndex:
     """What is known of a film's reviews.
 
     Args:
@@ -94,7 +94,7 @@ def _plain(quote: str) -> str:
     return " ".join(WORD.findall(quote.casefold().replace("’", "'")))
 
 
-def reviews_of(data: Path, task: str) -> Reviews | None:
+def reviews_of(data: Path, task: str) -> ReviewIndex | None:
     """What `make data` found for `task`, read anew when it was made anew; None where it has not been made."""
     file = data / task / "knowledge.json"
     try:
@@ -104,8 +104,8 @@ def reviews_of(data: Path, task: str) -> Reviews | None:
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, made: int, task: str) -> Reviews:
-    return Reviews(file.parent, task_config(task)["data"]["reviews"])
+def _read(file: Path, made: int, task: str) -> ReviewIndex:
+    return ReviewIndex(file.parent, task_config(task)["data"]["reviews"])
 
 
 class EvidenceRequest(BaseModel):

@@ -46,7 +46,7 @@ router = APIRouter()
 
 
 @dataclass(frozen=True)
-class Entry:
+class DictionaryEntry:
     slang: str
     description: str
     example: str
@@ -76,12 +76,12 @@ class Dictionary:
         finally:
             database.close()
 
-    def token_of(self, entry: Entry) -> str:
+    def token_of(self, entry: DictionaryEntry) -> str:
         """What lets a visitor keep `entry`: its text, signed."""
         text = json.dumps(asdict(entry)).encode()
         return base64.urlsafe_b64encode(hmac.digest(self.key, text, sha256) + text).decode()
 
-    def entry_of(self, token: str) -> Entry:
+    def entry_of(self, token: str) -> DictionaryEntry:
         """The entry of a token of this site. Raises ValueError: it is none."""
         try:
             raw = base64.urlsafe_b64decode(token)
@@ -90,9 +90,9 @@ class Dictionary:
         signature, text = raw[:32], raw[32:]
         if not hmac.compare_digest(signature, hmac.digest(self.key, text, sha256)):
             raise ValueError("signed by somebody else")
-        return Entry(**json.loads(text))
+        return DictionaryEntry(**json.loads(text))
 
-    def keep(self, visitor: str, entry: Entry, thumb: int) -> int:
+    def keep(self, visitor: str, entry: DictionaryEntry, thumb: int) -> int:
         """The entry's number; one that is there already gets the thumb. OverflowError: no room."""
         with self._open() as database:
             mine, all_of_them = (
@@ -127,7 +127,7 @@ class Dictionary:
         with self._open() as database:
             return database.execute("delete from entry where id = ? and visitor = ?", (number, visitor)).rowcount > 0
 
-    def rows(self, visitor: str | None = None) -> list[Entry]:
+    def rows(self, visitor: str | None = None) -> list[DictionaryEntry]:
         """What may be learned from: kept and not voted down, each once, oldest first. Of all visitors where None."""
         with self._open() as database:
             found = database.execute(
@@ -136,10 +136,10 @@ class Dictionary:
                 "group by slang, description, example, context order by min(id)",
                 (visitor,),
             )
-            return [Entry(*row) for row in found]
+            return [DictionaryEntry(*row) for row in found]
 
 
-def csv_of(entries: Iterable[Entry]) -> str:
+def csv_of(entries: Iterable[DictionaryEntry]) -> str:
     """The rows as CSV. A cell that a spreadsheet would run as a formula begins with an apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text)

@@ -6,7 +6,7 @@ from typing import Any
 from serving.rate_limit import Rate
 from serving.web.page import Page, suggestions, task_config
 from serving.web.settings import Settings
-from tasks.slang.dictionary import Entry, dictionary_of, router
+from tasks.slang.dictionary import DictionaryEntry, dictionary_of, router
 
 TASK = "slang"
 
@@ -19,7 +19,9 @@ def answered(settings: Settings, asked: Mapping[str, str], answer: Mapping[str, 
     """`keep`: the token by which a visitor may keep this word, or null where the answer has no word and meaning."""
     if not {"slang", "description"} <= answer.keys():
         return {"keep": None}
-    entry = Entry(answer["slang"], answer["description"], answer.get("example", ""), asked.get("context", "").strip())
+    entry = DictionaryEntry(
+        answer["slang"], answer["description"], answer.get("example", ""), asked.get("context", "").strip()
+    )
     return {"keep": dictionary_of(settings).token_of(entry)}
 
 
