@@ -21,7 +21,9 @@ export override REPO := $(value REPO)
 export override DATASET := $(value DATASET)
 
 # A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
-known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
+# Folders of PYTHONPATH may bring tasks of their own, see docs/tasks.md.
+homes := ./ $(addsuffix /,$(subst :, ,$(PYTHONPATH)))
+known = $(sort $(basename $(notdir $(wildcard $(addsuffix nemo_configs/$1/*.yaml,$(homes))))))
 check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)

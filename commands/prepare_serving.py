@@ -111,8 +111,9 @@ def adapter_of(found: Run, base: Path) -> Path:
 def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
     """`serving.json`: what a client needs to ask this adapter as it was trained, beside its prompt."""
     prompt, task = Prompt.load(adapter), found.config["task"]
-    # What a task says of sampling today counts; its run may be older than that.
-    given = plain(load_config([f"task={found.task}"]).task.generate)
+    # The task's title and sampling of today count; its run may be older than they are.
+    today = load_config([f"task={found.task}"]).task
+    given = plain(today.generate)
     given = {SAMPLING.get(name, name): value for name, value in given.items()}
     sampling = {name: given[name] for name in SAMPLED if given.get(name) is not None}
     if prompt.end not in ("", EOS):
@@ -121,18 +122,13 @@ def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
     return {
         "name": found.task,
         "task": found.task,
-        "title": title_of(found),
+        "title": task.get("title") or today.title or found.task.replace("_", " ").capitalize(),
         "base": base.name,
         "sampling": sampling,
         "run": found.folder.name,
         "has_turns": bool(prompt.end),
         "field": field,
     }
-
-
-def title_of(found: Run) -> str:
-    reviewed = (found.config["task"]["data"].get("reviews") or {}).get("title")
-    return f"{reviewed}: what viewers say" if reviewed else found.task.replace("_", " ").capitalize()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import uvicorn
 
 from serving.client import AsyncClient
 from serving.processes import end_with_us
-from serving.web.app import Settings, create_app
+from serving.web.app import create_app
+from serving.web.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAIN = 30  # seconds that `make serve` has to end
@@ -33,7 +34,7 @@ DRAIN = 30  # seconds that `make serve` has to end
 
 def main() -> int:
     words = argparse.ArgumentParser(
-        prog="python -m serving.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m commands.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     words.add_argument("--host", default="127.0.0.1", help="address to listen on")
     words.add_argument("--port", type=int, default=8080)
@@ -42,7 +43,7 @@ def main() -> int:
     words.add_argument("--triton", default=Settings.triton, help="host:port of its gRPC, or a URL of serving.client")
     words.add_argument("--runs", type=Path, default=Settings.runs)
     words.add_argument("--data", type=Path, default=Settings.data)
-    words.add_argument("--database", type=Path, default=Settings.database, help="the dictionary's file")
+    words.add_argument("--storage", type=Path, default=Settings.storage, help="folder for what visitors keep")
     words.add_argument("--clean", action="store_true", help="refuse and mask explicit terms")
     words.add_argument("--alone", action="store_true", help="do not start `make serve`")
     given = words.parse_args()
@@ -61,7 +62,7 @@ def main() -> int:
         triton=given.triton,
         runs=given.runs,
         data=given.data,
-        database=given.database,
+        storage=given.storage,
         hosts=(*Settings.hosts, given.host, *given.name),
         password=os.environ.get("WEB_PASSWORD", ""),
         clean=given.clean,

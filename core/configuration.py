@@ -15,18 +15,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import UserError
+from core.tasks import CONFIG_DIR, foreign_config_dirs
 
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "nemo_configs"
 
 
 def names(group: str) -> list[str]:
     """The names a config group knows, e.g. `names("task")` → `["slang", ...]`."""
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return sorted(
+        {path.stem for folder in (CONFIG_DIR, *foreign_config_dirs()) for path in (folder / group).glob("*.yaml")}
+    )
 
 
 def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     """Compose `config.yaml` with `overrides` and resolve every interpolation.
+
+    Tasks outside this repository bring their files in the `nemo_configs` beside their `tasks` folder.
 
     `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
 
@@ -36,6 +40,8 @@ def load_config(overrides: Sequence[str] = ()) -> DictConfig:
     words = [_quoted(word) for word in overrides]
     if not any(word.startswith("trainer=") for word in words):
         words.append(f"trainer={_device()}")
+    if foreign := foreign_config_dirs():
+        words.append(f"hydra.searchpath=[{','.join(_quoted_path(f'file://{folder}') for folder in foreign)}]")
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=words)
@@ -56,7 +62,11 @@ def _quoted(word: str) -> str:
     name, is_assignment, value = word.partition("=")
     if not is_assignment or name.lstrip("+") not in PATHS or value[:1] in ("'", '"'):
         return word
-    return "{}='{}'".format(name, value.replace("\\", "\\\\").replace("'", "\\'"))
+    return f"{name}={_quoted_path(value)}"
+
+
+def _quoted_path(path: str) -> str:
+    return "'{}'".format(path.replace("\\", "\\\\").replace("'", "\\'"))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from core.tasks import part_of
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
 from data_prep.read_table import Table
-from data_prep.row_store import BATCH, Drop, Entry, RowStore, Unusable
+from data_prep.row_store import BATCH, Drop, RowStore, StoredRow, Unusable
 from data_prep.show_rows import EXAMPLES, show
 from data_prep.sources import LocalFile, Source, find_source, open_source
 from data_prep.split import hash_of, seed_that_fills
@@ -119,10 +119,11 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
 # --- read and clean -------------------------------------------------------------------------------------------
 
 
-Reader = Callable[[list[str]], tuple[str, list[str], int]]  # raw cells → the text of the key, cells, how many repaired
+# Raw cells → the text of the key, cleaned cells, and how many of them were repaired.
+RowReader = Callable[[list[str]], tuple[str, list[str], int]]
 
 
-def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
+def _reader(task: Task, tokenizer_file: Path | None) -> RowReader:
     """The one of the task's module, or that of a table, where each cell is a line of text."""
     module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
     if made := getattr(module, "Reader", None):
@@ -137,12 +138,12 @@ def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
     return read
 
 
-def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowStore) -> tuple[int, int]:
+def _read(table: Table, task: Task, source: Source, reader: RowReader, store: RowStore) -> tuple[int, int]:
     """Every row into `store`, cleaned, or dropped. Returns the rows read and the cells repaired."""
     fields = list(task.data.columns)
     required = [fields.index(field) for field in task.data.required]
     number = repaired = 0
-    entries: list[tuple[int, Entry]] = []
+    entries: list[tuple[int, StoredRow]] = []
     drops: list[Drop] = []
     with Progress(f"Reading {source.name}", sum(file.stat().st_size for file in source.files)) as progress:
         for number, line, raw, problem in table.rows:
@@ -155,7 +156,7 @@ def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowSt
                     if reason := _unusable(task, cells, fields, required):
                         drops.append(Drop(number, reason, key[:100]))
                     else:
-                        entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                        entries.append((hash_of(key, task.seed), StoredRow(number, key, cells)))
                 except Unusable as why:
                     reason, detail = why.args
                     drops.append(Drop(number, reason, line=line, detail=detail))
@@ -218,7 +219,7 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
     done = 0
     with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:
 
-        def batches(split: str) -> Iterator[list[Entry]]:
+        def batches(split: str) -> Iterator[list[StoredRow]]:
             nonlocal done
             for batch in store.batches(*task.split[split]):
                 yield batch

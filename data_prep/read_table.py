@@ -1,8 +1,8 @@
-"""From one file to rows: what form it has, which column is which, and what is wrong with a row.
+"""Reads one file as a table: detects its format, maps its columns, and says what is wrong with a row.
 
 A file is CSV, TSV (comma, semicolon, tab or bar) or JSON Lines, in any common encoding, or Parquet. It is streamed, so
-its size does not matter. A line that cannot be read costs that one row, with a reason; a file that is no table at
-all raises a `UserError` which says what was found instead.
+its size does not matter. A line that cannot be read loses only that row, with a reason; a file that is not a table
+raises a `UserError` that says what was found instead.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from core.errors import UserError
 from data_prep.clean_text import clean
-from data_prep.read_lines import Lines, csv_records, json_objects
+from data_prep.read_lines import NumberedLines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
 
 TOO_MANY = "more cells than columns"
@@ -81,7 +81,7 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     encoding, errors = encoding_of(path)
     file = path.open(encoding=encoding, errors=errors, newline="")
     try:
-        lines = Lines(file)
+        lines = NumberedLines(file)
         first = lines.first(path)
         if path.suffix.lower() in (".jsonl", ".json", ".ndjson") or first.lstrip().startswith('{"'):
             form = "JSON Lines"
@@ -149,7 +149,7 @@ def _check_columns(
 
 
 def _csv_rows(
-    lines: Lines, first: str, path: Path, names: Names, required: Sequence[str]
+    lines: NumberedLines, first: str, path: Path, names: Names, required: Sequence[str]
 ) -> tuple[str, dict[str, str], Iterator[Row]]:
     # The delimiter is the one under which the header holds the most names that the task knows.
     splits = {delimiter: first.split(delimiter) for delimiter in FORMS}
@@ -178,10 +178,12 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
             yield Row(number, line, [cells[place] if place >= 0 else "" for place in places], "")
 
 
-# --- JSON Lines and Parquet -----------------------------------------------------------------------------------
+# --- JSON Lines and Parquet -------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Lines, path: Path, names: Names, required: Sequence[str]) -> tuple[dict[str, str], Iterator[Row]]:
+def _json_rows(
+    lines: NumberedLines, path: Path, names: Names, required: Sequence[str]
+) -> tuple[dict[str, str], Iterator[Row]]:
     objects = json_objects(lines, path)
     first = list(islice(objects, 100))  # an object may leave out what others have
     headers = list(dict.fromkeys(key for _, item in first for key in item))

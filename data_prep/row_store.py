@@ -13,7 +13,7 @@ BATCH = 4096
 _CELLS = "\x1f"  # parts the cells of a row; cleaned text has no control characters
 
 
-class Entry(NamedTuple):
+class StoredRow(NamedTuple):
     """A row that stands: its number in the source, its key, its cleaned cells in the order of the task's columns."""
 
     row: int
@@ -58,7 +58,7 @@ class RowStore:
     def close(self) -> None:
         self._db.close()
 
-    def add(self, entries: Iterable[tuple[int, Entry]]) -> None:
+    def add(self, entries: Iterable[tuple[int, StoredRow]]) -> None:
         """Keep `(hash of the key, row)` pairs."""
         self._db.executemany(
             "INSERT INTO rows VALUES (?, ?, ?, ?)",
@@ -76,7 +76,7 @@ class RowStore:
     def remove(self, rows: Iterable[int]) -> None:
         self._db.executemany("DELETE FROM rows WHERE row = ?", ((row,) for row in rows))
 
-    def update(self, entry: Entry) -> None:
+    def update(self, entry: StoredRow) -> None:
         self._db.execute("UPDATE rows SET cells = ? WHERE row = ?", (_CELLS.join(entry.cells), entry.row))
 
     def count(self, first: int, end: int) -> int:
@@ -84,7 +84,7 @@ class RowStore:
         query = "SELECT count(*) FROM rows WHERE hash >= ? AND hash < ?"
         return int(self._db.execute(query, (first, end)).fetchone()[0])
 
-    def batches(self, first: int, end: int) -> Iterator[list[Entry]]:
+    def batches(self, first: int, end: int) -> Iterator[list[StoredRow]]:
         """The rows with a hash in `[first, end)`, by number; those of a batch may be dropped while it is at hand."""
         query = (
             "SELECT row, key, cells FROM rows NOT INDEXED WHERE row > ? AND hash >= ? AND hash < ? ORDER BY row LIMIT ?"
@@ -94,7 +94,7 @@ class RowStore:
             yield batch
             last = batch[-1].row
 
-    def repeated(self) -> Iterator[tuple[Entry, Iterator[list[Entry]]]]:
+    def repeated(self) -> Iterator[tuple[StoredRow, Iterator[list[StoredRow]]]]:
         """For every key that stands more than once its first row and, in batches, the others; those may be dropped."""
         query = "SELECT hash FROM rows WHERE hash > ? GROUP BY hash HAVING count(*) > 1 ORDER BY hash LIMIT ?"
         last = -1
@@ -103,7 +103,7 @@ class RowStore:
                 [first] = self._entries("SELECT row, key, cells FROM rows WHERE hash = ? ORDER BY row LIMIT 1", (last,))
                 yield first, self._others(last, first)
 
-    def _others(self, hashed: int, first: Entry) -> Iterator[list[Entry]]:
+    def _others(self, hashed: int, first: StoredRow) -> Iterator[list[StoredRow]]:
         query = "SELECT row, key, cells FROM rows WHERE hash = ? AND row > ? ORDER BY row LIMIT ?"
         last = first.row
         while batch := self._entries(query, (hashed, last, BATCH)):
@@ -111,13 +111,13 @@ class RowStore:
             # Two keys of one hash are not to be expected in a billion rows; they are not the same all the same.
             yield [entry for entry in batch if entry.key == first.key]
 
-    def beyond(self, first: int, end: int, most: int) -> Iterator[list[Entry]]:
+    def beyond(self, first: int, end: int, most: int) -> Iterator[list[StoredRow]]:
         """The rows of `[first, end)` after the `most` with the smallest hashes; drop each batch to get the next."""
         query = "SELECT row, key, '' FROM rows WHERE hash >= ? AND hash < ? ORDER BY hash, row LIMIT ? OFFSET ?"
         while batch := self._entries(query, (first, end, BATCH, most)):
             yield batch
 
-    def get(self, rows: Sequence[int]) -> Iterator[Entry]:
+    def get(self, rows: Sequence[int]) -> Iterator[StoredRow]:
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
             yield from self._entries(
@@ -133,5 +133,5 @@ class RowStore:
         """By row number."""
         return map(Drop._make, self._db.execute("SELECT * FROM dropped ORDER BY row"))
 
-    def _entries(self, query: str, values: Sequence[int]) -> list[Entry]:
-        return [Entry(row, key, cells.split(_CELLS)) for row, key, cells in self._db.execute(query, values)]
+    def _entries(self, query: str, values: Sequence[int]) -> list[StoredRow]:
+        return [StoredRow(row, key, cells.split(_CELLS)) for row, key, cells in self._db.execute(query, values)]

@@ -6,7 +6,7 @@ from rapidfuzz import fuzz
 
 from core.progress import Progress
 from data_prep.near_duplicates import SAME_TEXT, Candidates, Wording, are_near
-from data_prep.row_store import Drop, Entry, RowStore
+from data_prep.row_store import Drop, RowStore, StoredRow
 from data_prep.task import Task
 
 NEAR = "near-duplicate of a held-out row"
@@ -21,7 +21,7 @@ def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
     other = f"repeated {task.data.key}, another {' or '.join(task.data.required[1:])}"
     places, merged, seen = task.meaning, 0, 0
 
-    def meaning(entry: Entry) -> str:
+    def meaning(entry: StoredRow) -> str:
         wording = Wording.of(entry.cells, entry.key, places)
         return wording.rest if places else wording.whole
 
@@ -48,7 +48,7 @@ def part_near_duplicates(task: Task, store: RowStore) -> None:
     """Held-out wins: training rows near a held-out one, and validation rows near a test one, are dropped."""
     places = task.meaning
 
-    def wordings(entries: Iterable[Entry]) -> dict[int, Wording]:
+    def wordings(entries: Iterable[StoredRow]) -> dict[int, Wording]:
         return {entry.row: Wording.of(entry.cells, entry.key, places) for entry in entries}
 
     def texts(said: dict[int, Wording]) -> tuple[list[str], list[int]]:

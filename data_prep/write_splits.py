@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.tasks import part_of
-from data_prep.row_store import BATCH, Entry
+from data_prep.row_store import BATCH, StoredRow
 from data_prep.task import Task
 
 COUNTED_ROWS = 20_000  # of each split, for the token counts: enough for a mean, and done in seconds
@@ -44,7 +44,7 @@ class SplitWriter:
 
             self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
 
-    def begin(self, folder: Path, sources: Mapping[str, tuple[Iterable[list[Entry]], Iterable[str]]]) -> bool:
+    def begin(self, folder: Path, sources: Mapping[str, tuple[Iterable[list[StoredRow]], Iterable[str]]]) -> bool:
         """Let the module make rows of all splits from `(batches, fields)` of each; whether it does."""
         make_rows = getattr(self._module, "make_rows", None)
         if make_rows:
@@ -55,7 +55,7 @@ class SplitWriter:
             self._made = make_rows(rows, self._task, folder)
         return bool(make_rows)
 
-    def write(self, path: Path, batches: Iterable[list[Entry]], fields: Iterable[str]) -> dict[str, Any]:
+    def write(self, path: Path, batches: Iterable[list[StoredRow]], fields: Iterable[str]) -> dict[str, Any]:
         """Write a split, each row from the columns `fields` alone.
 
         Returns:
@@ -82,7 +82,7 @@ class SplitWriter:
             split["tokens"] |= {"max": max(lengths, default=0), "counted_rows": len(lengths)}
         return split
 
-    def _rows(self, split: str, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def _rows(self, split: str, batches: Iterable[list[StoredRow]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
         """The rows of a split, in batches."""
         sources = self._sources(batches, kept)
         if split in self._made:
@@ -95,10 +95,10 @@ class SplitWriter:
         while batch := list(islice(rows, BATCH)):
             yield batch
 
-    def _sources(self, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def _sources(self, batches: Iterable[list[StoredRow]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
         return ([self._columns(entry, kept) for entry in batch] for batch in batches)
 
-    def _columns(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
+    def _columns(self, entry: StoredRow, kept: set[str]) -> dict[str, Any]:
         """A row's columns, empty where not `kept`: the prompt's own context is for asking, not for rows without one."""
         cells = zip(self._task.data.columns, entry.cells, strict=True)
         return {"row": entry.row, **{name: cell if name in kept else "" for name, cell in cells}}

@@ -24,7 +24,7 @@ from transformers import (
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
 from core.base_model import ensure_base_model
-from core.configuration import load_config
+from core.configuration import load_config, names
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,6 +148,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 [f"{one}{n}", f"To {two} a {three} {n} times.", f"I {one}{n} {three} {two}.", f"At {two} {n}."]
             )
     return file
+
+
+def needs_task(name: str) -> pytest.MarkDecorator:
+    """For a test of one task: skipped where the task has been deleted."""
+    return pytest.mark.skipif(name not in names("task"), reason=f"needs the task {name}")
 
 
 def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:

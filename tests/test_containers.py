@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 from test_training import ENVIRONMENT, command, course, only_run, train
 
+from core.configuration import names
 from docker import UserError, container, image
 from docker.image import Engine
 
@@ -73,7 +74,7 @@ def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
         (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
         (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
         (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
-        (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
+        (["up", "TASKS=poems"], f"TASKS=poems is unknown. Known: {' '.join(names('task'))}"),
         (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
         (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
         (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),

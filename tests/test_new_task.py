@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import needs_task
 from omegaconf import DictConfig
 
 from commands.new_task import main, new_task
 from core import configuration as command_line
-from core.configuration import load_config, names
+from core.configuration import load_config
 from core.errors import UserError
+from data_prep import table_kind
 from data_prep.prepare import prepare
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -154,6 +156,7 @@ def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Pat
     assert rows_of("jokes")["input"] in ("a joke please", "a riddle please")
 
 
+@needs_task("squid_game")
 @pytest.mark.parametrize(
     ("file", "title", "found"),
     [
@@ -173,16 +176,15 @@ def test_reviews_of_another_film(
     assert (f"Reviews of {found}, as the file's name has it; or give TITLE=..." in out) == (not title)
 
 
+@needs_task("squid_game")
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    pytest.importorskip("tasks.reviews.rows")
     new_task("dune", str(write(tmp_path / "dune_reviews.csv", ["Review Text", "Rating"], film_reviews(60))))
     row = rows_of("dune")
     assert row["input"] and row["output"]
 
 
+@needs_task("chat")
 def test_dialogues(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    if "chat" not in names("task"):
-        pytest.skip("needs the task chat")
     with (tmp_path / "talks.jsonl").open("w") as file:
         for question, answer in made_up(60, 5, 6):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -196,7 +198,7 @@ def test_dialogues(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     [
         ("all_slangs.csv", None, {"slang": ["Slang"], "description": ["Description"], "example": ["Example"]}),
         ("genz_slang.csv", None, {"keyword": ["keyword"], "description": ["description"]}),
-        ("squid_game_reviews.csv", "reviews", {"review": ["review_text"]}),
+        pytest.param("squid_game_reviews.csv", "reviews", {"review": ["review_text"]}, marks=needs_task("squid_game")),
     ],
 )
 def test_real_tables(rows_of: Callable[..., Any], name: str, module: str | None, columns: dict[str, Any]) -> None:
@@ -262,10 +264,6 @@ USELESS = {
     "a column twice": (b"question,answer,Answer\n" + b"Why?,So.,No.\n" * 20, "more than one column called"),
     "an image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is a PNG image"),
     "noise": (random.Random(1).randbytes(5000), "looks like a binary file"),
-    "reviews": (
-        b"Review\n" + b"".join(b"A fine film number %d\n" % n for n in range(30)),
-        "Say what they are of: TITLE=",
-    ),
 }
 
 
@@ -278,6 +276,20 @@ def test_a_table_of_no_use_is_refused_in_words(tmp_path: Path, configs: Path, na
         new_task("useless", str(tmp_path / "data.csv"))
     assert message in str(error.value)
     assert sorted(configs.iterdir()) == before
+
+
+@needs_task("squid_game")
+def test_reviews_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.csv", ["Review"], [[f"A fine film number {n}"] for n in range(30)])
+    with pytest.raises(UserError, match=r"holds reviews. Say what they are of: TITLE="):
+        new_task("useless", str(source))
+
+
+def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_kind, "having", lambda part: [])
+    source = write(tmp_path / "a.csv", TABLE, made_up(40, 3, 5))
+    with pytest.raises(UserError, match=r'TITLE="Dune" is given, but none of the tasks here asks for a title'):
+        new_task("dune", str(source), "Dune")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from core.configuration import load_config
 from core.errors import UserError
 from data_prep.clean_text import clean
 from data_prep.prepare import prepare
+
+pytest.importorskip("tasks.reviews.rows")
 from tasks.reviews.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
 from tasks.reviews.rows import WORDS
 

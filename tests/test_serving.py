@@ -32,7 +32,7 @@ import pytest
 import torch
 import tritonclient.grpc as grpc_client
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs_task
 from peft import LoraConfig, get_peft_model
 from tiny_serving import ENDLESS, LONG, SERVING_PYTHON, WINDOW, Stack, free_ports, serve_tiny
 from transformers import AutoModelForCausalLM
@@ -857,6 +857,7 @@ PROMPTS = {
 }
 
 
+@needs_task("chat")
 @pytest.mark.usefixtures("one_thread")
 def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = work / "exports/serve"
@@ -888,12 +889,14 @@ def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> 
     assert 'backend: "vllm"' in (repository / "config.pbtxt").read_text()
 
 
+@needs_task("squid_game")
 def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"no finished run in runs/squid_game. Train first: make train TASK=squid_game"):
         prepare(["slang", "squid_game"], None, "gemma-3-270m", "embedded", work / "serve")
     assert not (work / "serve/repository").exists()
 
 
+@needs_task("chat")
 def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path, stack: Stack) -> None:
     shutil.copytree(tiny_base, work / "other-base")
     config = yaml.safe_load((work / "runs/chat/tiny-1/config.yaml").read_text())

@@ -22,6 +22,7 @@ WITHOUT_EFFECT = (
     "trainer.strategy",
     "trainer.micro_batch_tokens",
     "trainer.wandb",
+    "task.title",
     "task.train.log_every",
 )
 AFTERWARDS = ("task.evaluate.", "judge.")

@@ -31,7 +31,7 @@ from data_prep.clean_text import clean
 from data_prep.row_store import Unusable
 from data_prep.task import Task
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # besides system, user and assistant
 
@@ -134,14 +134,14 @@ def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Ite
             yield {"messages": write_messages(part), "row": row["row"]}
 
 
-def write_messages(part: Sequence[str]) -> list[Message]:
+def write_messages(part: Sequence[str]) -> list[ChatMessage]:
     """`[system text or "", user, model, user, …]` as messages."""
     system, *turns = part
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
-def _read(cell: str, answer: str) -> list[Message]:
+def _read(cell: str, answer: str) -> list[ChatMessage]:
     """The messages of a row, whatever their roles; "" where one has no text."""
     if not cell.lstrip().startswith("["):
         return [{"role": "user", "content": cell}, {"role": "assistant", "content": answer}]

@@ -24,7 +24,7 @@ from data_prep.split import seed_that_fills
 from data_prep.task import Task
 from tasks.reviews.aspect_chart import draw
 from tasks.reviews.knowledge import Aspect, Knowledge, Review, ReviewReader, languages_of
-from tasks.reviews.review_answers import Answer, Answers
+from tasks.reviews.review_answers import AnswerWriter, ReviewAnswer
 
 WORDS = 180  # of an answer at most
 TRIES = 5  # for an answer that was not given yet
@@ -112,19 +112,19 @@ def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, flo
 # --- questions and answers --------------------------------------------------------------------------------------
 
 
-class Question(NamedTuple):
+class PlannedQuestion(NamedTuple):
     """A question to be asked: its wordings in turn, how it is answered, and the names that its wordings hold."""
 
     kind: str
     wordings: Iterator[str]
-    answer: Callable[[], Answer | None]
+    answer: Callable[[], ReviewAnswer | None]
     names: dict[str, str]
 
 
 def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
     about = task.data.reviews
     assert about is not None
-    answers = Answers(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text: the same on every machine
+    answers = AnswerWriter(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text: the same on every machine
     given: set[str] = set()
     for kind, wordings, answer, names in _questions(
         knowledge, reader, answers, "test" if split == "test" else "learned"
@@ -144,7 +144,9 @@ def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) ->
             }
 
 
-def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, part: str) -> Iterator[Question]:
+def _questions(
+    knowledge: Knowledge, reader: ReviewReader, answers: AnswerWriter, part: str
+) -> Iterator[PlannedQuestion]:
     """Each as often as there is evidence to answer it anew; `part` is that of review_questions.yaml."""
     known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
     of_the_whole = {
@@ -164,8 +166,8 @@ def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, par
     for kind, wordings in known["of_the_whole"].items():
         asked = cycle(wordings[part])
         for _ in range(_how_many(len(knowledge.reviews), PER_ROW, FEW.get(kind, MOST))):
-            yield Question(kind, asked, of_the_whole[kind], {})
-    of_an_aspect: dict[str, tuple[Callable[[Aspect], Answer | None], Callable[[Aspect], int]]] = {
+            yield PlannedQuestion(kind, asked, of_the_whole[kind], {})
+    of_an_aspect: dict[str, tuple[Callable[[Aspect], ReviewAnswer | None], Callable[[Aspect], int]]] = {
         "aspect": (answers.about, lambda aspect: len(aspect.judged)),
         "praise of an aspect": (answers.praise, lambda aspect: len(aspect.praise)),
         "criticism of an aspect": (answers.criticism, lambda aspect: len(aspect.criticism)),
@@ -175,15 +177,15 @@ def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, par
         asked, (answer, evidence) = cycle(wordings[part]), of_an_aspect[kind]
         for aspect in knowledge.aspects:
             for _ in range(_how_many(evidence(aspect), PER_ASPECT_ROW, MOST_OF_ASPECT)):
-                yield Question(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
+                yield PlannedQuestion(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
     for kind, wordings in known["of_a_subject"].items():
         asked, mentioned = cycle(wordings[part]), {aspect.name for aspect in knowledge.aspects}
         unnamed = [f"the {name}" for name in reader.aspects if name not in mentioned]
         for subject in [*_not_mentioned(known["subjects"][part], knowledge), *unnamed]:
             for _ in range(SILENT):
-                yield Question(kind, asked, partial(answers.silence, subject), {"subject": subject})
+                yield PlannedQuestion(kind, asked, partial(answers.silence, subject), {"subject": subject})
         for question in _not_mentioned(known["elsewhere"][part], knowledge):
-            yield Question(kind, iter([question]), partial(answers.silence, "it"), {})
+            yield PlannedQuestion(kind, iter([question]), partial(answers.silence, "it"), {})
 
 
 def _how_many(evidence: int, per_row: int, most: int) -> int:

@@ -70,7 +70,7 @@ class Column:
 
 
 @dataclass
-class Look:
+class TableProfile:
     """What was seen of a table.
 
     Attributes:
@@ -88,7 +88,7 @@ class Look:
     is_whole: bool
 
 
-def look_at(source: Source) -> Look:
+def profile_table(source: Source) -> TableProfile:
     """Raises UserError: see `open_table`."""
     table = open_source(source, None, ())
     rows, unreadable, is_whole = list[list[str]](), Counter[str](), True
@@ -106,32 +106,32 @@ def look_at(source: Source) -> Look:
     finally:
         table.close()
     columns = [Column(header, [row[place] for row in rows]) for place, header in enumerate(table.columns.values())]
-    return Look(table.form, table.encoding, columns, len(rows), unreadable, is_whole)
+    return TableProfile(table.form, table.encoding, columns, len(rows), unreadable, is_whole)
 
 
-def show(look: Look, source: Source, console: Console) -> None:
+def show_profile(profile: TableProfile, source: Source, console: Console) -> None:
     """Print it, a line a column."""
-    some = "" if look.is_whole else "the first "
-    encoding = look.encoding and f", {look.encoding.removesuffix('-sig').upper()}"
-    console.print(f"{source}: {look.form}{encoding}, {some}{look.rows:,} rows\n")
+    some = "" if profile.is_whole else "the first "
+    encoding = profile.encoding and f", {profile.encoding.removesuffix('-sig').upper()}"
+    console.print(f"{source}: {profile.form}{encoding}, {some}{profile.rows:,} rows\n")
     table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold", expand=True)
     table.add_column("column", max_width=24, no_wrap=True)
     for title in ("filled", "different", "letters"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("holds", no_wrap=True)
     table.add_column("for example", no_wrap=True, ratio=1)
-    for column in look.columns:
+    for column in profile.columns:
         lengths = [len(cell) for cell in column.filled] or [0]
         example = column.filled[0] if column.filled else ""
         table.add_row(
             Text(column.header),
-            f"{len(column.filled) / max(look.rows, 1):.0%}",
+            f"{len(column.filled) / max(profile.rows, 1):.0%}",
             f"{column.different:,}",
             f"{min(lengths)}-{max(lengths)}",
             column.holds,
             Text(example[:200], style="dim"),
         )
     console.print(table)
-    for problem, count in look.unreadable.items():
+    for problem, count in profile.unreadable.items():
         console.print(f"   {count:,} rows cannot be read: {problem}")
     console.print()

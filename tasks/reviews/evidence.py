@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, StringConstraints
 
-from serving.web.tasks import task_config
+from serving.web.page import task_config
 from tasks.reviews.aspect_words import AspectWords
 
 QUOTE = re.compile(r'["“]([^"“”\n]{4,})["”]')
@@ -24,7 +24,7 @@ router = APIRouter()
 Text = Annotated[str, StringConstraints(max_length=8000)]
 
 
-class Reviews:
+class ReviewIndex:
     """What is known of a film's reviews.
 
     Args:
@@ -94,7 +94,7 @@ def _plain(quote: str) -> str:
     return " ".join(WORD.findall(quote.casefold().replace("’", "'")))
 
 
-def reviews_of(data: Path, task: str) -> Reviews | None:
+def reviews_of(data: Path, task: str) -> ReviewIndex | None:
     """What `make data` found for `task`, read anew when it was made anew; None where it has not been made."""
     file = data / task / "knowledge.json"
     try:
@@ -104,18 +104,18 @@ def reviews_of(data: Path, task: str) -> Reviews | None:
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, made: int, task: str) -> Reviews:
-    return Reviews(file.parent, task_config(task)["data"]["reviews"])
+def _read(file: Path, made: int, task: str) -> ReviewIndex:
+    return ReviewIndex(file.parent, task_config(task)["data"]["reviews"])
 
 
-class Asked(BaseModel):
+class EvidenceRequest(BaseModel):
     task: Annotated[str, StringConstraints(max_length=64, pattern=r"^\w+$")]
     question: Text
     answer: Text
 
 
 @router.post("/api/evidence")
-def evidence(asked: Asked, request: Request) -> dict[str, Any]:
+def evidence(asked: EvidenceRequest, request: Request) -> dict[str, Any]:
     reviews = reviews_of(request.app.state.settings.data, asked.task)
     if reviews is None:
         raise HTTPException(404, f"The reviews are not on this machine. Prepare them: make data TASK={asked.task}")
