@@ -205,7 +205,8 @@ void attention_backward(element *grad_query, float *grad_key, float *grad_value,
         for (int column = 0; column < width; column += 32)
             for (int n = 0; n < at.items; n++) {
                 int room = rounded(at.item[n].seen), group = column / size;
-                const float *from = sums + ((size_t)at.item[n].sums * at.groups + (size_t)group * room) * 2 * size + column % size;
+                const float *from = sums + ((size_t)at.item[n].sums * at.groups + (size_t)group * room) * 2 * size;
+                from += column % size;
                 for (int j = 0; j < at.item[n].seen; j++, from += size) {
                     size_t to = (size_t)at.key[at.item[n].keys + j] * width + column;
                     for (int i = 0; i < 32; i++) grad_key[to + i] += from[i];

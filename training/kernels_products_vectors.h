@@ -2,8 +2,8 @@
 registers. kernels_products_amx.h has the same functions. */
 
 typedef float operand;
-/* Each panel is PANEL columns of a right-hand side: [rows][PANEL]. Two vectors a row of sums: sixteen sums where there are 32 registers and eight
-where there are 16, and no sum waits for the one before it. */
+/* A panel is PANEL columns of a product's right-hand side: [rows][PANEL]. A tile's sums, two vectors for each of its rows, are
+16 vectors where the processor has 32 registers and 8 where it has 16: enough that no multiplication waits for another. */
 #if LANES == 16 || defined(__aarch64__)
 enum { PANEL = 2 * LANES, TILE_ROWS = 8 };
 #else
@@ -25,12 +25,13 @@ static void pack_transposed(operand *panels, const operand *w, int columns, int 
 /* w [depth][columns] → panels. */
 static void pack(operand *panels, const operand *w, int columns, int depth) {
     for (int first = 0; first < columns; first += PANEL)
-        for (int k = 0; k < depth; k++, panels += PANEL) memcpy(panels, w + (size_t)k * columns + first, PANEL * sizeof(operand));
+        for (int k = 0; k < depth; k++, panels += PANEL)
+            memcpy(panels, w + (size_t)k * columns + first, PANEL * sizeof(operand));
 }
 
 /* to [TILE_ROWS][PANEL] = or += a · panel. a's number in `row` and `k` stands at row · row_stride + k · k_stride. */
-static inline __attribute__((always_inline)) void tile(float *to, size_t stride, const operand *a, size_t row_stride, size_t k_stride,
-                                                       const operand *panel, int depth, int add) {
+static inline __attribute__((always_inline)) void tile(float *to, size_t stride, const operand *a, size_t row_stride,
+                                                       size_t k_stride, const operand *panel, int depth, int add) {
     f32 sum[TILE_ROWS][2];
     UNROLLED for (int row = 0; row < TILE_ROWS; row++) {
         sum[row][0] = add ? load_f32(to + row * stride) : splat(0);
