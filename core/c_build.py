@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -24,8 +25,9 @@ def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
 
     Args:
         source: the file.
-        flags: of the compiler, beside FLAGS. The linker gets none of them: what an OpenMP region calls comes from the
-            library that the process has loaded already.
+        flags: of the compiler, after FLAGS: `-march=x86-64-v3` replaces this processor as the target. Those in the
+            environment's KERNEL_CFLAGS come last; `make sanitize` sets them. The linker gets none: what an OpenMP
+            region or a sanitizer calls comes from the library that the process has loaded already.
 
     Raises:
         NoLibrary: there is no compiler, it failed, or what it made cannot be loaded.
@@ -33,7 +35,9 @@ def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise NoLibrary("no C compiler is installed (gcc or clang)")
-    about = "\n".join((source.read_text(), *FLAGS, *flags, compiler, platform.machine(), processor_flags()))
+    flags = [*FLAGS, *flags, *shlex.split(os.environ.get("KERNEL_CFLAGS", ""))]
+    texts = (file.read_text() for file in (source, *sorted(source.parent.glob("*.h"))))
+    about = "\n".join((*texts, *flags, compiler, platform.machine(), processor_flags()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-nemo"
     name = f"{source.parent.name}-{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     built = cache / f"{name}.so"
@@ -41,7 +45,7 @@ def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
         partial, parts = built.with_suffix(f".{os.getpid()}"), built.with_suffix(f".{os.getpid()}.o")
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            compile_ = [compiler, *FLAGS, *flags, "-c", str(source), "-o", str(parts)]
+            compile_ = [compiler, *flags, "-c", str(source), "-o", str(parts)]
             for command in (compile_, [compiler, "-shared", "-pthread", str(parts), "-o", str(partial), "-lm"]):
                 subprocess.run(command, check=True, capture_output=True)
             partial.rename(built)

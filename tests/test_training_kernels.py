@@ -1,39 +1,50 @@
-"""The kernels of a CPU compute what torch computes, to the last bit of bfloat16 or nearly so."""
+"""The kernels of a CPU compute what torch computes, in each form that this machine can run and each dtype."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILIES, tiny_gemma
+from kernel_forms import forms
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from training.c_library import NoLibrary
 
 from training import kernels
 from training.cross_entropy import linear_cross_entropy
-from training.fast_layers import _GatedGelu, _RMSNorm, speed_up
+from training.fast_layers import _GatedGelu, _RMSNorm, _Rope, speed_up
 from training.packing import attend, pack, use_packed_attention
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
     [[2, *BEGINNING, *range(100 + n, 107 + 30 * n)] for n in range(4)] + [[2, *(n % 900 for n in range(300))]]
 )
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# The largest difference from float64, as a share of the largest number: half a unit in the last place of bfloat16 is
+# 2⁻⁹ to 2⁻⁸ of a number. Float32 is left some roundings of a sum.
+ROUNDED_ONCE = {torch.float32: 4e-7, torch.bfloat16: 2**-8}
+GRADIENT = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
+PRODUCTS = {torch.float32: 5e-6, torch.bfloat16: 0.01}  # chains of products and softmax
+
+COMPILED = kernels.library
 
 
-@pytest.fixture(autouse=True)
-def library() -> Iterator[None]:
-    if kernels._library() is None:
-        pytest.skip("needs a C compiler and a processor with AVX-512 for bfloat16")
-    yield
+@cache
+def _load(form: str, dtype: torch.dtype) -> object:
+    return kernels.load([*kernels.DTYPE_FLAGS[dtype], *forms()[form]])
 
 
-def both(monkeypatch: pytest.MonkeyPatch, compute: object) -> tuple[list[Tensor], list[Tensor]]:
-    """What `compute` returns with the kernels, and with torch alone."""
-    found = compute()  # type: ignore[operator]
-    with monkeypatch.context() as patch:
-        patch.setattr(kernels, "_library", lambda: None)
-        return found, compute()  # type: ignore[operator]
+@pytest.fixture(autouse=True, params=forms())
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Computes with the kernels in one form."""
+    try:
+        _load(request.param, torch.float32)
+    except NoLibrary as reason:
+        pytest.skip(str(reason))
+    monkeypatch.setattr(kernels, "library", lambda dtype: _load(request.param, dtype))
+    yield request.param
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -41,65 +52,158 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact.double()).abs().max() / exact.double().abs().max()).item()
 
 
-def test_norm_and_gelu_round_once() -> None:
+def check(
+    fast: Callable[..., Tensor], plain: Callable[..., Tensor], parts: list[Tensor], forward: float, backward: float
+) -> None:
+    """`fast` of `parts` and its gradients are those of `plain` in float64."""
+    parts = [part.requires_grad_() for part in parts]
+    exact_parts = [part.detach().double().requires_grad_() for part in parts]
+    found, exact = fast(*parts), plain(*exact_parts)
+    assert error(found, exact) <= forward
+    weight = torch.randn(exact.shape).to(found.dtype)
+    gradients = torch.autograd.grad((found * weight).sum(), parts)
+    exact_gradients = torch.autograd.grad((exact * weight).sum(), exact_parts)
+    for one, other in zip(gradients, exact_gradients, strict=True):
+        assert error(one, other) <= backward
+
+
+def normed(x: Tensor, scale: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [32, 96, 640])
+def test_norm(size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, gate, up = (torch.randn(70, 96).bfloat16().requires_grad_() for _ in range(3))
-    scale = torch.randn(96)
-    exact_x, exact_gate, exact_up = (part.detach().double().requires_grad_() for part in (x, gate, up))
-    normed = exact_x * (exact_x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + scale)
-    gated = F.gelu(exact_gate, approximate="tanh") * exact_up
-    fast_normed, fast_gated = _RMSNorm.apply(x, scale, 1e-6), _GatedGelu.apply(gate, up)
-    for fast, exact in ((fast_normed, normed), (fast_gated, gated)):
-        assert error(fast, exact) <= 2**-8  # half a unit in the last place
-    weight = torch.randn(70, 96).bfloat16()
-    (fast_normed * weight + fast_gated * weight).sum().backward()
-    (normed * weight + gated * weight).sum().backward()
-    for fast, exact in ((x, exact_x), (gate, exact_gate), (up, exact_up)):
-        assert error(fast.grad, exact.grad) < 2**-7
+    x, weight = torch.randn(70, size).to(dtype), torch.randn(size)
+    check(
+        lambda x: _RMSNorm.apply(x, weight, 1e-6),
+        lambda x: normed(x, 1 + weight),
+        [x],
+        ROUNDED_ONCE[dtype],
+        GRADIENT[dtype],
+    )
 
 
+@DTYPES
+def test_gated_gelu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate, up = (torch.randn(70, 96).mul(3).to(dtype) for _ in range(2))
+    check(
+        _GatedGelu.apply,
+        lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+        [gate, up],
+        2 * ROUNDED_ONCE[dtype],
+        GRADIENT[dtype],
+    )
+
+
+@DTYPES
+def test_gated_gelu_of_large_numbers(dtype: torch.dtype) -> None:
+    gate = torch.tensor([-1e4, -300, -88, -20, -0.0, 0, 20, 88, 300, 1e4] * 16).to(dtype)
+    y = _GatedGelu.apply(gate, torch.ones_like(gate))
+    torch.testing.assert_close(y, gate.clamp_min(0), rtol=0, atol=1e-7)
+
+
+class Norm(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.randn(size), 1e-6
+
+
+@DTYPES
+@pytest.mark.parametrize("with_norm", [True, False])
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_rope(size: int, with_norm: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tokens, heads, norm = 50, 3, Norm(size) if with_norm else None
+    angle = (torch.arange(tokens)[:, None] * 0.1 ** torch.linspace(0, 3, size // 2)).repeat(1, 2)
+    cos, sin = (part[None].to(dtype) for part in (angle.cos(), angle.sin()))
+
+    def plain(x: Tensor) -> Tensor:
+        if norm is not None:
+            x = normed(x, 1 + norm.weight)
+        swapped = torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1)
+        return x * cos[0, :, None].double() + swapped * sin[0, :, None].double()
+
+    x = torch.randn(tokens, heads, size).to(dtype)
+    check(lambda x: _Rope.apply(x, norm, cos, sin), plain, [x], ROUNDED_ONCE[dtype], GRADIENT[dtype])
+
+
+@DTYPES
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_output_layer(softcap: float | None) -> None:
+def test_output_layer(softcap: float | None, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    hidden, weight = torch.randn(70, 64).bfloat16().requires_grad_(), (torch.randn(4096 + 96, 64) * 0.3).bfloat16()
+    hidden, weight = torch.randn(70, 64).to(dtype), (torch.randn(4096 + 96, 64) * 0.3).to(dtype)
     targets = torch.randint(len(weight), (70,))
-    loss = linear_cross_entropy(hidden, weight, targets, softcap)
-    exact_hidden = hidden.detach().double().requires_grad_()
-    logits = exact_hidden @ weight.double().T
-    exact = F.cross_entropy(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, reduction="none")
-    torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=5e-3)
-    loss.sum().backward()
-    exact.sum().backward()
-    assert error(hidden.grad, exact_hidden.grad) < 0.01
+
+    def plain(hidden: Tensor) -> Tensor:
+        logits = hidden @ weight.double().T
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    check(
+        lambda hidden: linear_cross_entropy(hidden, weight, targets, softcap),
+        plain,
+        [hidden],
+        PRODUCTS[dtype],
+        PRODUCTS[dtype],
+    )
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (16, None), (None, 5.0), (16, 5.0)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_attention_in_tiles(window: int | None, softcap: float | None, groups: int) -> None:
+@DTYPES
+@pytest.mark.parametrize(
+    ("window", "softcap", "groups"), [(None, None, 1), (16, None, 2), (None, 5.0, 2), (16, 5.0, 1), (100, None, 4)]
+)
+def test_attention(window: int | None, softcap: float | None, groups: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layout = pack(ROWS).layout
+    parts = [torch.randn(layout.positions.shape[1], heads, 64).to(dtype) for heads in (4, groups, groups)]
     real = [place for one in layout.segments for place in range(one.start, one.start + one.length)]
-    parts = [torch.randn(layout.positions.shape[1], heads, 64).bfloat16() for heads in (4, groups, groups)]
-    weight = torch.randn(len(real), 4, 64).bfloat16()
 
-    def results(dtype: torch.dtype) -> list[Tensor]:
-        leaves = [part.detach().to(dtype).requires_grad_() for part in parts]
-        out = attend(*leaves, layout, 0.2, window, softcap)[real]
-        return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
+    (own, before), position = layout._names(), layout.positions[0]
+    visible = (own[:, None] == own) | (before[:, None] == own)
+    distance = position[:, None] - position
+    visible &= (distance >= 0) & (distance < (window or len(position)))
 
-    for fast, exact in zip(results(torch.bfloat16), results(torch.float32), strict=True):
-        assert error(fast, exact) < 0.01
+    def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (part.repeat_interleave(4 // groups, 1) for part in (key, value))
+        score = torch.einsum("qhd,khd->hqk", query, key)[:, real] * 0.2
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        probability = score.masked_fill(~visible[real], float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", probability, value)
+
+    check(
+        lambda *parts: attend(*parts, layout, 0.2, window, softcap)[real],
+        plain,
+        parts,
+        PRODUCTS[dtype],
+        PRODUCTS[dtype],
+    )
 
 
-def with_lora(family: str) -> PeftModel:
+@DTYPES
+def test_a_nan_does_not_disappear(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 64).to(dtype)
+    x[2, 5] = float("nan")
+    assert _RMSNorm.apply(x, torch.zeros(64), 1e-6).isnan()[2].all()
+    assert _GatedGelu.apply(x, x.nan_to_num()).isnan()[2, 5]
+    weight = torch.randn(96, 64).to(dtype)
+    assert linear_cross_entropy(x, weight, torch.tensor([1, 2, 3, 4])).isnan().tolist() == [False, False, True, False]
+
+
+def with_lora(family: str, dtype: torch.dtype) -> PeftModel:
     torch.manual_seed(1)
-    gemma = tiny_gemma(family, torch.bfloat16, vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=32)
+    gemma = tiny_gemma(family, dtype, vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=32)
     model = get_peft_model(gemma, LoraConfig(r=8, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora" in name:
             parameter.data = parameter.data.float()
         if "lora_B" in name:  # zero at first: the adapter would not be at work
             torch.nn.init.normal_(parameter, std=0.1)
+    speed_up(model)
+    use_packed_attention(model.get_base_model())
     return model
 
 
@@ -110,32 +214,44 @@ def hidden_and_gradients(model: PeftModel) -> list[Tensor]:
         input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout, use_cache=False
     ).last_hidden_state[0]
     real = [place for one in packed.layout.segments for place in range(one.start, one.start + one.length)]
-    (hidden[real].float().square() * torch.linspace(0, 1, hidden.shape[-1])).mean().backward()
+    (hidden[real].square() * torch.linspace(0, 1, hidden.shape[-1])).mean().backward()
     return [hidden[real].detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
+def gradient_error(found: list[Tensor], exact: list[Tensor]) -> float:
+    return sum((one - other).double().square().sum().item() for one, other in zip(found[1:], exact[1:], strict=True))
+
+
+def without_kernels(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "library", lambda dtype: None)
+        return hidden_and_gradients(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_step_is_nearer_to_float32_than_torch_in_bfloat16(
+def test_a_packed_step_in_bfloat16_is_as_near_to_float32_as_torch_is(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = with_lora(family)
-    speed_up(model)
-    use_packed_attention(model.get_base_model())
-    fast, plain = both(monkeypatch, lambda: hidden_and_gradients(model))
-    exact = hidden_and_gradients(model.float())
+    model = with_lora(family, torch.bfloat16)
+    fast, plain = hidden_and_gradients(model), without_kernels(model, monkeypatch)
+    exact = without_kernels(model.float(), monkeypatch)
     assert len(fast) == len(exact) == len(plain) > 1
     assert error(fast[0], exact[0]) < 1.2 * error(plain[0], exact[0])
-    fast_error, plain_error = (
-        sum((one - other).double().square().sum() for one, other in zip(gradients[1:], exact[1:], strict=True))
-        for gradients in (fast, plain)
-    )
-    assert fast_error < 1.2 * plain_error
+    assert gradient_error(fast, exact) < 1.2 * gradient_error(plain, exact)
 
 
-def test_the_same_step_gives_the_same_bits_on_any_number_of_threads() -> None:
-    model = with_lora("gemma3_text")
-    speed_up(model)
-    use_packed_attention(model.get_base_model())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_step_in_float32_is_that_of_torch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_lora(family, torch.float32)
+    fast, plain = hidden_and_gradients(model), without_kernels(model, monkeypatch)
+    assert len(fast) == len(plain) > 1
+    for one, other in zip(fast, plain, strict=True):
+        assert error(one, other) < 2e-5
+
+
+@DTYPES
+def test_the_same_step_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    model = with_lora("gemma3_text", dtype)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -145,13 +261,14 @@ def test_the_same_step_gives_the_same_bits_on_any_number_of_threads() -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_without_a_compiler_training_says_so_and_goes_on(
+def test_without_a_compiler_training_says_so_and_continues(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(kernels, "_library", cache(kernels._library.__wrapped__))
-    x = torch.randn(4, 32).bfloat16()
-    assert kernels.kernels_for(x) is None
-    assert "no C compiler is installed" in capsys.readouterr().out
-    assert _RMSNorm.apply(x, torch.zeros(32), 1e-6).shape == x.shape
+    monkeypatch.setattr(kernels, "library", cache(COMPILED.__wrapped__))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 32).to(dtype)
+        assert kernels.kernels_for(x) is None
+        assert "no C compiler is installed" in capsys.readouterr().out
+        assert _RMSNorm.apply(x, torch.zeros(32), 1e-6).shape == x.shape

@@ -181,7 +181,7 @@ class _GatedGelu(torch.autograd.Function):
 
 
 def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kwargs: Any) -> Any:
-    """transformers' own, but for packed rows and where the kernels can norm and turn queries and keys in one pass."""
+    """transformers' own, but for packed rows and where the kernels can norm and rotate queries and keys in one pass."""
     layout = kwargs.get("layout")
     cos, sin = position_embeddings
     if layout is None or not kernels_for(hidden_states, cos) or cos.shape[-1] % 32:
@@ -189,14 +189,14 @@ def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: An
     query, key, value = (
         part(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
     )
-    query = _Turn.apply(query, getattr(self, "q_norm", None), cos, sin)
-    key = _Turn.apply(key, getattr(self, "k_norm", None), cos, sin)
+    query = _Rope.apply(query, getattr(self, "q_norm", None), cos, sin)
+    key = _Rope.apply(key, getattr(self, "k_norm", None), cos, sin)
     softcap = getattr(self, "attn_logit_softcapping", None)
     out = attend(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
     return self.o_proj(out.flatten(1)[None]), None
 
 
-class _Turn(torch.autograd.Function):
+class _Rope(torch.autograd.Function):
     """Rotary embedding of x [tokens, heads, size] after its RMSNorm, if it has one; cos and sin [1, tokens, size]."""
 
     @staticmethod
@@ -207,7 +207,7 @@ class _Turn(torch.autograd.Function):
         scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
         y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
         place = None if scale is None else scale.data_ptr()
-        kernels.turn_forward(
+        kernels.rope_forward(
             y.data_ptr(), inverse.data_ptr(), x.data_ptr(), place, eps, cos.data_ptr(), sin.data_ptr(), *x.shape
         )
         ctx.save_for_backward(x, inverse, scale, cos, sin)
@@ -219,7 +219,7 @@ class _Turn(torch.autograd.Function):
         kernels = kernels_for(x)
         assert kernels is not None
         grad_x, grad = torch.empty_like(x), grad.contiguous()
-        kernels.turn_backward(
+        kernels.rope_backward(
             grad_x.data_ptr(),
             grad.data_ptr(),
             x.data_ptr(),

@@ -1,10 +1,11 @@
-"""kernels.c for torch: the small operations of a LoRA step on a CPU that computes in bfloat16, where it can.
+"""kernels.c for torch: the small operations of a LoRA step on a CPU, each in one pass over memory.
 
 In torch's own operations, casts, norms, activations, softmaxes and copies take more of a step than the frozen matrices'
-products. Without a compiler or AVX-512 for bfloat16, on a GPU or in float32, every caller keeps to torch.
+products. On a GPU, in another dtype than float32 and bfloat16, or without a compiler, every caller uses torch.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,66 +13,79 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.c_build import NoLibrary, compiled, processor_flags
+from core.c_build import NoLibrary, compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+DTYPE_FLAGS = {torch.float32: ["-fopenmp"], torch.bfloat16: ["-fopenmp", "-DBFLOAT16"]}
+NO_AMX = ["-mno-amx-bf16", "-mno-amx-tile"]
 # What each takes: p a pointer (None: not given), i an int32, l a ptrdiff_t, f a float32.
 FUNCTIONS = {
     "norm_forward": "ppppfii",
     "norm_backward": "pppppii",
-    "turn_forward": "ppppfppiii",
-    "turn_backward": "pppppppiii",
+    "rope_forward": "ppppfppiii",
+    "rope_backward": "pppppppiii",
     "gelu_forward": "pppl",
     "gelu_backward": "pppppl",
     "vocabulary_softmax": "ppppfii",
     "add_rescaled": "pppii",
+    "attention_forward": "ppppp",
+    "attention_backward": "ppppppppp",
 }
-ON_TILES = {"attention_forward": "ppppp", "attention_backward": "ppppppppp"}  # where the processor has AMX
-
-
-class Attention(ctypes.Structure):
-    """See kernels.c."""
-
-    _fields_ = (
-        ("item", ctypes.c_void_p),
-        ("query", ctypes.c_void_p),
-        ("key", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        *((name, ctypes.c_int32) for name in ("items", "heads", "groups", "size", "padding")),
-        ("scale", ctypes.c_float),
-        ("cap", ctypes.c_float),
-    )
-
-
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_ssize_t, "f": ctypes.c_float}
 
 
-def kernels_for(*tensors: Tensor) -> Any:
-    """The library, if it can compute with `tensors`: bfloat16 in main memory, rows of a multiple of 32; or None.
+class Attention(ctypes.Structure):
+    """See kernels_attention.h."""
 
-    Its `has_amx` says whether the functions ON_TILES are there.
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("item", "query", "key", "bias")),
+        *((name, ctypes.c_int32) for name in ("items", "heads", "groups", "size", "padding")),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
+    )
+
+
+def kernels_for(*tensors: Tensor) -> Any:
+    """The library that computes with `tensors`; None: use torch.
+
+    All of them have to be float32 or all bfloat16, in main memory, with rows of a multiple of 32.
     """
+    dtype = tensors[0].dtype
     for tensor in tensors:
-        if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or tensor.shape[-1] % 32:
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.shape[-1] % 32:
             return None
-    return _library()
+    return library(dtype) if dtype in DTYPE_FLAGS else None
 
 
 @cache
-def _library() -> Any:
-    openmp = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
-    if openmp is None or not NEEDED.issubset(processor_flags().split()):
-        return None
-    ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own pool of threads
-    library: Any
+def library(dtype: torch.dtype) -> Any:
+    """kernels.c for this processor and elements of `dtype`, or None: there is no compiler, or no OpenMP of torch's."""
     try:
-        library = compiled(SOURCE, ["-fopenmp"])
+        return load(DTYPE_FLAGS[dtype])
     except NoLibrary as reason:
         print(f"Training without kernels of its own, and so more slowly: {reason}", flush=True)
         return None
-    library.has_amx = bool(library.may_use_amx())
-    for name, letters in (FUNCTIONS | ON_TILES if library.has_amx else FUNCTIONS).items():
+
+
+def load(flags: Sequence[str]) -> Any:
+    """kernels.c compiled with `flags`.
+
+    Raises:
+        NoLibrary: there is no compiler, it failed, or torch has no OpenMP whose threads the kernels could use.
+    """
+    ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
+    library: Any = compiled(SOURCE, flags)
+    if not library.can_run():  # the processor has AMX, and the system does not let this process use it
+        library = compiled(SOURCE, [*flags, *NO_AMX])
+    for name, letters in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], None
     return library
+
+
+def _openmp() -> str:
+    """The file of GNU OpenMP that torch has loaded: its own, or the system's where torch was built there."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return next(line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line)
+    except (OSError, StopIteration):
+        raise NoLibrary("torch uses another OpenMP than GNU's") from None

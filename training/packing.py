@@ -176,9 +176,8 @@ def attend(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attention of packed rows on a CPU: query [tokens, heads, size], key and value [tokens, groups, size]."""
-    kernels = kernels_for(query, key, value)
-    if kernels and kernels.has_amx:
-        return _TileAttention.apply(query, key, value, layout.tables(window), scale, softcap)
+    if kernels_for(query, key, value):
+        return _KernelAttention.apply(query, key, value, layout.tables(window), scale, softcap)
     return _SegmentAttention.apply(query, key, value, layout.blocks(window), scale, softcap)
 
 
@@ -373,7 +372,7 @@ def _tables(blocks: list[Block], padding: int) -> Tables:
     )
 
 
-class _TileAttention(torch.autograd.Function):
+class _KernelAttention(torch.autograd.Function):
     """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on."""
 
     @staticmethod

@@ -51,7 +51,7 @@ class _Layer(c.Structure):
 
 
 class _Lora(c.Structure):
-    _fields_ = (("rank", c.c_int32), ("inner", c.c_void_p), ("outer", c.c_void_p))
+    _fields_ = (("rank", c.c_int32), ("a", c.c_void_p), ("b", c.c_void_p))
 
 
 class _Model(c.Structure):
