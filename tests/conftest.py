@@ -3,7 +3,8 @@
 import csv
 import fcntl
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +29,7 @@ from training.base_model import ensure_base_model
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300.0  # seconds for what takes a few on a machine that has nothing else to do
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 # Small enough for a test, large enough that every mechanism of its family is at work: grouped queries, a sliding
 # window shorter than the rows, soft-capping.
@@ -68,6 +70,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for a state, however slow or busy the machine is."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"not after {PATIENCE:.0f} s"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

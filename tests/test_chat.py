@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import FAMILIES, ROOT, tiny_gemma
+from conftest import FAMILIES, PATIENCE, ROOT, tiny_gemma
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -411,7 +411,7 @@ def run_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     words = ["task=chat", f"model.path={folder}/base", f"data_dir={folder}/data", f"runs_dir={folder}/runs",
              "task.train.epochs=1", "task.generate.max_new_tokens=4"]  # fmt: skip
-    subprocess.run([sys.executable, "-m", "training", *words], cwd=ROOT, check=True, env=ENVIRONMENT, timeout=300)
+    subprocess.run([sys.executable, "-m", "training", *words], cwd=ROOT, check=True, env=ENVIRONMENT, timeout=PATIENCE)
     (run,) = (folder / "runs" / "chat").iterdir()
     return run
 
@@ -433,7 +433,7 @@ def test_lines_of_a_pipe_are_answered_and_what_was_said_is_data_again(run_folder
     lines = ["/save x", "hi", "", "/nonsense", "/help", f"/save {saved}", f"/save {saved}", "/system Bob.", "yo",
              "/save", "/save /no/such/folder/x", "/exit", "never asked"]  # fmt: skip
     result = subprocess.run(chat_command(run_folder, 8), input="\n".join(lines).encode() + b"\n\xff\n", cwd=ROOT,
-                            capture_output=True, env=ENVIRONMENT, timeout=120)  # fmt: skip
+                            capture_output=True, env=ENVIRONMENT, timeout=PATIENCE)  # fmt: skip
     out = result.stdout.decode()
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert "\x1b" not in out and "never asked" not in out
@@ -460,7 +460,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(run_folder: Path
 
     def wait_for(text: str, after: int = 0) -> int:
         nonlocal seen
-        until = time.monotonic() + 240  # on a busy machine
+        until = time.monotonic() + PATIENCE
         while text not in seen[after:]:
             assert time.monotonic() < until, seen[-2000:]
             if select.select([master], [], [], 1)[0]:
@@ -482,7 +482,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(run_folder: Path
                 seen += os.read(master, 4096).decode(errors="replace")
         place = wait_for("you: ", wait_for("Ctrl-D or /exit leaves", place))
         os.write(master, b"\x04")
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
         assert "\x1b[2m" in seen and "Traceback" not in seen
     finally:
         process.kill()

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
-from tiny_serving import SERVING_PYTHON, free_ports
+from conftest import PATIENCE, ROOT
+from tiny_serving import SERVING_PYTHON, free_ports, is_open
 
 from data_prep.prepare import prepare
 from nemo_configs.command_line import load_config
@@ -24,7 +24,7 @@ PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"doc
             "</textarea><svg onload=document.title='owned'>")  # fmt: skip
 needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)  # on a busy machine
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 class Site:
@@ -35,20 +35,17 @@ class Site:
         self.address = f"http://127.0.0.1:{self.port}"
         self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
-        self._client = httpx.Client()
+        self._client = httpx.Client(timeout=PATIENCE)
         self._process = subprocess.Popen(
             [SERVING_PYTHON, "-m", "serving.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
             cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
         )  # fmt: skip
 
     def wait(self) -> "Site":
-        for _ in range(600):
-            try:
-                httpx.get(f"{self.address}/health")
-                return self
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
+        while not is_open(self.port):
+            assert self._process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        return self
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """As a page of the site does, unless `headers` say otherwise."""
@@ -63,12 +60,12 @@ class Site:
     def kill(self) -> None:
         self._client.close()
         self._process.kill()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
 
     def end(self) -> None:
         self._client.close()
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +95,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str, **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.errors = errors
