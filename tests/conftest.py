@@ -1,7 +1,6 @@
 """Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
 
 import csv
-import fcntl
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -54,22 +53,14 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's backgrou
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test marked `alone` has the machine to itself: the processes of pytest-xdist wait until it has ended. What a
-    training in this process does with signals ends with its test."""
-    alone = item.get_closest_marker("alone")
-    how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """What a training in this process does with signals ends with its test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    with Path(__file__).open() as turn, (ROOT / "pyproject.toml").open() as machine:
-        fcntl.flock(turn, how)  # who waits for the whole machine is not passed by those who would share it
-        fcntl.flock(machine, how)
-        if not alone:
-            fcntl.flock(turn, fcntl.LOCK_UN)
-        try:
-            return (yield)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    try:
+        return (yield)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def until(holds: Callable[[], object]) -> None:

@@ -398,8 +398,8 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["triton", "engine"])
 def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stack, url: str, part: str) -> None:
-    patient = {"first_token_deadline": PATIENCE, "deadline": PATIENCE, "retry_for": 0}
-    with Client(url, **patient, token_deadline=1) as client, client.stream("Hi", **ENDLESS) as stream:
+    patient = {"first_token_deadline": PATIENCE, "token_deadline": 1, "deadline": PATIENCE, "retry_for": 0}
+    with Client(url, **patient) as client, client.stream("Hi", **ENDLESS) as stream:
         next(stream)
         with stack.stopped(part), pytest.raises(DeadlineExceeded, match="the next token did not come within 1 s"):
             list(stream)

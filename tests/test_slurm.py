@@ -229,7 +229,6 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left), "the adapters differ"
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_alone(
     cluster: Cluster, undisturbed: Path, words: list[str], tmp_path: Path
@@ -274,7 +273,6 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
     assert {file.name for file in folder.iterdir()} == {f"{job.number}.sbatch", f"{job.number}.log"}
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     sweep = Submitted(cluster, tmp_path, [*words, "task.train.epochs=1"], SWEEP="peft.r=2,4")
@@ -295,7 +293,6 @@ def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: li
     assert all(metrics(run, "train_loss") for run in runs)
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
@@ -304,7 +301,6 @@ def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: l
     assert cluster.job(job.number)["Restarts"] == "0" and "Traceback" not in job.said
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "says"),
@@ -331,7 +327,6 @@ def test_what_the_cluster_cannot_give_is_one_sentence(
     )
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     other = cluster.ask("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null",
@@ -352,7 +347,6 @@ def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, wo
     cluster.wait_for(lambda: not cluster.ask("squeue", "--noheader"))
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_nothing_of_the_cluster_is_left(tmp_path_factory: pytest.TempPathFactory) -> None:
     if reason := slurm_cluster.missing():
