@@ -275,9 +275,13 @@ class TritonPythonModel:
 
     def _note(self, given: Waiting, outcome: str, done: "protocol.Done | None", error: str | None = None) -> None:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": given.client_id, "adapter": given.adapter,
-            "stream": given.stream, "outcome": outcome, "seconds": round(time.monotonic() - given.begun, 4),
-        }  # fmt: skip
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "request": given.client_id,
+            "adapter": given.adapter,
+            "stream": given.stream,
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - given.begun, 4),
+        }
         if done:
             line |= {
                 "input_tokens": done.input_tokens,
@@ -368,9 +372,12 @@ def _flag(request: Any, name: str) -> bool | None:
 def _triton_code(code: str) -> int:
     codes = pb_utils.TritonError  # is there only once Triton has read this file
     return {
-        protocol.INVALID: codes.INVALID_ARG, protocol.BUSY: codes.UNAVAILABLE, protocol.UNAVAILABLE: codes.UNAVAILABLE,
-        protocol.UNKNOWN_ADAPTER: codes.NOT_FOUND, protocol.CANCELLED: codes.CANCELLED,
-    }.get(code, codes.INTERNAL)  # fmt: skip
+        protocol.INVALID: codes.INVALID_ARG,
+        protocol.BUSY: codes.UNAVAILABLE,
+        protocol.UNAVAILABLE: codes.UNAVAILABLE,
+        protocol.UNKNOWN_ADAPTER: codes.NOT_FOUND,
+        protocol.CANCELLED: codes.CANCELLED,
+    }.get(code, codes.INTERNAL)
 
 
 def _request_log() -> logging.Logger:

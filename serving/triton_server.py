@@ -46,13 +46,21 @@ def command(
         shared_memory: how the names of its regions in /dev/shm begin.
     """
     return [
-        str(_server() / "bin" / "tritonserver"), f"--model-repository={repository}", f"--backend-directory={backends}",
-        "--disable-auto-complete-config", "--model-control-mode=explicit", *(f"--load-model={name}" for name in MODELS),
-        f"--exit-timeout-secs={drain}", "--log-info=false", "--allow-gpu-metrics=false",
-        *(f"--{name}-port={port}" for name, port in ports.items()), *(f"--{name}-address={host}" for name in ports),
-        f"--http-restricted-api={LOCKED}", f"--grpc-restricted-protocol={LOCKED}",
+        str(_server() / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--disable-auto-complete-config",
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in MODELS),
+        f"--exit-timeout-secs={drain}",
+        "--log-info=false",
+        "--allow-gpu-metrics=false",
+        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-address={host}" for name in ports),
+        f"--http-restricted-api={LOCKED}",
+        f"--grpc-restricted-protocol={LOCKED}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory}",
-    ]  # fmt: skip
+    ]
 
 
 def environment() -> dict[str, str]:

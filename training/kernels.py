@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.c_library import NoLibrary, compiled, processor_flags
+from core.c_build import NoLibrary, compiled, processor_flags
 
 SOURCE = Path(__file__).with_name("kernels.c")
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
@@ -34,10 +34,14 @@ class Attention(ctypes.Structure):
     """See kernels.c."""
 
     _fields_ = (
-        ("item", ctypes.c_void_p), ("query", ctypes.c_void_p), ("key", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("item", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("items", "heads", "groups", "size", "padding")),
-        ("scale", ctypes.c_float), ("cap", ctypes.c_float),
-    )  # fmt: skip
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+    )
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_ssize_t, "f": ctypes.c_float}
