@@ -239,8 +239,12 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(tiny_base: Path, tmp_pa
     process.wait()
     (run,) = (tmp_path / "runs" / "slang").iterdir()
     log = run / "automodel" / "checkpoints" / "training.jsonl"
-    until(lambda: not any(str(tmp_path) in " ".join(process.info["cmdline"] or [])
-                          for process in psutil.process_iter(["cmdline"])))  # fmt: skip
+
+    def is_gone() -> bool:
+        running = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        return not any(str(tmp_path) in word for words in running for word in words)
+
+    until(is_gone)
     assert log.exists() and not (run / "slang.nemo").exists()
 
     result = train(words)
