@@ -164,7 +164,7 @@ class Submitted:
                     sys.executable,
                     "-m",
                     "docker.slurm",
-                    "training",
+                    "commands.train",
                     *words,
                     f"data_dir={folder}/data",
                     f"runs_dir={folder}/runs",
@@ -204,19 +204,21 @@ class Submitted:
         self.wait_for(lambda: self.cluster.job(self.number).get("JobState") == state)
 
     def start_now(self) -> None:
-        """What was put back into the queue, and would wait there for two minutes."""
-        time.sleep(5)  # within the second in which a start was revoked, Slurm takes the next one's credential for it
-        self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        """If it was put back into the queue, where it would wait for two minutes."""
+        job = self.cluster.job(self.number)
+        if job.get("Reason") == "BeginTime" and job["Restarts"] != "0":
+            time.sleep(
+                5
+            )  # within the second in which a start was revoked, Slurm takes the next one's credential for it
+            self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def end(self) -> int:
         until = time.monotonic() + slurm_cluster.PATIENCE
         try:
             while self.process.poll() is None:
                 assert time.monotonic() < until, self.said + self.cluster.ask("squeue")
-                job = self.cluster.job(self.number)
-                if job.get("Reason") == "BeginTime" and job["Restarts"] != "0":
-                    self.start_now()
-                time.sleep(1)
+                self.start_now()
+                time.sleep(0.1)
             return self.process.returncode
         finally:
             self.process.kill()
@@ -274,8 +276,12 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
         job.wait_for_state("PENDING")
         before = job.step()
         assert 0 < before < STEPS, job.said
-        job.start_now()
-        job.wait_for(lambda: f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said)
+
+        def goes_on() -> bool:
+            job.start_now()  # again, if Slurm told this start what was meant for the one before: see train.sbatch
+            return f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said
+
+        job.wait_for(goes_on)
 
     job.wait_for(lambda: job.step() >= 8)
     urgent = cluster.ask(
@@ -298,7 +304,7 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
     cluster.lose_node("node2")
     job.wait_for_state("PENDING")
     cluster.start_node("node2")
-    start_again(4)  # or another time: see train.sbatch
+    start_again(4)
 
     assert job.end() == 0, job.said
     assert "perplexity on 5 held-out rows" in job.said and job.said.endswith("--> is done\n")
