@@ -240,7 +240,7 @@ def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kin
         "serving",
         "tasks",
         "train.lock",
-        "commands.train",
+        "training",
     }
 
 
