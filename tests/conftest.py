@@ -1,9 +1,9 @@
 """Real parts for the tests: the shipped base model, its tokenizer, and tiny random Gemmas of each family."""
 
 import csv
-import fcntl
 import signal
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +28,7 @@ from core.configuration import load_config, names
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
+PATIENCE = 300.0  # seconds for what takes a few on a machine that has nothing else to do
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 # Small enough for a test, large enough that every mechanism of its family is at work: grouped queries, a sliding
 # window shorter than the rows, soft-capping.
@@ -64,22 +65,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's backgrou
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """A test marked `alone` has the machine to itself: the processes of pytest-xdist wait until it has ended. What a
-    training in this process does with signals ends with its test."""
-    alone = item.get_closest_marker("alone")
-    how = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """What a training in this process does with signals ends with its test."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    with Path(__file__).open() as turn, (ROOT / "pyproject.toml").open() as machine:
-        fcntl.flock(turn, how)  # who waits for the whole machine is not passed by those who would share it
-        fcntl.flock(machine, how)
-        if not alone:
-            fcntl.flock(turn, fcntl.LOCK_UN)
-        try:
-            return (yield)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    try:
+        return (yield)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait for a state, however slow or busy the machine is."""
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, f"not after {PATIENCE:.0f} s"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

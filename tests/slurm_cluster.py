@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 GPUS = 8
+PATIENCE = 600  # seconds for what takes a few on a machine that has nothing else to do
 NOTHING = 0o20666, os.makedev(1, 3)  # a device like /dev/null
-SILENCE = 20  # seconds after which a node that does not answer is down
+SILENCE = 600  # seconds after which a node that does not answer is down: one that has to wait for a processor is not
 SLURM_CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -48,7 +49,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
 SlurmdTimeout={silence}
-MessageTimeout=10
+MessageTimeout=60
 KillWait=20
 ReturnToService=2
 GresTypes=gpu
@@ -122,7 +123,7 @@ class Cluster:
             self._start("slurmctld", "-D")
             for node in ("node1", "node2"):
                 self.start_node(node)
-            self.wait_for(lambda: self.ask("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"], 30)
+            self.wait_for(lambda: self.ask("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"])
         except BaseException:
             self.__exit__()
             raise
@@ -130,12 +131,12 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         for node in ("node1", "node2"):
-            self.lose_node(node)
+            self._kill_node(node)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
         for daemon in self.daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(5)
+                daemon.wait(30)
             daemon.kill()
             daemon.wait()
 
@@ -157,7 +158,13 @@ class Cluster:
         self._start("slurmd", "-D", "-N", node)
 
     def lose_node(self, node: str) -> None:
-        """As if its power were cut: the daemon and all that it had started are killed at once."""
+        """As if its power were cut, and Slurm had noticed it: as it does after `SILENCE`."""
+        self._kill_node(node)
+        said = self.ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        assert not said, said
+
+    def _kill_node(self, node: str) -> None:
+        """The daemon and all that it had started, at once."""
         if not (daemon := self.daemons.pop(node, None)):
             return
         daemon.kill()  # first, so that it starts no more
@@ -170,17 +177,26 @@ class Cluster:
                 if task or any(file.readlink() == log for file in (process / "fd").iterdir()):
                     os.kill(int(process.name), signal.SIGKILL)
 
+    def processes(self) -> list[str]:
+        """The command lines of all that it, its nodes and their jobs have started and that still runs."""
+        mine, found = f"SLURM_CONF={self.folder}/slurm.conf".encode(), []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mine in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        return found
+
     def ask(self, *words: str) -> str:
         """What one of Slurm's own commands answers, its complaints too."""
-        done = subprocess.run(words, env=self.environment, text=True, capture_output=True, timeout=30)
+        done = subprocess.run(words, env=self.environment, text=True, capture_output=True, timeout=PATIENCE)
         return done.stdout + done.stderr
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows of a job: `{"JobState": "RUNNING", "Restarts": "0", …}`; {} where it does not know it."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.ask("scontrol", "show", "job", number)))
 
-    def wait_for(self, happened: Callable[[], Any], seconds: float = 60) -> None:
-        until = time.monotonic() + seconds
+    def wait_for(self, happened: Callable[[], Any]) -> None:
+        until = time.monotonic() + PATIENCE
         while not happened():
             if time.monotonic() > until:
                 logs = [file.read_text(errors="replace")[-3000:] for file in sorted(self.folder.glob("*.log"))]

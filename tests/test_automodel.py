@@ -12,9 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from converters.nemo_file import read_nemo
@@ -127,7 +128,7 @@ def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, m
     ],
 )
 def test_an_unknown_engine_is_answered_with_the_known_ones(words: list[str], says: str) -> None:
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
@@ -238,10 +239,13 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(tiny_base: Path, tmp_pa
     process.wait()
     (run,) = (tmp_path / "runs" / "slang").iterdir()
     log = run / "automodel" / "checkpoints" / "training.jsonl"
-    time.sleep(2)
-    written = log.read_text()
-    time.sleep(3)
-    assert log.read_text() == written and not (run / "slang.nemo").exists()
+
+    def is_gone() -> bool:
+        running = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
+        return not any(str(tmp_path) in word for words in running for word in words)
+
+    until(is_gone)
+    assert log.exists() and not (run / "slang.nemo").exists()
 
     result = train(words)
     assert result.returncode == 0, result.stderr

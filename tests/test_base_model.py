@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_gemma
+from conftest import PATIENCE, ROOT, tiny_gemma
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
@@ -42,7 +42,7 @@ def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert result.returncode == 2
     assert "cannot be reached" in result.stderr and "model.path=" in result.stderr
@@ -58,7 +58,7 @@ def test_a_folder_of_ones_own_must_be_a_model(tmp_path: Path) -> None:
 
 def test_a_truncated_file_is_noticed_on_the_next_start(base_folder: Path, tmp_path: Path) -> None:
     models = tmp_path / "models"
-    shutil.copytree(base_folder, models / "gemma-3-270m", copy_function=os.link)
+    shutil.copytree(base_folder, models / "gemma-3-270m", copy_function=os.symlink)
     config = load_config([f"model.models_dir={models}"]).model
     assert ensure_base_model(config) == models / "gemma-3-270m"
     damaged = models / "gemma-3-270m" / "tokenizer.json"

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from tiny_serving import ENDLESS, GREEDY, PROMPTS, SAMPLING, Stack, free_ports, serve_tiny
 
 from serving.client import (
@@ -68,20 +68,13 @@ def command(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         **options,
     )
 
 
 def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.05)
-    return holds()
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -155,7 +148,7 @@ def test_where_nothing_answers_the_client_tries_for_as_long_as_it_was_told(schem
         begin = time.monotonic()
         with pytest.raises(Unavailable, match=f"nothing answers at {address} .*make serve"):
             client.slang(context="Hi")
-        assert 0.2 < time.monotonic() - begin < 5
+        assert time.monotonic() - begin > 0.2
         assert not client.is_ready()
 
 
@@ -293,7 +286,7 @@ def test_a_full_queue_is_busy_to_who_does_not_wait(stack: Stack) -> None:
     outcomes = {repr(outcome) for outcome in asyncio.run(crowd())}
     assert all(outcome.startswith(("Busy(", "CancelledError(")) for outcome in outcomes), outcomes
     assert any("requests are waiting already" in outcome for outcome in outcomes)
-    assert eventually(lambda: stack.stats()["running"] == 0)
+    until(lambda: stack.stats()["running"] == 0)
 
 
 @pytest.mark.slow
@@ -431,30 +424,29 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
         before = stack.cancelled()
         with Client(url) as client:
             leave(client)
-            assert eventually(lambda before=before: stack.cancelled() == before + 1), leave.__name__
+            until(lambda before=before: stack.cancelled() == before + 1)
             assert stack.stats()["running"] == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["triton", "engine"])
 def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stack, url: str, part: str) -> None:
-    with Client(url, first_token_deadline=2, token_deadline=1, deadline=30, retry_for=0) as client:
-        with client.stream("Hi", **ENDLESS) as stream:
-            next(stream)
-            with stack.stopped(part), pytest.raises(DeadlineExceeded, match="the next token did not come within 1 s"):
-                list(stream)
+    patient = {"first_token_deadline": PATIENCE, "token_deadline": 1, "deadline": PATIENCE, "retry_for": 0}
+    with Client(url, **patient) as client, client.stream("Hi", **ENDLESS) as stream:
+        next(stream)
+        with stack.stopped(part), pytest.raises(DeadlineExceeded, match="the next token did not come within 1 s"):
+            list(stream)
+    with Client(url, **{**patient, "first_token_deadline": 2}) as client:
         with stack.stopped(part):
-            begin = time.monotonic()
             with pytest.raises(DeadlineExceeded, match="the first token did not come within 2 s"):
                 client.generate("Hi")
             if part == "triton":
                 with pytest.raises(DeadlineExceeded, match="no catalogue"):
                     client.adapters()
                 assert not client.is_ready()
-            assert time.monotonic() - begin < 8
         with Client(url, deadline=0.05) as hasty, pytest.raises(DeadlineExceeded, match=r"not complete within 0\.05 s"):
             hasty.generate("Hi", **ENDLESS)
-    assert eventually(lambda: stack.stats()["running"] == 0)
+    until(lambda: stack.stats()["running"] == 0)
     with Client(url) as client:
         assert client.slang(**GREEDY).output_tokens
 
@@ -598,6 +590,6 @@ def test_the_command_line_streams_prints_json_and_cancels_on_ctrl_c(stack: Stack
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and said.decode().strip() == "stopped by Ctrl-C"
-    assert eventually(lambda: stack.stats()["running"] == 0)
+    until(lambda: stack.stats()["running"] == 0)

@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from test_training import ENVIRONMENT, command, course, only_run, train
 
 from core.configuration import names
@@ -207,9 +207,7 @@ def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) ->
     first = image.build(engine, kind, "cpu", quiet=True)
     identity = [engine.command, "image", "inspect", "--format", "{{.Id}}", first]
     before = subprocess.run(identity, capture_output=True, text=True, check=True).stdout
-    began = time.monotonic()
     assert image.build(engine, kind, "cpu", quiet=True) == first
-    assert time.monotonic() - began < 20  # installing takes minutes
     assert subprocess.run(identity, capture_output=True, text=True, check=True).stdout == before
 
 
@@ -321,7 +319,7 @@ def test_a_stopped_container_leaves_a_checkpoint(
         else:
             process.send_signal(signal.SIGINT)
         said += process.stdout.readlines()
-        assert process.wait(60) == code, "".join(said)
+        assert process.wait(PATIENCE) == code, "".join(said)
     finally:
         process.kill()
     assert "checkpoint written; the same command goes on" in said[-1]
@@ -356,7 +354,7 @@ def stack(engine: Engine) -> Iterator[dict[str, str]]:
 def ask(port: str, path: str, body: dict[str, object] | None = None) -> str:
     data = json.dumps(body).encode() if body else None
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         return answer.read().decode()
 
 
@@ -401,13 +399,18 @@ def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str],
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     with (tmp_path / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:
         try:
-            until, empty = time.monotonic() + 40, queries
-            while empty and time.monotonic() < until:
-                time.sleep(1)
+            # What fails and is started again is counted where that happens.
+            empty = [query for query in queries if "failure" not in query and "restarts" not in query]
+
+            def all_have_series() -> bool:
                 ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
-                with contextlib.suppress(OSError):
-                    empty = [query for query in empty if not found(stack["PROMETHEUS_PORT"], query)]
-            assert [query for query in empty if "failure" not in query and "restarts" not in query] == []
+                with contextlib.suppress(ConnectionError, urllib.error.URLError):  # it is starting
+                    empty[:] = [query for query in empty if not found(stack["PROMETHEUS_PORT"], query)]
+                return not empty
+
+            until(all_have_series)
+            for query in queries:
+                found(stack["PROMETHEUS_PORT"], query)
         finally:
             process.terminate()
 

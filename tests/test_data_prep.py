@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE, until
 from omegaconf import DictConfig, OmegaConf
 from rapidfuzz import fuzz, process
 from transformers import AutoTokenizer
@@ -945,7 +946,7 @@ def test_a_bad_source_is_an_error_in_words_and_changes_nothing(good_folder: Path
 def test_the_command_line_ends_with_2_and_no_traceback(good_folder: Path, tmp_path: Path) -> None:
     before = digest(good_folder)
     process = start(config_for(good_folder, write_csv(tmp_path / "a.csv", [["x"]], ["nothing known"])), tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert err.startswith("error: ") and "has no column for slang or description" in err
     assert "Traceback" not in out + err
@@ -961,12 +962,12 @@ def test_make_data_s_command(tmp_path: Path, tokenizer_file: Path) -> None:
     source = write_csv(tmp_path / "a.csv", made_up(80))
     words = ["task=slang", f"task.data.source={source}", f"data_dir={tmp_path / 'data'}", f"model.path={base}"]
     command = [sys.executable, "-m", "commands.data", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "80 rows in, 80 out, from a.csv" in done.stdout
     assert done.stdout.count("    <bos>Instruction:") == done.stdout.count("  ▌ Slang: ") == 2
     assert "tokens of a row" in done.stdout and "\x1b" not in done.stdout
-    again = subprocess.run([*command, "examples=1"], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    again = subprocess.run([*command, "examples=1"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert again.returncode == 0 and "is up to date" in again.stdout
     assert again.stdout.count("    <bos>Instruction:") == 1, "a folder that is up to date is shown as well"
 
@@ -991,13 +992,6 @@ def test_a_source_in_its_own_data_folder_is_refused(good_folder: Path) -> None:
         prepare(config_for(good_folder, good_folder / "training.jsonl"), None)
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_stopped_in_the_middle_leaves_the_good_folder(tmp_path: Path, how: signal.Signals) -> None:
     source = write_csv(tmp_path / "a.csv", made_up(60))
@@ -1006,9 +1000,9 @@ def test_a_process_stopped_in_the_middle_leaves_the_good_folder(tmp_path: Path, 
     before = digest(data)
     big = write_csv(tmp_path / "big.csv", made_up(20_000))
     process = start(config_for(data, big), tmp_path)
-    wait_for(lambda: partial.exists() and sum(path.stat().st_size for path in partial.iterdir()) > 100_000)
+    until(lambda: partial.exists() and sum(path.stat().st_size for path in partial.iterdir()) > 100_000)
     os.kill(process.pid, how)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert "Traceback" not in out + err
     assert digest(data) == before
@@ -1029,7 +1023,7 @@ def test_a_kill_between_the_two_renames_is_put_right(tmp_path: Path, capsys: pyt
 def test_two_processes_at_once_make_one_good_folder(tmp_path: Path) -> None:
     config = config_for(tmp_path / "data", write_csv(tmp_path / "a.csv", made_up(8000)))
     both = [start(config, tmp_path) for _ in range(2)]
-    outs = [process.communicate(timeout=60) for process in both]
+    outs = [process.communicate(timeout=PATIENCE) for process in both]
     assert [process.returncode for process in both] == [0, 0], outs
     assert sorted("is up to date" in out for out, _ in outs) == [False, True]
     assert account(manifest_of(tmp_path / "data")) == (8000, 8000)

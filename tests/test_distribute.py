@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from conftest import FAMILIES, ROOT, tiny_gemma
+from conftest import FAMILIES, ROOT, tiny_gemma, until
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -234,12 +234,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def assert_gone(pids: list[int]) -> None:
-    for _ in range(300):
-        alive = [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z (" not in _state(pid)]
-        if not alive:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"still running: {alive}")
+    until(lambda: all("Z (" in _state(pid) for pid in pids))
 
 
 def _state(pid: int) -> str:
@@ -298,7 +293,7 @@ def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
     wait_for_steps(process, tmp_path, len(losses(alone)) // 2)
     pids = workers(process)
     os.kill(pids[1], signal.SIGKILL)
-    errors = finish(process, timeout=60)[1]
+    errors = finish(process)[1]
     assert process.returncode == LOST
     assert "training process 1 of 2 was killed by SIGKILL" in errors and "Traceback" not in errors
     assert_gone(list(pids.values()))
@@ -326,7 +321,7 @@ def test_a_stopped_run_says_how_and_goes_on_with_another_number_of_processes(
         wait_for_steps(process, tmp_path, after)
         pids = workers(process)
         process.send_signal(number)
-        errors = finish(process, timeout=60)[1]
+        errors = finish(process)[1]
         assert process.returncode == code and "Traceback" not in errors
         assert errors.lower().count("the same command goes on") == 1
         assert_gone(list(pids.values()))

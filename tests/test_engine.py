@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, tiny_gemma
+from conftest import FAMILIES, PATIENCE, ROOT, tiny_gemma, until
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
@@ -543,7 +543,7 @@ class Line:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
+        self.socket.settimeout(PATIENCE)
         self.socket.connect(str(path))
         self.file = self.socket.makefile("rb")
 
@@ -597,7 +597,7 @@ def engine_socket(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     yield folder / "s"
     assert process.poll() is None, "it has survived all of this"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
     assert not (folder / "s").exists()
 
 
@@ -605,9 +605,7 @@ def test_the_socket_is_its_owners_and_beats(engine_socket: Path) -> None:
     assert stat.S_IMODE(engine_socket.stat().st_mode) == 0o600
     line = Line(engine_socket)
     line.hear("beat")
-    before = time.monotonic()
     beat = line.hear("beat")["beat"]
-    assert time.monotonic() - before < 3  # ten a second where the machine has nothing else to do
     assert beat["adapters"] == sorted(LORAS) and {"running", "waiting", "kv_tokens", "tokens"} <= beat.keys()
     line.say({"op": "stats"})
     assert line.hear()["stats"]["base"]
@@ -695,10 +693,8 @@ def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> N
         pass
     assert (message["id"], message["finish_reason"]) == (0, "cancelled")
     line.close()
-    for _ in range(20):
-        beat = watcher.hear("beat")["beat"]
-        if not beat["running"] + beat["waiting"]:
-            break
+    until(lambda: not (beat := watcher.hear("beat")["beat"])["running"] + beat["waiting"])
+    beat = watcher.hear("beat")["beat"]
     assert (beat["running"], beat["kv_tokens"]) == (0, 0)
     watcher.close()
 
@@ -720,7 +716,7 @@ def test_sigterm_lets_what_has_begun_end(bases: dict[str, Path], tmp_path: Path)
         pass
     assert [one["output_tokens"] for one in messages if one.get("done") and one["id"] == 1] == [300]
     assert [one["code"] for one in messages if one.get("id") == 2] in ([], ["unavailable"])
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE) == 0
     line.close()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from tiny_serving import (
     ENDLESS,
     GREEDY,
@@ -62,7 +62,7 @@ def api(stack: Stack) -> openai.OpenAI:
 
 @pytest.fixture
 def web(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.door, timeout=60) as client:
+    with httpx.Client(base_url=stack.door, timeout=PATIENCE) as client:
         yield client
 
 
@@ -98,7 +98,7 @@ def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Do
         yield Door(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def chat(**others: Any) -> dict[str, Any]:
@@ -107,17 +107,6 @@ def chat(**others: Any) -> dict[str, Any]:
 
 def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.text.split("\n") if line]
-
-
-def settled(stack: Stack, seconds: float = 1.5) -> bool:
-    """Whether the engine has nothing left to do."""
-    end = time.monotonic() + seconds
-    while True:
-        stats = stack.stats()
-        if stats["running"] + stats["waiting"] == 0:
-            return True
-        if time.monotonic() > end:
-            return False
 
 
 # --- without a server -------------------------------------------------------------------------------------------------
@@ -144,7 +133,10 @@ def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside
 
 @pytest.mark.slow
 def test_whoever_guesses_keys_is_not_listened_to_for_a_while(tmp_path: Path) -> None:
-    with door("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded, httpx.Client(timeout=60) as client:
+    with (
+        door("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded,
+        httpx.Client(timeout=PATIENCE) as client,
+    ):
 
         def ask(key: str | None, address: str = "192.0.2.7") -> httpx.Response:
             headers = {"x-forwarded-for": address, **({"authorization": f"Bearer {key}"} if key else {})}
@@ -221,19 +213,21 @@ def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
 
 @pytest.mark.slow
 def test_a_door_before_nothing_says_so_and_counts_its_callers_and_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
-    with door(f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "12", SERVING_API_KEY="a,b") as alone:
+    with door(f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "1", SERVING_API_KEY="a,b,c") as alone:
         for path in ("/health", "/v1/models"):
-            found = httpx.get(alone.url + path, headers={"authorization": "Bearer a"}, timeout=30)
+            found = httpx.get(alone.url + path, headers={"authorization": "Bearer a"}, timeout=PATIENCE)
             assert found.status_code == 503, found.text
         url = f"{alone.url}/v1/chat/completions"
-        asked = httpx.post(url, json=chat(), headers={"authorization": "Bearer a"}, timeout=30)
+        asked = httpx.post(url, json=chat(), headers={"authorization": "Bearer c"}, timeout=PATIENCE)
         assert asked.status_code == 503 and asked.json()["error"]["type"] == "server_error"
         assert int(asked.headers["retry-after"]) > 0
-        # Twelve a minute: two at once, then one in five seconds.
-        limited = [httpx.post(url, content=b"{", headers={"authorization": "Bearer b"}) for _ in range(3)]
-        assert [response.status_code for response in limited] == [400, 400, 429]
+        # One a minute.
+        limited = [
+            httpx.post(url, content=b"{", headers={"authorization": "Bearer b"}, timeout=PATIENCE) for _ in range(2)
+        ]
+        assert [response.status_code for response in limited] == [400, 429]
         assert limited[-1].json()["error"]["code"] == "rate_limit_exceeded"
-        assert 1 <= int(limited[-1].headers["retry-after"]) <= 5
+        assert 1 <= int(limited[-1].headers["retry-after"]) <= 60
         port = alone.url.rpartition(":")[2]
         again = subprocess.run(
             [SERVING_PYTHON, "-m", "serving.gateway", "--port", port], cwd=ROOT, capture_output=True, text=True
@@ -341,13 +335,9 @@ def test_server_sent_events_end_with_done(web: httpx.Client) -> None:
 def test_health_generates_and_says_so_when_it_cannot(web: httpx.Client, stack: Stack) -> None:
     assert web.get("/health").json()["status"] == "ok"
     with stack.stopped("engine"):
-        time.sleep(1.1)  # an answer may be a second old
-        found = web.get("/health")
-        assert found.status_code == 503 and found.json()["status"] == "failing"
-    end = time.monotonic() + 30
-    while web.get("/health").status_code != 200:
-        assert time.monotonic() < end, "the server did not come back"
-        time.sleep(1.1)
+        until(lambda: web.get("/health").status_code == 503)  # an answer may be a second old
+        assert web.get("/health").json()["status"] == "failing"
+    until(lambda: web.get("/health").status_code == 200)
 
 
 @pytest.mark.slow
@@ -358,13 +348,8 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
     before = stack.cancelled()
     with socket.create_connection(("127.0.0.1", stack.ports["door"])) as connection:
         connection.sendall(head + body)
-        end = time.monotonic() + 30
-        while not stack.stats()["running"]:
-            assert time.monotonic() < end, "the request did not arrive"
-    end = time.monotonic() + 10
-    while stack.cancelled() != before + 1:
-        assert time.monotonic() < end, "the answer went on"
-        time.sleep(0.05)
+        until(lambda: stack.stats()["running"])
+    until(lambda: stack.cancelled() == before + 1)
 
 
 @pytest.mark.slow
@@ -376,28 +361,29 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
 
         def post(key: str | None, **others: Any) -> httpx.Response:
             headers = {"authorization": f"Bearer {key}".encode()} if key else {}
-            return httpx.post(url, json=chat(**others), headers=headers, timeout=60)
+            return httpx.post(url, json=chat(**others), headers=headers, timeout=PATIENCE)
 
         for key in (None, "", "firs", "first, second", "é"):
             refused = post(key)
             assert refused.status_code == 401 and refused.json()["error"]["code"] == "invalid_api_key"
-        assert httpx.get(f"{guarded.url}/v1/models").status_code == 401
-        assert httpx.get(f"{guarded.url}/health", timeout=30).status_code == 200
+        assert httpx.get(f"{guarded.url}/v1/models", timeout=PATIENCE).status_code == 401
+        assert httpx.get(f"{guarded.url}/health", timeout=PATIENCE).status_code == 200
         assert post("first").status_code == post("second").status_code == 200
         assert post("second", model="nobody").status_code == 404
 
         large = post("second", messages=[{"role": "user", "content": "x" * 6000}])
         assert large.status_code == 413 and large.json()["error"]["message"] == "the request is larger than 5,000 bytes"
-        chunked = httpx.post(url, content=iter([b"x" * 3000] * 3), headers={"authorization": "Bearer second"})
+        second = {"headers": {"authorization": "Bearer second"}, "timeout": PATIENCE}
+        chunked = httpx.post(url, content=iter([b"x" * 3000] * 3), **second)
         assert chunked.status_code == 413
 
-        with ThreadPoolExecutor(12) as threads, httpx.Client(headers={"authorization": "Bearer second"}) as shared:
-            together = list(threads.map(lambda _: shared.post(url, json=chat(**LONG), timeout=60), range(12)))
+        with ThreadPoolExecutor(12) as threads, httpx.Client(**second) as shared:
+            together = list(threads.map(lambda _: shared.post(url, json=chat(**LONG)), range(12)))
         busy = [response for response in together if response.status_code == 429]
         assert busy and {response.json()["error"]["code"] for response in busy} == {"busy"}
         assert {response.status_code for response in together} == {200, 429}
 
-        counted = httpx.get(f"{guarded.url}/metrics").text
+        counted = httpx.get(f"{guarded.url}/metrics", timeout=PATIENCE).text
         lines = guarded.lines()
     seen = {(line["model"], line["status"]) for line in lines if line["message"] == "request" and "model" in line}
     for model, status in seen:
@@ -424,7 +410,7 @@ def test_texts_are_logged_for_who_asks_for_it_and_a_door_that_is_told_to_end_let
             open_door.process.send_signal(signal.SIGTERM)
             text += "".join(parts)
         assert text.endswith("data: [DONE]\n\n")
-        assert open_door.process.wait(20) == 0
+        assert open_door.process.wait(PATIENCE) == 0
     (line,) = (line for line in open_door.lines() if line["message"] == "request")
     assert line["request"]["messages"] == HI and line["answer"] and line["status"] == 200
 
@@ -472,7 +458,8 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
 
     statuses = [ask(number) for number in range(400)]
     assert {200, 400} <= set(statuses) <= {200, 400, 404}, set(statuses)
-    assert web.get("/health").status_code == 200 and settled(stack, 10)
+    assert web.get("/health").status_code == 200
+    until(lambda: stack.stats()["running"] + stack.stats()["waiting"] == 0)
 
 
 @pytest.mark.slow

@@ -12,16 +12,16 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 
 from core.errors import UserError
 from evaluation.gate import NOT_BETTER
@@ -44,7 +44,7 @@ def command(*words: str, path: str = "", **settings: object) -> subprocess.Compl
     environment |= {name: str(value) for name, value in settings.items()}
     environment |= {"KUBECONFIG": "/nonexistent", "PATH": path or environment["PATH"]}
     call = [sys.executable, "-m", "docker.kubernetes", *words]
-    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def rendered(*words: str, **settings: object) -> list[Document]:
@@ -424,7 +424,7 @@ def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_pa
 
 
 def podman(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["podman", *words], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(["podman", *words], capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 @pytest.fixture
@@ -476,21 +476,21 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
 @CLUSTER
 @pytest.mark.slow
 def test_the_serving_pod_generates_in_a_container_engine(serving_pod: str) -> None:
-    until = time.monotonic() + 240
-    while True:
-        try:
-            with urllib.request.urlopen(f"{serving_pod}/health", timeout=20) as answer:
-                assert json.load(answer)["status"] == "ok"
-            break
-        except OSError:
-            assert time.monotonic() < until, podman("logs", f"{podman('ps', '-alq').stdout.strip()}").stderr
-            time.sleep(1)
+    def is_well() -> bool:
+        with suppress(OSError), urllib.request.urlopen(f"{serving_pod}/health", timeout=PATIENCE) as answer:
+            return bool(json.load(answer)["status"] == "ok")
+        return False
+
+    try:
+        until(is_well)
+    except AssertionError:
+        raise AssertionError(podman("logs", podman("ps", "-alq").stdout.strip()).stderr) from None
     asked = {"model": "gemma-3-270m", "prompt": "The capital of France is", "max_tokens": 5, "temperature": 0}
-    with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=20) as answer:
+    with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=PATIENCE) as answer:
         asked["model"] = json.load(answer)["data"][0]["id"]
     request = urllib.request.Request(
         f"{serving_pod}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
         found = json.load(answer)
     assert found["usage"]["completion_tokens"] == 5 and "capital" in found["choices"][0]["text"]

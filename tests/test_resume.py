@@ -132,9 +132,10 @@ def test_twenty_kills_at_random_moments_change_nothing(start: Start, undisturbed
     for number in range(20):
         if number % 4 == 1:
             training = start(folder, die_in_write=chance.choice(("half", "unsynced", "unnamed")))
-        elif number % 10 == 3:  # anywhere: while it starts, most often
+        elif number % 10 == 3:  # while it starts
             training = start(folder)
-            time.sleep(chance.uniform(0, 3))
+            training.wait_until(lambda: "Loading NeMo" in training.said)  # noqa: B023
+            time.sleep(chance.uniform(0, 0.1))
         else:
             training = start(folder)
             moment = moments.pop(0)

@@ -199,7 +199,7 @@ def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarde
     cookie = {"session": signed_in(guarded)}
     question = {"adapter": "slang", "fields": {"context": "A motherfucker walks in."}, "seed": 1}
     assert "keeps it clean" in guarded.ask("POST", "/api/answer", json=question, cookies=cookie).text
-    assert "keeps it clean" not in site.ask("POST", "/api/answer", json=question, timeout=30).text
+    assert "keeps it clean" not in site.ask("POST", "/api/answer", json=question).text
 
 
 def signed_in(site: Site) -> str:
@@ -223,7 +223,7 @@ def test_whoever_asks_too_often_waits(guarded: Site) -> None:
 
 def test_nothing_that_was_typed_is_logged(site: Site) -> None:
     question = {"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}
-    site.ask("POST", "/api/answer", json=question, timeout=30)
+    site.ask("POST", "/api/answer", json=question)
     site.ask("GET", "/runs?q=hush-search")
     log = site.log.read_text()
     assert "POST /api/answer 200" in log and "GET /runs 200" in log and "hush" not in log

@@ -4,15 +4,15 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
@@ -25,7 +25,6 @@ pytest_plugins = ("website",)
 pytestmark = [needs_serving, pytest.mark.slow]
 SLANG = ROOT / "exports/slang/adapter"
 SCENE = "Someone in the group chat answers a serious question with a single thumbs up."
-PATIENCE = 120_000  # milliseconds for an answer, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def coin(page: Any) -> str:
 
 
 def coined(page: Any) -> str:
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#tools")).to_be_visible()
     return str(page.locator("#after-text").inner_text())
 
 
@@ -126,11 +125,11 @@ def test_the_base_model_stands_beside_on_a_desktop_and_below_on_a_phone(
 def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(f"{live.address}/reviews", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     page.get_by_role("button", name="Summarize and explain Squid Game").click()
-    expect(page.locator(".evidence").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator(".evidence").first).to_be_visible()
     page.get_by_label("Your question").fill("What about the acting?")
     page.keyboard.press("Enter")
     evidence = page.locator(".exchange").nth(1).locator(".evidence")
-    expect(evidence).to_contain_text("acting", timeout=PATIENCE)
+    expect(evidence).to_contain_text("acting")
     expect(evidence).to_contain_text("reviews name it")
     assert page.locator(".exchange").nth(1).locator(".answer").inner_text().strip()
     assert violations(page) == []
@@ -144,11 +143,11 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
     bubbles, message = page.locator(".bubble"), page.get_by_label("Your message")
     message.fill("Hello! I am Ada.")
     message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#tools")).to_be_visible()
     first = bubbles.nth(1).inner_text()
     message.fill("Tell me a long story about a ship.")
     message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#tools")).to_be_visible()
     assert [one["role"] for one in sent[-1]["messages"]] == ["user", "assistant", "user"]
     assert sent[-1]["messages"][1]["content"] == first
     with stack.stopped("engine"):  # or it may have said all before the visitor stops it
@@ -157,12 +156,12 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
         expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     assert len(sent) == 3 and sent[2]["messages"] == sent[1]["messages"] and sent[2]["seed"] != sent[1]["seed"]
     expect(bubbles).to_have_count(4)
-    wait_for(lambda: not stack.stats()["running"])  # stopped in the engine too
+    until(lambda: not stack.stats()["running"])  # stopped in the engine too
     page.get_by_label("Model").select_option("squid_game")
     expect(bubbles).to_have_count(0)
     message.fill("Is it violent?")
     message.press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#tools")).to_be_visible()
     assert sent[-1]["adapter"] == "squid_game" and len(sent[-1]["messages"]) == 1
     assert violations(page) == []
 
@@ -178,7 +177,7 @@ def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..
     page.get_by_label("Model").select_option("Base model, not fine-tuned")
     page.get_by_label("Your message").fill((payload + "\n") * 6)
     page.get_by_label("Your message").press("Enter")
-    expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#tools")).to_be_visible()
     said = page.locator(".bubble.assistant").inner_text()
     assert payload[:7] in said
     assert page.locator(".bubble *").count() == 0
@@ -192,7 +191,7 @@ def test_two_browsers_at_once_do_not_meet(live: Site, open_page: Callable[..., A
         page.get_by_label("Your message").fill(f"My name is {name}. Who won the match?")
         page.get_by_label("Your message").press("Enter")
     for page, other in zip(pages, reversed(names), strict=True):
-        expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#tools")).to_be_visible()
         assert page.locator(".bubble").count() == 2 and other not in page.locator("#log").inner_text()
 
 
@@ -202,7 +201,7 @@ def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
     try:
         for _ in range(4):
             request = httpx.Client().stream(
-                "POST", f"{live.address}/api/answer", json=question, timeout=60, headers={"origin": live.address}
+                "POST", f"{live.address}/api/answer", json=question, timeout=PATIENCE, headers={"origin": live.address}
             )
             streams.append(request)
         codes = [stream.__enter__().status_code for stream in streams]
@@ -230,26 +229,28 @@ def test_a_busy_model_is_told_in_words_and_asked_again(
         holding = []
         for waiting in (0, 1):  # one has the whole cache, and the other the only place in the queue
             holding.append(client.stream("Hi", **{**ENDLESS, "max_tokens": room - 1000}))
-            wait_for(lambda waiting=waiting: (stack.stats()["running"], stack.stats()["waiting"]) == (1, waiting))
+            until(lambda waiting=waiting: (stack.stats()["running"], stack.stats()["waiting"]) == (1, waiting))
         page.get_by_label("Your message").fill("Hello!")
         page.get_by_label("Your message").press("Enter")
-        expect(page.locator("#alert")).to_contain_text("Many people are asking right now", timeout=PATIENCE)
+        expect(page.locator("#alert")).to_contain_text("Many people are asking right now")
         assert page.locator(".bubble").all_inner_texts() == ["Hello!"]
         for stream in holding:
             stream.cancel()
-        wait_for(lambda: not stack.stats()["running"])
+        until(lambda: not stack.stats()["running"])
         page.get_by_role("button", name="Try again").click()
-        expect(page.locator("#tools")).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#tools")).to_be_visible()
         expect(page.locator("#alert")).to_be_hidden()
         site.end()
 
 
-def wait_for(holds: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if holds():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it did not come to that")
+@contextmanager
+def without_supervisor(stack: Stack) -> Iterator[None]:
+    supervisor = psutil.Process(stack.process.pid)
+    supervisor.suspend()
+    try:
+        yield
+    finally:
+        supervisor.resume()
 
 
 def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
@@ -259,16 +260,15 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     page.get_by_label("Where are you?").fill(SCENE)
     page.get_by_label("Put the base model beside it").check()
     page.get_by_role("button", name="Coin a word").click()
-    expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
-    stack.part("engine").kill()
-    killed = time.monotonic()
-    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
-    assert time.monotonic() - killed < 5
-    assert page.locator("#before-text").inner_text()  # what came is still there
-    assert page.get_by_label("Where are you?").input_value() == SCENE
-    assert violations(page) == []
-    expect(page.locator("#status")).to_have_text("Model away")
-    expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
+    expect(page.locator("#before-text")).not_to_be_empty()
+    with without_supervisor(stack):  # nobody brings the engine back while the page is looked at
+        stack.part("engine").kill()
+        expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+        assert page.locator("#before-text").inner_text()  # what came is still there
+        assert page.get_by_label("Where are you?").input_value() == SCENE
+        assert violations(page) == []
+        expect(page.locator("#status")).to_have_text("Model away")
+    expect(page.locator("#status")).to_have_text("Model ready")
     page.get_by_role("button", name="Try again").click()
     assert coined(page)
     expect(page.locator("#alert")).to_be_hidden()
@@ -294,10 +294,10 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
         tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False, PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
     )
     site.wait()
-    wait_for(lambda: site.ask("GET", "/api/status").json()["ready"])
+    until(lambda: site.ask("GET", "/api/status").json()["ready"])
     assert len(ours()) > 5
     site.kill()
-    wait_for(lambda: not ours())
+    until(lambda: not ours())
 
 
 def test_the_page_of_runs_shows_what_is_served(live: Site, open_page: Callable[..., Any]) -> None:

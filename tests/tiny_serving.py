@@ -6,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +83,7 @@ class Stack:
 
     def cancelled(self) -> float:
         """How many requests the engine has ended because their client had left."""
-        text = httpx.get(f"http://127.0.0.1:{self.ports['metrics']}/metrics", timeout=20).text
+        text = httpx.get(f"http://127.0.0.1:{self.ports['metrics']}/metrics", timeout=PATIENCE).text
         lines = [line for line in text.splitlines() if line.startswith("gemma_requests") and '"cancelled"' in line]
         return sum(float(line.split()[-1]) for line in lines)
 
@@ -92,7 +91,7 @@ class Stack:
         """What the engine says of itself: `running` and `waiting` requests, and more."""
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(os.path.relpath(self.folder / "state/engine.sock"))
-            connection.settimeout(20)
+            connection.settimeout(PATIENCE)
             for line in connection.makefile(encoding="utf-8"):
                 if beat := json.loads(line).get("beat"):
                     return dict(beat)
@@ -134,15 +133,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(port: int, seconds: float = 30.0) -> None:
-    """Until somebody listens at `port`."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            assert time.monotonic() < end, f"nobody listens at {port}"
-            time.sleep(0.05)
+def is_open(port: int) -> bool:
+    """Whether somebody listens at `port`."""
+    with socket.socket() as connection:
+        return not connection.connect_ex(("127.0.0.1", port))
 
 
 @contextmanager
@@ -179,8 +173,8 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
                 break
         else:
             raise AssertionError(f"the server did not start:\n{said}")
-        wait_for(ports["door"])
+        until(lambda: is_open(ports["door"]))
         yield Stack(process, folder, ports)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=PATIENCE)

@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
-from tiny_serving import SERVING_PYTHON, free_ports
+from conftest import PATIENCE, ROOT
+from tiny_serving import SERVING_PYTHON, free_ports, is_open
 
 from core.configuration import load_config, names
 from data_prep.prepare import prepare
@@ -27,7 +27,7 @@ PAYLOADS = (
 )
 needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 expect = sync_api.expect
-expect.set_options(timeout=30_000)  # on a busy machine
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 class Site:
@@ -38,7 +38,7 @@ class Site:
         self.address = f"http://127.0.0.1:{self.port}"
         self.storage, self.log = folder / "kept", folder / "log"
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--storage", str(self.storage)]
-        self._client = httpx.Client()
+        self._client = httpx.Client(timeout=PATIENCE)
         self._process = subprocess.Popen(
             [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
             cwd=ROOT,
@@ -48,13 +48,10 @@ class Site:
         )
 
     def wait(self) -> "Site":
-        for _ in range(600):
-            try:
-                httpx.get(f"{self.address}/health")
-                return self
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError(self.log.read_text())
+        while not is_open(self.port):
+            assert self._process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        return self
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """As a page of the site does, unless `headers` say otherwise."""
@@ -65,12 +62,12 @@ class Site:
     def kill(self) -> None:
         self._client.close()
         self._process.kill()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
 
     def end(self) -> None:
         self._client.close()
         self._process.terminate()
-        self._process.wait(20)
+        self._process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +118,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str, **options: Any) -> Any:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(1000 * PATIENCE)
         contexts.append(context)
         page = context.new_page()
         page.errors = errors
