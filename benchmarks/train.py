@@ -30,11 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
+from core.schema import Config
 
 RESULTS = Path("benchmarks/results")
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +84,7 @@ def main(words: list[str]) -> None:
     own, others = Words.read(words)
     config = load_config(others)
     source = Path(config.task.data.source)
-    config.data_dir = str(Path(config.data_dir).parent / f"bench-{source.stem}")
+    config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
     if own.text:
         from benchmarks.rows import text_task
 
@@ -113,7 +112,7 @@ def main(words: list[str]) -> None:
     print(f"written: {file}, {table.write_docs(RESULTS)}")
 
 
-def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) -> dict[str, Any]:
+def measure(own: Words, config: Config, base_folder: Path, scratch: Path) -> dict[str, Any]:
     """Run the rounds and put together all that table.py shows."""
     from transformers import AutoConfig
 
@@ -235,7 +234,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
 
 
 def write_recipe(
-    config: DictConfig,
+    config: Config,
     base_folder: Path,
     rows: list[dict[str, Any]],
     steps: list[int],

@@ -23,7 +23,6 @@ import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from omegaconf import DictConfig
 
 from converters.adapter import HUB
 from converters.convert import convert
@@ -32,6 +31,7 @@ from converters.nemo_file import NemoFile, read_nemo
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
 from core.run_folder import newest_run
+from core.schema import Config
 
 TERMS = "https://ai.google.dev/gemma/terms"
 SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
@@ -126,7 +126,7 @@ def main(words: list[str]) -> None:
     publish(load_config(overrides), own["repo"], own["to"], own["dataset"], own["dry_run"].lower() in ("1", "true"))
 
 
-def publish(config: DictConfig, repo: str, to: str, dataset: str, dry_run: bool) -> None:
+def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> None:
     """Write and, unless `dry_run`, push the newest run of the task.
 
     Raises:

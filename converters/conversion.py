@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
@@ -25,6 +25,7 @@ from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
 from core.progress import Progress
+from core.schema import ModelConfig
 
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -121,20 +122,20 @@ def fetched(name: Path | str) -> Path:
     path = Path(name)
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(name)):
         return path
-    files = sorted((CONFIG_DIR / "model").glob("*.yaml"))
-    known = next((model for file in files if (model := OmegaConf.load(file)).repo == str(name)), None)
-    model = known or OmegaConf.create(
-        {
-            "name": str(name).replace("/", "--"),
-            "repo": str(name),
-            "revision": "main",
-            "embedded": False,
-            "path": None,
-            "models_dir": "models",
-            "max_perplexity": 1000,
-        }
+    models = (
+        yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CONFIG_DIR / "model").glob("*.yaml"))
     )
-    return ensure_base_model(cast(DictConfig, model))
+    known = next((model for model in models if model["repo"] == str(name)), None)
+    model = known or {
+        "name": str(name).replace("/", "--"),
+        "repo": str(name),
+        "revision": "main",
+        "embedded": False,
+        "path": None,
+        "models_dir": "models",
+        "max_perplexity": 1000,
+    }
+    return ensure_base_model(ModelConfig(**{key: value for key, value in model.items() if key != "defaults"}))
 
 
 def opened(format_name: str, path: Path) -> Checkpoint | Adapter:

@@ -5,8 +5,8 @@
 
     options = parse(Options, ["port=8081"])
 
-It needs only pydantic, so that commands of the serving environment can use it. Commands on the configuration's tree call
-`core.configuration.load_config(argv, Options)`.
+It needs only pydantic, so that commands of the serving environment can use it. Commands on the configuration's tree
+call `core.configuration.load_config(argv, Options)`.
 """
 
 import sys
@@ -48,8 +48,7 @@ def parse(options: type[Options], argv: Sequence[str], sections: Sequence[type[B
     for word in argv:
         name, is_assignment, text = word.partition("=")
         if name not in options.model_fields:
-            plain = name.lstrip("-").replace("-", "_")
-            hint = did_you_mean([plain], options.model_fields) or f". Known: {', '.join(options.model_fields) or 'none'}"
+            hint = did_you_mean([name], options.model_fields) or f". Known: {', '.join(options.model_fields) or 'none'}"
             wrong.append(f"argument {word}: unknown name {name}{hint}; arguments are written key=value")
         elif not is_assignment:
             wrong.append(f"argument {word}: has no value; write {name}=VALUE")

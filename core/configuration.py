@@ -1,14 +1,14 @@
 """From a command's arguments to one typed configuration, or to the sentences that say what is wrong.
 
-Commands on this tree take overrides such as `task=slang model=gemma-2-2b task.train.epochs=5 experiment=attempt2`. Hydra
-composes the files of `nemo_configs/` with them; what comes of it is checked against `core/schema.py` before anything is
+Commands on this tree take overrides such as `task=slang model=gemma-2-2b task.train.epochs=5 experiment=attempt2`.
+Hydra composes the files of `nemo_configs/` with them; the result is checked against `core/schema.py` before anything is
 loaded. No Hydra or OmegaConf object leaves this module.
 """
 
 import re
-from difflib import get_close_matches
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
@@ -27,11 +27,10 @@ from core import tasks
 from core.arguments import Arguments, own_arguments, parse
 from core.errors import UserError
 from core.schema import Config, DataConfig, Section
+from core.tasks import CONFIG_DIR, foreign_config_dirs
 from core.validation import did_you_mean, sentence
 
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "nemo_configs"
-
 Options = TypeVar("Options", bound=Arguments)
 Path_ = tuple[str | int, ...]  # of a value in the tree, e.g. ("task", "evaluate", "questions", 2)
 
@@ -45,10 +44,8 @@ class Problem:
 
 
 def config_dirs() -> list[Path]:
-    """`nemo_configs/`, and those beside the folders of tasks that lie outside this repository."""
-    beside = [folder.parent / "nemo_configs" for folder in tasks.folders()]
-    repository = Path(__file__).resolve().parents[1] / "nemo_configs"
-    return [CONFIG_DIR, *(folder for folder in beside if folder not in (CONFIG_DIR, repository) and folder.is_dir())]
+    """`nemo_configs/`, and those of tasks that lie outside this repository."""
+    return [CONFIG_DIR, *foreign_config_dirs()]
 
 
 def names(group: str) -> list[str]:
@@ -158,14 +155,13 @@ def _parse_overrides(words: list[str], own: list[str]) -> list[Override]:
             wrong.append(f"argument {_short(word)}: is malformed ({_first_line(error)}); {hint}")
             continue
         if override.is_sweep_override():
-            wrong.append(f"argument {_short(word)}: takes one value; a text with commas stands in quotes: key=\"'a,b'\"")
+            hint = "a text with commas stands in quotes: key=\"'a,b'\""
+            wrong.append(f"argument {_short(word)}: takes one value; {hint}")
         elif not override.is_delete() and _is_group(override) and not isinstance(name := override.value(), list):
             known = names(override.key_or_group)
             if name not in known:
-                hint = did_you_mean([str(name)], known)
-                wrong.append(
-                    f"argument {_short(word)}: unknown {override.key_or_group} '{name}'. Known: {', '.join(known)}{hint}"
-                )
+                says = f"unknown {override.key_or_group} '{name}'. Known: {', '.join(known)}"
+                wrong.append(f"argument {_short(word)}: {says}{did_you_mean([str(name)], known)}")
         given.append(override)
     if wrong:
         raise UserError(*wrong)
@@ -190,8 +186,8 @@ def _as_hydra_takes_it(override: Override) -> str:
 
 
 def _composed(words: list[str], given: list[Override]) -> Config:
-    more = [f"file://{folder}" for folder in config_dirs()[1:]]
-    words = [*words, f"hydra.searchpath={more}"] if more else words
+    if foreign := foreign_config_dirs():
+        words = [*words, f"hydra.searchpath=[{','.join(_in_quotes(f'file://{folder}') for folder in foreign)}]"]
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose("config", overrides=words)
@@ -204,9 +200,7 @@ def _composed(words: list[str], given: list[Override]) -> Config:
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
         known = names(group)
-        raise UserError(
-            f"unknown {group} '{name}'. Known: {', '.join(known)}{did_you_mean([name], known)}"
-        ) from None
+        raise UserError(f"unknown {group} '{name}'. Known: {', '.join(known)}{did_you_mean([name], known)}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         hint = "; between double quotes, \\${ is written \\\\${" if "escape character '$'" in str(error.problem) else ""
@@ -245,7 +239,11 @@ def _quoted(word: str) -> str:
     name, is_assignment, value = word.partition("=")
     if not is_assignment or name.lstrip("+") not in PATHS or value[:1] in ("'", '"'):
         return word
-    return "{}='{}'".format(name, value.replace("\\", "\\\\").replace("'", "\\'"))
+    return f"{name}={_in_quotes(value)}"
+
+
+def _in_quotes(text: str) -> str:
+    return "'{}'".format(text.replace("\\", "\\\\").replace("'", "\\'"))
 
 
 def _has_gpu() -> bool:
@@ -266,10 +264,10 @@ def _check_options(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]
     for key in data.keys() - DataConfig.model_fields.keys():
         path = ("task", "data", key)
         model = None
-        if key == module and key in tasks.having("rows"):
-            model = getattr(tasks.part_of(key, "rows", "task.data.module"), "Options", None)
+        if key == module and key in tasks.having("options"):
+            model = tasks.part_of(key, "options", "task.data.module").Options
         if model is None:
-            is_other = key != module and key in tasks.having("rows")
+            is_other = key != module and key in tasks.having("options")
             says = f"{dotted(path)} is for task.data.module={key}, which is {module or 'null'} here"
             problems.append(Problem(path, says if is_other else _unknown(path, DataConfig)))
             continue

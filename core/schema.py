@@ -1,7 +1,7 @@
 """Every key of the configuration with its type, its range and its meaning: the one place for all three.
 
-`nemo_configs/` holds the values; `core/configuration.py` checks them against these models before anything is loaded, and
-`python -m commands.config_reference` makes docs/configuration.md from them.
+`nemo_configs/` holds the values; `core/configuration.py` checks them against these models before anything is loaded,
+and `python -m commands.config_reference` makes docs/configuration.md from them.
 """
 
 from typing import Annotated, Any, Literal
@@ -172,6 +172,7 @@ class EvaluateConfig(Section):
 
 class TaskConfig(Section):
     name: NonEmpty = Field(description="names the folders of data and runs")
+    title: Text | None = Field(None, description="what people call the served adapter; null: its name")
     data: DataConfig
     prompt: PromptConfig
     train: TrainConfig
@@ -206,12 +207,10 @@ class PeftConfig(Section):
     lora_alpha: Number = Field(gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: Number = Field(ge=0, lt=1, description="share of inputs that are dropped in training")
     bias: Literal["none", "all", "lora_only"] = Field(description="which biases are trained")
-    target_modules: Modules = Field(
-        description="names of the layers that get an adapter, or one regular expression"
-    )
-    use_rslora: bool = Field(False, description="scale by lora_alpha / √r instead")
-    use_dora: bool = Field(False, description="learn magnitude and direction apart; slower")
-    quantization: QuantizationConfig | None = Field(None, description="null: the base as it is")
+    target_modules: Modules = Field(description="names of the layers that get an adapter, or one regular expression")
+    use_rslora: bool = Field(description="scale by lora_alpha / √r instead")
+    use_dora: bool = Field(description="learn magnitude and direction apart; slower")
+    quantization: QuantizationConfig | None = Field(description="null: the base as it is")
     optimizer: Optimizer = Field(description="default of task.train.optimizer")
 
 

@@ -3,6 +3,7 @@
 A stage asks for the part that it knows by name and does without it where a task has none:
 
     tasks/<name>/rows.py      reading its rows and wording them, see data_prep/write_splits.py
+    tasks/<name>/options.py   Options, the keys of task.data.<name>, see core/configuration.py
     tasks/<name>/metrics.py   METRICS beside the usual ones, see evaluation/metrics.py
 
 `tasks` is a namespace package: a folder `tasks/` anywhere on Python's path adds to it, so a task may live outside this
@@ -16,11 +17,20 @@ from types import ModuleType
 
 from core.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG_DIR = ROOT / "nemo_configs"
+
 
 def folders() -> list[Path]:
     """Every folder that tasks are found in, this repository's among them; none where all have been deleted."""
     spec = find_spec("tasks")
     return [Path(path) for path in spec.submodule_search_locations or []] if spec else []
+
+
+def foreign_config_dirs() -> list[Path]:
+    """The `nemo_configs` folders beside the `tasks` folders that lie outside this repository."""
+    beside = (folder.resolve().parent / CONFIG_DIR.name for folder in folders())
+    return [folder for folder in beside if folder != CONFIG_DIR and folder.is_dir()]
 
 
 def having(part: str) -> list[str]:

@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 from datasets import Dataset
-from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -24,7 +23,8 @@ from transformers import (
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
 from core.base_model import ensure_base_model
-from core.configuration import load_config
+from core.configuration import check, load_config, plain
+from core.schema import Config
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
+def fit_here(config: Config, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
     """`training.fit.fit` into `folder`/slang.nemo, in this process."""
     from training.fit import fit
 
