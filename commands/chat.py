@@ -34,8 +34,8 @@ HELP = """\
 Ctrl-C stops an answer. To begin a message with a slash, put a space before it."""
 
 
-def main(words: list[str]) -> None:
-    config = load_config(words)
+def main(argv: list[str]) -> None:
+    config = load_config(argv)
     asked = Run.read(newest_run(config))
     console = Console(highlight=False)
     with console.status("loading"):

@@ -10,8 +10,8 @@ from evaluation.gate import pass_gate
 from evaluation.report import evaluate, show, write
 
 
-def main(words: list[str]) -> int:
-    config = load_config(words)
+def main(argv: list[str]) -> int:
+    config = load_config(argv)
     finished = Run.read(newest_run(config))
     if finished.task != config.task.name:
         raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")

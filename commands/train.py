@@ -44,8 +44,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 SAMPLES = 3  # questions asked before and after; `make report` asks more
 
 
-def main(words: list[str]) -> int:
-    config = load_config(words)
+def main(argv: list[str]) -> int:
+    config = load_config(argv)
     print(
         f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
         f"{config.trainer.accelerator.upper()}"

@@ -79,7 +79,8 @@ def own_arguments(options: type[Arguments], argv: Sequence[str]) -> tuple[list[s
 
 def describe(options: type[Arguments], sections: Sequence[type[BaseModel]] = ()) -> str:
     """What `--help` prints: what the command is for, and its arguments with types, defaults and meanings."""
-    parts = [(sys.modules[options.__module__].__doc__ or "").strip()]
+    command = "__main__" if options is Arguments else options.__module__
+    parts = [(sys.modules[command].__doc__ or "").strip()]
     if options.model_fields:
         parts.append("Arguments, each as key=value:\n" + _table(options))
     for section in sections:

@@ -69,8 +69,8 @@ def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) 
     Raises:
         UserError: with a sentence for each unknown name or key, malformed argument, missing or wrong value.
     """
-    own, overrides = own_arguments(options, argv) if options else ([], list(argv))
-    parsed = parse(options, own, sections=(Config,)) if options else None
+    own, overrides = own_arguments(options or Arguments, argv)
+    parsed = parse(options or Arguments, own, sections=(Config,))
     words = [_quoted(word) for word in overrides]
     given = _parse_overrides(words, list(options.model_fields) if options else [])
     is_named = any(override.key_or_group == "trainer" for override in given)
@@ -78,7 +78,7 @@ def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) 
     config = _composed(words if is_named else [*words, "trainer=cpu"], given)
     if not is_named and _has_gpu():
         config = _composed([*words, "trainer=gpu"], given)
-    return config if parsed is None else (config, parsed)
+    return (config, cast(Options, parsed)) if options else config
 
 
 def plain(section: Section) -> dict[str, Any]:
