@@ -1,6 +1,6 @@
 """Ask base and fine-tuned model of the newest run the same questions, measure their answers, and write the report.
 
-python -m commands.report task=slang [+run=FOLDER]
+python -m commands.report task=slang [run=FOLDER]
 """
 
 from core.configuration import load_config

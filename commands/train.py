@@ -2,7 +2,7 @@
 
     python -m commands.train task=slang                              (what `make train TASK=slang` calls)
     python -m commands.train task=slang task.data.source=mine.csv seed=1
-    python -m commands.train task=slang +experiment=attempt2
+    python -m commands.train task=slang experiment=attempt2
 
 A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
 only shows one that is finished; anything changed starts another. Told to stop by SIGTERM or SIGUSR1, it writes a

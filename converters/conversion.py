@@ -54,16 +54,14 @@ def fill(
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
-        raise UserError(
-            f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it"
-        )
+        raise UserError(f"{path} is a whole model, there is nothing to merge; to=hf makes a Hugging Face folder of it")
     kind = Checkpoint if to == MERGED else type(source)
     if kind not in module.WRITES:
         what, can = ("an adapter", MERGED) if kind is Adapter else ("a whole model", "hf")
-        raise UserError(f"{path} is {what}, which {to} does not hold; --to {can} does")
+        raise UserError(f"{path} is {what}, which {to} does not hold; to={can} does")
     if dtype and dtype not in getattr(module, "DTYPES", ()):
         known = ", ".join(getattr(module, "DTYPES", ())) or "none, it keeps those of the source"
-        raise UserError(f"--dtype {dtype} is unknown to {to}. Known: {known}")
+        raise UserError(f"dtype={dtype} is unknown to {to}. Known: {known}")
 
     whole = source if isinstance(source, Checkpoint) else base
     assert whole
@@ -159,7 +157,7 @@ def opened_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
         folder = Path(adapter.base["source"])
     if not (folder / "config.json").exists():
         missing = f"the base model {known} is not in {folder}" if known or name else "the adapter does not say its base"
-        raise UserError(f"{missing}; name its folder with --base")
+        raise UserError(f"{missing}; name its folder with base=FOLDER")
     base = opened("hf", folder)
     assert isinstance(base, Checkpoint)
     base.origin = {**describe(folder), "folder": str(folder)}

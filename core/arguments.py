@@ -59,8 +59,10 @@ def parse(options: type[Options], argv: Sequence[str], sections: Sequence[type[B
         parsed = options.model_validate(given)
     except ValidationError as error:
         for each in error.errors():
-            name = str(each["loc"][0])
-            if each["type"] == "missing":
+            name = str(each["loc"][0]) if each["loc"] else ""
+            if not name:  # several that do not go together
+                wrong.append(str(each["ctx"]["error"]))
+            elif each["type"] == "missing":
                 wrong.append(f"argument {name} is missing: {options.model_fields[name].description}")
             else:
                 text = given[name]

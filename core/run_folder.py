@@ -97,7 +97,7 @@ def finished_runs(config: Config) -> list[Path]:
 
 
 def newest_run(config: Config) -> Path:
-    """The folder of the task's newest finished run, or the one named by `+run=FOLDER`.
+    """The folder of the task's newest finished run, or the one named by `run=FOLDER`.
 
     Raises:
         UserError: there is none.

@@ -111,7 +111,7 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
         )
     others = [one.folder.name for one in members if one not in asked]
     if asked and others:
-        notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
+        notes.append(f"Answers not measured yet (make report ARGS=run=FOLDER): {', '.join(others)}.")
     if len(same) < len(asked):
         notes.append(
             f"Asked other questions, or sampled otherwise: "

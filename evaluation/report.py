@@ -1,6 +1,6 @@
 """A run on one page: did it work, how did it learn, from which data, and everything needed to do it again.
 
-    python -m commands.report task=slang               (the newest finished run's; +run=FOLDER another's)
+    python -m commands.report task=slang               (the newest finished run's; run=FOLDER another's)
 
 Training writes the page with three questions. This command asks `task.evaluate`'s, of base and fine-tuned model, with
 several seeds (evaluation/generations.py), measures the answers (evaluation/metrics.py), lets a judge compare them where

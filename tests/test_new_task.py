@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
 
 from commands.new_task import main, new_task
 from core import configuration as command_line
 from core.configuration import load_config, names
 from core.errors import UserError
+from core.schema import TaskConfig
 from data_prep.prepare import prepare
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -70,10 +70,8 @@ def rows_of(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return prepared
 
 
-def task_of(name: str) -> DictConfig:
-    task = load_config([f"task={name}"]).task
-    assert isinstance(task, DictConfig)
-    return task
+def task_of(name: str) -> TaskConfig:
+    return load_config([f"task={name}"]).task
 
 
 # --- what kind of table ---------------------------------------------------------------------------------------
@@ -297,7 +295,7 @@ def test_a_table_of_no_use_is_refused_in_words(tmp_path: Path, configs: Path, na
 def test_what_cannot_be_is_said_in_words(configs: Path, name: str, source: str, message: str) -> None:
     before = {file.name: file.read_bytes() for file in configs.iterdir()}
     with pytest.raises(UserError) as error:
-        main([f"--title={''}", "--", name, source])
+        main([f"name={name}", f"source={source}", "title="])
     assert message in str(error.value)
     assert {file.name: file.read_bytes() for file in configs.iterdir()} == before
 

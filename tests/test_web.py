@@ -59,8 +59,8 @@ def sites(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     """Two without a model: an open one, and one with a password that keeps it clean."""
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
     sites = (
-        Site(folder, "--triton", nobody),
-        Site(tmp_path_factory.mktemp("guarded"), "--triton", nobody, "--clean", WEB_PASSWORD=PASSWORD),
+        Site(folder, f"triton={nobody}"),
+        Site(tmp_path_factory.mktemp("guarded"), f"triton={nobody}", "clean=true", WEB_PASSWORD=PASSWORD),
     )
     yield sites[0].wait(), sites[1].wait()
     for site in sites:
@@ -421,6 +421,6 @@ def test_nothing_that_was_typed_is_logged(site: Site) -> None:
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
-    words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
+    words = ["alone=true", f"port={site.port}", f"database={tmp_path}/d"]
     other = subprocess.run([SERVING_PYTHON, "-m", "commands.web", *words], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode == 2 and "port=" in other.stderr and "Traceback" not in other.stderr

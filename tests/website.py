@@ -37,10 +37,10 @@ class Site:
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
-        folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
+        folders = [f"runs={folder}/runs", f"data={folder}/data", f"database={self.database}"]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "commands.web", *["alone=true"] * alone, f"port={self.port}", *folders, *words],
             cwd=ROOT,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
