@@ -24,11 +24,12 @@ from training.identity import made_of
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    load_config(["task=slang", *argv])  # a wrong argument is answered before anything is trained
     results = []
     for attempt in ATTEMPTS:
         # A limit of rows is for the attempts that take all of them; the first has its own, of 150.
-        given = [word for word in words if attempt != "attempt1" or not word.startswith("task.data.train_rows=")]
+        given = [word for word in argv if attempt != "attempt1" or not word.startswith("task.data.train_rows=")]
         overrides = ["task=slang", f"+experiment={attempt}", *given]
         code = subprocess.run([sys.executable, "-m", "commands.train", *overrides], check=False).returncode
         if code:
@@ -39,11 +40,11 @@ def main(words: list[str]) -> None:
         results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
     if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
-    write_json(RESULTS / "attempts.json", summarize(results, words))
+    write_json(RESULTS / "attempts.json", summarize(results, argv))
     print(f"\nwritten: {RESULTS / 'attempts.json'}, {', '.join(refresh())}")
 
 
-def summarize(results: list[Run], words: list[str]) -> dict[str, Any]:
+def summarize(results: list[Run], argv: list[str]) -> dict[str, Any]:
     """What benchmarks/figures.py shows of the attempts."""
     first = results[0]
     environment, before = first.environment, first.evaluation["before"]
@@ -59,7 +60,7 @@ def summarize(results: list[Run], words: list[str]) -> dict[str, Any]:
     answers = {"base model": before["answers"]}
     answers |= {row["run"]: result.evaluation["after"]["answers"] for row, result in zip(table, results, strict=True)}
     source = first.manifest["source"]
-    more = [word for word in words if not word.startswith(("task.data.source=", "model="))]
+    more = [word for word in argv if not word.startswith(("task.data.source=", "model="))]
     arguments = f' ARGS="{" ".join(more)}"' if more else ""
     return {
         "command": f"make attempts SOURCE={source['name']}{arguments}",

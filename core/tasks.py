@@ -3,6 +3,7 @@
 A stage asks for the part that it knows by name and does without it where a task has none:
 
     tasks/<name>/rows.py       how its rows are read and worded, see data_prep/write_splits.py
+    tasks/<name>/options.py    Options, the keys of task.data.<name>, see core/configuration.py
     tasks/<name>/metrics.py    METRICS beside those of every task, see evaluation/metrics.py
     tasks/<name>/page.py       PAGE, a page of the website, see serving/web/page.py
     tasks/<name>/new_task.py   which tables `make new-task` gives to it, see data_prep/new_task.py
