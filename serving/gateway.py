@@ -36,10 +36,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
+from serving.client.transport import connect
 from serving.gateway_records import NOBODY, Metrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
 from serving.protocol import CANCELLED
-from serving.transport import connect
 from serving.web.guard import client_of
 
 BODY_SECONDS = 30.0  # for a request to arrive in
