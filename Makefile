@@ -100,6 +100,11 @@ serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of eac
 	@$(RUN) commands.prepare_serving $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
 	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(ARGS))
 
+.PHONY: client
+client:  ## build the wheel of the client, which needs no torch, into dist/
+	@$(PYTHON) -m pip wheel -q --no-deps --wheel-dir dist .
+	@ls dist/gemma_nemo_client-*.whl
+
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
 bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs/  SOURCE=my.csv ARGS="rows=128"
@@ -148,11 +153,11 @@ lint: .venv/dev.stamp  ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
-	for extra in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
-	for extra in dev bench; do .venv/bin/uv pip compile -q --upgrade --extra $$extra -c train.lock pyproject.toml -o $$extra.lock || exit 1; done
+	for group in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --group $$group -o $$group.lock || exit 1; done
+	for group in dev bench; do .venv/bin/uv pip compile -q --upgrade --group $$group -c train.lock -o $$group.lock || exit 1; done
 
 clean:  ## remove environments and caches; data, models and runs stay
-	rm -rf .venv .venv-serve .venv-bench .venv-automodel .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-serve .venv-bench .venv-automodel build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/; s/(\S)  +(\S)/\1\t\2/' | expand -t 22,84

@@ -97,7 +97,7 @@ class Adapter:
     def dialogue(
         self, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool = False
     ) -> "PreparedRequest":
-        """The request for a dialogue; with `forget`, it can be shortened by its oldest exchange where it is too long."""
+        """The request for a dialogue; with `forget`, its oldest exchanges can be left out."""
         request = self.request(self.write_dialogue(messages), base, sampling)
         first = int(messages[0]["role"] == "system")
         rest = [*messages[:first], *messages[first + 2 :]]
@@ -107,9 +107,8 @@ class Adapter:
 
     def request(self, text: str, base: bool, sampling: Mapping[str, Any]) -> "PreparedRequest":
         """The request for a whole prompt, to this adapter or to the base alone; `sampling` overrides the task's own."""
-        return PreparedRequest(
-            text, {**self.sampling, **sampling, **({} if base else {"lora_name": self.name})}, self.prompt
-        )
+        adapter = {} if base else {"lora_name": self.name}
+        return PreparedRequest(text, {**self.sampling, **sampling, **adapter}, self.prompt)
 
     def _fill_message(self, message: Message) -> Message:
         text = message.get("content")
@@ -129,8 +128,8 @@ class Adapter:
         return self.prompt.write_instruction(**{self.field: text}) if self.field else text
 
 
-# The base alone, under the name of its Triton model. Gemma's instruction-tuned models were trained with these turns; the
-# pretrained ones were not, but have no better format. https://ai.google.dev/gemma/docs/core/prompt-structure
+# The base alone, under the name of its Triton model. Gemma's instruction-tuned models were trained with these turns;
+# the pretrained ones were not, but have no better format. https://ai.google.dev/gemma/docs/core/prompt-structure
 BASE = Adapter(
     "gemma",
     "The base model, without an adapter",
@@ -151,7 +150,7 @@ class Answer:
     """A model's answer.
 
     Attributes:
-        finish_reason: "stop": the model ended it; "length": `max_tokens` or the context window was reached; "cancelled".
+        finish_reason: "stop": the model ended it; "length": `max_tokens` or the context window ended it; "cancelled".
         fields: the fields of a task's answer by name, e.g. slang, description and example.
         forgotten: how many of the dialogue's oldest exchanges were left out because they did not fit in the window.
     """

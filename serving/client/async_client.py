@@ -1,7 +1,7 @@
 """The client for an event loop. `sync_client.py` wraps it for programs without one.
 
-A question is first turned into a prompt (`adapter.py`), then sent (`transport.py`). What lies between is here: deadlines,
-and a second attempt where the first got no answer at all.
+A question is first turned into a prompt (`adapter.py`), then sent (`transport.py`). What lies between is here:
+deadlines, and a second attempt where the first got no answer at all.
 """
 
 import asyncio
@@ -186,7 +186,7 @@ class AsyncClient:
     async def run(
         self, prepare: Callable[[], Awaitable[PreparedRequest]], answer: Answer, show: Callable[[str], None]
     ) -> None:
-        """Send a request, fill `answer` as it arrives, and hand each piece of its text to `show`. Every stream runs it."""
+        """Send a request, fill `answer` as it arrives, and hand each piece of its text to `show`."""
         try:
             async with asyncio.timeout(self._deadline):
                 request = await prepare()

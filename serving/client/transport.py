@@ -176,7 +176,7 @@ class Grpc:
         where = self._where
         if status == "UNAVAILABLE" and ("connect" in text or "recvmsg" in text or "Socket" in text or not text):
             return Unavailable(
-                f"nothing answers at {where} ({text}); start a server with make serve, or give the address of one"
+                f"nothing answers at {where} ({text}); start one with make serve, or give another address"
             )
         if status in ("UNAVAILABLE", "CANCELLED"):
             return Unavailable(f"{where}: {text}")
@@ -185,9 +185,7 @@ class Grpc:
         if status == "RESOURCE_EXHAUSTED":
             return (InvalidRequest if "larger than max" in text else Busy)(f"{where}: {text}")
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return InvalidRequest(
-                f"{where} refuses this client ({text}); pass the credentials that it asks for in headers"
-            )
+            return InvalidRequest(f"{where} refuses this client ({text}); pass the credentials it asks for in headers")
         return error_of(text, where)
 
 
@@ -242,7 +240,8 @@ class Http:
 
     async def ready(self) -> bool:
         try:
-            return (await self._client.get(f"/v2/models/{MODEL}/ready")).status_code == 200
+            response = await self._client.get(f"/v2/models/{MODEL}/ready")
+            return bool(response.status_code == 200)
         except Exception as error:
             raise self._translated(error) from None
 
@@ -260,7 +259,7 @@ class Http:
             return found
         if status in (401, 403):
             return InvalidRequest(
-                f"{self._where} refuses this client ({text}); pass the credentials that it asks for in headers"
+                f"{self._where} refuses this client ({text}); pass the credentials it asks for in headers"
             )
         if status == 429:
             return Busy(str(found))
@@ -273,7 +272,7 @@ class Http:
 
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return Unavailable(
-                f"nothing answers at {self._where} ({error}); start a server with make serve, or give the address of one"
+                f"nothing answers at {self._where} ({error}); start one with make serve, or give another address"
             )
         if isinstance(error, httpx.HTTPError):
             return Unavailable(f"{self._where}: the connection was lost ({error or type(error).__name__})")
@@ -281,7 +280,7 @@ class Http:
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of server-sent events. Only line feeds end a line: a text may contain Unicode's other line separators."""
+    """The JSON of server-sent events. Only line feeds end a line: texts may contain Unicode's other separators."""
     waiting = b""
     async for chunk in chunks:
         *lines, waiting = (waiting + chunk).split(b"\n")
