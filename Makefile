@@ -35,14 +35,14 @@ $(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Kn
 # given on its command line. `auto` is the container where an engine that answers and an NVIDIA GPU are there.
 ifeq ($(RUNTIME),auto)
 GPU := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl)
-WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) -m docker.container --why-not 2>&1)),there is no NVIDIA GPU)
+WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) docker/container.py --why-not 2>&1)),there is no NVIDIA GPU)
 override RUNTIME := $(if $(WHY),local,container)
 $(if $(filter train,$(MAKECMDGOALS)),$(info RUNTIME=auto: $(RUNTIME), as $(or $(WHY),there are an NVIDIA GPU and a container engine)))
 endif
 LAUNCH_local = $(RUN)
-LAUNCH_container = $(PYTHON) -m docker.container
-LAUNCH_slurm = $(PYTHON) -m docker.slurm
-LAUNCH_k8s = $(PYTHON) -m docker.kubernetes
+LAUNCH_container = $(PYTHON) docker/container.py
+LAUNCH_slurm = $(PYTHON) docker/slurm.py
+LAUNCH_k8s = $(PYTHON) docker/kubernetes.py
 LAUNCH = $(LAUNCH_$(RUNTIME))
 
 RUN := .venv/bin/python -m
@@ -119,19 +119,19 @@ bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs
 # --- containers ---------------------------------------------------------------------------------------------------
 .PHONY: image up down
 image:  ## build the image of KIND with docker, podman or buildah  KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
-	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+	@$(PYTHON) docker/image.py $(or $(KIND),train) $(VARIANT)
 
 up:  ## Triton, website, Prometheus and Grafana in containers  TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
-	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
+	@ENGINE=$(ENGINE) $(PYTHON) docker/stack.py up $(served)
 
 down:  ## end what `make up` began
-	@$(PYTHON) -m docker.stack down
+	@$(PYTHON) docker/stack.py down
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
 .PHONY: cluster
 cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
 	@$(if $(filter k8s,$(RUNTIME)),,$(error make cluster is for RUNTIME=k8s; Slurm clusters need nothing before make train))
-	@$(PYTHON) -m docker.kubernetes cluster
+	@$(PYTHON) docker/kubernetes.py cluster
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
