@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +39,7 @@ from serving.client.transport import connect
 from serving.gateway_records import NOBODY, Metrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
 from serving.protocol import CANCELLED
-from serving.web.guard import client_of
+from serving.rate_limit import Rate, RateLimiter, client_of
 
 BODY_SECONDS = 30.0  # for a request to arrive in
 RETRY_SECONDS = 3.0  # while Triton is busy or away
@@ -48,7 +47,6 @@ HEALTH_SECONDS = 1.0  # how old an answer of /health may be
 HEALTH_DEADLINE = 5.0
 DRAIN_SECONDS = 8  # that answers have to end after SIGTERM
 WRONG_KEYS = 10  # a minute from one address; then nothing from there is listened to, until some of it has passed
-CALLERS = 10_000  # remembered at most; the longest unseen is forgotten
 GONE = 499  # nginx's status for a caller that has left
 
 
@@ -70,7 +68,7 @@ class Door:
         self.client, self.metrics = client, Metrics()
         self._probe, self._limits, self._log_text = probe, limits, log_text
         self._keys = [key.encode() for key in keys]
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller: requests left, and when
+        self._limiter = RateLimiter()
         self._open = 0
         self._served = {BASE.name}  # models that have answered: their names may be labels
         self._health: tuple[float, int, dict[str, Any]] = (float("-inf"), 0, {})
@@ -119,14 +117,8 @@ class Door:
         Raises:
             ApiError: `refusal`, as there is less than one in it.
         """
-        now = time.monotonic()
-        left, then = self._buckets.pop(whose, (burst, now))
-        left = min(burst, left + (now - then) * per_minute / 60)
-        self._buckets[whose] = (left - count if left >= 1 else left), now
-        if len(self._buckets) > CALLERS:
-            self._buckets.popitem(last=False)
-        if left < 1:
-            raise ApiError(429, refusal, "rate_limit_exceeded", retry_after=(1 - left) * 60 / per_minute)
+        if wait := self._limiter.take(whose, Rate(per_minute, burst), count):
+            raise ApiError(429, refusal, "rate_limit_exceeded", retry_after=wait)
 
     async def complete(self, request: Request, kind: type[Completion]) -> Response:
         """Answer one request of `kind`, whole or as server-sent events."""

@@ -23,9 +23,10 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.client import Adapter, AsyncClient, ServingError
+from serving.rate_limit import Rate, client_of
 from serving.web import answers, dictionary, evidence, runs
 from serving.web.evidence import reviews_of
-from serving.web.guard import SANDBOX, HeadAsGet, Limits, Rate, SameOrigin, SecurityHeaders, SignIn, client_of
+from serving.web.guard import SANDBOX, HeadAsGet, Limits, SameOrigin, SecurityHeaders, SignIn
 from serving.web.runs import finished_runs
 from serving.web.tasks import suggestions, task_config
 

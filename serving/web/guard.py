@@ -5,17 +5,17 @@ max_body_size and hosts by Starlette's TrustedHostMiddleware.
 """
 
 import hmac
-import ipaddress
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from hashlib import sha256
 from http.cookies import SimpleCookie
-from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.rate_limit import Rate, RateLimiter, client_of
 
 # No inline script or style, nothing from elsewhere; trusted-types: no text becomes markup in a script of ours.
 CONTENT_POLICY = (
@@ -34,7 +34,6 @@ HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "cache-control": "private, no-cache",
 }
-CLIENTS = 10_000  # remembered at most; the longest unseen is forgotten
 SESSION = 7 * 24 * 3600  # seconds that a sign-in lasts
 OPEN = ("/sign-in", "/static/", "/robots.txt", "/health")  # without the password
 
@@ -56,13 +55,6 @@ class SecurityHeaders:
         await self._app(scope, receive, with_headers)
 
 
-class Rate(NamedTuple):
-    """`burst` requests at once, and `per_minute` over time."""
-
-    per_minute: float
-    burst: float
-
-
 class Limits:
     """Refuses with 429 a client that asks too often, or for too many answers at once.
 
@@ -75,7 +67,7 @@ class Limits:
     def __init__(self, app: ASGIApp, rates: dict[str, Rate], streaming: str, at_once: int, in_all: int) -> None:
         self._app, self._rates, self._streaming = app, rates, streaming
         self._at_once, self._in_all = at_once, in_all
-        self._buckets: OrderedDict[tuple[str, str], tuple[float, float]] = OrderedDict()  # → tokens, when
+        self._limiter = RateLimiter()
         self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +75,7 @@ class Limits:
             return await self._app(scope, receive, send)
         client, path, posted = client_of(scope), scope["path"], scope["method"] == "POST"
         limits = [""] + [path] * (posted and path in self._rates)
-        wait = max(self._take(client, limit) for limit in limits)
+        wait = max(self._limiter.take(f"{client} {limit}", self._rates[limit]) for limit in limits)
         if wait > 0:
             said = f"That was a lot of requests. Try again in {_seconds(wait)}."
             return await refuse(scope, 429, said, wait)(scope, receive, send)
@@ -101,26 +93,6 @@ class Limits:
         finally:
             self._running[client] -= 1
             self._running += Counter()  # forgets those at zero
-
-    def _take(self, client: str, limit: str) -> float:
-        """One request's worth from the client's bucket: 0, or the seconds until it holds one."""
-        rate, now, key = self._rates[limit], time.monotonic(), (client, limit)
-        tokens, then = self._buckets.pop(key, (rate.burst, now))
-        tokens = min(rate.burst, tokens + (now - then) * rate.per_minute / 60)
-        self._buckets[key] = (tokens - 1 if tokens >= 1 else tokens), now
-        if len(self._buckets) > CLIENTS:
-            self._buckets.popitem(last=False)
-        return 0.0 if tokens >= 1 else (1 - tokens) * 60 / rate.per_minute
-
-
-def client_of(scope: Scope) -> str:
-    """Whose limits count: an IPv4 address, or the /64 that one IPv6 customer has."""
-    host = scope["client"][0] if scope.get("client") else ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host
-    return str(ipaddress.ip_network(f"{host}/64", strict=False)) if address.version == 6 else host
 
 
 class SameOrigin:
