@@ -37,14 +37,14 @@ $(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Kn
 # given on its command line. `auto` is the container where an engine that answers and an NVIDIA GPU are there.
 ifeq ($(RUNTIME),auto)
 GPU := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl)
-WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) -m docker.container --why-not 2>&1)),there is no NVIDIA GPU)
+WHY := $(if $(GPU),$(if $(filter train,$(MAKECMDGOALS)),$(shell $(PYTHON) docker/container.py --why-not 2>&1)),there is no NVIDIA GPU)
 override RUNTIME := $(if $(WHY),local,container)
 $(if $(filter train,$(MAKECMDGOALS)),$(info RUNTIME=auto: $(RUNTIME), as $(or $(WHY),there are an NVIDIA GPU and a container engine)))
 endif
 LAUNCH_local = $(RUN)
-LAUNCH_container = $(PYTHON) -m docker.container
-LAUNCH_slurm = $(PYTHON) -m docker.slurm
-LAUNCH_k8s = $(PYTHON) -m docker.kubernetes
+LAUNCH_container = $(PYTHON) docker/container.py
+LAUNCH_slurm = $(PYTHON) docker/slurm.py
+LAUNCH_k8s = $(PYTHON) docker/kubernetes.py
 LAUNCH = $(LAUNCH_$(RUNTIME))
 
 RUN := .venv/bin/python -m
@@ -103,6 +103,11 @@ serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of eac
 	@$(RUN) commands.prepare_serving $(if $(served),tasks=$(subst $(space),$(comma),$(strip $(served))),default=$(TASK)) model=$(MODEL) engine=$(ENGINE)
 	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(ARGS))
 
+.PHONY: client
+client:  ## build the wheel of the client, which needs no torch, into dist/
+	@$(PYTHON) -m pip wheel -q --no-deps --wheel-dir dist .
+	@ls dist/gemma_nemo_client-*.whl
+
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
 bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs/  SOURCE=my.csv ARGS="rows=128"
@@ -117,19 +122,19 @@ bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs
 # --- containers ---------------------------------------------------------------------------------------------------
 .PHONY: image up down
 image:  ## build the image of KIND with docker, podman or buildah  KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
-	@$(PYTHON) -m docker.image $(or $(KIND),train) $(VARIANT)
+	@$(PYTHON) docker/image.py $(or $(KIND),train) $(VARIANT)
 
 up:  ## Triton, website, Prometheus and Grafana in containers  TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
-	@ENGINE=$(ENGINE) $(PYTHON) -m docker.stack up $(served)
+	@ENGINE=$(ENGINE) $(PYTHON) docker/stack.py up $(served)
 
 down:  ## end what `make up` began
-	@$(PYTHON) -m docker.stack down
+	@$(PYTHON) docker/stack.py down
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
 .PHONY: cluster
 cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
 	@$(if $(filter k8s,$(RUNTIME)),,$(error make cluster is for RUNTIME=k8s; Slurm clusters need nothing before make train))
-	@$(PYTHON) -m docker.kubernetes cluster
+	@$(PYTHON) docker/kubernetes.py cluster
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
@@ -151,11 +156,11 @@ lint: .venv/dev.stamp  ## ruff and mypy
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
-	for extra in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --extra $$extra pyproject.toml -o $$extra.lock || exit 1; done
-	for extra in dev bench; do .venv/bin/uv pip compile -q --upgrade --extra $$extra -c train.lock pyproject.toml -o $$extra.lock || exit 1; done
+	for group in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --group $$group -o $$group.lock || exit 1; done
+	for group in dev bench; do .venv/bin/uv pip compile -q --upgrade --group $$group -c train.lock -o $$group.lock || exit 1; done
 
 clean:  ## remove environments and caches; data, models and runs stay
-	rm -rf .venv .venv-serve .venv-bench .venv-automodel .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-serve .venv-bench .venv-automodel build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/; s/(\S)  +(\S)/\1\t\2/' | expand -t 22,84

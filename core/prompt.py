@@ -1,8 +1,9 @@
 """How a row becomes a prompt and a response: the one place, for data, training, evaluation and serving.
 
 A `Prompt` is written into every checkpoint and exported adapter, so a model is asked the way it was trained.
-It needs only the standard library, and fills `{name}` by plain replacement: a template that comes with a
-checkpoint from elsewhere cannot reach into Python objects as `str.format` would let it.
+This file is part of the client's wheel too (setup.py), so it needs only the standard library. It fills `{name}` by
+plain replacement: a template that comes with a checkpoint from elsewhere cannot reach into Python objects as
+`str.format` would let it.
 """
 
 import json

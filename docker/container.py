@@ -1,6 +1,6 @@
 """Run one of the project's commands in its training image, as if it ran here.
 
-    python3 -m docker.container commands.train task=slang          what `make train TASK=slang RUNTIME=container` calls
+    python3 docker/container.py commands.train task=slang          what `make train TASK=slang RUNTIME=container` calls
 
 The image is built first, mostly from cache; IMAGE=... takes one that is there. `models/ data/ runs/ exports/` and files
 that the words name are mounted, so the same command goes on in a container or out of it, and what is written belongs to
@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from docker import UserError, run
-from docker.image import ROOT, Engine, build, find_engine, has_gpu, tag, variant
+from errors import UserError, run
+from image import ROOT, Engine, build, find_engine, has_gpu, tag, variant
 
 INSIDE = Path("/opt/gemma-nemo")  # the project's folder in the image
 HOME = "/tmp"  # and the user's home there
@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> None:
         print(why_not(), end="")
         return
     if not words:
-        raise UserError("name a module and its words, e.g. python3 -m docker.container commands.train task=slang")
+        raise UserError("name a module and its words, e.g. python3 docker/container.py commands.train task=slang")
     if "engine=automodel" in words:
         raise UserError("ENGINE=automodel is not in the image: use RUNTIME=local")
     engine = find_engine(("docker", "podman"))

@@ -2,7 +2,7 @@
 
     make image                                  the training image: for GPUs where the machine has one, else for CPUs
     make image KIND=serve VARIANT=cpu           BASE_IMAGE=... puts it on an image of your own
-    python3 -m docker.image serve cpu           the same
+    python3 docker/image.py serve cpu           the same
 
 An image takes the network settings of the machine that builds it, and keeps none of them: a CA file (SSL_CERT_FILE),
 pip's and uv's configuration (PIP_CONFIG_FILE, UV_CONFIG_FILE), a folder of wheels (PIP_FIND_LINKS).
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from docker import UserError, run
+from errors import UserError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("train", "serve")

@@ -1,7 +1,7 @@
 """A training, or the place where models are kept and served, on Kubernetes.
 
-python -m docker.kubernetes commands.train task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
-python -m docker.kubernetes cluster                     make cluster RUNTIME=k8s OVERLAY=gpu
+python3 docker/kubernetes.py commands.train task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
+python3 docker/kubernetes.py cluster                     make cluster RUNTIME=k8s OVERLAY=gpu
 
 The manifests are in docker/kubernetes/, for Kustomize; this file lays one more patch over them, has kubectl render and
 apply it, and follows a training's log until it ends. The same command finds the same Job: while that runs, it is
@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from docker import UserError, run
-from docker.image import tag
+from errors import UserError, run
+from image import tag
 
 MANIFESTS = Path(__file__).resolve().parent / "kubernetes"
 # What follows a training: the resource, its Pods, and those that are the first machine.

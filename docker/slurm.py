@@ -1,6 +1,6 @@
 """A training as a Slurm job: writes the sbatch script, submits it, and shows its log until it ends.
 
-    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 -m docker.slurm commands.train task=slang peft.r=16
+    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 docker/slurm.py commands.train task=slang peft.r=16
                                          (what `make train TASK=slang RUNTIME=slurm NODES=2 … ARGS=peft.r=16` calls)
 
 From the environment: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, QOS, TIME; CONTAINER=image runs it in an
@@ -29,7 +29,7 @@ import sys
 import time
 from pathlib import Path
 
-from docker import UserError
+from errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder

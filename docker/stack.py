@@ -3,7 +3,7 @@
 make up [TASKS=slang,chat] [VARIANT=cpu]    with the newest runs; VARIANT=gpu (or ENGINE=vllm) is NVIDIA's Triton
 make up PROFILES=cpu                        without Prometheus and Grafana
 make down
-python3 -m docker.stack up slang chat       the same; the words go to commands.prepare_serving
+python3 docker/stack.py up slang chat       the same; the words go to commands.prepare_serving
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -17,9 +17,9 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-from docker import UserError, run
-from docker.container import FOLDERS, gpu_flags
-from docker.image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
+from container import FOLDERS, gpu_flags
+from errors import UserError, run
+from image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
 
 PATIENCE = 1800.0  # seconds: the first time a base may have to be fetched, and vLLM reads it for minutes
 PORTS = {"DOOR_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}

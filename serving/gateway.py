@@ -35,11 +35,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
+from serving.client.transport import connect
 from serving.gateway_records import NOBODY, Metrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
 from serving.protocol import CANCELLED
 from serving.rate_limit import Rate, RateLimiter, client_of
-from serving.transport import connect
 
 BODY_SECONDS = 30.0  # for a request to arrive in
 RETRY_SECONDS = 3.0  # while Triton is busy or away

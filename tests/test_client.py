@@ -36,7 +36,7 @@ from serving.client import (
     Unavailable,
     UnknownAdapter,
 )
-from serving.errors import error_of
+from serving.client.errors import error_of
 
 DIALOGUE = [
     {"role": "system", "content": "Be kind."},
@@ -132,9 +132,9 @@ def test_what_is_no_dialogue_is_refused_by_a_sentence(messages: list[Any], name:
 
 
 def test_unknown_fields_and_values_that_are_no_text_are_named() -> None:
-    with pytest.raises(InvalidRequest, match=r"no field 'colour'; its prompt has tag, context, condition"):
+    with pytest.raises(InvalidRequest, match="no field 'colour'; the fields of its prompt are tag, context, con"):
         adapter("slang").write({"colour": "red"})
-    with pytest.raises(InvalidRequest, match="field 'context' of 'slang' must be a text, not int"):
+    with pytest.raises(InvalidRequest, match="field 'context' of 'slang' must be a string, not int"):
         adapter("slang").write({"context": 3})  # type: ignore[dict-item]
 
 
@@ -147,14 +147,14 @@ def test_where_nothing_answers_the_client_tries_for_as_long_as_it_was_told(schem
     with Client(address, retry_for=0.6) as client:
         begin = time.monotonic()
         with pytest.raises(Unavailable, match=f"nothing answers at {address} .*make serve"):
-            client.slang(context="Hi")
+            client.ask("slang", context="Hi")
         assert time.monotonic() - begin > 0.2
         assert not client.is_ready()
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "ftp://a:1", "http://", "a:b", "grpc://a:99999", ":8001"])
 def test_what_is_no_address_is_refused_at_once(address: str) -> None:
-    with pytest.raises(InvalidRequest, match="is no address of a server: give HOST:PORT"):
+    with pytest.raises(InvalidRequest, match="is not a server's address: give HOST:PORT"):
         Client(address)
 
 
@@ -167,7 +167,7 @@ def test_a_closed_client_says_so_and_leaves_no_thread() -> None:
         client.close()
     assert threading.active_count() == before
     with pytest.raises(ServingError, match="is closed"):
-        clients[0].slang()
+        clients[0].ask("slang")
     forgotten = Client("127.0.0.1:1")
     del forgotten
     gc.collect()
@@ -213,14 +213,16 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_the_callers_to_mend() ->
 
 def test_the_command_line_leaves_with_a_code_for_each_kind_of_failure(tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
-    gone = command("slang", "--url", nowhere, "--deadline", 3)
+    gone = command("ask", "slang", "Hi", "--url", nowhere, "--deadline", 3)
     assert gone.returncode == 3 and gone.stderr.startswith(f"error: nothing answers at {nowhere}")
     (tmp_path / "not.json").write_text("{")
     for words in (
-        ["slang", "--url", "nowhere"],
+        ["ask", "slang", "--url", "nowhere"],
         ["chat", tmp_path / "not.json"],
         ["chat", tmp_path],
-        ["slang", "--top-k", "x"],
+        ["ask", "slang", "--top-k", "x"],
+        ["ask", "slang", "--context", "Hi"],
+        ["ask", "slang", "Two", "questions"],
     ):
         wrong = command(*words)
         assert wrong.returncode == 2 and "error: " in wrong.stderr and "Traceback" not in wrong.stderr
@@ -238,23 +240,23 @@ def test_every_way_to_ask_gives_the_same_answer(url: str) -> None:
         written = PROMPTS["slang"].wrap(PROMPTS["slang"].write_instruction(context="In the rain. "))
         answer = client.generate(written, "slang", **GREEDY)
         assert answer.output_tokens == GREEDY["max_tokens"] and answer.finish_reason == "length" and answer.input_tokens
-        assert client.slang("In the rain. ", **GREEDY).text == answer.text
+        assert client.ask("slang", context="In the rain. ", **GREEDY).text == answer.text
         assert client.ask("slang", "In the rain. ", **GREEDY).text == answer.text
-        with client.slang("In the rain. ", stream=True, **GREEDY) as stream:
+        with client.ask("slang", context="In the rain. ", stream=True, **GREEDY) as stream:
             parts = list(stream)
         assert "".join(parts) == answer.text == stream.answer.text and len(parts) > 1
-        base = client.slang("In the rain. ", base=True, **GREEDY).text
+        base = client.ask("slang", "In the rain. ", base=True, **GREEDY).text
         assert base == client.generate(written, **GREEDY).text != answer.text
         assert (
             client.chat(DIALOGUE, **GREEDY).text
             == client.generate(PROMPTS["chat"].wrap_dialogue(DIALOGUE), "chat", **GREEDY).text
         )
-        assert client.slang().output_tokens <= SAMPLING["max_tokens"]
+        assert client.ask("slang").output_tokens <= SAMPLING["max_tokens"]
 
     async def asynchronously() -> tuple[str, str, str]:
         async with AsyncClient(url) as client:
-            whole = await client.slang("In the rain. ", **GREEDY)
-            parts = [part async for part in client.slang("In the rain. ", **GREEDY)]
+            whole = await client.ask("slang", {"context": "In the rain. "}, **GREEDY)
+            parts = [part async for part in client.ask("slang", context="In the rain. ", **GREEDY)]
             plain = await client.generate(written, "slang", **GREEDY)
             return whole.text, "".join(parts), plain.text
 
@@ -264,9 +266,11 @@ def test_every_way_to_ask_gives_the_same_answer(url: str) -> None:
 @pytest.mark.slow
 def test_many_threads_share_one_client_and_those_told_busy_are_answered_in_the_end(url: str) -> None:
     with Client(url, retry_for=60) as client:
-        alone = [client.slang(f"Scene {number}. ", **GREEDY).text for number in range(4)]
+        alone = [client.ask("slang", f"Scene {number}. ", **GREEDY).text for number in range(4)]
         with ThreadPoolExecutor(40) as threads:
-            together = list(threads.map(lambda number: client.slang(f"Scene {number % 4}. ", **GREEDY).text, range(80)))
+            together = list(
+                threads.map(lambda number: client.ask("slang", f"Scene {number % 4}. ", **GREEDY).text, range(80))
+            )
     assert together == alone * 20
 
 
@@ -434,11 +438,11 @@ def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stac
     patient = {"first_token_deadline": PATIENCE, "token_deadline": 1, "deadline": PATIENCE, "retry_for": 0}
     with Client(url, **patient) as client, client.stream("Hi", **ENDLESS) as stream:
         next(stream)
-        with stack.stopped(part), pytest.raises(DeadlineExceeded, match="the next token did not come within 1 s"):
+        with stack.stopped(part), pytest.raises(DeadlineExceeded, match="the next token did not arrive within 1 s"):
             list(stream)
     with Client(url, **{**patient, "first_token_deadline": 2}) as client:
         with stack.stopped(part):
-            with pytest.raises(DeadlineExceeded, match="the first token did not come within 2 s"):
+            with pytest.raises(DeadlineExceeded, match="the first token did not arrive within 2 s"):
                 client.generate("Hi")
             if part == "triton":
                 with pytest.raises(DeadlineExceeded, match="no catalogue"):
@@ -448,19 +452,19 @@ def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stac
             hasty.generate("Hi", **ENDLESS)
     until(lambda: stack.stats()["running"] == 0)
     with Client(url) as client:
-        assert client.slang(**GREEDY).output_tokens
+        assert client.ask("slang", **GREEDY).output_tokens
 
 
 @pytest.mark.slow
 def test_a_request_to_a_server_that_comes_back_is_answered_and_one_that_was_begun_is_not_repeated(stack: Stack) -> None:
     with Client(stack.grpc, retry_for=60, first_token_deadline=60) as client:
-        expected = client.slang("In the rain. ", **GREEDY).text
+        expected = client.ask("slang", context="In the rain. ", **GREEDY).text
         with client.stream("Hi", **ENDLESS) as stream:
             next(stream)
             stack.part("engine").kill()
             with pytest.raises(Unavailable):
                 list(stream)
-        assert client.slang("In the rain. ", **GREEDY).text == expected
+        assert client.ask("slang", context="In the rain. ", **GREEDY).text == expected
 
 
 @pytest.mark.slow
@@ -508,12 +512,12 @@ def test_tls_with_a_ca_file(stack: Stack, protocol: str, tmp_path: Path) -> None
     with tls_before(stack.ports[protocol], certificate, key, protocol) as (port, seen):
         address = f"{protocol}s://localhost:{port}"
         with Client(address, ca_file=certificate, headers={"x-who": "me"}) as client:
-            assert client.slang(**GREEDY).output_tokens and client.is_ready()
+            assert client.ask("slang", **GREEDY).output_tokens and client.is_ready()
         with Client(address, retry_for=0) as client, pytest.raises(Unavailable):  # signed by nobody it knows
-            client.slang()
+            client.ask("slang")
     if protocol == "http":
         assert b"x-who: me" in b"".join(seen).lower()
-    with pytest.raises(InvalidRequest, match="there is no CA file"):
+    with pytest.raises(InvalidRequest, match=r"the CA file .* does not exist"):
         Client(address, ca_file=tmp_path / "none.pem")
 
 
@@ -558,9 +562,9 @@ class tls_before:
 @pytest.mark.slow
 def test_the_command_line_streams_prints_json_and_cancels_on_ctrl_c(stack: Stack, tmp_path: Path) -> None:
     where = ("--url", stack.grpc, "--temperature", 0)
-    told = json.loads(command("slang", "--context", "In the rain. ", "--json", *where).stdout)
+    told = json.loads(command("ask", "slang", "--json", *where, "context=In the rain. ").stdout)
     assert told["output_tokens"] and told["finish_reason"] in ("stop", "length") and told["seconds"] > 0
-    shown = command("slang", "--context", "In the rain. ", "--stream", *where)
+    shown = command("ask", "slang", "In the rain. ", "--stream", *where)
     assert shown.returncode == 0 and shown.stdout == told["text"] + "\n"
     listed = command("adapters", "--url", stack.http)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == sorted(PROMPTS)

@@ -19,9 +19,13 @@ import pytest
 from conftest import PATIENCE, ROOT, until
 from test_training import ENVIRONMENT, command, course, only_run, train
 
+sys.path.append(str(ROOT / "docker"))  # as for a program of that folder
+import container
+import image
+from errors import UserError
+from image import Engine
+
 from core.configuration import names
-from docker import UserError, container, image
-from docker.image import Engine
 
 DOCKER, PODMAN = Engine("docker", True, False), Engine("podman", False, False)
 SECRET = "hf_not_to_be_seen_by_anybody"
@@ -56,16 +60,31 @@ def test_auto_trains_here_without_a_gpu_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("runtime", "launcher"),
     [
-        ("container", "docker.container"),
-        ("slurm", "docker.slurm"),
-        ("k8s", "docker.kubernetes"),
+        ("container", "docker/container.py"),
+        ("slurm", "docker/slurm.py"),
+        ("k8s", "docker/kubernetes.py"),
     ],
 )
 def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
     here = make("-n", "train", "RUNTIME=local", "GPUS=8", "ARGS=seed=1").stdout.splitlines()[-1].split()
     there = make("-n", "train", f"RUNTIME={runtime}", "GPUS=8", "ARGS=seed=1").stdout.split()
     assert "trainer.devices=8" in here and "seed=1" in here
-    assert there == ["python3", "-m", launcher, *here[2:]]
+    assert there == ["python3", launcher, *here[2:]]
+
+
+def test_the_docker_sdk_and_this_project_do_not_hide_each_other(tmp_path: Path) -> None:
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "docker/__init__.py").write_text("NAME = 'the SDK'")
+    sdk = {"PYTHONPATH": str(tmp_path)}  # after the working directory, as site-packages is
+    found = subprocess.run(
+        [sys.executable, "-c", "import docker; print(docker.NAME)"],
+        cwd=ROOT,
+        env={**ENVIRONMENT, **sdk},
+        capture_output=True,
+        text=True,
+    )
+    assert found.stdout == "the SDK\n", found.stderr
+    assert make("train", "RUNTIME=slurm", "DRY_RUN=1", **sdk).stdout.startswith("#!/bin/bash")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +317,7 @@ def test_a_stopped_container_leaves_a_checkpoint(
     words = command(source, tiny_base, tmp_path, "task.train.epochs=400")[2:]
     environment = {**ENVIRONMENT, "HF_TOKEN": SECRET}
     process = subprocess.Popen(
-        [sys.executable, "-m", "docker.container", *words],
+        [sys.executable, "docker/container.py", *words],
         cwd=ROOT,
         env=environment,
         text=True,

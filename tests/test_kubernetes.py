@@ -43,7 +43,7 @@ def command(*words: str, path: str = "", **settings: object) -> subprocess.Compl
     environment = {name: value for name, value in os.environ.items() if name not in (*SETTINGS, "KUBECONFIG")}
     environment |= {name: str(value) for name, value in settings.items()}
     environment |= {"KUBECONFIG": "/nonexistent", "PATH": path or environment["PATH"]}
-    call = [sys.executable, "-m", "docker.kubernetes", *words]
+    call = [sys.executable, "docker/kubernetes.py", *words]
     return subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
 

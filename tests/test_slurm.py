@@ -27,7 +27,7 @@ BARE = {"PATH": os.environ["PATH"], "HF_TOKEN": "hf_secret"}
 
 def write(*words: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
+        [sys.executable, "docker/slurm.py", "commands.train", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -129,7 +129,7 @@ def test_the_script_is_sound_bash() -> None:
 )
 def test_what_cannot_be_is_one_sentence(environment: dict[str, str], words: tuple[str, ...], says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
+        [sys.executable, "docker/slurm.py", "commands.train", *words],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -162,8 +162,7 @@ class Submitted:
             self.process = subprocess.Popen(
                 [
                     sys.executable,
-                    "-m",
-                    "docker.slurm",
+                    "docker/slurm.py",
                     "commands.train",
                     *words,
                     f"data_dir={folder}/data",

@@ -94,7 +94,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(house: Path) -> Iterator[Site]:
     """An open site without a model behind it."""
-    site = Site(house, "--triton", f"127.0.0.1:{free_ports(1)[0]}")
+    site = Site(house, f"triton=127.0.0.1:{free_ports(1)[0]}")
     yield site.wait()
     site.end()
 

@@ -1,19 +1,4 @@
-"""Ask a served model: by task, in a dialogue or with a plain text; whole or word by word; never waiting for ever.
-
-    from serving.client import Client
-
-    with Client("127.0.0.1:8001") as client:  # gRPC; grpcs://…, http://127.0.0.1:8000 and https://… too
-        print(client.slang(context="You missed the last bus home.").text)
-        for part in client.chat([{"role": "user", "content": "Hi!"}], stream=True):
-            print(part, end="", flush=True)
-
-    async with AsyncClient() as client:
-        answer = await client.ask("squid_game", "Is it violent?")
-        async for part in client.ask("squid_game", "Is it violent?"): ...
-
-The prompt of a task comes from the server, with the adapter, and is written by `core.prompt`: a model is asked as
-it was trained. `python -m serving.client --help` is the same from the command line (`client_command.py`).
-"""
+"""The client for programs without an event loop: `AsyncClient` in a thread of its own."""
 
 import asyncio
 import queue
@@ -22,112 +7,101 @@ import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
-from serving.adapter import BASE, Adapter, Answer, Message, Request
-from serving.async_client import DEFAULT_URL, AsyncClient, AsyncStream, given
-from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
+from .adapter import Adapter, Answer, Message, PreparedRequest
+from .async_client import DEFAULT_URL, AsyncClient
+from .errors import ServingError
 
-__all__ = [
-    "BASE",
-    "DEFAULT_URL",
-    "Adapter",
-    "Answer",
-    "AsyncClient",
-    "AsyncStream",
-    "Busy",
-    "Client",
-    "DeadlineExceeded",
-    "InvalidRequest",
-    "ServingError",
-    "Stream",
-    "TooLong",
-    "Unavailable",
-    "UnknownAdapter",
-]
 T = TypeVar("T")
 
 
 class Client:
-    """`AsyncClient` for programs without an event loop: the same methods, from any number of threads.
+    """`AsyncClient` without an event loop: the same arguments and methods, for any number of threads.
 
-    Where `stream` is true the answer comes as a `Stream` of parts. It works in one thread of its own until `close`.
+        with Client("127.0.0.1:8001") as client:
+            print(client.ask("slang", context="You missed the last bus home.").text)
+
+    With `stream=True` the answer comes as a `Stream`. The client runs one thread of its own until it is closed.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        ca_file: str | Path | None = None,
+        first_token_deadline: float = 60,
+        token_deadline: float = 10,
+        deadline: float = 120,
+        retry_for: float = 15,
+    ) -> None:
         self.url = url
-        self._client = AsyncClient(url, **options)
+        self._client = AsyncClient(
+            url,
+            headers=headers,
+            ca_file=ca_file,
+            first_token_deadline=first_token_deadline,
+            token_deadline=token_deadline,
+            deadline=deadline,
+            retry_for=retry_for,
+        )
         self._loop, self._lock, self._closed = asyncio.new_event_loop(), threading.Lock(), False
         thread = threading.Thread(target=_run_loop, args=[self._loop], name=f"client of {url}", daemon=True)
         thread.start()
         self._end = weakref.finalize(self, _end_loop, self._loop, thread, self._client)
 
     def adapters(self) -> list[Adapter]:
+        """The adapters that are served beside the base model."""
         return self._wait(self._client.adapters())
 
     def is_ready(self) -> bool:
+        """Whether the server reports itself ready; False where nothing answers."""
         return self._wait(self._client.is_ready())
 
     def generate(self, text: str, adapter: str | None = None, **sampling: Any) -> Answer:
-        return self._ask(partial(self._client.plain, text, adapter, sampling), False)
+        """Continue `text` as it is; see `AsyncClient.stream`."""
+        return self._answer(partial(self._client.prepare_text, text, adapter, sampling))
 
     def stream(self, text: str, adapter: str | None = None, **sampling: Any) -> "Stream":
-        return self._ask(partial(self._client.plain, text, adapter, sampling), True)
+        """As `generate`, piece by piece."""
+        return self._stream(partial(self._client.prepare_text, text, adapter, sampling))
 
     @overload
     def ask(
         self,
         adapter: str,
-        asked: str | Mapping[str, str],
+        question: str | Mapping[str, str] | None = ...,
         *,
         stream: Literal[False] = ...,
         base: bool = ...,
-        **sampling: Any,
+        **fields_and_sampling: Any,
     ) -> Answer: ...
 
     @overload
     def ask(
-        self, adapter: str, asked: str | Mapping[str, str], *, stream: Literal[True], base: bool = ..., **sampling: Any
-    ) -> "Stream": ...
-
-    def ask(
-        self, adapter: str, asked: str | Mapping[str, str], *, stream: bool = False, base: bool = False, **sampling: Any
-    ) -> "Answer | Stream":
-        return self._ask(partial(self._client.asked, adapter, asked, base, sampling), stream)
-
-    @overload
-    def slang(
         self,
-        context: str | None = ...,
-        condition: str | None = ...,
-        *,
-        stream: Literal[False] = ...,
-        base: bool = ...,
-        **sampling: Any,
-    ) -> Answer: ...
-
-    @overload
-    def slang(
-        self,
-        context: str | None = ...,
-        condition: str | None = ...,
+        adapter: str,
+        question: str | Mapping[str, str] | None = ...,
         *,
         stream: Literal[True],
         base: bool = ...,
-        **sampling: Any,
+        **fields_and_sampling: Any,
     ) -> "Stream": ...
 
-    def slang(
+    def ask(
         self,
-        context: str | None = None,
-        condition: str | None = None,
+        adapter: str,
+        question: str | Mapping[str, str] | None = None,
         *,
         stream: bool = False,
         base: bool = False,
-        **sampling: Any,
+        **fields_and_sampling: Any,
     ) -> "Answer | Stream":
-        fields = given(context=context, condition=condition)
-        return self._ask(partial(self._client.asked, "slang", fields, base, sampling), stream)
+        """Ask a task's adapter; see `AsyncClient.ask`."""
+        prepare = partial(self._client.prepare_question, adapter, question, base, fields_and_sampling)
+        return self._stream(prepare) if stream else self._answer(prepare)
 
     @overload
     def chat(
@@ -163,11 +137,13 @@ class Client:
         forget: bool = False,
         **sampling: Any,
     ) -> "Answer | Stream":
-        return self._ask(partial(self._client.said, adapter, messages, base, sampling, forget), stream)
+        """Answer the last of `messages`; see `AsyncClient.chat`."""
+        prepare = partial(self._client.prepare_dialogue, adapter, messages, base, sampling, forget)
+        return self._stream(prepare) if stream else self._answer(prepare)
 
     def close(self) -> None:
-        """End what is still on its way, the connection and the thread."""
-        with self._lock:  # what was submitted before is in the loop's queue, ahead of the end
+        """Cancel what is still being generated, and end the connection and the thread."""
+        with self._lock:  # what was submitted earlier is in the loop's queue, ahead of its end
             self._closed = True
         self._end()
 
@@ -177,13 +153,14 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, request: Callable[[], Awaitable[Request]], stream: bool) -> Any:
-        answer, parts = Answer(), queue.SimpleQueue[str | None]()
-        future = self._submit(self._client.run(request, answer, parts.put if stream else lambda part: None))
-        if stream:
-            return Stream(self, future, answer, parts)
-        _result(future)
+    def _answer(self, prepare: Callable[[], Awaitable[PreparedRequest]]) -> Answer:
+        answer = Answer()
+        _result(self._submit(self._client.run(prepare, answer, lambda text: None)))
         return answer
+
+    def _stream(self, prepare: Callable[[], Awaitable[PreparedRequest]]) -> "Stream":
+        answer, parts = Answer(), queue.SimpleQueue[str | None]()
+        return Stream(self, self._submit(self._client.run(prepare, answer, parts.put)), answer, parts)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return _result(self._submit(coroutine))
@@ -197,9 +174,9 @@ class Client:
 
 
 class Stream:
-    """An answer on its way: iterate over its parts. It is asked for at once.
+    """An answer that is being generated: iterate over its text piece by piece.
 
-    Leaving `with`, or dropping the last reference, cancels what is left, in the engine too.
+    The request is sent at once. Leaving `with`, or dropping the last reference, cancels it in the engine too.
     """
 
     def __init__(
@@ -210,11 +187,11 @@ class Stream:
 
     @property
     def answer(self) -> Answer:
-        """What has come so far; all of it when the iteration is over."""
+        """What has arrived so far; complete when the iteration is over."""
         return self._answer
 
     def cancel(self) -> None:
-        """End the answer here; the iteration ends without an error, and what has come is in `answer`."""
+        """Stop generating; the iteration ends without an error, and `answer` keeps what has arrived."""
         self._future.cancel()
 
     def __iter__(self) -> Iterator[str]:
@@ -224,7 +201,7 @@ class Stream:
         part = self._parts.get()
         if part is not None and not self._future.cancelled():
             return part
-        self._parts.put(None)  # for whoever asks again
+        self._parts.put(None)  # for another call after the end
         if not self._future.cancelled():
             self._future.result()
         raise StopIteration
@@ -240,7 +217,7 @@ class Stream:
 
 
 def _result(future: "Future[T]") -> T:
-    """The result of what runs in the client's thread; Ctrl-C while waiting cancels it."""
+    """Wait for what runs in the client's thread; Ctrl-C while waiting cancels it."""
     try:
         return future.result()
     except CancelledError:
@@ -265,11 +242,5 @@ def _end_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread, client:
         loop.stop()
 
     asyncio.run_coroutine_threadsafe(end(), loop)
-    if threading.current_thread() is not thread:  # where a forgotten client may be collected too
+    if threading.current_thread() is not thread:  # where an unreferenced client may be collected too
         thread.join()
-
-
-if __name__ == "__main__":
-    from serving.client_command import main
-
-    main()

@@ -1,8 +1,9 @@
-"""Ask a served model from the command line: `python -m serving.client COMMAND`, whose --help says the rest."""
+"""`gemma-client COMMAND`: ask a served model from the command line. `gemma-client --help` lists the commands."""
 
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,30 +11,37 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serving.client import DEFAULT_URL, Client, Stream
-from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable
+from .async_client import DEFAULT_URL
+from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable
+from .sync_client import Client, Stream
 
 ABOUT = """\
 examples:
-  python -m serving.client slang --context "You missed the last bus home."
-  python -m serving.client ask squid_game "Is it too violent?" --json
-  python -m serving.client chat                      talk; Ctrl-C stops an answer, Ctrl-D leaves
-  python -m serving.client chat dialogue.json        the answer to its last message
-  echo "Once upon a time" | python -m serving.client generate - --base --max-tokens 40
+  gemma-client ask squid_game "Is it too violent?" --json
+  gemma-client ask slang context="You missed the last bus home." condition="Be brief."
+  gemma-client chat                      talk; Ctrl-C stops an answer, Ctrl-D leaves
+  gemma-client chat dialogue.json        answer the last message of a file
+  echo "Once upon a time" | gemma-client generate - --base --max-tokens 40
 
-exit codes: 0 answered, 1 the server failed, 2 a mistake in what was asked, 3 busy or not there, 4 too late, 130 Ctrl-C,
-which cancels the answer in the engine too. SERVING_TOKEN is sent as a bearer token, for a proxy that wants one.
+exit codes: 0 answered, 1 the server failed, 2 the request is wrong, 3 the server is busy or unavailable, 4 a deadline
+was exceeded, 130 Ctrl-C, which cancels the answer in the engine too. The value of SERVING_TOKEN is sent as a bearer
+token, for a proxy that asks for one.
 """
 EXIT_CODES = {InvalidRequest: 2, Busy: 3, Unavailable: 3, DeadlineExceeded: 4, ServingError: 1}
-RETRY_SECONDS = 5.0  # somebody is waiting
-# What a terminal would obey rather than show.
+RETRY_SECONDS = 5.0  # short: somebody is waiting
+# Control characters, which a terminal would execute rather than show.
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "seed": int}
 
 
-def main(words: list[str] | None = None) -> None:
-    """Runs the command line and exits with one of its codes; no traceback for what a user can mend."""
-    options = _parser().parse_args(words)
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with one of its codes; a user's mistake gives one sentence and no traceback."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and (options.run is not _ask or any(argument.startswith("-") for argument in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse ends a list of arguments at the first option
+        options.question += rest
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     token = os.environ.get("SERVING_TOKEN")
@@ -52,7 +60,7 @@ def main(words: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
@@ -60,23 +68,25 @@ def main(words: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     every = argparse.ArgumentParser(add_help=False)
     every.add_argument("--url", default=DEFAULT_URL, help=f"HOST:PORT or grpc(s)://, http(s)://; default {DEFAULT_URL}")
-    every.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed the server's certificate")
-    every.add_argument("--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="for it all; default 120")
-    every.add_argument("--json", action="store_true", help="one JSON object in place of text")
+    every.add_argument("--ca-file", type=Path, metavar="PEM", help="the authority that signed the server's certificate")
+    every.add_argument(
+        "--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="for the whole command; default 120"
+    )
+    every.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     asks = argparse.ArgumentParser(add_help=False, parents=[every])
-    asks.add_argument("--base", action="store_true", help="ask the base alone, without the adapter")
+    asks.add_argument("--base", action="store_true", help="ask the base model alone, without the adapter")
     asks.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="show each word as it comes; the default on a terminal",
+        help="print the answer as it is generated; the default on a terminal",
     )
     for name, kind in SAMPLING.items():
         asks.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
-    asks.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
+    asks.add_argument("--stop", action="append", metavar="TEXT", help="text that ends the answer; may be repeated")
 
     parser = argparse.ArgumentParser(
-        prog="python -m serving.client",
+        prog="gemma-client",
         description="Ask a served model.",
         epilog=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -88,38 +98,50 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    slang = command("slang", _slang, "a slang term for a scene")
-    slang.add_argument("--context", metavar="TEXT", help="the scene; the task's own where it is left out")
-    slang.add_argument("--condition", metavar="TEXT", help="what the term has to be like")
-    ask = command("ask", _ask, "a question to the adapter of a task")
-    ask.add_argument("adapter")
-    ask.add_argument("question", help="or - for standard input")
-    chat = command("chat", _chat, "talk, or the answer to the last message of a file")
+    ask = command("ask", _ask, "ask the adapter of a task")
+    ask.add_argument("adapter", help="gemma-client adapters lists them and the fields of their prompts")
+    ask.add_argument(
+        "question",
+        nargs="*",
+        metavar="QUESTION | FIELD=TEXT",
+        help="a question, - for standard input, or fields of the task's prompt; its defaults fill those left out",
+    )
+    chat = command("chat", _chat, "talk, or answer the last message of a file")
     chat.add_argument("file", nargs="?", help='JSON: [{"role": "user", "content": "…"}, …], or {"messages": […]}')
     chat.add_argument("--adapter", default="chat", help="default chat")
     generate = command("generate", _generate, "continue a text as it is")
     generate.add_argument("text", help="or - for standard input")
-    generate.add_argument("--adapter", help="the base alone where it is left out")
-    command("adapters", _adapters, "what is served", every)
-    command("health", _health, "whether the server generates", every)
+    generate.add_argument("--adapter", help="default: the base model alone")
+    command("adapters", _adapters, "list what is served", every)
+    command("health", _health, "generate one token, to see whether the server works", every)
     return parser
 
 
-def _seconds(word: str) -> float:
-    seconds = float(word)
+def _seconds(text: str) -> float:
+    seconds = float(text)
     if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{word} is no time to wait")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
     return seconds
 
 
-def _slang(client: Client, options: argparse.Namespace) -> int:
-    stream = client.slang(options.context, options.condition, stream=True, base=options.base, **_sampling(options))
-    return _show(stream, options)
-
-
 def _ask(client: Client, options: argparse.Namespace) -> int:
-    question = _text(options.question)
+    question = _question(options.question)
     return _show(client.ask(options.adapter, question, stream=True, base=options.base, **_sampling(options)), options)
+
+
+def _question(arguments: list[str]) -> str | dict[str, str]:
+    """The question, or values of the prompt's fields: `context=… condition=…`.
+
+    Raises:
+        InvalidRequest: several arguments that are not all of the form FIELD=TEXT.
+    """
+    fields = [re.fullmatch(r"([A-Za-z_]\w*)=(.*)", argument, re.DOTALL) for argument in arguments]
+    if all(fields):
+        return {field[1]: field[2] for field in fields if field}
+    if len(arguments) > 1:
+        wrong = arguments[fields.index(None)]
+        raise InvalidRequest(f"give either one question, in quotes, or FIELD=TEXT arguments; {wrong!r} is neither")
+    return _text(arguments[0])
 
 
 def _generate(client: Client, options: argparse.Namespace) -> int:
@@ -137,7 +159,7 @@ def _adapters(client: Client, options: argparse.Namespace) -> int:
 
 
 def _health(client: Client, options: argparse.Namespace) -> int:
-    names = [adapter.name for adapter in client.adapters()]  # which connects, too
+    names = [adapter.name for adapter in client.adapters()]  # also connects, before the clock starts
     begin = time.monotonic()
     client.generate("Hello", max_tokens=1, temperature=0)
     seconds = round(time.monotonic() - begin, 3)
@@ -157,7 +179,7 @@ def _chat(client: Client, options: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         import readline  # noqa: F401  (input() then has line editing and a history)
 
-        print("Ctrl-C stops an answer, Ctrl-D leaves, /reset begins a new dialogue", file=sys.stderr)
+        print("Ctrl-C stops an answer, Ctrl-D leaves, /reset starts a new dialogue", file=sys.stderr)
     messages: list[dict[str, str]] = []
     for line in _lines():
         if line == "/reset":
@@ -169,7 +191,7 @@ def _chat(client: Client, options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             stream.cancel()
             print("\nstopped", file=sys.stderr)
-        except InvalidRequest as error:  # the next message may be a better one
+        except InvalidRequest as error:  # another message may be accepted
             print(f"error: {error}", file=sys.stderr)
             continue
         if stream.answer.text.strip():
@@ -178,7 +200,7 @@ def _chat(client: Client, options: argparse.Namespace) -> int:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed until Ctrl-D, or comes through a pipe, without empty lines."""
+    """The lines typed until Ctrl-D, or read from a pipe, without empty ones."""
     prompt = "you: " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -198,12 +220,12 @@ def _messages(name: str) -> Any:
         raise InvalidRequest(f"{name} is not JSON in UTF-8: {error}") from None
     messages = found.get("messages") if isinstance(found, dict) else found
     if not isinstance(messages, list):
-        raise InvalidRequest(f'{name} holds no messages: [{{"role": "user", "content": "…"}}, …]')
+        raise InvalidRequest(f'{name} contains no messages: [{{"role": "user", "content": "…"}}, …]')
     return messages
 
 
-def _text(word: str) -> str:
-    return sys.stdin.read() if word == "-" else word
+def _text(argument: str) -> str:
+    return sys.stdin.read() if argument == "-" else argument
 
 
 def _sampling(options: argparse.Namespace) -> dict[str, Any]:
@@ -212,24 +234,24 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show(stream: Stream, options: argparse.Namespace) -> int:
-    """Print an answer, whole or as it comes."""
+    """Print an answer, as a whole or as it is generated."""
     begin, first, terminal = time.monotonic(), None, sys.stdout.isatty()
-    as_it_comes = not options.json and (terminal if options.stream is None else options.stream)
+    streams = not options.json and (terminal if options.stream is None else options.stream)
     with stream:
         for part in stream:
             first = first or time.monotonic() - begin
-            if as_it_comes:
+            if streams:
                 print(part.translate(CONTROLS) if terminal else part, end="", flush=True)
     answer = stream.answer
     if options.json:
         times = {"seconds": round(time.monotonic() - begin, 3), "first_token_seconds": round(first or 0, 3)}
         print(json.dumps({**asdict(answer), **times}, ensure_ascii=False))
-    elif as_it_comes:
+    elif streams:
         print()
     else:
         print(answer.text.translate(CONTROLS) if terminal else answer.text)
     if answer.forgotten and not options.json:
-        print(f"the oldest {answer.forgotten} exchanges no longer fit and were not given to the model", file=sys.stderr)
+        print(f"the oldest {answer.forgotten} exchanges no longer fit and were left out", file=sys.stderr)
     if answer.finish_reason == "length" and not options.json:
-        print(f"cut after {answer.output_tokens} tokens; --max-tokens allows more", file=sys.stderr)
+        print(f"cut after {answer.output_tokens} tokens; raise the limit with --max-tokens", file=sys.stderr)
     return 0

@@ -1,8 +1,8 @@
-"""How one request reaches Triton and its answer comes back, over gRPC or over HTTP.
+"""One request to Triton and its streamed answer, over gRPC or HTTP.
 
 gRPC opens a bidirectional stream for each request, many at once on one connection; ending it cancels the request in the
-engine. HTTP posts to `/generate_stream` and reads server-sent events: tritonclient's own HTTP client knows one response
-a request, which a model that streams does not give. Both speak the inputs and outputs of NVIDIA's vLLM backend.
+engine. HTTP posts to `/generate_stream` and reads server-sent events, because tritonclient's own HTTP client expects
+exactly one response to a request. Both use the inputs and outputs of NVIDIA's vLLM backend.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, error_of
+from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, error_of
 
 MODEL, CATALOGUE = "gemma", "adapters"
-# Asked of every request, beside text and sampling parameters.
+# Inputs of every request, beside its text and sampling parameters.
 FLAGS = {
     "stream": True,
     "exclude_input_in_output": True,
@@ -25,12 +25,18 @@ FLAGS = {
     "return_num_input_tokens": True,
     "return_num_output_tokens": True,
 }
-CONNECT_SECONDS = 5.0  # a machine that does not exist answers nothing at all
-LARGEST = 64 << 20  # bytes of a message; the server's own limits are narrower
+CONNECT_SECONDS = 5.0  # a host that does not exist never answers
+LARGEST = 64 << 20  # bytes of a message; the server's own limits are lower
 
 
-class Part(NamedTuple):
-    """A piece of an answer: its text, how many tokens it is made of, and, in the last one, why the model ended."""
+class Chunk(NamedTuple):
+    """A piece of a streamed answer.
+
+    Attributes:
+        finish_reason: why the model ended, in the last chunk; None before.
+        input_tokens: of the whole prompt, in the last chunk; 0 before.
+        output_tokens: of this chunk.
+    """
 
     text: str
     finish_reason: str | None
@@ -39,32 +45,33 @@ class Part(NamedTuple):
 
 
 class Transport(Protocol):
-    """One connection to a server, for any number of requests at once, in the event loop that it was made in."""
+    """One connection to a server, for any number of concurrent requests in one event loop."""
 
-    def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
-        """An answer as it comes. Closing the iterator early cancels the request in the engine.
+    def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
+        """The answer to one request. Closing the iterator early cancels the request in the engine.
 
         Args:
-            sampling: the JSON of vLLM's sampling parameters.
+            text: the whole prompt.
+            sampling: vLLM's sampling parameters as JSON.
 
         Raises:
-            ServingError: of the kind that fits; never an exception of grpc or httpx.
+            ServingError: the subclass tells the kind of failure; never an exception of grpc or httpx.
         """
 
     async def catalogue(self, name: str) -> str:
-        """The JSON of the adapters served; of one of them where `name` is not ""."""
+        """The served adapters as a JSON list; only one of them where `name` is not ""."""
 
     async def ready(self) -> bool:
-        """Whether the server says that the model can be asked."""
+        """Whether the server reports the model ready."""
 
     async def close(self) -> None: ...
 
 
 def connect(url: str, headers: Mapping[str, str], ca_file: Path | None) -> Transport:
-    """A connection to `url`: HOST:PORT or grpc://, grpcs://, http://, https://. It is made when it is first needed.
+    """A connection to `url` (HOST:PORT, grpc://, grpcs://, http:// or https://), opened when it is first needed.
 
     Raises:
-        InvalidRequest: no such address, or no readable CA file.
+        InvalidRequest: the URL is not valid, or the CA file does not exist.
     """
     scheme, rest = url.split("://", 1) if "://" in url else ("grpc", url)
     try:
@@ -74,11 +81,11 @@ def connect(url: str, headers: Mapping[str, str], ca_file: Path | None) -> Trans
         known = None
     if not known:
         raise InvalidRequest(
-            f"'{url}' is no address of a server: give HOST:PORT, as in 127.0.0.1:8001, or grpcs://… "
+            f"'{url}' is not a server's address: give HOST:PORT, as in 127.0.0.1:8001, or grpcs://… "
             f"for gRPC, http://127.0.0.1:8000 or https://… for HTTP"
         )
     if ca_file is not None and not ca_file.is_file():
-        raise InvalidRequest(f"there is no CA file {ca_file}")
+        raise InvalidRequest(f"the CA file {ca_file} does not exist")
     if scheme.startswith("grpc"):
         return Grpc(rest.rstrip("/"), scheme == "grpcs", headers, ca_file)
     return Http(f"{scheme}://{rest}".rstrip("/"), headers, ca_file)
@@ -88,10 +95,10 @@ class Grpc:
     """tritonclient's asynchronous gRPC client."""
 
     def __init__(self, address: str, secure: bool, headers: Mapping[str, str], ca_file: Path | None) -> None:
-        import tritonclient.grpc.aio  # noqa: F401  (takes a while, which is no part of the first answer's deadline)
+        import tritonclient.grpc.aio  # noqa: F401  (slow; it must not count towards the first answer's deadline)
 
         self._where, self._secure, self._ca_file = address, secure, ca_file
-        self._headers = {name.lower(): value for name, value in headers.items()}  # gRPC takes no capitals
+        self._headers = {name.lower(): value for name, value in headers.items()}  # gRPC takes lower case only
 
     @cached_property
     def _client(self) -> Any:
@@ -100,7 +107,7 @@ class Grpc:
         options = [
             ("grpc.max_send_message_length", LARGEST),
             ("grpc.max_receive_message_length", LARGEST),
-            # After a restart of the server: gRPC waits up to two minutes otherwise.
+            # Reconnect soon after a restart of the server; gRPC would wait up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", int(CONNECT_SECONDS * 1000)),
             ("grpc.max_reconnect_backoff_ms", 1000),
@@ -109,7 +116,7 @@ class Grpc:
             self._where, ssl=self._secure, root_certificates=self._ca_file and str(self._ca_file), channel_args=options
         )
 
-    async def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
+    async def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
         inputs = [_bytes("text_input", text), _bytes("sampling_parameters", sampling)]
         inputs += [_bool(name, value) for name, value in FLAGS.items()]
 
@@ -121,7 +128,7 @@ class Grpc:
             async for result, error in responses:
                 if error is not None:
                     raise error_of(error.message(), self._where)
-                yield Part(
+                yield Chunk(
                     b"".join(result.as_numpy("text_output")).decode(errors="replace"),
                     _reason(result.as_numpy("finish_reason")),
                     int(_number(result.as_numpy("num_input_tokens"))),
@@ -131,10 +138,10 @@ class Grpc:
             task = asyncio.current_task()
             if task and task.cancelling():
                 raise
-            # gRPC says so of a channel that was closed.
+            # gRPC raises this for a channel that was closed.
             raise ServingError(f"this client of {self._where} was closed before the answer was complete") from None
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
         finally:
             responses.cancel()
 
@@ -142,21 +149,21 @@ class Grpc:
         try:
             result = await self._client.infer(CATALOGUE, [_bytes("name", name)], headers=self._headers)
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
         return bytes(result.as_numpy("catalogue")[0]).decode()
 
     async def ready(self) -> bool:
         try:
             return bool(await self._client.is_model_ready(MODEL, headers=self._headers))
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
 
     async def close(self) -> None:
         if "_client" in vars(self):
             await self._client.close()
 
-    def _named(self, error: Exception) -> Exception:
-        """What is to be raised for `error`, which gRPC or tritonclient raised, or this file."""
+    def _translated(self, error: Exception) -> Exception:
+        """The exception to raise for `error`, which comes from gRPC, from tritonclient or from this file."""
         import grpc
         from tritonclient.utils import InferenceServerException
 
@@ -169,7 +176,7 @@ class Grpc:
         where = self._where
         if status == "UNAVAILABLE" and ("connect" in text or "recvmsg" in text or "Socket" in text or not text):
             return Unavailable(
-                f"nothing answers at {where} ({text}); start a server with make serve, or name its address"
+                f"nothing answers at {where} ({text}); start one with make serve, or give another address"
             )
         if status in ("UNAVAILABLE", "CANCELLED"):
             return Unavailable(f"{where}: {text}")
@@ -178,7 +185,7 @@ class Grpc:
         if status == "RESOURCE_EXHAUSTED":
             return (InvalidRequest if "larger than max" in text else Busy)(f"{where}: {text}")
         if status in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return InvalidRequest(f"{where} refuses this caller ({text}); give what it asks for in headers")
+            return InvalidRequest(f"{where} refuses this client ({text}); pass the credentials it asks for in headers")
         return error_of(text, where)
 
 
@@ -199,11 +206,11 @@ class Http:
             headers=self._headers,
             trust_env=False,
             verify=ssl.create_default_context(cafile=self._ca_file) if self._where.startswith("https") else False,
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # how long an answer may take is the caller's to say
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # AsyncClient limits how long an answer may take
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         )
 
-    async def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
+    async def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
         body = {"text_input": text, "sampling_parameters": sampling, **FLAGS}
         try:
             async with self._client.stream("POST", f"/v2/models/{MODEL}/generate_stream", json=body) as response:
@@ -212,30 +219,31 @@ class Http:
                 async for event in _events(response.aiter_bytes()):
                     if "error" in event:
                         raise error_of(event["error"], self._where)
-                    yield Part(
+                    yield Chunk(
                         event.get("text_output", ""),
                         _reason([event.get("finish_reason")]),
                         int(event.get("num_input_tokens", 0)),
                         int(event.get("num_output_tokens", 0)),
                     )
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
 
     async def catalogue(self, name: str) -> str:
         body = {"inputs": [{"name": "name", "shape": [1], "datatype": "BYTES", "data": [name]}]}
         try:
             response = await self._client.post(f"/v2/models/{CATALOGUE}/infer", json=body)
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
         if response.status_code != 200:
             raise self._refused(response.status_code, response.content)
         return str(response.json()["outputs"][0]["data"][0])
 
     async def ready(self) -> bool:
         try:
-            return (await self._client.get(f"/v2/models/{MODEL}/ready")).status_code == 200
+            response = await self._client.get(f"/v2/models/{MODEL}/ready")
+            return bool(response.status_code == 200)
         except Exception as error:
-            raise self._named(error) from None
+            raise self._translated(error) from None
 
     async def close(self) -> None:
         if "_client" in vars(self):
@@ -250,27 +258,29 @@ class Http:
         if type(found) is not ServingError:
             return found
         if status in (401, 403):
-            return InvalidRequest(f"{self._where} refuses this caller ({text}); give what it asks for in headers")
+            return InvalidRequest(
+                f"{self._where} refuses this client ({text}); pass the credentials it asks for in headers"
+            )
         if status == 429:
             return Busy(str(found))
         if status in (502, 503, 504):
             return Unavailable(str(found))
         return InvalidRequest(str(found)) if 400 <= status < 500 else found
 
-    def _named(self, error: Exception) -> Exception:
+    def _translated(self, error: Exception) -> Exception:
         import httpx
 
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
             return Unavailable(
-                f"nothing answers at {self._where} ({error}); start a server with make serve, or name its address"
+                f"nothing answers at {self._where} ({error}); start one with make serve, or give another address"
             )
         if isinstance(error, httpx.HTTPError):
-            return Unavailable(f"{self._where}: the connection ended ({error or type(error).__name__})")
+            return Unavailable(f"{self._where}: the connection was lost ({error or type(error).__name__})")
         return error
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of server-sent events. Bytes are cut at line feeds only: a text may hold Unicode's other line ends."""
+    """The JSON of server-sent events. Only line feeds end a line: texts may contain Unicode's other separators."""
     waiting = b""
     async for chunk in chunks:
         *lines, waiting = (waiting + chunk).split(b"\n")
@@ -298,7 +308,7 @@ def _bool(name: str, value: bool) -> Any:
 
 
 def _reason(values: Any) -> str | None:
-    """vLLM's backend says "None" before the end."""
+    """The finish reason; vLLM's backend sends the text "None" before the end."""
     value = values[0] if values is not None and len(values) else None
     text = value.decode() if isinstance(value, bytes) else value
     return None if text in (None, "", "None") else str(text)

@@ -1,60 +1,62 @@
-"""What can go wrong between a client and the model, by kind. The text of each says what, where and what to do."""
+"""The client's exceptions. Each message says what happened, where, and what to do about it."""
 
 import re
 
-from serving import protocol
-
 
 class ServingError(Exception):
-    """The server could not answer for a reason of its own; also the base of all the others."""
+    """The server failed at this request; also the base class of all other errors of the client.
 
-    code = protocol.INTERNAL
+    Attributes:
+        code: the kind of error as the server names it, at the start of the error's text.
+    """
+
+    code = "internal"
 
 
 class InvalidRequest(ServingError):
-    """The request itself is wrong; sent again it would be refused again."""
+    """The request itself is wrong; sending it again will not help."""
 
-    code = protocol.INVALID
+    code = "invalid"
 
 
 class TooLong(InvalidRequest):
-    """The text, or with it the answer, is longer than the model's window."""
+    """The prompt, or the prompt and `max_tokens` together, exceed the model's context window."""
 
 
 class UnknownAdapter(InvalidRequest):
     """No adapter of this name is served."""
 
-    code = protocol.UNKNOWN_ADAPTER
+    code = "unknown_adapter"
 
 
 class Busy(ServingError):
-    """The server's queue is full; later there may be room."""
+    """The server's queue is full; try again later."""
 
-    code = protocol.BUSY
+    code = "busy"
 
 
 class Unavailable(ServingError):
-    """Nothing answers, or the model is being started or stopped."""
+    """No server answers at this address, or the model is being started or stopped."""
 
-    code = protocol.UNAVAILABLE
+    code = "unavailable"
 
 
 class DeadlineExceeded(ServingError):
-    """The next token, or the whole answer, did not come in time."""
+    """The next token, or the complete answer, did not arrive in time."""
 
     code = "deadline"
 
 
 _KINDS = {kind.code: kind for kind in (InvalidRequest, UnknownAdapter, Busy, Unavailable, ServingError)}
-# As the embedded engine says it, and vLLM.
+# The wording of the embedded engine, and of vLLM.
 _TOO_LONG = re.compile(r"the prompt has [\d,]+ (tokens|characters)|maximum (context|model) length", re.I)
 _CODED = re.compile(rf"\b({'|'.join(_KINDS)}): (.*)", re.DOTALL)
-# What Triton itself says while the model is being loaded, has been unloaded, or has lost its process.
+# Triton's own wording while the model is being loaded, has been unloaded, or has lost its process.
 _NOT_LOADED = re.compile(r"unknown model|not ready|no available versions|unavailable|stub process|shutting down", re.I)
 
 
 def error_of(text: str, where: str) -> ServingError:
-    """The error behind the `text` of a Triton response from `where`: `busy: …` is a `Busy`."""
+    """The exception for the error `text` of a Triton response from `where`: `busy: …` becomes a `Busy`."""
     coded = _CODED.search(text)
     if coded:
         kind, sentence = _KINDS[coded[1]], coded[2].strip()
@@ -64,5 +66,5 @@ def error_of(text: str, where: str) -> ServingError:
     if _TOO_LONG.search(text):
         return TooLong(text.strip())
     if _NOT_LOADED.search(text):
-        return Unavailable(f"{where}: the model does not answer just now ({text.strip()})")
+        return Unavailable(f"{where}: the model is not available at the moment ({text.strip()})")
     return ServingError(f"{where}: {text.strip()}")

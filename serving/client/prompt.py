@@ -1,0 +1,5 @@
+"""The prompt a model was trained with. In the wheel, setup.py puts core/prompt.py itself in the place of this file."""
+
+from core.prompt import Prompt
+
+__all__ = ["Prompt"]
