@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from converters import hf
 from converters.convert import table
-from converters.streamed import empty_model
+from converters.layerwise_forward import empty_model
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run

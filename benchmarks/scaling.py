@@ -173,7 +173,7 @@ def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, pef
     import torch
 
     from training.flops import BF16_PEAKS, flops_of
-    from training.launch import check_heads
+    from training.launcher import check_heads
     from training.memory import GIB, estimate
 
     gpu, devices = GPUS[own.gpu], min(gpus, own.per_node)

@@ -37,7 +37,7 @@ class Job:
         dtype: of the frozen weights where a system follows the machine ("bfloat16" or "float32").
         lora: peft.LoraConfig keys.
         initial: safetensors with the adapter to begin with, under peft's names.
-        rows: JSON file with `[{"input_ids", "learned"}, …]` (benchmarks/rows.py), in the order of training.
+        rows: JSON file with `[{"input_ids", "learned"}, …]` (benchmarks/samples.py), in the order of training.
         steps: optimizer steps of each round; the first is the warm-up.
         batch: rows of an optimizer step.
         micro_batch: rows that a peer takes at once.
@@ -128,7 +128,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
-    from benchmarks.rows import as_dataset
+    from benchmarks.samples import as_dataset
     from core.base_model import describe
     from training.batches import Batches
     from training.gemma_lora import GemmaLoRA

@@ -87,7 +87,7 @@ def main(words: list[str]) -> None:
     source = Path(config.task.data.source)
     config.data_dir = str(Path(config.data_dir).parent / f"bench-{source.stem}")
     if own.text:
-        from benchmarks.rows import text_task
+        from benchmarks.samples import text_task
 
         config = text_task(config, own.text)
 
@@ -117,8 +117,8 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     """Run the rounds and put together all that table.py shows."""
     from transformers import AutoConfig
 
-    from benchmarks import ceiling
-    from benchmarks.rows import as_dataset, read_rows
+    from benchmarks import roofline
+    from benchmarks.samples import as_dataset, read_rows
     from benchmarks.systems import Job
     from core.machine import describe_environment, quiet_libraries
     from training.flops import flops_of
@@ -183,7 +183,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
     shape = gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths))
     print("Measuring the ceiling, before the rounds and after them", flush=True)
-    rates = ceiling.measure(*shape)
+    rates = roofline.measure(*shape)
     systems = run_rounds(jobs, scratch)
     given = _count(training)
     for name, system in systems.items():  # a figure counts only for the very tokens that all were given
@@ -193,7 +193,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     for name, system in systems.items():
         if "rounds" in system:
             system["held_out_loss"] = evaluator.loss(Path(jobs[name].adapter))
-    rates = ceiling.higher(rates, ceiling.measure(*shape))
+    rates = roofline.higher(rates, roofline.measure(*shape))
     flops = flops_of(gemma, lengths, learned, lora["r"], lora["target_modules"])
     environment = describe_environment()
     cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
@@ -226,7 +226,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
         "ceiling": rates,
         "flops": asdict(flops) | {"total": flops.total},
         "seconds_at_ceiling": {
-            dtype: ceiling.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
+            dtype: roofline.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
         },
         "held_out_loss_before": before,
         "memory_expected_gib": expected.total / GIB,
@@ -436,7 +436,7 @@ class Evaluator:
     def _loss(self, model: Any) -> float:
         import torch
 
-        from benchmarks.rows import as_dataset
+        from benchmarks.samples import as_dataset
         from training.batches import Batches, held_out_loss
 
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -16,7 +16,7 @@ from core.errors import UserError, run
 from core.run_folder import Run
 from data_prep.prepare import prepare
 from evaluation.compare_runs import facts
-from training.identity import made_of
+from training.fingerprint import made_of
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 TARGET = Path("docs/attempts.md")

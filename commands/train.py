@@ -32,9 +32,9 @@ from data_prep.prepare import prepare
 from evaluation.gate import pass_gate
 from evaluation.questions import check, held_out_questions, listed_questions
 from training import automodel
-from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
-from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
-from training.stopping import Stopped, StopSignals
+from training.fingerprint import differences, made_of, refuse_changed_records, unfinished_neighbour
+from training.launcher import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
+from training.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from converters.checkpoint import Adapter, Checkpoint
-from converters.checks import check_shapes, checked
+from converters.validation import check_shapes, checked
 from core.base_model import ensure_base_model
 from core.configuration import load_config
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("gemma", "gemma2", "gemma3_text")

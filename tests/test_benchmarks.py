@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import table
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.rows import pieces
+from benchmarks.samples import pieces
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
 from training.flops import flops_of

@@ -19,7 +19,7 @@ from test_packing import ROWS, gradients, hidden_of_rows, with_lora
 
 from core.run_folder import read_metrics
 from training.cross_entropy import linear_cross_entropy
-from training.fast_layers import speed_up
+from training.fused_layers import speed_up
 from training.packing import _flex_attention, pack, use_packed_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -25,10 +25,10 @@ from core.configuration import load_config
 from core.errors import UserError
 from training.batches import Batches, learned_loss
 from training.distribute import AdapterParallel, shard_base, split_base
-from training.fast_layers import speed_up
-from training.launch import check_heads, check_processes
+from training.fused_layers import speed_up
+from training.launcher import check_heads, check_processes
 from training.packing import use_packed_attention
-from training.stopping import LOST
+from training.signals import LOST
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("ddp", "fsdp2", "tp")

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from serving.engine import UserError
 from serving.engine.__main__ import ends
 from serving.engine.adapters import AdapterFolder, read_adapter
-from serving.engine.answer_text import AnswerText
 from serving.engine.architecture import BEST, LOGITS, Config, Model, Rows
+from serving.engine.detokenizer import AnswerText
 from serving.engine.gemma import Gemma
 from serving.engine.kernels import KernelGemma
 from serving.engine.kv_cache import BLOCK

@@ -25,7 +25,7 @@ from conftest import ROOT
 
 from core.errors import UserError
 from evaluation.gate import NOT_BETTER
-from training.stopping import LOST, TRY_AGAIN
+from training.signals import LOST, TRY_AGAIN
 
 OVERLAYS = ("cpu", "gpu")
 JOBS = ("indexed", "trainjob", "pytorchjob")

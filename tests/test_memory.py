@@ -12,7 +12,7 @@ from conftest import FAMILIES, ROOT, tiny_gemma
 
 from core.configuration import load_config, plain
 from core.load_model import add_lora, load_base
-from training.fast_layers import speed_up
+from training.fused_layers import speed_up
 from training.memory import estimate, free_memory, layer_bytes
 from training.packing import pack, use_packed_attention
 

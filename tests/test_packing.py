@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from training import packing
-from training.fast_layers import speed_up
+from training.fused_layers import speed_up
 from training.packing import (
     ROUND,
     Layout,

@@ -23,9 +23,9 @@ from core.load_model import add_lora, load_base
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import tokenize
-from training.four_bit import speed_up_4bit
 from training.gemma_lora import GemmaLoRA, optimizer_here
 from training.progress import RunProgress
+from training.qlora import speed_up_4bit
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUANTIZATION = plain(load_config(["peft=qlora"]).peft)["quantization"]

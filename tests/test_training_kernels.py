@@ -12,7 +12,7 @@ from torch import Tensor
 
 from training import kernels
 from training.cross_entropy import linear_cross_entropy
-from training.fast_layers import _GatedGelu, _RMSNorm, speed_up
+from training.fused_layers import _GatedGelu, _RMSNorm, speed_up
 from training.packing import attend, pack, use_packed_attention
 
 BEGINNING = list(range(10, 50))

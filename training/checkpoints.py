@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from core.errors import UserError
 from core.files import sync
-from training.stopping import Stopped, StopSignals
+from training.signals import Stopped, StopSignals
 
 CHECKPOINTS_PER_RUN = 20
 KEEP = 3  # of the last ones: should the newest be damaged, there are others

@@ -21,10 +21,10 @@ from core.prompt import Prompt
 from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.distribute import AdapterParallel
+from training.fingerprint import made_of, refuse_other
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
-from training.identity import made_of, refuse_other
 from training.progress import RunProgress
-from training.stopping import Stopped, StopSignals
+from training.signals import Stopped, StopSignals
 
 
 class AllEpochs:

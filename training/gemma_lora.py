@@ -26,9 +26,9 @@ from core.load_model import add_lora, load_base
 from core.prompt import Prompt
 from training.batches import MicroBatch, Step, learned_loss
 from training.distribute import AdapterParallel
-from training.fast_layers import speed_up
-from training.four_bit import speed_up_4bit
+from training.fused_layers import speed_up
 from training.packing import use_packed_attention
+from training.qlora import speed_up_4bit
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")

@@ -131,7 +131,7 @@ def estimate(config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: 
             setattr(architecture, name, getattr(architecture, name) // trainer.devices)
         with torch.device("meta"):
             model = add_lora(_without_memory(architecture, dtype), settings)
-    ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fast_layers, four_bit
+    ours = not (config.peft.use_dora or config.peft.lora_dropout)  # else peft's own layers, see fused_layers, four_bit
     kept = tokens * layer_bytes(architecture, model, dtype, ours)
     if config.peft.use_dora:  # each layer's weights in float32, with its adapter added
         kept += 4 * linear / layers
@@ -155,7 +155,7 @@ def _without_memory(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTr
 
 
 def layer_bytes(architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, ours: bool) -> float:
-    """What the backward pass of one layer keeps, in bytes a token; see training/fast_layers.py and packing.py."""
+    """What the backward pass of one layer keeps, in bytes a token; see training/fused_layers.py and packing.py."""
     hidden, inner = architecture.hidden_size, architecture.intermediate_size
     queries = architecture.num_attention_heads * architecture.head_dim
     keys = architecture.num_key_value_heads * architecture.head_dim

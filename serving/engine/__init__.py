@@ -11,7 +11,7 @@ kv_cache.py     blocks of the key/value cache, shared by equal beginnings
     gemma.py        the forward pass in plain torch
 adapters.py     PEFT folders, watched while it runs
 sampling.py     from logits to the next token
-answer_text.py  from tokens to text, stop strings
+detokenizer.py  from tokens to text, stop strings
 """
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from serving.engine.adapters import Adapter
-from serving.engine.answer_text import AnswerText
 from serving.engine.architecture import BEST, LOGITS, NOTHING, Model, Rows
+from serving.engine.detokenizer import AnswerText
 from serving.engine.kv_cache import BLOCK, BlockPool, digest
 from serving.engine.sampling import Sampler
 from serving.protocol import (

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from training.fast_layers import is_plain
+from training.fused_layers import is_plain
 
 
 def speed_up_4bit(model: PeftModel) -> None:

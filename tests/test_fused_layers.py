@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from training.fast_layers import _norm_gradient, _RMSNorm, speed_up
+from training.fused_layers import _norm_gradient, _RMSNorm, speed_up
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

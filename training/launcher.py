@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from core.errors import UserError
-from training.stopping import LOST, Stopped
+from training.signals import LOST, Stopped
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -201,7 +201,7 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
             with (logs / f"process{rank}.log").open("wb") as log:  # the first one writes to the terminal
                 output = log if rank else None
                 workers[rank] = subprocess.Popen(
-                    [sys.executable, "-m", "training.launch", *folders],
+                    [sys.executable, "-m", "training.launcher", *folders],
                     env={**os.environ, **{name: str(value) for name, value in environment.items()}},
                     stdin=subprocess.PIPE,
                     stdout=output,
