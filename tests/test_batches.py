@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.prompt import Prompt
-from training.batches import Batches, held_out_loss, learned_loss, row_losses, tokenize
-from training.packing import use_packed_attention
+from training.batches import Batches, held_out_loss, loss_sum, sample_losses, tokenize
+from training.packed_attention import use_packed_attention
 
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "Slang: {slang}")
 ROWS = [{"input": "word " * (n % 7 + 1), "output": f"Slang: {'yes ' * (n % 5 + 1)}".strip()} for n in range(23)]
@@ -59,7 +59,7 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
         for budget in (1, 60, 10_000):  # one row at a time, a few, all together
             steps = list(Batches(rows, 8, budget, seed=0))
             assert sum(step.learned for step in steps) == learned
-            total = sum(learned_loss(model, batch).item() for step in steps for batch in step.micro_batches)
+            total = sum(loss_sum(model, batch).item() for step in steps for batch in step.micro_batches)
             assert total == pytest.approx(expected, rel=1e-5)
     model.set_attn_implementation(usual_attention)
     assert held_out_loss(model, Batches(rows, 8, 100, seed=None)) == pytest.approx(expected / learned, rel=1e-5)
@@ -93,10 +93,10 @@ def test_processes_share_a_step_without_overlap(rows) -> None:  # type: ignore[n
 @pytest.mark.usefixtures("one_thread")
 def test_a_row_s_loss_is_the_one_that_it_has_alone(rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma("gemma3_text")
-    together = row_losses(model, Batches(rows, 32, 256, seed=None))
+    together = sample_losses(model, Batches(rows, 32, 256, seed=None))
     assert len(together) == len(rows)
     for place in (0, 3, len(rows) - 1):
-        (alone,) = row_losses(model, Batches(rows.select([place]), 1, 256, seed=None))
+        (alone,) = sample_losses(model, Batches(rows.select([place]), 1, 256, seed=None))
         assert together[place] == pytest.approx(alone, rel=1e-4)
     loss, tokens = (sum(part) for part in zip(*together, strict=True))
     assert held_out_loss(model, Batches(rows, 32, 256, seed=None)) == pytest.approx(loss / tokens)
@@ -110,7 +110,7 @@ def test_processes_take_equally_many_micro_batches_and_an_empty_one_has_no_loss(
         assert len(left.micro_batches) == len(right.micro_batches)
     empty = parts[1][-1].micro_batches[0]  # the second step is of one row
     assert empty.tokens == len(empty.targets) == 0
-    assert learned_loss(model, empty).item() == 0
+    assert loss_sum(model, empty).item() == 0
 
 
 def test_rows_over_the_limit_are_counted_and_an_empty_rest_is_an_error(

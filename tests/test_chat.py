@@ -26,8 +26,8 @@ from core.prompt import Prompt
 from data_prep.prepare import prepare
 from data_prep.same_rows import NEAR
 from evaluation.dialogue import Dialogue
-from training.batches import Batches, learned_loss, tokenize
-from training.packing import use_packed_attention
+from training.batches import Batches, loss_sum, tokenize
+from training.packed_attention import use_packed_attention
 
 Messages = list[dict[str, str]]
 
@@ -271,7 +271,7 @@ def test_loss_of_dialogues_that_share_a_beginning_is_that_of_transformers(
         (batch,) = step.micro_batches
         unique = sum(segment.length for segment in batch.layout.segments)
         assert unique < batch.tokens - len(rows) - 40  # the beginning of the last two lies there once
-        assert learned_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+        assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_control_tokens_in_a_message_stay_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

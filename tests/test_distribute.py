@@ -23,11 +23,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from converters.nemo_file import read_nemo
 from core.configuration import load_config
 from core.errors import UserError
-from training.batches import Batches, learned_loss
+from training.batches import Batches, loss_sum
 from training.distribute import AdapterParallel, shard_base, split_base
-from training.fused_layers import speed_up
+from training.fused_layers import fuse_layers
 from training.launcher import check_heads, check_processes
-from training.packing import use_packed_attention
+from training.packed_attention import use_packed_attention
 from training.signals import LOST
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -43,13 +43,13 @@ ENVIRONMENT = {
 
 def tiny_lora(family: str) -> PeftModel:
     base = tiny_gemma(family, vocab_size=600)
-    base.learned_loss = MethodType(learned_loss, base)
+    base.loss_sum = MethodType(loss_sum, base)
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(base)
     return model
 
@@ -73,7 +73,7 @@ def take_step(model: PeftModel, share: tuple[int, int]) -> torch.Tensor:
     (step,) = Batches(rows(), 8, 60, seed=0, rank=share[0], world_size=share[1])
     total = torch.zeros(())
     for batch in step.micro_batches:
-        loss = model.get_base_model().learned_loss(batch) / step.learned
+        loss = model.get_base_model().loss_sum(batch) / step.learned
         loss.backward()
         total += loss.detach()
     return total

@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.load_model import add_lora
 from core.prompt import Prompt
 from evaluation.compare import answer
-from training.batches import Batches, learned_loss, tokenize
+from training.batches import Batches, loss_sum, tokenize
 from training.gemma_lora import GemmaLoRA
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -173,7 +173,7 @@ def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path]
             lambda *_: calls.__setitem__(-1, calls[-1] + 1)
         )
         torch.manual_seed(1)
-        sum(learned_loss(model.model.get_base_model(), batch) for batch in step.micro_batches).backward()
+        sum(loss_sum(model.model.get_base_model(), batch) for batch in step.micro_batches).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert calls[1] == 2 * calls[0] > 0, "the layer was not computed again"
     for name, gradient in gradients[0].items():

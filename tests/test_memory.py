@@ -12,9 +12,10 @@ from conftest import FAMILIES, ROOT, tiny_gemma
 
 from core.configuration import load_config, plain
 from core.load_model import add_lora, load_base
-from training.fused_layers import speed_up
+from training.fused_layers import fuse_layers
 from training.memory import estimate, free_memory, layer_bytes
-from training.packing import pack, use_packed_attention
+from training.packed_attention import use_packed_attention
+from training.packing import pack
 
 EIGHT = 8 * 2**30
 
@@ -46,7 +47,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
     settings = plain(load_config(words).peft)
     model = add_lora(gemma, {key: settings[key] for key in ("r", "lora_dropout", "use_dora", "target_modules")})
     model.train()
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(gemma)
     torch.manual_seed(0)
     packed = pack(sorted([2, *torch.randint(3, 999, (300,)).tolist()] for _ in range(9)))

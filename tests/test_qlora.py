@@ -25,7 +25,7 @@ from evaluation.compare import answer
 from training.batches import tokenize
 from training.gemma_lora import GemmaLoRA, optimizer_here
 from training.progress import RunProgress
-from training.qlora import speed_up_4bit
+from training.qlora import fuse_qlora_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUANTIZATION = plain(load_config(["peft=qlora"]).peft)["quantization"]
@@ -136,7 +136,7 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         if kind == "ours":
-            speed_up_4bit(model)
+            fuse_qlora_layers(model)
             changed = [name for name, layer in model.named_modules() if "forward" in vars(layer)]
             assert len(changed) == len(weights) == 7 * 3
         loss = model(input_ids=ids, labels=ids).loss

@@ -93,7 +93,7 @@ def watch_a_step(rank: int, folder: str) -> None:
         elif kind == "tp":
             split_base(gemma, mesh.get_group())
         with Traffic() as traffic:
-            loss = gemma.learned_loss(micro_batch)
+            loss = gemma.loss_sum(micro_batch)
             loss.backward()
             strategy.sum_step(adapters(model), loss.detach())
         # In float32 here, where the plan counts bfloat16.

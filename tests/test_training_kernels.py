@@ -12,8 +12,9 @@ from torch import Tensor
 
 from training import kernels
 from training.cross_entropy import linear_cross_entropy
-from training.fused_layers import _GatedGelu, _RMSNorm, speed_up
-from training.packing import attend, pack, use_packed_attention
+from training.fused_layers import _GatedGelu, _RMSNorm, fuse_layers
+from training.packed_attention import packed_attention, use_packed_attention
+from training.packing import pack
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
@@ -84,7 +85,7 @@ def test_attention_in_tiles(window: int | None, softcap: float | None, groups: i
 
     def results(dtype: torch.dtype) -> list[Tensor]:
         leaves = [part.detach().to(dtype).requires_grad_() for part in parts]
-        out = attend(*leaves, layout, 0.2, window, softcap)[real]
+        out = packed_attention(*leaves, layout, 0.2, window, softcap)[real]
         return [out, *torch.autograd.grad((out * weight).sum(), leaves)]
 
     for fast, exact in zip(results(torch.bfloat16), results(torch.float32), strict=True):
@@ -119,7 +120,7 @@ def test_a_packed_step_is_nearer_to_float32_than_torch_in_bfloat16(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_lora(family)
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(model.get_base_model())
     fast, plain = both(monkeypatch, lambda: hidden_and_gradients(model))
     exact = hidden_and_gradients(model.float())
@@ -134,7 +135,7 @@ def test_a_packed_step_is_nearer_to_float32_than_torch_in_bfloat16(
 
 def test_the_same_step_gives_the_same_bits_on_any_number_of_threads() -> None:
     model = with_lora("gemma3_text")
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(model.get_base_model())
     threads = torch.get_num_threads()
     try:

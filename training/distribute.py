@@ -84,14 +84,14 @@ class AdapterParallel(DDPStrategy):
 def shard_base(gemma: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Leave each process of `mesh` its share of every frozen tensor of `gemma`, gathered layer by layer when needed.
 
-    The embedding, which is the output layer too, is gathered around `gemma.learned_loss`, where both are used.
+    The embedding, which is the output layer too, is gathered around `gemma.loss_sum`, where both are used.
     """
     _check_weights(gemma, "fsdp2")
     adapters = {parameter for parameter in gemma.parameters() if parameter.requires_grad}
     for layer in gemma.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=adapters)
     fully_shard(gemma, mesh=mesh, ignored_params=adapters)
-    register_fsdp_forward_method(gemma, "learned_loss")
+    register_fsdp_forward_method(gemma, "loss_sum")
 
 
 def _check_weights(gemma: PreTrainedModel, kind: str) -> None:

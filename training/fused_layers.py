@@ -15,10 +15,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from training.kernels import kernels_for
-from training.packing import attend
+from training.packed_attention import packed_attention
 
 
-def speed_up(model: PeftModel) -> None:
+def fuse_layers(model: PeftModel) -> None:
     """Give the LoRA layers, RMS norms, attentions and gated MLPs of a Gemma their faster forward, in place.
 
     Layers this does not hold for (dropout, DoRA, quantized or biased base, several adapters) keep peft's own.
@@ -26,7 +26,7 @@ def speed_up(model: PeftModel) -> None:
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain(module):
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain_lora(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
@@ -39,7 +39,7 @@ def speed_up(model: PeftModel) -> None:
 _TANH_GELU = ("gelu_pytorch_tanh", None)  # None: Gemma 1's early configurations, which mean the same
 
 
-def is_plain(layer: Any) -> bool:
+def is_plain_lora(layer: Any) -> bool:
     """Whether a LoRA layer of peft does nothing but y = x Wᵀ + scale · (x Aᵀ) Bᵀ."""
     return (
         layer.base_layer.bias is None
@@ -192,7 +192,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: An
     query = _Turn.apply(query, getattr(self, "q_norm", None), cos, sin)
     key = _Turn.apply(key, getattr(self, "k_norm", None), cos, sin)
     softcap = getattr(self, "attn_logit_softcapping", None)
-    out = attend(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
+    out = packed_attention(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
     return self.o_proj(out.flatten(1)[None]), None
 
 

@@ -24,11 +24,11 @@ from core.configuration import plain
 from core.errors import UserError
 from core.load_model import add_lora, load_base
 from core.prompt import Prompt
-from training.batches import MicroBatch, Step, learned_loss
+from training.batches import MicroBatch, Step, loss_sum
 from training.distribute import AdapterParallel
-from training.fused_layers import speed_up
-from training.packing import use_packed_attention
-from training.qlora import speed_up_4bit
+from training.fused_layers import fuse_layers
+from training.packed_attention import use_packed_attention
+from training.qlora import fuse_qlora_layers
 
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
@@ -84,20 +84,20 @@ class GemmaLoRA(ModelPT):
             folder, getattr(torch, cfg.dtype), plain(cfg.quantization) if cfg.get("quantization") else None, device
         )
         base.config.use_cache = False
-        base.learned_loss = MethodType(learned_loss, base)  # a method: a sharded base is gathered around its own
+        base.loss_sum = MethodType(loss_sum, base)  # a method: a sharded base is gathered around its own
         lora = plain(cfg.peft)
         lora.pop("name")
         self.model = add_lora(base, lora)
         if cfg.get("gradient_checkpointing"):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
-        speed_up(self.model)
+        fuse_layers(self.model)
         if trainer:
             use_packed_attention(base)
-        speed_up_4bit(self.model)
+        fuse_qlora_layers(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return self.model.get_base_model().learned_loss(batch)
+        return self.model.get_base_model().loss_sum(batch)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
         # Chance (dropout) depends on the seed and the step only, so a resumed run draws what it would have drawn.

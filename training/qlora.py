@@ -14,13 +14,13 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from training.fused_layers import is_plain
+from training.fused_layers import is_plain_lora
 
 
-def speed_up_4bit(model: PeftModel) -> None:
+def fuse_qlora_layers(model: PeftModel) -> None:
     """Give the 4-bit LoRA layers of `model` their smaller forward, in place; those with dropout or DoRA keep peft's."""
     for layer in model.modules():
-        if isinstance(layer, LoraLinear4bit) and is_plain(layer):
+        if isinstance(layer, LoraLinear4bit) and is_plain_lora(layer):
             layer.forward = types.MethodType(_forward, layer)
 
 
