@@ -120,6 +120,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from benchmarks import roofline
     from benchmarks.samples import as_dataset, read_rows
     from benchmarks.systems import Job
+    from core.load_model import lora_settings
     from core.machine import describe_environment, quiet_libraries
     from training.flops import flops_of
 
@@ -143,7 +144,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
         micro -= 1
     if config.peft.quantization:
         raise UserError("the benchmark compares LoRA on the whole base: peft=lora")
-    lora = {key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")}
+    lora = lora_settings(plain(config.peft))
 
     (scratch / "rows.json").write_text(json.dumps(training))
     in_order = Batches(as_dataset(training), batch, config.trainer.micro_batch_tokens, seed=None)
@@ -254,7 +255,7 @@ def write_recipe(
 
     folder = scratch / "automodel"
     folder.mkdir()
-    automodel.write_rows(rows, folder / "training.jsonl")
+    automodel.write_samples(rows, folder / "training.jsonl")
     recipe = automodel.write_recipe(config, base_folder, folder, [len(row["input_ids"]) for row in rows])
     recipe["step_scheduler"] |= {
         "global_batch_size": batch,
@@ -449,7 +450,7 @@ class Evaluator:
 
 def _count(rows: list[dict[str, Any]]) -> tuple[list[int], int]:
     lengths = [len(row["input_ids"]) for row in rows]
-    return lengths, sum(end - first for row in rows for first, end in row["learned"])
+    return lengths, sum(end - first for row in rows for first, end in row["target_ranges"])
 
 
 def _without_folder(word: str) -> str:

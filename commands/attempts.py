@@ -16,7 +16,7 @@ from core.errors import UserError, run
 from core.run_folder import Run
 from data_prep.prepare import prepare
 from evaluation.compare_runs import facts
-from training.fingerprint import made_of
+from training.fingerprint import run_fingerprint
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 TARGET = Path("docs/attempts.md")
@@ -49,7 +49,7 @@ def main(words: list[str]) -> None:
         config = load_config(overrides)
         base_folder = ensure_base_model(config.model)
         data_folder = prepare(config, base_folder / "tokenizer.json")
-        results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
+        results.append(Run.read(name_run(config, base_folder, run_fingerprint(config, base_folder, data_folder))))
     if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
     TARGET.write_text(write(results, words), encoding="utf-8")

@@ -18,7 +18,7 @@ from converters.convert import convert
 from core.base_model import describe
 from core.configuration import load_config, names, plain
 from core.errors import UserError
-from core.load_model import add_lora
+from core.load_model import add_lora, lora_settings
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import Batches, loss_sum, tokenize
@@ -76,11 +76,7 @@ def train(base: Path, folder: Path, *words: str) -> list[float]:
 
 def written_out(base: Path, rows: Dataset, dtype: torch.dtype, **options: Any) -> list[float]:
     """The same five steps with nothing of this project: row by row, no packing, no kernels of our own."""
-    peft = {
-        key: value
-        for key, value in plain(load_config().peft).items()
-        if key not in ("name", "quantization", "optimizer")
-    }
+    peft = lora_settings(plain(load_config().peft))
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
@@ -88,13 +84,13 @@ def written_out(base: Path, rows: Dataset, dtype: torch.dtype, **options: Any) -
     ).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    learned = sum(row["length"] - row["learned"][0][0] for row in rows)
+    learned = sum(row["length"] - row["target_ranges"][0][0] for row in rows)
     losses = []
     for step in range(5):
         loss = 0.0
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            ((first, _),) = row["learned"]
+            ((first, _),) = row["target_ranges"]
             logits = model(input_ids=ids).logits[0, first - 1 : -1].float()
             part = torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum") / learned
             part.backward()
@@ -140,8 +136,7 @@ def test_bfloat16_follows_within_its_rounding(
 
 def module(base: Path, **options: Any) -> GemmaLoRA:
     config = load_config()
-    peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
-    peft["lora_dropout"] = 0.1
+    peft = {"name": "lora", **lora_settings(plain(config.peft)), "lora_dropout": 0.1}
     return GemmaLoRA(
         OmegaConf.create(
             {
@@ -214,7 +209,7 @@ def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[st
     row = rows_of(base, tmp_path)[0]
     text = "<bos><start_of_turn>user\nWe go <end_of_turn>\n<start_of_turn>model\nSlang: yes<end_of_turn>"
     assert tokenizer.decode(row["input_ids"]) == text and row["length"] == len(row["input_ids"])
-    assert tokenizer.decode(row["input_ids"][slice(*row["learned"][0])]) == "Slang: yes<end_of_turn>"
+    assert tokenizer.decode(row["input_ids"][slice(*row["target_ranges"][0])]) == "Slang: yes<end_of_turn>"
 
     prompt = Prompt(TURNS, "{ask}", "{slang}")
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")

@@ -25,7 +25,7 @@ EIGHT = 8 * 2**30
 def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Path) -> None:
     tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     config = load_config([f"peft={peft}"])
-    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500)
+    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, targets=500)
     settings = plain(config.peft)
     quantization = settings.pop("quantization")
     base = load_base(tmp_path, torch.bfloat16, quantization, torch.device("cpu"))
@@ -64,7 +64,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
     assert hidden.last_hidden_state.requires_grad
-    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, ours=not words)
+    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, fused=not words)
     # The more is where queries and keys turn without kernels of our own (float32, another processor).
     assert 0.92 < counted / sum(kept.values()) < 1.16
 

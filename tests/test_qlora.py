@@ -23,7 +23,7 @@ from core.load_model import add_lora, load_base
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import tokenize
-from training.gemma_lora import GemmaLoRA, optimizer_here
+from training.gemma_lora import GemmaLoRA, available_optimizer
 from training.progress import RunProgress
 from training.qlora import fuse_qlora_layers
 
@@ -193,12 +193,12 @@ def test_every_setting_of_the_review_chatbot_is_at_work(
 def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert optimizer_here("paged_adamw_32bit", "gpu") == "paged_adamw_32bit"
+    assert available_optimizer("paged_adamw_32bit", "gpu") == "paged_adamw_32bit"
     assert get_optimizer("paged_adamw_32bit").func is PagedAdamW32bit
-    assert optimizer_here("paged_adamw_32bit", "cpu") == "adamw"
+    assert available_optimizer("paged_adamw_32bit", "cpu") == "adamw"
     assert "adamw with 32-bit state" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"sgdw is unknown\. Known: adamw, paged_adamw_32bit"):
-        optimizer_here("sgdw", "cpu")
+        available_optimizer("sgdw", "cpu")
 
 
 @pytest.mark.parametrize("wrong", [{"load_in_4bit": "yes"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}])

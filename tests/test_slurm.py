@@ -276,7 +276,7 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
         before = job.step()
         assert 0 < before < STEPS, job.said
         job.start_now()
-        job.wait_for(lambda: f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said)
+        job.wait_for(lambda: f"start {start}," in job.said and f"Resuming from step {before} of {STEPS}" in job.said)
 
     job.wait_for(lambda: job.step() >= 8)
     urgent = cluster.ask(

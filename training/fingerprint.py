@@ -1,4 +1,4 @@
-"""What a run is made of, so that one run never mixes two configurations, bases or data sets."""
+"""The fingerprint of a run, so that one run never mixes two configurations, base models or data sets."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from core.base_model import describe
 from core.configuration import plain
 from core.errors import UserError
 
-# Where files lie, how many processes share a step, how much memory it may take, who watches and what is asked
-# afterwards do not change the result, beyond rounding: a run that was stopped may go on with others.
+# Where files lie, how many processes share a step, how much memory it may take, what is logged and what is evaluated
+# afterwards do not change the result beyond rounding: an interrupted run may be resumed with other values.
 WITHOUT_EFFECT = (
     "runs_dir",
     "data_dir",
@@ -25,13 +25,16 @@ WITHOUT_EFFECT = (
     "task.train.log_every",
 )
 AFTERWARDS = ("task.evaluate.", "judge.")
+CHECKPOINT_KEY = "made_of"  # of the fingerprint in a checkpoint file
 
 
-def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[str, Any]:
-    """All that decides the result of a run, flat: `{"task.train.epochs": 3, "base": <sha256>, "data.training": …}`.
+def run_fingerprint(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[str, Any]:
+    """Everything that decides the result of a run, as one flat dictionary.
+
+    Example: `{"task.train.epochs": 3, …, "model.name": "gemma-3-270m", "base": SHA-256, "data.training": SHA-256, …}`
 
     Raises:
-        UserError: the rows are not those that were prepared.
+        UserError: a split is not the one that was prepared.
     """
     manifest = json.loads((data_folder / "manifest.json").read_text())
     for name, split in manifest["splits"].items():
@@ -41,38 +44,46 @@ def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[st
         if found != split["sha256"]:
             raise UserError(
                 f"{file} was changed after it was prepared: its sha256 is {found[:12]}…, manifest.json says "
-                f"{split['sha256'][:12]}…. Delete {data_folder} to prepare it anew; give rows of your own as SOURCE"
+                f"{split['sha256'][:12]}…. Delete {data_folder} to prepare it again; pass your own data as SOURCE"
             )
-    return _identity(plain(config), describe(base_folder)["sha256"], manifest)
+    return _flatten(plain(config), describe(base_folder)["sha256"], manifest)
 
 
-def refuse_changed_records(run_folder: Path, now: dict[str, Any]) -> None:
-    """Raises a UserError when a run that is under way and the command that would continue it differ.
+def check_records(run_folder: Path, current: dict[str, Any]) -> None:
+    """Refuse to resume a run whose recorded fingerprint differs from `current`.
 
-    The folder is named by a hash of `now`, so this takes an edited record or a folder put there by hand.
+    The folder's name has a hash of the fingerprint, so this takes an edited record or a folder put there by hand.
+
+    Raises:
+        UserError: they differ.
     """
     if any((run_folder / "checkpoints").glob("step=*.ckpt")):
-        _refuse(recorded(run_folder), now, f"the records in {run_folder}")
+        _refuse_difference(recorded_fingerprint(run_folder), current, f"the records in {run_folder}")
 
 
-def refuse_other(checkpoint: Path, now: dict[str, Any]) -> None:
-    """Raises a UserError when `checkpoint` belongs to a run made of other things."""
+def check_checkpoint(checkpoint: Path, current: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: `checkpoint` belongs to a run with another fingerprint.
+    """
     import torch
 
-    then = torch.load(checkpoint, map_location="cpu", weights_only=True)["made_of"]
-    _refuse(then, now, str(checkpoint))
+    recorded = torch.load(checkpoint, map_location="cpu", weights_only=True)[CHECKPOINT_KEY]
+    _refuse_difference(recorded, current, str(checkpoint))
 
 
-def _refuse(then: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    if changes := differences(then, now):
+def _refuse_difference(recorded: dict[str, Any], current: dict[str, Any], what: str) -> None:
+    if changes := differences(recorded, current):
         raise UserError(
-            f"{what} and this command differ: {changes}. A run goes on only as it began. Put the file back, or move "
-            "the folder away to train anew; what you want changed belongs into the command, as ARGS=key=value"
+            f"{what} and this command differ: {changes}. A run is resumed only with the settings that it began with. "
+            "Restore the file, or move the folder away to train again; pass changes on the command line, as "
+            "ARGS=key=value"
         )
 
 
-def unfinished_neighbour(run_folder: Path, now: dict[str, Any]) -> str:
-    """How this run, not begun yet, differs from the newest unfinished one of the same task, model and PEFT; or ''."""
+def describe_unfinished_run(run_folder: Path, current: dict[str, Any]) -> str:
+    """How this new run differs from the newest unfinished one of the same task, model and PEFT method, for the user's
+    information; or "" where there is none."""
     if (run_folder / "checkpoints").exists():
         return ""
     others = [
@@ -81,26 +92,26 @@ def unfinished_neighbour(run_folder: Path, now: dict[str, Any]) -> str:
         if any(checkpoints.glob("step=*.ckpt")) and not (checkpoints.parent / "report.html").exists()
     ]
     for other in sorted(others, key=lambda folder: (folder / "checkpoints").stat().st_mtime, reverse=True):
-        then = recorded(other)
-        if all(then.get(key) == now[key] for key in ("task.name", "model.name", "peft.name")):
-            return f"{other} is unfinished, and differs: {differences(then, now)}. This starts another run"
+        recorded = recorded_fingerprint(other)
+        if all(recorded.get(key) == current[key] for key in ("task.name", "model.name", "peft.name")):
+            return f"{other} is unfinished and differs: {differences(recorded, current)}. This starts another run"
     return ""
 
 
-def recorded(run_folder: Path) -> dict[str, Any]:
-    """`made_of` as a run's folder has it on record."""
+def recorded_fingerprint(run_folder: Path) -> dict[str, Any]:
+    """The fingerprint of the run in `run_folder`, from its config.yaml, environment.json and data_manifest.json."""
     config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
     base = json.loads((run_folder / "environment.json").read_text())["base"]
-    return _identity(config, base, json.loads((run_folder / "data_manifest.json").read_text()))
+    return _flatten(config, base, json.loads((run_folder / "data_manifest.json").read_text()))
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
-    """`task.train.epochs 3 → 5, seed 0 → 1`, or '' where there are none."""
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    return ", ".join(f"{key} {_short(then.get(key))} → {_short(now.get(key))}" for key in keys)
+def differences(recorded: dict[str, Any], current: dict[str, Any]) -> str:
+    """`task.train.epochs 3 → 5, seed 0 → 1`, or "" where there are none."""
+    keys = [key for key in {**recorded, **current} if recorded.get(key) != current.get(key)]
+    return ", ".join(f"{key} {_short(recorded.get(key))} → {_short(current.get(key))}" for key in keys)
 
 
-def _identity(config: dict[str, Any], base: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def _flatten(config: dict[str, Any], base: str, manifest: dict[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in _flat(config) if not key.startswith(("task.data.", "model.", *AFTERWARDS))}
     for key in WITHOUT_EFFECT:
         flat.pop(key, None)

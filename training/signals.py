@@ -1,24 +1,34 @@
-"""Being told to stop: by a scheduler, by a user's Ctrl-C."""
+"""Stop signals, from a scheduler or from a user's Ctrl-C, and the exit codes that tell a scheduler what to do."""
 
+import os
 import signal
 from typing import Any
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: what a scheduler may take as "start the same command again"
-LOST = 69  # EX_UNAVAILABLE: a process or machine of the run has gone; the same command goes on, if that does not recur
+# Of sysexits.h. A scheduler may take either as "run the same command again, and it resumes".
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: stopped by a signal
+EXIT_LOST = os.EX_UNAVAILABLE  # 69: a process or machine of the run is gone; resuming helps unless that recurs
 
 
 class Stopped(BaseException):
-    """The run was told to stop; the text is for the user. Not an `Exception`, so that no library swallows it."""
+    """The run was stopped by the signal `name`. Not an `Exception`, so that no library swallows it.
 
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(f"stopped by {name} {text}; the same command goes on")
-        self.exit_code = 130 if name == "SIGINT" else TRY_AGAIN
+    Args:
+        when: for the user's sentence, e.g. "after step 120; checkpoint written".
+        name: "SIGTERM", "SIGUSR1" or "SIGINT".
+    """
+
+    def __init__(self, when: str, name: str) -> None:
+        super().__init__(f"stopped by {name} {when}; run the same command to resume")
+        self.exit_code = 130 if name == "SIGINT" else EXIT_STOPPED
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 (what Slurm is asked to send) and Ctrl-C: `Stopped` at once, or in training after the step.
+    """Turns SIGTERM, SIGUSR1 (which Slurm is asked to send) and Ctrl-C into `Stopped`: at once, or during training
+    after the current step. A second Ctrl-C does not wait for the step.
 
-    A second Ctrl-C does not wait for the step.
+    Attributes:
+        received: name of the signal, or "".
+        in_training: set while a training loop runs, which then checks `received` after each step.
     """
 
     def __init__(self) -> None:
@@ -33,6 +43,6 @@ class StopSignals:
     def _receive(self, number: int, frame: Any) -> None:
         again, self.received = self.received, signal.Signals(number).name
         if not self.in_training:
-            raise Stopped("outside of training, nothing is lost", self.received)
+            raise Stopped("outside training, nothing is lost", self.received)
         if again and number == signal.SIGINT:
             raise Stopped("before the end of a step", self.received)
