@@ -145,7 +145,7 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch
 def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
     base = tiny_gemma("gemma2", vocab_size=600)
     dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match="strategy=fsdp2 takes any"):
+    with pytest.raises(UserError, match="strategy=fsdp2 supports any"):
         split_base(dora.get_base_model(), group=None)
     base = tiny_gemma("gemma2", vocab_size=600)
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)

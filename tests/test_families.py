@@ -115,7 +115,7 @@ def rate(step: int, peak: float = 1e-3, warmup: int = 1, steps: int = 5) -> floa
 def test_training_is_that_of_transformers_and_peft_and_is_exported(
     family: str, kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.fit.weights_dtype", lambda: torch.float32)
+    monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.float32)
     base = bases[family]
     losses = train(base, tmp_path, *(f"peft.{key}=true" for key in KINDS[kind]))
     expected = written_out(base, rows_of(base, tmp_path), torch.float32, **KINDS[kind])
@@ -128,7 +128,7 @@ def test_training_is_that_of_transformers_and_peft_and_is_exported(
 def test_bfloat16_follows_within_its_rounding(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.fit.weights_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.bfloat16)
     losses = train(bases["gemma3_text"], tmp_path)
     expected = written_out(bases["gemma3_text"], rows_of(bases["gemma3_text"], tmp_path), torch.float32)
     assert losses == pytest.approx(expected, rel=5e-3)
