@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from benchmarks.figures import RESULTS, refresh
 from converters import hf
-from converters.streamed import empty_model
+from converters.layerwise_forward import empty_model
 from core.arguments import Arguments, parse
 from core.base_model import ensure_base_model
 from core.configuration import load_config

@@ -146,7 +146,7 @@ def plan(own: Options, others: list[str], gpus: int, strategy: str, kind: str, p
     import torch
 
     from training.flops import BF16_PEAKS, flops_of
-    from training.launch import check_heads
+    from training.launcher import check_tensor_parallel
     from training.memory import GIB, estimate
 
     gpu, devices = GPUS[own.gpu], min(gpus, own.per_node)
@@ -168,7 +168,7 @@ def plan(own: Options, others: list[str], gpus: int, strategy: str, kind: str, p
     tokens = rows_at_once * own.length
     with tempfile.TemporaryDirectory() as folder:
         architecture.save_pretrained(folder)
-        check_heads(config, Path(folder))
+        check_tensor_parallel(config, Path(folder))
         need = estimate(config, Path(folder), torch.bfloat16, tokens, tokens // 2)
 
     targets = list(config.peft.target_modules)

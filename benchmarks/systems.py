@@ -37,7 +37,7 @@ class Job:
         dtype: of the frozen weights where a system follows the machine ("bfloat16" or "float32").
         lora: peft.LoraConfig keys.
         initial: safetensors with the adapter to begin with, under peft's names.
-        rows: JSON file with `[{"input_ids", "learned"}, …]` (benchmarks/rows.py), in the order of training.
+        rows: JSON file with `[{"input_ids", "target_ranges"}, …]` (benchmarks/samples.py), in the order of training.
         steps: optimizer steps of each round; the first is the warm-up.
         batch: rows of an optimizer step.
         micro_batch: rows that a peer takes at once.
@@ -127,17 +127,16 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from lightning.pytorch import Callback, Trainer
     from safetensors.torch import load_file
 
-    from benchmarks.rows import as_dataset
-    from core.base_model import describe
+    from benchmarks.samples import as_dataset
     from training.batches import Batches
-    from training.gemma_lora import GemmaLoRA, nemo_config
+    from training.gemma_lora import GemmaLoRA, model_settings, nemo_config
 
     class Hold(Callback):
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             gate.begin()
 
         def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            gate.count(sum(part.tokens for part in batch.micro_batches), batch.learned)
+            gate.count(sum(part.tokens for part in batch.micro_batches), batch.target_tokens)
             gate.step_done()
 
     trainer = Trainer(
@@ -151,16 +150,11 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    folder = Path(job.base_folder)
     model = GemmaLoRA(
         nemo_config(
             {
-                "base_folder": str(folder),
-                "base": describe(folder),
+                **model_settings(Path(job.base_folder), {"name": "", **job.lora}, job.prompt, job.seed),
                 "dtype": job.dtype,
-                "peft": {"name": "", **job.lora},
-                "prompt": job.prompt,
-                "seed": job.seed,
                 "clip": job.clip,
                 "optim": {
                     "name": "adamw",
@@ -279,7 +273,7 @@ def _labelled(job: Job) -> Any:
 
 def _labels(row: dict[str, Any]) -> list[int]:
     labels = [-100] * len(row["input_ids"])
-    for first, end in row["learned"]:
+    for first, end in row["target_ranges"]:
         labels[first:end] = row["input_ids"][first:end]
     return labels
 

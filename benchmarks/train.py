@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
     source = Path(config.task.data.source)
     config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
     if own.text:
-        from benchmarks.rows import text_task
+        from benchmarks.samples import text_task
 
         config = text_task(config, own.text)
 
@@ -81,9 +81,10 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
     """Run the rounds and put together all that table.py shows."""
     from transformers import AutoConfig
 
-    from benchmarks import ceiling
-    from benchmarks.rows import as_dataset, read_rows
+    from benchmarks import roofline
+    from benchmarks.samples import as_dataset, read_rows
     from benchmarks.systems import Job
+    from core.load_model import lora_settings
     from core.machine import describe_environment, quiet_libraries
     from training.flops import flops_of
 
@@ -107,7 +108,7 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
         micro -= 1
     if config.peft.quantization:
         raise UserError("the benchmark compares LoRA on the whole base: peft=lora")
-    lora = {key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")}
+    lora = lora_settings(plain(config.peft))
 
     (scratch / "rows.json").write_text(json.dumps(training))
     in_order = Batches(as_dataset(training), batch, config.trainer.micro_batch_tokens, seed=None)
@@ -147,7 +148,7 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
     shape = gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths))
     print("Measuring the ceiling, before the rounds and after them", flush=True)
-    rates = ceiling.measure(*shape)
+    rates = roofline.measure(*shape)
     systems = run_rounds(jobs, scratch)
     given = _count(training)
     for name, system in systems.items():  # a figure counts only for the very tokens that all were given
@@ -157,7 +158,7 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
     for name, system in systems.items():
         if "rounds" in system:
             system["held_out_loss"] = evaluator.loss(Path(jobs[name].adapter))
-    rates = ceiling.higher(rates, ceiling.measure(*shape))
+    rates = roofline.higher(rates, roofline.measure(*shape))
     flops = flops_of(gemma, lengths, learned, lora["r"], lora["target_modules"])
     environment = describe_environment()
     cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
@@ -190,7 +191,7 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
         "ceiling": rates,
         "flops": asdict(flops) | {"total": flops.total},
         "seconds_at_ceiling": {
-            dtype: ceiling.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
+            dtype: roofline.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
         },
         "held_out_loss_before": before,
         "memory_expected_gib": expected.total / GIB,
@@ -218,7 +219,7 @@ def write_recipe(
 
     folder = scratch / "automodel"
     folder.mkdir()
-    automodel.write_rows(rows, folder / "training.jsonl")
+    automodel.write_samples(rows, folder / "training.jsonl")
     recipe = automodel.write_recipe(config, base_folder, folder, [len(row["input_ids"]) for row in rows])
     recipe["step_scheduler"] |= {
         "global_batch_size": batch,
@@ -400,7 +401,7 @@ class Evaluator:
     def _loss(self, model: Any) -> float:
         import torch
 
-        from benchmarks.rows import as_dataset
+        from benchmarks.samples import as_dataset
         from training.batches import Batches, held_out_loss
 
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -413,7 +414,7 @@ class Evaluator:
 
 def _count(rows: list[dict[str, Any]]) -> tuple[list[int], int]:
     lengths = [len(row["input_ids"]) for row in rows]
-    return lengths, sum(end - first for row in rows for first, end in row["learned"])
+    return lengths, sum(end - first for row in rows for first, end in row["target_ranges"])
 
 
 def _without_folder(word: str) -> str:

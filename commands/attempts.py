@@ -19,7 +19,7 @@ from core.files import write_json
 from core.run_folder import Run
 from data_prep.prepare import prepare
 from evaluation.compare_runs import facts
-from training.identity import made_of
+from training.fingerprint import run_fingerprint
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         config = load_config(overrides)
         base_folder = ensure_base_model(config.model)
         data_folder = prepare(config, base_folder / "tokenizer.json")
-        results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
+        results.append(Run.read(name_run(config, base_folder, run_fingerprint(config, base_folder, data_folder))))
     if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
     write_json(RESULTS / "attempts.json", summarize(results, argv))

@@ -32,9 +32,9 @@ from data_prep.prepare import prepare
 from evaluation.gate import pass_gate
 from evaluation.questions import check, held_out_questions, listed_questions
 from training import automodel
-from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
-from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
-from training.stopping import Stopped, StopSignals
+from training.fingerprint import check_records, describe_unfinished_run, differences, run_fingerprint
+from training.launcher import check_processes, check_tensor_parallel, join, launch, node_rank, open_store, release
+from training.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -57,23 +57,23 @@ def main(argv: list[str]) -> int:
     else:
         processes = check_processes(config)
         if node_rank(config) > 0:
-            follow(config)
+            join(config)
             return 0
         store = open_store(config) if processes > 1 else None
     base_folder = ensure_base_model(config.model)
-    check_heads(config, base_folder)
+    check_tensor_parallel(config, base_folder)
     data_folder = prepare(config, base_folder / "tokenizer.json")
-    identity = made_of(config, base_folder, data_folder)
+    identity = run_fingerprint(config, base_folder, data_folder)
     run_folder = name_run(config, base_folder, identity)
     if (run_folder / "report.html").exists():
         print(
             f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
             f"example ARGS=seed=1, to train another"
         )
-        dismiss(config, store)
+        release(config, store)
         return show_result(run_folder, settings["min_gain"])
-    refuse_changed_records(run_folder, identity)
-    if other := unfinished_neighbour(run_folder, identity):
+    check_records(run_folder, identity)
+    if other := describe_unfinished_run(run_folder, identity):
         print(other)
     run_folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -126,7 +126,7 @@ def train(
     from training.batches import Batches, tokenize
     from training.fit import fit
     from training.gemma_lora import weights_dtype
-    from training.memory import check_memory, give_back
+    from training.memory import check_memory, release_memory
     from training.progress import peak_memory_gib
 
     record(config, base_folder, data_folder, run_folder)
@@ -160,7 +160,7 @@ def train(
         base = load_base(base_folder, weights_dtype(), quantization, device).to(device).eval()
         write_json(before_file, measure(base, tokenizer, prompt, *measured))
         del base
-        give_back()
+        release_memory()
     before = json.loads(before_file.read_text())
     print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
     print(indent(before["answers"][0]), flush=True)
@@ -168,7 +168,7 @@ def train(
     archive = run_folder / f"{config.task.name}.nemo"
     peak_of_workers = 0.0
     if archive.exists():
-        dismiss(config, store)
+        release(config, store)
     elif config.engine == "automodel":
         automodel.fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
     elif store:
@@ -176,7 +176,7 @@ def train(
     else:
         fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive, identity, signals)
 
-    give_back()
+    release_memory()
     print("Asking the fine-tuned model", flush=True)
     model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
     after = measure(model, tokenizer, prompt, *measured)
@@ -205,7 +205,7 @@ def record(config: Config, base_folder: Path, data_folder: Path, run_folder: Pat
     file = run_folder / "environment.json"
     environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
     if config.engine == "automodel":
-        environment["packages"] |= automodel.versions()
+        environment["packages"] |= automodel.package_versions()
     if file.exists():
         then = json.loads(file.read_text())
         was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))

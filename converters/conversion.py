@@ -17,10 +17,10 @@ import yaml
 
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
-from converters.checks import check_shapes, checked
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
 from converters.prove import MERGED_LIMITS, prove
+from converters.validation import check_shapes, checked
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
+from converters.byte_ranges import Span, damaged
 from converters.checkpoint import Lazy
-from converters.spans import Span, damaged
 from converters.torch_file import read_tensors
 from core.errors import UserError
 

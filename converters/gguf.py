@@ -47,8 +47,8 @@ from converters.adapter import targets
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
 from converters.hf import as_prompt
+from converters.layerwise_forward import empty_model
 from converters.merge_lora import updates
-from converters.streamed import empty_model
 from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
 from core.errors import UserError
 from core.progress import Progress

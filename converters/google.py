@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import Tensor
 
+from converters.byte_ranges import whole
 from converters.checkpoint import Checkpoint, Lazy
 from converters.hf import read_json
 from converters.keras_config import published, read_config
-from converters.spans import whole
 from converters.torch_file import MAX_PICKLE, read_tensors
 from converters.vocabulary import of_sentencepiece
 from core.errors import UserError

@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from converters.byte_ranges import damaged
 from converters.checkpoint import Lazy
-from converters.spans import damaged
 from core.errors import UserError
 
 FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}

@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from converters.byte_ranges import Span, damaged
 from converters.megatron import FAMILIES, known
-from converters.spans import Span, damaged
 from core.errors import UserError
 from core.prompt import Prompt
 

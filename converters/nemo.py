@@ -18,9 +18,9 @@ import torch
 import yaml
 
 from converters.adapter import plain_lora
+from converters.byte_ranges import Span, below, members
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.hf import COMPANIONS, as_prompt
-from converters.spans import Span, below, members
 from converters.torch_file import read_tensors, write_tensors
 from core.configuration import escaped, unescaped
 from core.errors import UserError

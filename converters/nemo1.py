@@ -26,12 +26,12 @@ from typing import Any, BinaryIO, cast
 import torch
 import yaml
 
+from converters.byte_ranges import Span, below, damaged, members
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.distributed import read_distributed, write_distributed
 from converters.megatron import from_megatron, merge_ranks, rows_of, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
-from converters.spans import Span, below, damaged, members
 from converters.torch_file import read_tensors
 from core.errors import UserError
 from core.prompt import PROMPT_FILE

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import yaml
 
+from converters.byte_ranges import below, damaged, members
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.distributed import read_distributed, write_distributed
 from converters.megatron import from_megatron, rows_of, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
-from converters.spans import below, damaged, members
 from core.errors import UserError
 from core.prompt import PROMPT_FILE
 

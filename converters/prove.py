@@ -1,7 +1,7 @@
 """The proof of a conversion: what was written is read again, and must say what the source says.
 
 Every tensor is compared with the source's, bit by bit, unless the conversion rounds: a merge does, once, and a format
-that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (streamed.py), and what they
+that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and what they
 predict is compared. An adapter is run on its base, by peft.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from converters.adapter import PART
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.layerwise_forward import logits
 from converters.merge_lora import updates
-from converters.streamed import logits
 from core.errors import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the

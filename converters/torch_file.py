@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from converters.byte_ranges import Span, damaged
 from converters.checkpoint import Lazy
 from converters.safetensors_file import as_bytes
-from converters.spans import Span, damaged
 from core.errors import UserError
 
 MAX_PICKLE = 64 * 2**20  # bytes: what names a hundred thousand tensors

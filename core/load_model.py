@@ -1,5 +1,6 @@
 """A base model in memory: frozen, whole or in 4 bits, with adapters on its linear layers."""
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def load_base(
             # On a CPU, bitsandbytes repacks weights in the first validation for a kernel that has no backward pass.
             layer.support_avx512bf16_for_cpu = False
     return base
+
+
+def lora_settings(peft: Mapping[str, Any]) -> dict[str, Any]:
+    """LoraConfig's keys of a `peft` section, which also has a name, a quantization and an optimizer."""
+    return {key: value for key, value in peft.items() if key not in ("name", "quantization", "optimizer")}
 
 
 def add_lora(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:

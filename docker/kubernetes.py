@@ -42,7 +42,7 @@ JOBS = {
         "training.kubeflow.org/replica-type=master",
     ),
 }
-RETRIED = (75, 69)  # training/stopping.py: told to stop; another process of the run has gone
+RETRIED = (75, 69)  # training/signals.py: told to stop; another process of the run has gone
 SOURCE_FOLDER = "/opt/gemma-nemo/source"
 LARGEST_SOURCE = 700_000  # bytes; a ConfigMap holds 1 MiB, as text or in base64
 PATIENCE = 20  # answers in a row that the cluster may fail to give, two seconds apart

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.prompt import Prompt
 from evaluation.questions import Question
 from evaluation.sampling import sample
-from training.batches import Batches, row_losses
+from training.batches import Batches, sample_losses
 
 
 def answer(
@@ -45,7 +45,7 @@ def measure(
     of `held_out`, in their order, for intervals (evaluation/intervals.py).
     """
     gemma = model.get_base_model() if isinstance(model, PeftModel) else model
-    rows = row_losses(gemma, held_out)
+    rows = sample_losses(gemma, held_out)
     loss = sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
     texts = [question.text_in for question in questions]
     answers = sample(model, tokenizer, prompt, texts, [seed] * len(texts), sampling)

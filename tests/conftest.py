@@ -22,12 +22,12 @@ from transformers import (
 )
 
 from converters.checkpoint import Adapter, Checkpoint
-from converters.checks import check_shapes, checked
+from converters.validation import check_shapes, checked
 from core.base_model import ensure_base_model
 from core.configuration import check, load_config, names, plain
 from core.errors import UserError
 from core.schema import Config
-from training.stopping import StopSignals
+from training.signals import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 300.0  # seconds for what takes a few on a machine that has nothing else to do

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.prompt import Prompt
 from core.run_folder import read_metrics
 from training import automodel
-from training.automodel_worker import TokenizedRows
+from training.automodel_worker import TokenizedSamples
 from training.batches import Batches, held_out_loss, tokenize
 
 needs_automodel = pytest.mark.skipif(
@@ -47,14 +47,14 @@ def test_the_engine_learns_the_very_tokens_that_ours_learns(
 ) -> None:
     prompt = Prompt(**plain(load_config().task.prompt))
     rows, _ = tokenize(rows_file, tokenizer, prompt, 512, cache=tmp_path / "cache")
-    automodel.write_rows(rows, tmp_path / "tokens.jsonl")
-    theirs = TokenizedRows(str(tmp_path / "tokens.jsonl"))
+    automodel.write_samples(rows, tmp_path / "tokens.jsonl")
+    theirs = TokenizedSamples(str(tmp_path / "tokens.jsonl"))
     assert len(theirs) == len(rows)
     for step, item in zip(Batches(rows, 1, 4096, seed=None), theirs, strict=True):
         (ours,) = step.micro_batches
         read, learned = item["input_ids"], [place for place, label in enumerate(item["labels"]) if label != -100]
         assert read[0] == tokenizer.bos_token_id and read == ours.input_ids[0, : len(read)].tolist()
-        assert learned == ours.sources.tolist()
+        assert learned == ours.logit_positions.tolist()
         assert [item["labels"][place] for place in learned] == ours.targets.tolist()
         assert item["labels"][-1] == tokenizer.eos_token_id
         assert len(item["attention_mask"]) == len(item["labels"]) == len(read)
@@ -249,7 +249,7 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(tiny_base: Path, tmp_pa
 
     result = train(words)
     assert result.returncode == 0, result.stderr
-    assert "Going on from" in result.stdout and "Loading checkpoint" in (run / "automodel/recipe.log").read_text()
+    assert "Resuming from" in result.stdout and "Loading checkpoint" in (run / "automodel/recipe.log").read_text()
     assert [line["step"] for line in read_metrics(run)[0]] == list(range(1, 41))
     assert read_nemo(run / "slang.nemo").adapter
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.prompt import Prompt
-from training.batches import Batches, held_out_loss, learned_loss, row_losses, tokenize
-from training.packing import use_packed_attention
+from training.batches import Batches, held_out_loss, loss_sum, sample_losses, tokenize
+from training.packed_attention import use_packed_attention
 
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "Slang: {slang}")
 ROWS = [{"input": "word " * (n % 7 + 1), "output": f"Slang: {'yes ' * (n % 5 + 1)}".strip()} for n in range(23)]
@@ -36,7 +36,7 @@ def test_the_response_and_its_end_are_learned_and_the_prompt_is_not(
     (step,) = Batches(rows.select([3]), 1, 10_000, seed=None)
     (batch,) = step.micro_batches
     assert tokenizer.decode(batch.targets) == "Slang: yes yes yes yes<eos>"
-    asked = batch.input_ids[0, : batch.sources[0] + 1]  # a row by itself begins at the pack's first token
+    asked = batch.input_ids[0, : batch.logit_positions[0] + 1]  # a row by itself begins at the pack's first token
     assert asked.tolist() == tokenizer(PROMPT.wrap(ROWS[3]["input"])).input_ids
     assert asked[0] == tokenizer.bos_token_id and (asked == tokenizer.bos_token_id).sum() == 1
 
@@ -50,7 +50,7 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
             labels = ids.clone()
-            ((first, _),) = row["learned"]
+            ((first, _),) = row["target_ranges"]
             labels[0, :first] = -100
             count = int((labels != -100).sum())
             expected += model(ids, labels=labels).loss.item() * count
@@ -58,8 +58,8 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
         use_packed_attention(model)
         for budget in (1, 60, 10_000):  # one row at a time, a few, all together
             steps = list(Batches(rows, 8, budget, seed=0))
-            assert sum(step.learned for step in steps) == learned
-            total = sum(learned_loss(model, batch).item() for step in steps for batch in step.micro_batches)
+            assert sum(step.target_tokens for step in steps) == learned
+            total = sum(loss_sum(model, batch).item() for step in steps for batch in step.micro_batches)
             assert total == pytest.approx(expected, rel=1e-5)
     model.set_attn_implementation(usual_attention)
     assert held_out_loss(model, Batches(rows, 8, 100, seed=None)) == pytest.approx(expected / learned, rel=1e-5)
@@ -68,17 +68,19 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
 
 def test_every_epoch_has_every_row_once_in_another_order(rows) -> None:  # type: ignore[no-untyped-def]
     taken = 0
-    batches = Batches(rows, 4, 10_000, seed=0, taken=lambda: taken)
+    batches = Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: taken)
     first = [step.micro_batches[0].input_ids.tolist() for step in batches]
     taken = len(batches)
     second = [step.micro_batches[0].input_ids.tolist() for step in batches]
     assert len(first) == len(second) == 6 and first != second
-    assert sum(step.learned for step in batches) == sum(batches.learned)
+    assert sum(step.target_tokens for step in batches) == sum(batches.target_counts)
 
 
 def test_a_resumed_epoch_goes_on_where_it_stopped(rows) -> None:  # type: ignore[no-untyped-def]
     whole = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0)]
-    rest = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, taken=lambda: 4)]
+    rest = [
+        step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: 4)
+    ]
     assert rest == whole[4:]
 
 
@@ -86,17 +88,17 @@ def test_processes_share_a_step_without_overlap(rows) -> None:  # type: ignore[n
     alone = list(Batches(rows, 8, 10_000, seed=0))
     parts = [list(Batches(rows, 8, 10_000, seed=0, rank=rank, world_size=2)) for rank in (0, 1)]
     for step, left, right in zip(alone, *parts, strict=True):
-        assert left.learned == right.learned == step.learned
-        assert sum(len(b.targets) for part in (left, right) for b in part.micro_batches) == step.learned
+        assert left.target_tokens == right.target_tokens == step.target_tokens
+        assert sum(len(b.targets) for part in (left, right) for b in part.micro_batches) == step.target_tokens
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_row_s_loss_is_the_one_that_it_has_alone(rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma("gemma3_text")
-    together = row_losses(model, Batches(rows, 32, 256, seed=None))
+    together = sample_losses(model, Batches(rows, 32, 256, seed=None))
     assert len(together) == len(rows)
     for place in (0, 3, len(rows) - 1):
-        (alone,) = row_losses(model, Batches(rows.select([place]), 1, 256, seed=None))
+        (alone,) = sample_losses(model, Batches(rows.select([place]), 1, 256, seed=None))
         assert together[place] == pytest.approx(alone, rel=1e-4)
     loss, tokens = (sum(part) for part in zip(*together, strict=True))
     assert held_out_loss(model, Batches(rows, 32, 256, seed=None)) == pytest.approx(loss / tokens)
@@ -110,7 +112,7 @@ def test_processes_take_equally_many_micro_batches_and_an_empty_one_has_no_loss(
         assert len(left.micro_batches) == len(right.micro_batches)
     empty = parts[1][-1].micro_batches[0]  # the second step is of one row
     assert empty.tokens == len(empty.targets) == 0
-    assert learned_loss(model, empty).item() == 0
+    assert loss_sum(model, empty).item() == 0
 
 
 def test_rows_over_the_limit_are_counted_and_an_empty_rest_is_an_error(

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.rows import pieces
+from benchmarks.samples import pieces
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
 from training.flops import flops_of
@@ -55,10 +55,10 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
 
 
 def test_pieces_have_one_length_and_the_rows_own_share_of_learned_tokens() -> None:
-    rows = [{"input_ids": [2, *range(10 * n, 10 * n + 9)], "learned": [[6, 10]]} for n in range(1, 30)]
+    rows = [{"input_ids": [2, *range(10 * n, 10 * n + 9)], "target_ranges": [[6, 10]]} for n in range(1, 30)]
     cut = pieces(rows, 32)
     assert {len(row["input_ids"]) for row in cut} == {32} and len(cut) == 29 * 9 // 31
-    assert all(row["input_ids"][0] == 2 and row["learned"] == [[round(32 * 0.6), 32]] for row in cut)
+    assert all(row["input_ids"][0] == 2 and row["target_ranges"] == [[round(32 * 0.6), 32]] for row in cut)
     stream = [token for row in rows for token in row["input_ids"][1:]]
     assert [token for row in cut for token in row["input_ids"][1:]] == stream[: len(cut) * 31]
     assert pieces(rows, 1000) == []
@@ -76,7 +76,9 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
     for _ in range(24):
         length = int(torch.randint(8, 60, (), generator=generator))
         ids = [2, *torch.randint(3, 40, (length - 1,), generator=generator).tolist()]
-        rows.append({"input_ids": ids, "learned": [[int(torch.randint(1, length, (), generator=generator)), length]]})
+        rows.append(
+            {"input_ids": ids, "target_ranges": [[int(torch.randint(1, length, (), generator=generator)), length]]}
+        )
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     base = tmp_path / "base"  # as it is on disk, float32 for both
     AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).save_pretrained(base)

@@ -26,8 +26,8 @@ from core.prompt import Prompt
 from data_prep.prepare import prepare
 from data_prep.same_rows import NEAR
 from evaluation.dialogue import Dialogue
-from training.batches import Batches, learned_loss, tokenize
-from training.packing import use_packed_attention
+from training.batches import Batches, loss_sum, tokenize
+from training.packed_attention import use_packed_attention
 
 pytest.importorskip("tasks.chat.rows")
 
@@ -238,7 +238,7 @@ def test_tokens_are_those_of_gemma_s_own_chat_template(tokenizer: PreTrainedToke
         # What a model is asked with begins as what it learned from.
         asked = tokenizer(PROMPT.wrap_dialogue(messages[:-1])).input_ids
         assert asked == tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **turn)
-        assert row["input_ids"][: len(asked)] == asked and row["learned"][-1][0] == len(asked)
+        assert row["input_ids"][: len(asked)] == asked and row["target_ranges"][-1][0] == len(asked)
 
 
 @pytest.mark.parametrize(("prompt", "ending"), [(PROMPT, "<end_of_turn>"), (PRETRAINED, "<eos>")])
@@ -246,7 +246,7 @@ def test_the_model_s_turns_with_their_end_are_learned_and_nothing_else(
     prompt: Prompt, ending: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     for messages, row in zip(DIALOGUES, tokens_of(DIALOGUES, tokenizer, tmp_path, prompt), strict=True):
-        learned = [tokenizer.decode(row["input_ids"][first:end]) for first, end in row["learned"]]
+        learned = [tokenizer.decode(row["input_ids"][first:end]) for first, end in row["target_ranges"]]
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
         assert learned == [f"{answer}{ending}" for answer in answers]
 
@@ -265,7 +265,7 @@ def test_loss_of_dialogues_that_share_a_beginning_is_that_of_transformers(
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
             labels = torch.full_like(ids, -100)
-            for first, end in row["learned"]:
+            for first, end in row["target_ranges"]:
                 labels[0, first:end] = ids[0, first:end]
             expected += model(ids, labels=labels).loss.item() * int((labels != -100).sum())
         use_packed_attention(model)
@@ -273,7 +273,7 @@ def test_loss_of_dialogues_that_share_a_beginning_is_that_of_transformers(
         (batch,) = step.micro_batches
         unique = sum(segment.length for segment in batch.layout.segments)
         assert unique < batch.tokens - len(rows) - 40  # the beginning of the last two lies there once
-        assert learned_loss(model, batch).item() == pytest.approx(expected, rel=1e-5)
+        assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_control_tokens_in_a_message_stay_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

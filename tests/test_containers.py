@@ -341,7 +341,7 @@ def test_a_stopped_container_leaves_a_checkpoint(
         assert process.wait(PATIENCE) == code, "".join(said)
     finally:
         process.kill()
-    assert "checkpoint written; the same command goes on" in said[-1]
+    assert "checkpoint written; run the same command to resume" in said[-1]
     assert list((only_run(tmp_path) / "checkpoints").glob("step=*.ckpt"))
 
 

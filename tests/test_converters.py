@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
+from converters.byte_ranges import whole
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
 from converters.convert import convert, table
+from converters.layerwise_forward import logits
 from converters.nemo_file import read_nemo
 from converters.prove import prove
-from converters.spans import whole
-from converters.streamed import logits
 from converters.torch_file import MAX_PICKLE, read_tensors
 from core.base_model import describe
 from core.errors import UserError
@@ -604,8 +604,8 @@ def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
 def test_damaged_files_by_the_thousand_are_sentences(
     kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from converters.checks import check_shapes, checked
     from converters.merge_lora import updates
+    from converters.validation import check_shapes, checked
 
     if kind == "adapter":
         source = tmp_path / "peft"

@@ -19,8 +19,9 @@ from test_packing import ROWS, gradients, hidden_of_rows, with_lora
 
 from core.run_folder import read_metrics
 from training.cross_entropy import linear_cross_entropy
-from training.fast_layers import speed_up
-from training.packing import _flex_attention, pack, use_packed_attention
+from training.fused_layers import fuse_layers
+from training.packed_attention import _flex_attention, use_packed_attention
+from training.packing import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 # Of a norm. Plain transformers and peft in bfloat16 are 0.06 away from float32 in these random layers.
@@ -51,7 +52,7 @@ def test_compiled_packs_have_the_hidden_states_and_gradients_of_single_rows(fami
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(gemma)
     packed = hidden_of_rows(gemma, ROWS)
     sum((hidden.float() * weight).square().sum() for hidden in packed).backward()

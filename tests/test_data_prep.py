@@ -778,7 +778,7 @@ def test_counts_and_shown_rows_are_those_of_training(
         row = {"messages": messages, "row": 1}
     (tmp_path / "training.jsonl").write_text(json.dumps(row) + "\n")
     rows, _ = tokenize(tmp_path / "training.jsonl", tokenizer, prompt, 512, tmp_path / "cache")
-    ids, spans = rows[0]["input_ids"], rows[0]["learned"]
+    ids, spans = rows[0]["input_ids"], rows[0]["target_ranges"]
 
     data = DataConfig.model_construct(columns={}, module=None)
     task = Task("shown", data, {}, {}, prompt, 0)

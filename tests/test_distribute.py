@@ -23,12 +23,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from converters.nemo_file import read_nemo
 from core.configuration import load_config
 from core.errors import UserError
-from training.batches import Batches, learned_loss
+from training.batches import Batches, loss_sum
 from training.distribute import AdapterParallel, shard_base, split_base
-from training.fast_layers import speed_up
-from training.launch import check_heads, check_processes
-from training.packing import use_packed_attention
-from training.stopping import LOST
+from training.fused_layers import fuse_layers
+from training.launcher import check_processes, check_tensor_parallel
+from training.packed_attention import use_packed_attention
+from training.signals import EXIT_LOST
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("ddp", "fsdp2", "tp")
@@ -43,13 +43,13 @@ ENVIRONMENT = {
 
 def tiny_lora(family: str) -> PeftModel:
     base = tiny_gemma(family, vocab_size=600)
-    base.learned_loss = MethodType(learned_loss, base)
+    base.loss_sum = MethodType(loss_sum, base)
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(base)
     return model
 
@@ -60,7 +60,7 @@ def rows() -> Dataset:
     lengths = [9, 70, 12, 41, 23]
     ids = [torch.randint(3, 600, (length,), generator=generator).tolist() for length in lengths]
     learned = [[[first, length]] for first, length in zip([5, 3, 6, 20, 1], lengths, strict=True)]
-    return Dataset.from_dict({"input_ids": ids, "length": lengths, "learned": learned})
+    return Dataset.from_dict({"input_ids": ids, "length": lengths, "target_ranges": learned})
 
 
 def adapters(model: PeftModel) -> list[torch.Tensor]:
@@ -73,7 +73,7 @@ def take_step(model: PeftModel, share: tuple[int, int]) -> torch.Tensor:
     (step,) = Batches(rows(), 8, 60, seed=0, rank=share[0], world_size=share[1])
     total = torch.zeros(())
     for batch in step.micro_batches:
-        loss = model.get_base_model().learned_loss(batch) / step.learned
+        loss = model.get_base_model().loss_sum(batch) / step.target_tokens
         loss.backward()
         total += loss.detach()
     return total
@@ -145,7 +145,7 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch
 def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
     base = tiny_gemma("gemma2", vocab_size=600)
     dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules=TARGETS, task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match="strategy=fsdp2 takes any"):
+    with pytest.raises(UserError, match="strategy=fsdp2 supports any"):
         split_base(dora.get_base_model(), group=None)
     base = tiny_gemma("gemma2", vocab_size=600)
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)
@@ -294,13 +294,13 @@ def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
     pids = workers(process)
     os.kill(pids[1], signal.SIGKILL)
     errors = finish(process)[1]
-    assert process.returncode == LOST
+    assert process.returncode == EXIT_LOST
     assert "training process 1 of 2 was killed by SIGKILL" in errors and "Traceback" not in errors
     assert_gone(list(pids.values()))
 
     process = start(words, tmp_path)
     said, errors = finish(process)
-    assert process.returncode == 0 and "Going on from step" in said, said + errors
+    assert process.returncode == 0 and "Resuming from step" in said, said + errors
     assert_same_result(only_run(tmp_path), alone)
     # A sharded base computes with the same weights: the adapter is that of the run that was never stopped.
     one, other = (read_nemo(run / "slang.nemo").adapter for run in (only_run(tmp_path), two_machines))
@@ -323,7 +323,7 @@ def test_a_stopped_run_says_how_and_goes_on_with_another_number_of_processes(
         process.send_signal(number)
         errors = finish(process)[1]
         assert process.returncode == code and "Traceback" not in errors
-        assert errors.lower().count("the same command goes on") == 1
+        assert errors.lower().count("run the same command to resume") == 1
         assert_gone(list(pids.values()))
     assert_same_result(train(words, tmp_path), alone)
 
@@ -373,7 +373,7 @@ def test_tensor_parallelism_names_the_sizes_that_heads_allow(
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
     if says is None:
-        check_heads(config, tmp_path)
+        check_tensor_parallel(config, tmp_path)
     else:
         with pytest.raises(UserError, match=says):
-            check_heads(config, tmp_path)
+            check_tensor_parallel(config, tmp_path)

@@ -25,16 +25,17 @@ from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from serving.engine import UserError
-from serving.engine.__main__ import ends
+from core.errors import UserError
+from serving.engine.__main__ import eos_token_ids
 from serving.engine.adapters import AdapterFolder, read_adapter
-from serving.engine.answer_text import AnswerText
-from serving.engine.architecture import BEST, LOGITS, Config, Model, Rows
+from serving.engine.architecture import GemmaConfig
+from serving.engine.detokenizer import Detokenizer
 from serving.engine.gemma import Gemma
 from serving.engine.kernels import KernelGemma
 from serving.engine.kv_cache import BLOCK
 from serving.engine.sampling import Sampler
-from serving.engine.scheduler import Request, Scheduler
+from serving.engine.scheduler import ScheduledRequest, Scheduler
+from serving.engine.step import BEST, LOGITS, Chunk, Model
 from serving.protocol import Done, Failed, Generate, Part, RequestError, Sampling, read_generate, read_sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,9 +93,9 @@ class Engine:
     def __init__(self, base: Path, model: Model, blocks: int = 64, max_waiting: int = 64) -> None:
         self.tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         self.folder = AdapterFolder(base / "adapters", model.config)
-        self.folder.look()
+        self.folder.rescan()
         self.scheduler = Scheduler(
-            model, self.tokenizer, ends(base, self.tokenizer), self.folder.adapters, blocks, max_waiting
+            model, self.tokenizer, eos_token_ids(base, self.tokenizer), self.folder.adapters, blocks, max_waiting
         )
         self.sent: dict[int, list[Part | Done | Failed]] = {}
 
@@ -102,9 +103,9 @@ class Engine:
         number = len(self.sent)
         self.sent[number] = []
         read, _ = read_sampling({"temperature": 0, "max_tokens": 12, **sampling})
-        asked = Generate(number, prompt, read, lora, stream)
+        generate = Generate(number, prompt, read, lora, stream)
         tokens = self.tokenizer.encode(prompt).ids
-        self.scheduler.submit(Request(asked, tokens, self.sent[number].append, time.monotonic()))
+        self.scheduler.submit(ScheduledRequest(generate, tokens, self.sent[number].append, time.monotonic()))
         return number
 
     def run(self) -> None:
@@ -174,7 +175,7 @@ def expected(bases: dict[str, Path]) -> dict[str, list[str]]:
     answers: dict[str, list[str]] = {}
     for family, base in bases.items():
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-        stops = list(ends(base, tokenizer))
+        stops = list(eos_token_ids(base, tokenizer))
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         answers[family] = [greedy(model, tokenizer, prompt, 12, stops) for prompt in PROMPTS]
         adapted = PeftModel.from_pretrained(model, base / "adapters" / "plain", adapter_name="plain")
@@ -193,17 +194,17 @@ def test_no_bit_depends_on_the_batch(form: str, bases: dict[str, Path]) -> None:
     tokens = torch.randint(6, 300, (45,), generator=torch.Generator().manual_seed(0)).tolist()
     adapter = read_adapter(base / "adapters" / "ranks", model.config)
     whole_blocks, blocks = list(range(45 // BLOCK + 1)), list(range(19, 18 - 45 // BLOCK, -1))
-    _, whole = model.step(tokens, [Rows(0, 45, 0, whole_blocks, LOGITS, adapter)])
-    model.step(tokens[:19], [Rows(0, 19, 0, blocks, 0, adapter)])
-    others = [Rows(26 + i, 1, 0, [20 + i], LOGITS) for i in range(40)]
-    best, chunked = model.step(tokens[19:] + [5] * 40, [Rows(0, 26, 19, blocks, LOGITS, adapter), *others])
+    _, whole = model.step(tokens, [Chunk(0, 45, 0, whole_blocks, LOGITS, adapter)])
+    model.step(tokens[:19], [Chunk(0, 19, 0, blocks, 0, adapter)])
+    others = [Chunk(26 + i, 1, 0, [20 + i], LOGITS) for i in range(40)]
+    best, chunked = model.step(tokens[19:] + [5] * 40, [Chunk(0, 26, 19, blocks, LOGITS, adapter), *others])
     assert np.array_equal(whole[0], chunked[0])
     assert best[0] == whole[0].argmax()
-    assert model.step([5], [Rows(0, 1, 0, [33], BEST)])[0] == [best[7]]
+    assert model.step([5], [Chunk(0, 1, 0, [33], BEST)])[0] == [best[7]]
 
 
 def test_int8_weights_are_near(bases: dict[str, Path]) -> None:
-    rows, tokens = [Rows(0, 30, 0, range(4), LOGITS)], list(range(10, 40))
+    rows, tokens = [Chunk(0, 30, 0, range(4), LOGITS)], list(range(10, 40))
     _, exact = KernelGemma(bases["gemma3_text"], 4, 1).step(tokens, rows)
     for amx in (True, False):
         _, near = KernelGemma(bases["gemma3_text"], 4, 1, int8=True, amx=amx).step(tokens, rows)
@@ -219,11 +220,11 @@ def test_requests_join_and_leave_at_any_step(engine_of: Callable[..., Engine], e
         gone.append(engine.submit(dice.choice(PROMPTS), "mlp"))  # from somebody who does not wait for the answer
         for _ in range(dice.randrange(4)):
             engine.scheduler.step()
-        engine.scheduler.cancel(lambda one: one.asked.id == gone[-1])
+        engine.scheduler.cancel(lambda one: one.generate.id == gone[-1])
     engine.run()
     assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
     assert {engine.answer(number).finish_reason for number in gone} >= {"cancelled"}
-    assert engine.scheduler.pool.held == 0
+    assert engine.scheduler.pool.in_use == 0
 
 
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(engine_of: Callable[..., Engine]) -> None:
@@ -273,7 +274,7 @@ def test_memory_is_bounded_and_all_are_answered(
     most = 0
     while engine.scheduler.busy:
         engine.scheduler.step()
-        most = max(most, engine.scheduler.pool.held)
+        most = max(most, engine.scheduler.pool.in_use)
     assert most <= 192 // BLOCK
     assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
 
@@ -302,7 +303,7 @@ def test_a_step_without_memory_costs_those_in_it(
     engine.run()
     assert engine.sent[lost][-1].code == "internal" and "memory" in engine.sent[lost][-1].error  # type: ignore[union-attr]
     assert engine.answer(kept).text == expected["gemma3_text"][0], "what was not computed is not taken for a beginning"
-    assert engine.scheduler.pool.held == 0
+    assert engine.scheduler.pool.in_use == 0
 
 
 # --- sampling ------------------------------------------------------------------------------------------------------
@@ -386,31 +387,31 @@ def test_seeds_decide_whoever_is_in_the_batch(engine_of: Callable[..., Engine]) 
 def test_parts_are_the_text_without_half_characters() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     for text in ("Was heißt 'slay'? 😀 你好, 🏳️‍🌈!", "plain words", "  two  spaces\n\n"):
-        answer, parts = AnswerText(tokenizer, (), 0), []
+        answer, parts = Detokenizer(tokenizer, (), 0), []
         tokens = tokenizer.encode(text, add_special_tokens=False).ids
         for number, token in enumerate(tokens):
             answer.add(token, last=number == len(tokens) - 1)
-            parts.append(answer.part())
+            parts.append(answer.new_text())
             assert "\ufffd" not in parts[-1]
-        assert "".join(parts) + answer.part(last=True) == tokenizer.decode(tokens, skip_special_tokens=True)
-    broken = AnswerText(tokenizer, (), 0)
+        assert "".join(parts) + answer.new_text(last=True) == tokenizer.decode(tokens, skip_special_tokens=True)
+    broken = Detokenizer(tokenizer, (), 0)
     broken.add(tokenizer.token_to_id("<0xF0>"))
-    assert broken.part() == ""
+    assert broken.new_text() == ""
     broken.add(tokenizer.token_to_id("<0x9F>"), last=True)
-    assert "\ufffd" in broken.part(last=True), "an answer that ends in half a character says so"
+    assert "\ufffd" in broken.new_text(last=True), "an answer that ends in half a character says so"
 
 
 @pytest.mark.parametrize("stops", [("time the",), ("e t", "station"), ("left the s", "t"), ("never",)])
 def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_sent(stops: tuple[str, ...]) -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     text = "The rain had stopped by the time the train left the station."
-    answer, sent = AnswerText(tokenizer, stops, 0), ""
+    answer, sent = Detokenizer(tokenizer, stops, 0), ""
     for token in tokenizer.encode(text, add_special_tokens=False).ids:
         ended = answer.add(token)
-        sent += answer.part(last=ended)
+        sent += answer.new_text(last=ended)
         if ended:
             break
-    sent += answer.part(last=True)
+    sent += answer.new_text(last=True)
     assert sent == text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
@@ -434,9 +435,11 @@ def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Calla
     engine = engine_of()
     free = engine.ask(PROMPTS[0], ignore_eos=True)
     end = engine.scheduler.tokenizer.token_to_id("<end_of_turn>")
-    assert end in engine.scheduler.ends
-    asked = Generate(99, PROMPTS[0], Sampling(temperature=0, max_tokens=12))
-    request = Request(asked, engine.tokenizer.encode(PROMPTS[0]).ids, engine.sent.setdefault(99, []).append, 0.0)
+    assert end in engine.scheduler.eos_token_ids
+    generate = Generate(99, PROMPTS[0], Sampling(temperature=0, max_tokens=12))
+    request = ScheduledRequest(
+        generate, engine.tokenizer.encode(PROMPTS[0]).ids, engine.sent.setdefault(99, []).append, 0.0
+    )
     engine.scheduler.submit(request)
     while len(request.tokens) - request.prompt_tokens < 3:
         engine.scheduler.step()
@@ -453,26 +456,26 @@ def test_adapters_come_change_and_go(bases: dict[str, Path], engine_of: Callable
     engine = engine_of()
     folder = AdapterFolder(tmp_path, engine.scheduler.model.config)
     engine.scheduler.adapters = folder.adapters
-    folder.look()
+    folder.rescan()
     assert engine.sent[engine.submit("Hi", "mine")][-1].code == "unknown_adapter"  # type: ignore[union-attr]
     shutil.copytree(base / "adapters" / "plain", tmp_path / "mine")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "adapter_config.json").write_text("{")
-    folder.look()
+    folder.rescan()
     assert list(folder.broken) == ["bad"] and list(folder.adapters) == ["mine"]
     plain = engine.ask(PROMPTS[0], "mine").text
     running = engine.submit(PROMPTS[0], "mine")
     engine.scheduler.step()
     shutil.rmtree(tmp_path / "mine")
     shutil.copytree(base / "adapters" / "ranks", tmp_path / "mine")
-    folder.look()
+    folder.rescan()
     replaced = engine.ask(PROMPTS[0], "mine").text
     assert engine.answer(running).text == plain, "what has begun ends with the adapter it began with"
     assert replaced != plain
     assert replaced == engine_of().ask(PROMPTS[0], "ranks").text
     waiting = engine.submit("Hi", "mine")
     shutil.rmtree(tmp_path / "mine")
-    folder.look()
+    folder.rescan()
     engine.run()
     assert engine.sent[waiting][-1].code == "unknown_adapter"  # type: ignore[union-attr]
 
@@ -493,14 +496,14 @@ def test_an_adapter_it_cannot_serve_is_refused(
     file = tmp_path / "one" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=words):
-        read_adapter(tmp_path / "one", Config.read(base))
+        read_adapter(tmp_path / "one", GemmaConfig.read(base))
 
 
 def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     wide = tmp_path / "wide"
     tiny_gemma("gemma3_text", torch.bfloat16, vocab_size=64, hidden_size=64).save_pretrained(wide)
     with pytest.raises(UserError, match="Was it trained on another"):
-        read_adapter(bases["gemma3_text"] / "adapters" / "plain", Config.read(wide))
+        read_adapter(bases["gemma3_text"] / "adapters" / "plain", GemmaConfig.read(wide))
 
 
 # --- what a request may be -----------------------------------------------------------------------------------------
@@ -533,8 +536,8 @@ def test_parameters_may_be_texts_as_with_vllm() -> None:
         '{"temperature": "0.5", "max_tokens": "9", "stop": "x", "lora_name": "slang", "n": 1}'
     )
     assert (sampling.temperature, sampling.max_tokens, sampling.stop, name) == (0.5, 9, ("x",), "slang")
-    asked = Generate(3, "Hi", sampling, name, True)
-    assert read_generate(json.loads(json.dumps(asked.as_json()))) == asked
+    generate = Generate(3, "Hi", sampling, name, True)
+    assert read_generate(json.loads(json.dumps(generate.as_json()))) == generate
 
 
 # --- the process ---------------------------------------------------------------------------------------------------
@@ -753,7 +756,7 @@ def test_the_real_model_with_the_real_adapter(base_folder: Path, tmp_path: Path)
     }
     engine.run()
     reference = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    stops = list(engine.scheduler.ends)
+    stops = list(engine.scheduler.eos_token_ids)
     plain = {prompt: greedy(reference, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
     adapted = PeftModel.from_pretrained(reference, adapter)
     tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, 32, stops) for prompt in prompts}

@@ -17,10 +17,10 @@ from converters.convert import convert
 from core.base_model import describe
 from core.configuration import load_config, names, plain
 from core.errors import UserError
-from core.load_model import add_lora
+from core.load_model import add_lora, lora_settings
 from core.prompt import Prompt
 from evaluation.compare import answer
-from training.batches import Batches, learned_loss, tokenize
+from training.batches import Batches, loss_sum, tokenize
 from training.gemma_lora import GemmaLoRA, nemo_config
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
@@ -75,11 +75,7 @@ def train(base: Path, folder: Path, *words: str) -> list[float]:
 
 def written_out(base: Path, rows: Dataset, dtype: torch.dtype, **options: Any) -> list[float]:
     """The same five steps with nothing of this project: row by row, no packing, no kernels of our own."""
-    peft = {
-        key: value
-        for key, value in plain(load_config().peft).items()
-        if key not in ("name", "quantization", "optimizer")
-    }
+    peft = lora_settings(plain(load_config().peft))
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
@@ -87,13 +83,13 @@ def written_out(base: Path, rows: Dataset, dtype: torch.dtype, **options: Any) -
     ).train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
-    learned = sum(row["length"] - row["learned"][0][0] for row in rows)
+    learned = sum(row["length"] - row["target_ranges"][0][0] for row in rows)
     losses = []
     for step in range(5):
         loss = 0.0
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
-            ((first, _),) = row["learned"]
+            ((first, _),) = row["target_ranges"]
             logits = model(input_ids=ids).logits[0, first - 1 : -1].float()
             part = torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum") / learned
             part.backward()
@@ -118,7 +114,7 @@ def rate(step: int, peak: float = 1e-3, warmup: int = 1, steps: int = 5) -> floa
 def test_training_is_that_of_transformers_and_peft_and_is_exported(
     family: str, kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.fit.weights_dtype", lambda: torch.float32)
+    monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.float32)
     base = bases[family]
     losses = train(base, tmp_path, *(f"peft.{key}=true" for key in KINDS[kind]))
     expected = written_out(base, rows_of(base, tmp_path), torch.float32, **KINDS[kind])
@@ -131,7 +127,7 @@ def test_training_is_that_of_transformers_and_peft_and_is_exported(
 def test_bfloat16_follows_within_its_rounding(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.fit.weights_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.bfloat16)
     losses = train(bases["gemma3_text"], tmp_path)
     expected = written_out(bases["gemma3_text"], rows_of(bases["gemma3_text"], tmp_path), torch.float32)
     assert losses == pytest.approx(expected, rel=5e-3)
@@ -139,8 +135,7 @@ def test_bfloat16_follows_within_its_rounding(
 
 def module(base: Path, **options: Any) -> GemmaLoRA:
     config = load_config()
-    peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
-    peft["lora_dropout"] = 0.1
+    peft = {"name": "lora", **lora_settings(plain(config.peft)), "lora_dropout": 0.1}
     return GemmaLoRA(
         nemo_config(
             {
@@ -172,7 +167,7 @@ def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path]
             lambda *_: calls.__setitem__(-1, calls[-1] + 1)
         )
         torch.manual_seed(1)
-        sum(learned_loss(model.model.get_base_model(), batch) for batch in step.micro_batches).backward()
+        sum(loss_sum(model.model.get_base_model(), batch) for batch in step.micro_batches).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert calls[1] == 2 * calls[0] > 0, "the layer was not computed again"
     for name, gradient in gradients[0].items():
@@ -213,7 +208,7 @@ def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[st
     row = rows_of(base, tmp_path)[0]
     text = "<bos><start_of_turn>user\nWe go <end_of_turn>\n<start_of_turn>model\nSlang: yes<end_of_turn>"
     assert tokenizer.decode(row["input_ids"]) == text and row["length"] == len(row["input_ids"])
-    assert tokenizer.decode(row["input_ids"][slice(*row["learned"][0])]) == "Slang: yes<end_of_turn>"
+    assert tokenizer.decode(row["input_ids"][slice(*row["target_ranges"][0])]) == "Slang: yes<end_of_turn>"
 
     prompt = Prompt(TURNS, "{ask}", "{slang}")
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")

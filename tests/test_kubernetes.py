@@ -25,7 +25,7 @@ from conftest import PATIENCE, ROOT, until
 
 from core.errors import UserError
 from evaluation.gate import NOT_BETTER
-from training.stopping import LOST, TRY_AGAIN
+from training.signals import EXIT_LOST, EXIT_STOPPED
 
 OVERLAYS = ("cpu", "gpu")
 JOBS = ("indexed", "trainjob", "pytorchjob")
@@ -244,8 +244,8 @@ def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple
     disrupted, *codes = job["podFailurePolicy"]["rules"]
     assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     actions = {code: rule["action"] for rule in codes for code in rule["onExitCodes"]["values"]}
-    assert actions == {TRY_AGAIN: "Ignore", 1: "FailJob", UserError.exit_code: "FailJob", NOT_BETTER: "FailJob"}
-    assert LOST not in actions and job["backoffLimit"] > 0, "a lost neighbour is tried again, but not for ever"
+    assert actions == {EXIT_STOPPED: "Ignore", 1: "FailJob", UserError.exit_code: "FailJob", NOT_BETTER: "FailJob"}
+    assert EXIT_LOST not in actions and job["backoffLimit"] > 0, "a lost neighbour is tried again, but not for ever"
     assert job["template"]["spec"]["restartPolicy"] == "Never", "podFailurePolicy needs it"
 
 
@@ -398,7 +398,7 @@ def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) ->
     unscheduled = pod("a-10", 0, {})
     why = {"reason": "Unschedulable", "message": "0/3 nodes are available"}
     unscheduled["status"] = {"conditions": [{"type": "PodScheduled", "status": "False", **why}]}
-    stopped, lost = pod("a-10", 0, ended(TRY_AGAIN, 1)), pod("z-10", 1, ended(LOST, 30))
+    stopped, lost = pod("a-10", 0, ended(EXIT_STOPPED, 1)), pod("z-10", 1, ended(EXIT_LOST, 30))
     below = pod("b-11", 0, ended(NOT_BETTER, 20))
     result, _ = follow(tmp_path, [{}, {}, FAILED], [[unscheduled], [stopped, lost], [stopped, lost, below]])
     assert result.returncode == NOT_BETTER, "not that of a Pod which ended for the sake of another"

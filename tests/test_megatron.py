@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from converters import nemo1, nemo2
+from converters.byte_ranges import members
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.distributed import read_distributed
 from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
-from converters.spans import members
 from core.errors import UserError
 from core.prompt import Prompt
 

@@ -12,9 +12,10 @@ from conftest import FAMILIES, ROOT, needs_task, tiny_gemma
 
 from core.configuration import load_config, plain
 from core.load_model import add_lora, load_base
-from training.fast_layers import speed_up
+from training.fused_layers import fuse_layers
 from training.memory import estimate, free_memory, layer_bytes
-from training.packing import pack, use_packed_attention
+from training.packed_attention import use_packed_attention
+from training.packing import pack
 
 EIGHT = 8 * 2**30
 
@@ -24,7 +25,7 @@ EIGHT = 8 * 2**30
 def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Path) -> None:
     tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     config = load_config([f"peft={peft}"])
-    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500)
+    need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, targets=500)
     settings = plain(config.peft)
     quantization = settings.pop("quantization")
     base = load_base(tmp_path, torch.bfloat16, quantization, torch.device("cpu"))
@@ -46,7 +47,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
     settings = plain(load_config(words).peft)
     model = add_lora(gemma, {key: settings[key] for key in ("r", "lora_dropout", "use_dora", "target_modules")})
     model.train()
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(gemma)
     torch.manual_seed(0)
     packed = pack(sorted([2, *torch.randint(3, 999, (300,)).tolist()] for _ in range(9)))
@@ -63,7 +64,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
     assert hidden.last_hidden_state.requires_grad
-    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, ours=not words)
+    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, fused=not words)
     # The more is where queries and keys turn without kernels of our own (float32, another processor).
     assert 0.92 < counted / sum(kept.values()) < 1.16
 

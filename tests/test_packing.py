@@ -9,17 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from training import packing
-from training.fast_layers import speed_up
-from training.packing import (
-    ROUND,
-    Layout,
-    _flex_attention,
-    _packed_attention,
-    pack,
-    shared_prefixes,
-    use_packed_attention,
-)
+from training import packed_attention, packing
+from training.fused_layers import fuse_layers
+from training.packed_attention import _attention_interface, _flex_attention, use_packed_attention
+from training.packing import ROUND, Layout, pack, shared_prefixes
 
 BEGINNING = list(range(10, 40))
 OTHER = list(range(50, 74))
@@ -67,7 +60,7 @@ def test_packed_rows_have_the_hidden_states_and_gradients_of_single_rows(family:
     expected = gradients(model)
 
     model.zero_grad()
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(gemma)
     packed = hidden_of_rows(gemma, ROWS)
     sum((hidden * weight).square().sum() for hidden in packed).backward()
@@ -87,7 +80,7 @@ def test_flex_attention_of_a_gpu_sees_what_the_blocks_of_a_cpu_see(window: int |
     tokens = layout.positions.shape[1]
     query, key, value = torch.randn(1, 4, tokens, 16), *torch.randn(2, 1, 2, tokens, 16)
     options = {"scaling": 0.25, "layout": layout, "sliding_window": window, "softcap": softcap}
-    blocks, _ = _packed_attention(None, query, key, value, None, **options)  # type: ignore[arg-type]
+    blocks, _ = _attention_interface(None, query, key, value, None, **options)  # type: ignore[arg-type]
     flex = _flex_attention(query, key, value, layout, 0.25, window, softcap)
     real = [n for segment in layout.segments for n in range(segment.start, segment.start + segment.length)]
     torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
@@ -98,9 +91,9 @@ def test_flex_attention_is_compiled_for_packs_of_any_length(monkeypatch: pytest.
     from torch._dynamo.utils import counters
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled = packing._compiled.__wrapped__
-    for function in ("flex_attention", "create_block_mask"):
-        monkeypatch.setattr(packing, function, compiled(getattr(packing, function)))
+    compiled = packing.compiled.__wrapped__
+    for module, function in ((packed_attention, "flex_attention"), (packing, "create_block_mask")):
+        monkeypatch.setattr(module, function, compiled(getattr(module, function)))
     generator = torch.Generator().manual_seed(0)
     graphs = []
     for longest in (90, 20, 33, 120, 50):
@@ -112,7 +105,7 @@ def test_flex_attention_is_compiled_for_packs_of_any_length(monkeypatch: pytest.
             tokens = layout.positions.shape[1]
             query, key, value = torch.randn(1, 4, tokens, 16), *torch.randn(2, 1, 2, tokens, 16)
             options = {"scaling": 0.25, "layout": layout, "sliding_window": window, "softcap": 50.0}
-            blocks, _ = _packed_attention(None, query, key, value, None, **options)  # type: ignore[arg-type]
+            blocks, _ = _attention_interface(None, query, key, value, None, **options)  # type: ignore[arg-type]
             flex = _flex_attention(query, key, value, layout, 0.25, window, 50.0)
             real = [n for segment in layout.segments for n in range(segment.start, segment.start + segment.length)]
             torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
@@ -128,7 +121,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
 
     def result(dtype: torch.dtype) -> list[Tensor]:
         query, key, value = (part.to(dtype) for part in parts)
-        out, _ = _packed_attention(None, query, key, value, None, scaling=0.2, layout=layout)  # type: ignore[arg-type]
+        out, _ = _attention_interface(None, query, key, value, None, scaling=0.2, layout=layout)  # type: ignore[arg-type]
         out = out[:, real]
         return [out.float(), *torch.autograd.grad(out.float().square().sum(), parts)]
 

@@ -23,9 +23,9 @@ from core.load_model import add_lora, load_base
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import tokenize
-from training.four_bit import speed_up_4bit
-from training.gemma_lora import GemmaLoRA, optimizer_here
+from training.gemma_lora import GemmaLoRA, available_optimizer
 from training.progress import RunProgress
+from training.qlora import fuse_qlora_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUANTIZATION = plain(load_config(["peft=qlora"]).peft)["quantization"]
@@ -136,7 +136,7 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         if kind == "ours":
-            speed_up_4bit(model)
+            fuse_qlora_layers(model)
             changed = [name for name, layer in model.named_modules() if "forward" in vars(layer)]
             assert len(changed) == len(weights) == 7 * 3
         loss = model(input_ids=ids, labels=ids).loss
@@ -194,9 +194,9 @@ def test_every_setting_of_the_review_chatbot_is_at_work(
 def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert optimizer_here("paged_adamw_32bit", "gpu") == "paged_adamw_32bit"
+    assert available_optimizer("paged_adamw_32bit", "gpu") == "paged_adamw_32bit"
     assert get_optimizer("paged_adamw_32bit").func is PagedAdamW32bit
-    assert optimizer_here("paged_adamw_32bit", "cpu") == "adamw"
+    assert available_optimizer("paged_adamw_32bit", "cpu") == "adamw"
     assert "adamw with 32-bit state" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"sgdw is unknown\. Known: adamw, paged_adamw_32bit"):
         load_config(["task.train.optimizer=sgdw"])

@@ -95,7 +95,9 @@ def stopped(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     training.send(signal.SIGTERM)
     assert training.end() == 75, training.said
     last = step_of(newest(folder))
-    assert f"stopped by SIGTERM after step {last}; checkpoint written; the same command goes on\n" in training.said
+    assert (
+        f"stopped by SIGTERM after step {last}; checkpoint written; run the same command to resume\n" in training.said
+    )
     assert "Traceback" not in training.said and last == step(folder) < STEPS
     return folder
 
@@ -149,7 +151,7 @@ def test_twenty_kills_at_random_moments_change_nothing(start: Start, undisturbed
     assert kills == 20
     training = start(folder)
     assert training.end() == 0, training.said
-    assert "Going on from step" in training.said
+    assert "Resuming from step" in training.said
     assert_same_end(undisturbed, folder)
     assert not list(only_run(folder).glob("**/*.partial"))
 
@@ -158,7 +160,7 @@ def test_a_run_told_to_stop_goes_on_exactly(start: Start, undisturbed: Path, cop
     last = step(copy)
     training = start(copy)
     assert training.end() == 0, training.said
-    assert f"Going on from step {last} of {STEPS}" in training.said
+    assert f"Resuming from step {last} of {STEPS}" in training.said
     assert_same_end(undisturbed, copy)
 
 
@@ -166,13 +168,16 @@ def test_a_run_told_to_stop_goes_on_exactly(start: Start, undisturbed: Path, cop
 def test_other_signals_leave_a_checkpoint_too(number: signal.Signals, code: int, start: Start, copy: Path) -> None:
     before = step(copy)
     training = start(copy)
-    training.wait_until(lambda: "Going on from" in training.said)
+    training.wait_until(lambda: "Resuming from" in training.said)
     training.wait_until(lambda: step(copy) > before)
     training.send(number)
     assert training.end() == code, training.said
     last = step_of(newest(copy))
     assert last >= before
-    assert f"stopped by {number.name} after step {last}; checkpoint written; the same command goes on" in training.said
+    assert (
+        f"stopped by {number.name} after step {last}; checkpoint written; run the same command to resume"
+        in training.said
+    )
     assert "Traceback" not in training.said
 
 
@@ -181,7 +186,7 @@ def test_told_to_stop_before_training_it_says_so(start: Start, copy: Path) -> No
     training.wait_until(lambda: "Loading NeMo" in training.said)
     training.send(signal.SIGUSR1)
     assert training.end() == 75
-    assert "stopped by SIGUSR1" in training.said and "the same command goes on" in training.said
+    assert "stopped by SIGUSR1" in training.said and "run the same command to resume" in training.said
     assert "Traceback" not in training.said
 
 
@@ -195,7 +200,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(start: Start, 
     assert training.end() == 0, training.said
     for damaged in (last, second):
         assert f"checkpoint {damaged.name} is damaged" in training.said
-    assert f"Going on from step {step_of(good)} " in training.said
+    assert f"Resuming from step {step_of(good)} " in training.said
     assert_same_end(undisturbed, copy)
 
 

@@ -93,7 +93,7 @@ def watch_a_step(rank: int, folder: str) -> None:
         elif kind == "tp":
             split_base(gemma, mesh.get_group())
         with Traffic() as traffic:
-            loss = gemma.learned_loss(micro_batch)
+            loss = gemma.loss_sum(micro_batch)
             loss.backward()
             strategy.sum_step(adapters(model), loss.detach())
         # In float32 here, where the plan counts bfloat16.
@@ -127,7 +127,7 @@ def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> 
 
     def need(*words: str) -> Any:
         config = load_config(["trainer=cpu", *words])
-        return estimate(config, tmp_path, torch.bfloat16, tokens=1000, learned=500)
+        return estimate(config, tmp_path, torch.bfloat16, tokens=1000, targets=500)
 
     alone, ddp, fsdp2, tp = (
         need(),

@@ -278,7 +278,7 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
 
         def goes_on() -> bool:
             job.start_now()  # again, if Slurm told this start what was meant for the one before: see train.sbatch
-            return f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said
+            return f"start {start}," in job.said and f"Resuming from step {before} of {STEPS}" in job.said
 
         job.wait_for(goes_on)
 

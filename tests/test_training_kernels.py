@@ -10,12 +10,13 @@ from conftest import FAMILIES, tiny_gemma
 from kernel_forms import forms
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from training.c_library import NoLibrary
 
+from core.c_build import NoLibrary
 from training import kernels
 from training.cross_entropy import linear_cross_entropy
-from training.fast_layers import _GatedGelu, _RMSNorm, _Rope, speed_up
-from training.packing import attend, pack, use_packed_attention
+from training.fused_layers import _GatedGelu, _RMSNorm, _Rope, fuse_layers
+from training.packed_attention import packed_attention, use_packed_attention
+from training.packing import pack
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
@@ -175,7 +176,7 @@ def test_attention(window: int | None, softcap: float | None, groups: int, dtype
         return torch.einsum("hqk,khd->qhd", probability, value)
 
     check(
-        lambda *parts: attend(*parts, layout, 0.2, window, softcap)[real],
+        lambda *parts: packed_attention(*parts, layout, 0.2, window, softcap)[real],
         plain,
         parts,
         PRODUCTS[dtype],
@@ -202,7 +203,7 @@ def with_lora(family: str, dtype: torch.dtype) -> PeftModel:
             parameter.data = parameter.data.float()
         if "lora_B" in name:  # zero at first: the adapter would not be at work
             torch.nn.init.normal_(parameter, std=0.1)
-    speed_up(model)
+    fuse_layers(model)
     use_packed_attention(model.get_base_model())
     return model
 

@@ -1,13 +1,13 @@
-"""The other engine: NVIDIA's own recipe, NeMo AutoModel, on the same rows with the same settings.
+"""The other training engine: NVIDIA's own recipe, NeMo AutoModel, on the same samples with the same settings.
 
     make train TASK=slang ENGINE=automodel          (python -m commands.train task=slang engine=automodel)
 
-It writes the recipe and the tokenized rows into the run folder, has torchrun run them in `.venv-automodel` (see
-`training/automodel_worker.py`), shows what the recipe logs, and brings its adapter back as the run's `.nemo`. So
-report, converters and serving treat both engines' runs alike, and the two can be compared.
+It writes the recipe and the tokenized samples into the run folder, has torchrun run them in `.venv-automodel`
+(`training/automodel_worker.py`), shows what the recipe logs, and saves its adapter as the run's `.nemo`. So report,
+converters and serving treat both engines' runs alike, and the two can be compared.
 
-What AutoModel decides otherwise than `training/fit.py`: adapters have the base's dtype (bfloat16, not float32), rows
-are not grouped by length, the loss needs the whole 262,144-wide logits, and the learning rate is logged after a step.
+AutoModel differs from `training/fit.py` in this: adapters have the base's dtype (bfloat16, not float32), samples are
+not grouped by length, the loss computes the whole 262,144-wide logits, and the learning rate is logged after a step.
 """
 
 import json
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
 CHECKPOINTS_PER_RUN = 20
 LORA_KEYS = {"name", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "optimizer"}
-# What the recipe is not told, with the values that it has for it.
-TRAIN_KEYS = {
+# Settings that the recipe cannot change, with the values that it has for them.
+FIXED_SETTINGS = {
     "accumulation": 1,
     "optimizer": "adamw",
     "schedule": "CosineAnnealing",
@@ -49,7 +49,8 @@ Metrics = list[dict[str, Any]]
 
 
 def check(config: Config) -> None:
-    """
+    """Refuse what the recipe cannot do, before anything is loaded.
+
     Raises:
         UserError: the environment is missing, or the recipe cannot do what the configuration asks for.
     """
@@ -68,7 +69,7 @@ def check(config: Config) -> None:
         )
     wanted = [
         f"task.train.{key}={getattr(config.task.train, key)}"
-        for key, value in TRAIN_KEYS.items()
+        for key, value in FIXED_SETTINGS.items()
         if getattr(config.task.train, key) != value
     ]
     if config.trainer.strategy != "auto":
@@ -87,33 +88,35 @@ def check(config: Config) -> None:
         )
 
 
-def versions() -> dict[str, str]:
-    """The packages of `.venv-automodel` that decide the result, for environment.json."""
+def package_versions() -> dict[str, str]:
+    """Versions of the packages of `.venv-automodel` that decide the result, for environment.json."""
     names = {"nemo-automodel", "torch", "transformers", "triton"}
     (folder,) = ENVIRONMENT.glob("lib/python*/site-packages")
     found = {package.name: package.version for package in distributions(path=[str(folder)]) if package.name in names}
     return {f"automodel engine: {name}": found[name] for name in sorted(found)}
 
 
-def fit(config: Config, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path) -> None:
-    """Train by the recipe, or go on from its newest checkpoint, and write `archive`. As `training.fit.fit`.
+def fit(
+    config: Config, base_folder: Path, samples: Any, validation_samples: Any, run_folder: Path, archive: Path
+) -> None:
+    """Train with the recipe, or resume from its newest checkpoint, and write `archive`; as `training.fit.fit`.
 
     Raises:
-        UserError: the recipe failed; the text has its last words and where its whole log is.
+        UserError: the recipe failed; the text has the end of its log and the log's path.
     """
     folder = (run_folder / "automodel").resolve()
     folder.mkdir(exist_ok=True)
-    write_rows(rows, folder / "training.jsonl")
-    write_rows(validation_rows, folder / "validation.jsonl")
-    recipe = write_recipe(config, base_folder, folder, list(rows["length"]))
+    write_samples(samples, folder / "training.jsonl")
+    write_samples(validation_samples, folder / "validation.jsonl")
+    recipe = write_recipe(config, base_folder, folder, list(samples["length"]))
     if (folder / "checkpoints" / "LATEST").exists():
-        print("Going on from the recipe's last checkpoint")
+        print("Resuming from the recipe's last checkpoint")
     steps = recipe["lr_scheduler"]["lr_decay_steps"]
-    began = last_said = time.monotonic()
-    said = 0
+    started = last_shown = time.monotonic()
+    shown_step = 0
 
     def show(lines: Metrics) -> None:
-        nonlocal last_said, said
+        nonlocal last_shown, shown_step
         write_whole(run_folder / "metrics.jsonl", lines)
         trained = [line for line in lines if "train_loss" in line]
         if not trained:
@@ -125,11 +128,11 @@ def fit(config: Config, base_folder: Path, rows: Any, validation_rows: Any, run_
                 f"the loss became {now['train_loss']} at step {now['step']}. Lower "
                 f"task.train.learning_rate (now {rate}) and train again"
             )
-        if now["step"] > said and (time.monotonic() - last_said > 5 or now["step"] == steps):
-            last_said, said = time.monotonic(), now["step"]
+        if now["step"] > shown_step and (time.monotonic() - last_shown > 5 or now["step"] == steps):
+            last_shown, shown_step = time.monotonic(), now["step"]
             print(
                 f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
-                f"  {last_said - began:.0f} s",
+                f"  {last_shown - started:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -139,21 +142,21 @@ def fit(config: Config, base_folder: Path, rows: Any, validation_rows: Any, run_
     save(folder / "checkpoints" / "LATEST", config, base_folder, archive)
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
-    """Our tokenized rows (`training.batches.tokenize`) as `automodel_worker.TokenizedRows` reads them.
+def write_samples(samples: Iterable[dict[str, Any]], file: Path) -> None:
+    """Write samples (`training.batches.tokenize`) as `automodel_worker.TokenizedSamples` reads them.
 
-    AutoModel could tokenize `{"input", "output"}` itself, but its templates are not our prompt; so both engines learn
-    the very same tokens.
+    AutoModel could tokenize `{"input", "output"}` itself, but with its own templates; this way both engines train on
+    exactly the same tokens.
     """
-    write_whole(file, ({key: row[key] for key in ("input_ids", "learned")} for row in rows))
+    write_whole(file, ({key: row[key] for key in ("input_ids", "target_ranges")} for row in samples))
 
 
 def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:
-    """The YAML of NVIDIA's gemma_3_270m_squad_peft recipe with this run's task, model and LoRA settings.
+    """NVIDIA's gemma_3_270m_squad_peft recipe with this run's task, model and LoRA settings, for `yaml.safe_dump`.
 
     Args:
-        folder: holds `training.jsonl` and `validation.jsonl`; gets checkpoints and logs.
-        lengths: tokens of each training row.
+        folder: has `training.jsonl` and `validation.jsonl`; checkpoints and logs are written there.
+        lengths: tokens of each training sample.
     """
     from training.gemma_lora import weights_dtype
 
@@ -162,13 +165,13 @@ def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[
     steps = per_epoch * settings.epochs
     warmup = min(math.ceil(settings.warmup_ratio * steps), steps - 1)
     loader = {"_target_": "torchdata.stateful_dataloader.StatefulDataLoader", "collate_fn": COLLATE}
-    rows = {"_target_": "training.automodel_worker.TokenizedRows"}
+    dataset = {"_target_": "training.automodel_worker.TokenizedSamples"}
     return {
         "recipe": "TrainFinetuneRecipeForNextTokenPrediction",
         "seed": config.seed,
         "step_scheduler": {
             "global_batch_size": settings.batch_size,
-            "local_batch_size": rows_at_once(config, max(lengths)),
+            "local_batch_size": local_batch_size(config, max(lengths)),
             "num_epochs": settings.epochs,
             "val_every_steps": per_epoch,
             "ckpt_every_steps": max(1, steps // CHECKPOINTS_PER_RUN),
@@ -194,9 +197,9 @@ def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[
         },
         "distributed": {"strategy": "fsdp2", "dp_size": None, "tp_size": 1, "cp_size": 1},
         "loss_fn": {"_target_": f"{AUTOMODEL}.components.loss.masked_ce.MaskedCrossEntropy"},
-        "dataset": {**rows, "file": str(folder / "training.jsonl")},
+        "dataset": {**dataset, "file": str(folder / "training.jsonl")},
         "dataloader": {**loader, "shuffle": True},
-        "validation_dataset": {**rows, "file": str(folder / "validation.jsonl")},
+        "validation_dataset": {**dataset, "file": str(folder / "validation.jsonl")},
         "validation_dataloader": dict(loader),
         "packed_sequence": {"packed_sequence_size": 0},
         "optimizer": {
@@ -223,37 +226,37 @@ def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[
     }
 
 
-def rows_at_once(config: Config, longest: int) -> int:
-    """Rows of a micro-batch: as many as divide the batch and fit a quarter of `trainer.micro_batch_tokens`.
+def local_batch_size(config: Config, max_length: int) -> int:
+    """Samples of a micro-batch: the largest divisor of the batch that fits a quarter of `trainer.micro_batch_tokens`.
 
     A quarter, since the recipe holds float32 logits over the whole vocabulary (1 MB a token), which our engine avoids.
     """
     share = config.task.train.batch_size // config.trainer.devices
-    fitting = max(1, config.trainer.micro_batch_tokens // 4 // longest)
+    fitting = max(1, config.trainer.micro_batch_tokens // 4 // max_length)
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
 
 
 def run_recipe(
     recipe: dict[str, Any], folder: Path, devices: int, show: Callable[[Metrics], None] = lambda lines: None
 ) -> Metrics:
-    """Run `recipe` on `devices` processes; `show` gets what it has logged, twice a second.
+    """Run `recipe` on `devices` processes; `show` is called with its log, as `read_log` returns it, twice a second.
 
-    A process of this run never outlives this one: a later run may go on from the checkpoints.
+    Its processes never outlive this one: a later run may resume from the checkpoints.
 
     Returns:
-        What it logged, as `read_log` says.
+        Its whole log.
 
     Raises:
         UserError: it failed.
     """
     file, log = folder / "recipe.yaml", folder / "recipe.log"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    print(f"NeMo AutoModel trains, by {file}", flush=True)
+    print(f"Training with NeMo AutoModel, recipe {file}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    words = [str(ENVIRONMENT / "bin/python"), "-m", "training.automodel_worker", str(file), str(devices)]
+    command = [str(ENVIRONMENT / "bin/python"), "-m", "training.automodel_worker", str(file), str(devices)]
     with log.open("w") as output:
         # A session of its own, so that Ctrl-C reaches only this process, which then asks the recipe to stop.
-        process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
             while process.poll() is None:
                 time.sleep(0.5)
@@ -263,63 +266,51 @@ def run_recipe(
                 process.terminate()  # torchrun passes it on, and the recipe writes a last checkpoint
                 process.wait()
     if process.returncode:
-        raise UserError(f"NeMo AutoModel's recipe failed. Its last words:\n{last_words(log)}\nIts whole log: {log}")
+        raise UserError(f"NeMo AutoModel's recipe failed. The end of its log:\n{log_tail(log)}\nThe whole log: {log}")
     lines = read_log(folder / "checkpoints")
     show(lines)
     return lines
 
 
 def read_log(folder: Path) -> Metrics:
-    """The recipe's logs as lines of `metrics.jsonl`: those of steps and of validations, ordered by step.
+    """The recipe's logs of steps and validations as lines of `metrics.jsonl`, ordered by step.
 
-    Steps count from 1, epochs from 0. Of a step that a resumed run took twice, the later counts. `memory_gib` is the
-    most that one process has held: GPU memory, or main memory where there is no GPU.
+    Steps count from 1, epochs from 0. Of a step that a resumed run took twice, the later line is kept. `memory_gib` is
+    the peak of one process: GPU memory, or main memory without a GPU.
     """
     lines: dict[tuple[int, str], dict[str, Any]] = {}
     for name, kind in (("training", "train_loss"), ("validation", "val_loss")):
         file = folder / f"{name}.jsonl"
         for text in file.read_text().splitlines() if file.exists() else []:
             try:
-                said = json.loads(text)
-            except ValueError:  # a line not yet whole
+                logged = json.loads(text)
+            except ValueError:  # a line that is still being written
                 continue
-            line = {"step": said["step"] + 1, "epoch": said["epoch"]}
+            line = {"step": logged["step"] + 1, "epoch": logged["epoch"]}
             if kind == "train_loss":
                 line |= {
-                    "train_loss": said["loss"],
-                    "learning_rate": said["lr"],
-                    "grad_norm": said["grad_norm"],
-                    "tokens_per_second": round(said["tps"], 1),
-                    "seconds": round(said["num_tokens_per_step"] / said["tps"], 4),
-                    "memory_gib": round(said["mem"], 2),
+                    "train_loss": logged["loss"],
+                    "learning_rate": logged["lr"],
+                    "grad_norm": logged["grad_norm"],
+                    "tokens_per_second": round(logged["tps"], 1),
+                    "seconds": round(logged["num_tokens_per_step"] / logged["tps"], 4),
+                    "memory_gib": round(logged["mem"], 2),
                 }
             else:
-                line["val_loss"] = said["val_loss"]
+                line["val_loss"] = logged["val_loss"]
             lines[line["step"], kind] = line
     return [lines[key] for key in sorted(lines)]
 
 
 def save(checkpoint: Path, config: Config, base_folder: Path, archive: Path) -> None:
-    """The recipe's adapter as this project's `.nemo`: same names as peft's, made float32."""
+    """Save the recipe's adapter, which has peft's tensor names, as this project's `.nemo` in float32."""
     from safetensors.torch import load_file
 
-    from core.base_model import describe
-    from training.gemma_lora import GemmaLoRA, nemo_config, weights_dtype
+    from training.gemma_lora import GemmaLoRA, model_settings, nemo_config
 
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")
-    peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
-    model = GemmaLoRA(
-        nemo_config(
-            {
-                "base_folder": str(base_folder),
-                "base": describe(base_folder),
-                "dtype": str(weights_dtype()).removeprefix("torch."),
-                "peft": peft,
-                "prompt": plain(config.task.prompt),
-                "seed": config.seed,
-            }
-        )
-    )
+    settings = model_settings(base_folder, plain(config.peft), plain(config.task.prompt), config.seed)
+    model = GemmaLoRA(nemo_config(settings))
     model.load_state_dict({name: tensor.float() for name, tensor in adapter.items()})
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))
@@ -342,7 +333,7 @@ def write_whole(file: Path, lines: Iterable[dict[str, Any]]) -> None:
     partial.rename(file)
 
 
-def last_words(log: Path) -> str:
+def log_tail(log: Path) -> str:
     """The end of a worker's traceback, where there is one: torchrun says much after it."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     of_workers = [line for line in lines if line.startswith("[rank")]

@@ -1,9 +1,9 @@
-"""What runs inside `.venv-automodel`: NeMo AutoModel's own fine-tuning recipe under torchrun, on so many processes.
+"""The process inside `.venv-automodel`: NeMo AutoModel's own fine-tuning recipe under torchrun.
 
     .venv-automodel/bin/python -m training.automodel_worker recipe.yaml 1
 
-`training/automodel.py` writes the YAML, starts this and reads the results. Nothing of AutoModel is replaced where there
-is a GPU; `run_on_cpu` is the whole difference where there is none.
+The last argument is the number of processes. `training/automodel.py` writes the YAML, starts this and reads the
+results. With a GPU nothing of AutoModel is replaced; without one, `run_on_cpu` is the whole difference.
 """
 
 import ctypes
@@ -18,33 +18,35 @@ from typing import Any
 import torch
 
 
-class TokenizedRows(torch.utils.data.Dataset):
-    """Rows that this project has tokenized: a JSON line `{"input_ids": [...], "learned": [[first, past the last], …]}`
-    each.
+class TokenizedSamples(torch.utils.data.Dataset):
+    """Samples that this project has tokenized, a JSON line `{"input_ids", "target_ranges"}` each (`training.batches`).
 
-    AutoModel shifts in its data sets, not in its losses: the label at a place is the next token, -100 where that is not
-    learned. Learned are the response and its EOS, as in `training.batches`.
+    AutoModel shifts labels in its data sets, not in its losses: the label of a position is the next token, or -100
+    where that is not a target.
+
+    Args:
+        file: the JSON lines.
     """
 
     def __init__(self, file: str) -> None:
-        self.rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        self.samples = [json.loads(line) for line in Path(file).read_text().splitlines()]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = self.rows[index]["input_ids"]
+        ids = self.samples[index]["input_ids"]
         labels = [-100] * (len(ids) - 1)
-        for first, end in self.rows[index]["learned"]:
+        for first, end in self.samples[index]["target_ranges"]:
             labels[first - 1 : end - 1] = ids[first:end]
         return {"input_ids": ids[:-1], "labels": labels, "attention_mask": [1] * len(labels)}
 
 
 def run_on_cpu() -> None:
-    """Let AutoModel 0.7.0's recipe run where there is no CUDA, which it takes for granted.
+    """Patch AutoModel 0.7.0's recipe, which takes CUDA for granted, to run without it.
 
-    Its calls for cache, peak memory and the current device get answers that are true of a CPU, and its processes a
-    device. Model, data, loss, optimizer and checkpoints are AutoModel's, untouched.
+    Its calls for the cache, peak memory and the current device return what is true of a CPU, and its processes get a
+    device. Model, data, loss, optimizer and checkpoints are AutoModel's own.
     """
     from nemo_automodel._transformers import auto_model
     from nemo_automodel.recipes.llm import train_ft
@@ -56,25 +58,25 @@ def run_on_cpu() -> None:
     torch.cuda.current_device = lambda: 0
 
     initialize = train_ft.initialize_distributed
-    train_ft.initialize_distributed = lambda **words: dataclasses.replace(initialize(**words), device=cpu)
+    train_ft.initialize_distributed = lambda **options: dataclasses.replace(initialize(**options), device=cpu)
     place = auto_model.apply_model_infrastructure
-    auto_model.apply_model_infrastructure = lambda **words: place(**{**words, "device": cpu})
+    auto_model.apply_model_infrastructure = lambda **options: place(**{**options, "device": cpu})
 
 
 def peak_memory_bytes() -> int:
-    """The most main memory that this process has held."""
+    """Peak resident memory of this process."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def launch(recipe_file: str, processes: str) -> None:
-    """torchrun, on this machine."""
+    """Run torchrun on this machine."""
     from torch.distributed import run
 
     run.main(["--standalone", "--nproc-per-node", processes, "-m", "training.automodel_worker", recipe_file])
 
 
 def load_recipe(recipe_file: str) -> Any:
-    """AutoModel's recipe, set up in this process; torchrun's environment variables say which of how many it is."""
+    """AutoModel's recipe, set up in this process, whose rank and world size are in torchrun's environment variables."""
     from nemo_automodel.components.config.loader import load_yaml_config
     from nemo_automodel.recipes.llm import train_ft
 
@@ -86,7 +88,7 @@ def load_recipe(recipe_file: str) -> Any:
     class Recipe(train_ft.TrainFinetuneRecipeForNextTokenPrediction):
         def log_train_metrics(self, log_data: Any) -> None:
             super().log_train_metrics(log_data)
-            self.metric_logger_train.flush()  # else a hundred steps are held back, and nobody sees it train
+            self.metric_logger_train.flush()  # else it buffers a hundred steps, and no progress is seen
 
     recipe = Recipe(load_yaml_config(recipe_file))
     recipe.setup()
@@ -94,7 +96,7 @@ def load_recipe(recipe_file: str) -> Any:
 
 
 if __name__ == "__main__":
-    if sys.platform == "linux":  # killed with its parent, however that ends: two must never write one run
+    if sys.platform == "linux":  # die with the parent, however that ends: two processes must never write one run
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if "LOCAL_RANK" in os.environ:
         load_recipe(sys.argv[1]).run_train_validation_loop()

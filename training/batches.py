@@ -1,8 +1,8 @@
-"""Rows become optimizer steps.
+"""Samples become optimizer steps.
 
-A step is `batch_size` rows drawn by chance. Inside it the rows are sorted, so that those with a common beginning are
-neighbours, and packed into micro-batches of at most `micro_batch_tokens` tokens. The loss of a step is a mean over all
-its learned tokens however it was cut.
+A step is `batch_size` samples drawn at random. Inside it the samples are sorted, so that those with a common prefix are
+neighbours, and packed into micro-batches of at most `micro_batch_tokens` tokens (training/packing.py). The loss of a
+step is the mean over all its target tokens, the tokens that the loss mask selects, however the step was cut.
 """
 
 import hashlib
@@ -20,63 +20,74 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import UserError
 from core.prompt import Prompt
 from training.cross_entropy import linear_cross_entropy
-from training.packing import Layout, pack, shared_prefixes, use_packed_attention
+from training.packed_attention import use_packed_attention
+from training.packing import Layout, pack, shared_prefixes
 
 
 @dataclass
 class MicroBatch:
-    """Some rows, packed (training/packing.py).
+    """Samples packed end to end.
 
     Attributes:
-        input_ids: [1, tokens], int64. The last token of a row predicts nothing and is left out.
-        layout: where the rows lie in it.
-        sources: [learned], int64: flat positions in `input_ids` whose next token is learned; one may stand here more
-            than once, where rows with the same prompt share it.
-        targets: [learned], int64: those next tokens.
-        lengths: tokens of each of its rows, as many as without packing.
-        rows: the place of each in the data set.
+        input_ids: [1, tokens], int64. The last token of a sample predicts nothing and is left out.
+        layout: where each sample lies in `input_ids`.
+        logit_positions: [targets], int64: positions in `input_ids` whose next token is a target. A position is repeated
+            where samples share the prompt that it belongs to.
+        targets: [targets], int64: those next tokens.
+        lengths: tokens of each sample, as many as without packing.
+        samples: the index of each sample in the data set.
     """
 
     input_ids: Tensor
     layout: Layout
-    sources: Tensor
+    logit_positions: Tensor
     targets: Tensor
     lengths: list[int]
-    rows: list[int]
+    samples: list[int]
 
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        ids, sources, targets = (
-            part.to(device, non_blocking=True) for part in (self.input_ids, self.sources, self.targets)
+        ids, positions, targets = (
+            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.logit_positions, self.targets)
         )
-        return MicroBatch(ids, self.layout.to(device), sources, targets, self.lengths, self.rows)
+        return MicroBatch(ids, self.layout.to(device), positions, targets, self.lengths, self.samples)
 
 
 @dataclass
 class Step:
-    """One optimizer step's share of this process; the tokens, and those learned, of all processes together."""
+    """This process's micro-batches of one optimizer step.
+
+    Attributes:
+        target_tokens: in the loss, over all processes; the loss and its gradient are divided by it.
+        tokens: of all samples, over all processes.
+    """
 
     micro_batches: list[MicroBatch]
-    learned: int
+    target_tokens: int
     tokens: int
 
 
 def tokenize(
     file: Path, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length: int, cache: Path
 ) -> tuple[Dataset, int]:
-    """Read a split and tokenize it to `input_ids`, their `length`, and `learned`: spans `[[first, past the last], …]`.
+    """Read a split and tokenize it to the columns `input_ids`, `length` and `target_ranges`.
 
-    Learned are responses, or the model's turns of a dialogue. Each is tokenized apart from what comes before it, as it
-    is when a served model is asked, and ends in EOS or in the template's own end, so that the model learns to stop.
+    `target_ranges` is the loss mask as half-open ranges of `input_ids`, `[[first, past the last], …]`: the response, or
+    the model's turns of a dialogue. Each is tokenized apart from what comes before it, as it is at inference, and ends
+    with EOS or the template's own end token, so that the model learns to stop.
+
+    Args:
+        file: JSONL of contract 1, `{"input", "output"}` or `{"messages"}`.
+        cache: folder for tokens of splits too large for memory; emptied with the data folder that it lies in.
 
     Returns:
-        The rows of at most `max_length` tokens, and the number of longer ones that were left out.
+        The samples of at most `max_length` tokens, and the number of longer ones that were left out.
 
     Raises:
-        UserError: no row is left, or the template's end is no token of the model.
+        UserError: no sample is left, or the template's end is not a token of the model.
     """
     try:
         end = prompt.end_id(tokenizer)
@@ -84,154 +95,167 @@ def tokenize(
         raise UserError(str(error)) from None
     if file.stat().st_size < 50e6:  # done in a second or two
         disable_progress_bars()
-    rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+    samples = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = [prompt.pieces(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
         texts = [text for pieces in rows for text, _ in pieces]
         tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids)
-        encoded: dict[str, list[Any]] = {"input_ids": [], "length": [], "learned": []}
+        encoded: dict[str, list[Any]] = {"input_ids": [], "length": [], "target_ranges": []}
         for pieces in rows:
-            ids, spans = [tokenizer.bos_token_id], []
-            for _, learned in pieces:
+            ids, ranges = [tokenizer.bos_token_id], []
+            for _, is_target in pieces:
                 first = len(ids)
                 ids += next(tokens)
-                if learned:
+                if is_target:
                     ids.append(end)
-                    spans.append([first, len(ids)])
-            for key, value in zip(encoded, (ids, len(ids), spans), strict=True):
+                    ranges.append([first, len(ids)])
+            for key, value in zip(encoded, (ids, len(ids), ranges), strict=True):
                 encoded[key].append(value)
         return encoded
 
-    # Named here, as `datasets` would otherwise pickle the tokenizer to name it, for seconds: `cache` lies in the data
-    # folder, which is made anew with another tokenizer or prompt.
-    name = hashlib.sha256(f"{file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
-    small = len(rows) < 100_000
-    rows = rows.map(
+    # Given here, because `datasets` would otherwise pickle the tokenizer to hash it, which takes seconds. Tokenizer and
+    # prompt are those of the data folder that `cache` lies in: another one makes another folder.
+    fingerprint = hashlib.sha256(f"target_ranges {file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
+    small = len(samples) < 100_000
+    samples = samples.map(
         encode,
         batched=True,
-        remove_columns=rows.column_names,
+        remove_columns=samples.column_names,
         keep_in_memory=small,
         desc=file.name,
-        new_fingerprint=name,
+        new_fingerprint=fingerprint,
     )
-    fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=small)
+    fitting = samples.filter(lambda sample: sample["length"] <= max_length, keep_in_memory=small)
     if not len(fitting):
         raise UserError(
-            f"{file} has no row of at most {max_length} tokens ({len(rows)} longer ones). Raise task.train.max_length"
+            f"{file} has no sample of at most {max_length} tokens ({len(samples)} longer ones). "
+            f"Raise task.train.max_length"
         )
-    return fitting, len(rows) - len(fitting)
+    return fitting, len(samples) - len(fitting)
 
 
 class Batches:
-    """The steps of an epoch, a pure function of the seed and of how many steps have been taken.
+    """The steps of an epoch, a pure function of the seed and of the number of steps taken.
 
-    Iterating begins where `taken()` says training stands, so a resumed run sees the rows that the stopped one would
-    have seen next.
+    Iteration begins where `steps_taken()` says training stands, so a resumed run sees the samples that the interrupted
+    one would have seen next.
     """
 
     def __init__(
         self,
-        rows: Dataset,
+        samples: Dataset,
         batch_size: int,
         micro_batch_tokens: int,
         seed: int | None,
-        taken: Callable[[], int] = lambda: 0,
+        steps_taken: Callable[[], int] = lambda: 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`seed=None` keeps the rows in order, for evaluation. `rank` and `world_size` deal out a step's rows."""
-        self.rows = rows
-        self.lengths = list(rows["length"])
-        self.learned = [sum(end - first for first, end in spans) for spans in rows["learned"]]
+        """
+        Args:
+            samples: as `tokenize` returns them.
+            batch_size: samples of an optimizer step, of all processes together.
+            micro_batch_tokens: the most tokens of a micro-batch, a shared prefix counted once. A longer sample is a
+                micro-batch of its own.
+            seed: of the order; None keeps the samples in order, for evaluation.
+            steps_taken: optimizer steps of the run so far, over all epochs.
+            rank, world_size: which share of a step's samples this process takes.
+        """
+        self.samples = samples
+        self.lengths = list(samples["length"])
+        self.target_counts = [sum(end - first for first, end in ranges) for ranges in samples["target_ranges"]]
         self.batch_size, self.micro_batch_tokens, self.seed = batch_size, micro_batch_tokens, seed
-        self.taken, self.rank, self.world_size = taken, rank, world_size
+        self.steps_taken, self.rank, self.world_size = steps_taken, rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        """Steps of an epoch."""
+        return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[Step]:
-        epoch, first = divmod(self.taken(), len(self))
-        order = list(range(len(self.rows)))
+        epoch, first = divmod(self.steps_taken(), len(self))
+        order = list(range(len(self.samples)))
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             order = torch.randperm(len(order), generator=generator).tolist()
         for step in range(first, len(self)):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
             chosen.sort(key=self.lengths.__getitem__)
-            shares = [list(self._cut(chosen[rank :: self.world_size])) for rank in range(self.world_size)]
-            # Processes exchange tensors in every micro-batch, so all take equally many; the last may be empty.
+            shares = [list(self._split(chosen[rank :: self.world_size])) for rank in range(self.world_size)]
+            # Processes communicate in every micro-batch, so all take equally many; the last may be empty.
             missing = max(map(len, shares)) - len(shares[self.rank])
             mine = shares[self.rank] + [_micro_batch({}) for _ in range(missing)]
-            yield Step(mine, sum(self.learned[i] for i in chosen), sum(self.lengths[i] for i in chosen))
+            yield Step(mine, sum(self.target_counts[i] for i in chosen), sum(self.lengths[i] for i in chosen))
 
-    def _cut(self, chosen: list[int]) -> Iterator[MicroBatch]:
-        """Rows sorted by their tokens, as many to a micro-batch as fit."""
-        rows = {index: self.rows[index] for index in chosen}
-        part: dict[int, Any] = {}
-        for index, row in sorted(rows.items(), key=lambda item: item[1]["input_ids"]):
-            if part and _unique_tokens([*part.values(), row]) > self.micro_batch_tokens:
-                yield _micro_batch(part)
-                part = {}
-            part[index] = row
-        if part:
-            yield _micro_batch(part)
+    def _split(self, chosen: list[int]) -> Iterator[MicroBatch]:
+        """Samples sorted by their tokens, as many to a micro-batch as fit."""
+        samples = {index: self.samples[index] for index in chosen}
+        packed: dict[int, Any] = {}
+        for index, sample in sorted(samples.items(), key=lambda item: item[1]["input_ids"]):
+            if packed and _unique_tokens([*packed.values(), sample]) > self.micro_batch_tokens:
+                yield _micro_batch(packed)
+                packed = {}
+            packed[index] = sample
+        if packed:
+            yield _micro_batch(packed)
 
 
-def _unique_tokens(rows: list[Any]) -> int:
-    """Tokens of `rows` with what neighbours share counted once."""
-    ids = [row["input_ids"][:-1] for row in rows]
+def _unique_tokens(samples: list[Any]) -> int:
+    """Tokens of `samples`, what neighbours share counted once."""
+    ids = [sample["input_ids"][:-1] for sample in samples]
     shared = sum(length * (len(members) - 1) for length, members in shared_prefixes(ids))
     return sum(map(len, ids)) - shared
 
 
-def _micro_batch(rows: dict[int, Any]) -> MicroBatch:
-    packed = pack([row["input_ids"][:-1] for row in rows.values()])
-    sources, targets = [], []
-    for row, prefix, rest in zip(rows.values(), packed.prefixes, packed.rests, strict=True):
-        places = [*prefix, *rest]
-        for first, end in row["learned"]:
-            sources += places[first - 1 : end - 1]
-            targets += row["input_ids"][first:end]
+def _micro_batch(samples: dict[int, Any]) -> MicroBatch:
+    packed = pack([sample["input_ids"][:-1] for sample in samples.values()])
+    logit_positions, targets = [], []
+    for sample, prefix, rest in zip(samples.values(), packed.prefixes, packed.rests, strict=True):
+        positions = [*prefix, *rest]
+        for first, end in sample["target_ranges"]:
+            logit_positions += positions[first - 1 : end - 1]
+            targets += sample["input_ids"][first:end]
     as_int64 = partial(torch.tensor, dtype=torch.int64)
-    lengths = [len(row["input_ids"]) for row in rows.values()]
-    return MicroBatch(packed.ids, packed.layout, as_int64(sources), as_int64(targets), lengths, list(rows))
+    lengths = [len(sample["input_ids"]) for sample in samples.values()]
+    return MicroBatch(packed.ids, packed.layout, as_int64(logit_positions), as_int64(targets), lengths, list(samples))
 
 
-def learned_loss(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """Sum of the cross-entropy over the learned tokens of `batch`, a float32 scalar."""
+def loss_sum(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """Sum of the cross-entropy over the target tokens of `batch`, a float32 scalar."""
     return token_losses(gemma, batch).sum()
 
 
 def token_losses(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
-    """The cross-entropy of each learned token of `batch`, [learned], float32.
+    """The cross-entropy of each target token of `batch`, [targets], float32, in nats.
 
-    Only the hidden states that predict a learned token reach the output layer. `gemma` uses packed attention.
+    Only the hidden states that predict a target reach the output layer. `gemma` must use packed attention
+    (`packed_attention.use_packed_attention`).
     """
     hidden = gemma.model(
         input_ids=batch.input_ids, position_ids=batch.layout.positions, layout=batch.layout, use_cache=False
     ).last_hidden_state
-    learned = hidden.flatten(0, 1).index_select(0, batch.sources)
+    predicting = hidden.flatten(0, 1).index_select(0, batch.logit_positions)
     softcap = getattr(gemma.config, "final_logit_softcapping", None)
-    return linear_cross_entropy(learned, gemma.lm_head.weight, batch.targets, softcap)
+    return linear_cross_entropy(predicting, gemma.lm_head.weight, batch.targets, softcap)
 
 
-def row_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float, int]]:
-    """Sum of the cross-entropy over the learned tokens of each row, and how many they are; in the order of the rows."""
+def sample_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float, int]]:
+    """For each sample, in the order of the data set: the sum of the cross-entropy over its target tokens, in nats, and
+    the number of them."""
     losses: dict[int, tuple[float, int]] = {}
     usual_attention = use_packed_attention(gemma)
     with torch.inference_mode():
         for step in batches:
             for batch in step.micro_batches:
-                learned = [batches.learned[row] for row in batch.rows]
-                parts = token_losses(gemma, batch.to(gemma.device)).split(learned)
+                counts = [batches.target_counts[sample] for sample in batch.samples]
+                parts = token_losses(gemma, batch.to(gemma.device)).split(counts)
                 sums = torch.stack([part.sum() for part in parts]).tolist()
-                losses |= dict(zip(batch.rows, zip(sums, learned, strict=True), strict=True))
+                losses |= dict(zip(batch.samples, zip(sums, counts, strict=True), strict=True))
     gemma.set_attn_implementation(usual_attention)
-    return [losses[row] for row in sorted(losses)]
+    return [losses[sample] for sample in sorted(losses)]
 
 
 def held_out_loss(gemma: PreTrainedModel, batches: Batches) -> float:
-    """Mean cross-entropy per learned token over `batches`; its exponential is the perplexity."""
-    rows = row_losses(gemma, batches)
-    return sum(loss for loss, _ in rows) / sum(tokens for _, tokens in rows)
+    """Mean cross-entropy per target token over `batches`, in nats; its exponential is the perplexity."""
+    losses = sample_losses(gemma, batches)
+    return sum(loss for loss, _ in losses) / sum(tokens for _, tokens in losses)

@@ -1,9 +1,9 @@
-"""Checkpoints that survive anything.
+"""Checkpoints that survive a kill at any moment.
 
 A checkpoint is one file, `step=000120-<hash of its bytes>.ckpt`: written under another name, synced, then renamed, so
-it is there whole or not at all, and a byte that changed later shows. It always stands for the moment after a step and
-before the validation that may follow it, and its counters are a function of that step alone; so going on from any of
-them takes the same course as never having stopped. `best-step=…` is the one with the lowest validation loss.
+it is there whole or not at all, and a byte that changes later is detected. It always captures the moment after a step
+and before the validation that may follow it, and its counters are a function of that step alone; so resuming from any
+of them gives the same result as an uninterrupted run. `best-step=…` is the one with the lowest validation loss.
 """
 
 import hashlib
@@ -20,21 +20,29 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from core.errors import UserError
 from core.files import sync
-from training.stopping import Stopped, StopSignals
+from training.fingerprint import CHECKPOINT_KEY
+from training.signals import Stopped, StopSignals
 
 CHECKPOINTS_PER_RUN = 20
 KEEP = 3  # of the last ones: should the newest be damaged, there are others
 
 
 class Checkpoints(Checkpoint):
-    """Writes checkpoints: some over the run, one at its end, the best by validation loss, one when told to stop."""
+    """Writes checkpoints: at regular steps, at the end, at the lowest validation loss, and on a stop signal.
+
+    Args:
+        folder: of the checkpoints.
+        steps: optimizer steps of the whole run.
+        fingerprint: of the run (`fingerprint.run_fingerprint`), stored in each checkpoint.
+        signals: checked after each step and each validation batch.
+        keep_best: end with the weights of the lowest validation loss, not with the last.
+    """
 
     def __init__(
-        self, folder: Path, steps: int, made_of: dict[str, Any], signals: StopSignals, keep_best: bool = False
+        self, folder: Path, steps: int, fingerprint: dict[str, Any], signals: StopSignals, keep_best: bool = False
     ) -> None:
-        """`steps`: of the whole run. `made_of`: what the run is, kept in each checkpoint. `keep_best`: end with the
-        best weights, not with the last."""
-        self.folder, self.steps, self.made_of, self.signals, self.keep_best = folder, steps, made_of, signals, keep_best
+        self.folder, self.steps, self.fingerprint, self.signals = folder, steps, fingerprint, signals
+        self.keep_best = keep_best
         self.every = max(1, steps // CHECKPOINTS_PER_RUN)
         self.saved = 0
         self.best_step, self.best_loss = 0, math.inf
@@ -46,31 +54,31 @@ class Checkpoints(Checkpoint):
         self.best_step, self.best_loss = state_dict["best_step"], state_dict["best_loss"]
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts in the middle of a step or of a validation, and a run resumed there would skip or repeat
-        # one. Counters of a step that is done, and of a validation that has not begun:
+        # Lightning's counters are those of the middle of a step or of a validation, and a run resumed there would skip
+        # or repeat one. These are the counters of a finished step and of a validation that has not started:
         loops = checkpoint["loops"]["fit_loop"]
         loops["epoch_loop.batch_progress"] = _counters(trainer.global_step) | {"is_last_batch": False}
         loops["epoch_loop.val_loop.batch_progress"] = _counters(0) | {"is_last_batch": False}
-        loops["epoch_progress"] = _counters(0, begun=1)  # the one epoch is under way
+        loops["epoch_progress"] = _counters(0, begun=1)  # the only epoch has started
         loops["epoch_loop.state_dict"]["_batches_that_stepped"] = trainer.global_step
-        checkpoint["made_of"] = self.made_of
-        checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_KEY, None)  # config.yaml holds them; these are Python objects
+        checkpoint[CHECKPOINT_KEY] = self.fingerprint
+        checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_KEY, None)  # they are in config.yaml; these are Python objects
         checkpoint.pop(module.CHECKPOINT_HYPER_PARAMS_TYPE, None)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.signals.listen()  # Lightning has put its own handler there
+        self.signals.listen()  # Lightning has installed its own handlers
         self.saved = trainer.global_step
-        self._leave_if_told(trainer)
-        self._validate_at_the_end(trainer)
+        self._stop_if_signalled(trainer)
+        self._schedule_last_validation(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._leave_if_told(trainer)
+        self._stop_if_signalled(trainer)
         if trainer.global_step % self.every == 0 or trainer.global_step == self.steps:
             self._save(trainer)
-        self._validate_at_the_end(trainer)
+        self._schedule_last_validation(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._leave_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         loss = float(trainer.callback_metrics["val_loss"])
@@ -90,15 +98,15 @@ class Checkpoints(Checkpoint):
         strategy = trainer.strategy
         strategy.load_model_state_dict(strategy.load_checkpoint(best), strict=module.strict_loading)
 
-    def _validate_at_the_end(self, trainer: Trainer) -> None:
+    def _schedule_last_validation(self, trainer: Trainer) -> None:
         if trainer.global_step == self.steps:  # Lightning validates at multiples of val_check_interval only
             trainer.val_check_batch = self.steps
 
-    def _leave_if_told(self, trainer: Trainer) -> None:
-        told = bool(self.signals.received)
-        if trainer.world_size > 1:  # one process may have been told alone; all leave after the same step
-            told = trainer.strategy.reduce_boolean_decision(told, all=False)
-        if told:
+    def _stop_if_signalled(self, trainer: Trainer) -> None:
+        stop = bool(self.signals.received)
+        if trainer.world_size > 1:  # only one process may have the signal; all stop after the same step
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             self._save(trainer)
             step = trainer.global_step
             raise Stopped(f"after step {step}; checkpoint written", self.signals.received or "another process")
@@ -121,9 +129,12 @@ class Checkpoints(Checkpoint):
 
 
 def check_finite(trainer: Trainer) -> None:
-    """Raises a UserError when loss or gradient of the last step is not a number.
+    """Check the loss and the gradient norm of the last step.
 
-    On a GPU this waits for the step: it is asked where a step's values are read anyway, and before each checkpoint.
+    On a GPU this waits for the step, so it is called where a step's values are read anyway, and before each checkpoint.
+
+    Raises:
+        UserError: one of them is not a finite number.
     """
     values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "grad_norm")}
     for name, value in values.items():
@@ -136,7 +147,7 @@ def check_finite(trainer: Trainer) -> None:
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Reads tensors and plain values only, and lets a full disk say so (torch's own writer does not)."""
+    """Reads tensors and plain values only, and raises on a full disk (torch's own writer does not)."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
@@ -156,7 +167,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def newest_checkpoint(folder: Path, say: bool = True) -> Path | None:
-    """The last checkpoint that is whole. Damaged ones after it are named aloud and removed."""
+    """The last intact checkpoint, or None. Damaged ones after it are removed, and printed unless `say` is false."""
     (folder / "writing.partial").unlink(missing_ok=True)
     for path in sorted(folder.glob("step=*.ckpt"), key=step_of, reverse=True):
         if is_whole(path):

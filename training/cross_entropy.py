@@ -1,9 +1,9 @@
-"""Cross-entropy of an output layer without its logits.
+"""Cross-entropy of an output layer without materializing its logits.
 
-Gemma's vocabulary of 262,144 makes the logits the largest tensor of a step: one row of 512 tokens has half a
-gigabyte of them in float32. Here the vocabulary goes by in blocks that stay in the processor's cache, with the
-running maximum and sum of FlashAttention (Dao et al., 2022, algorithm 1) in place of a second pass, and the
-gradient of the hidden states is made in the same pass: the weights are frozen, so nothing else is needed.
+Gemma's vocabulary of 262,144 makes the logits the largest tensor of a step: a sample of 512 tokens has half a gigabyte
+of them in float32. Here the vocabulary is processed in blocks that stay in the processor's cache, with the running
+maximum and sum of FlashAttention (Dao et al., 2022, algorithm 1) in place of a second pass. The gradient of the hidden
+states is computed in the same pass: the weights are frozen, so nothing else is needed.
 """
 
 import torch
@@ -34,9 +34,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:  # type: ignore[no-untyped-def]
-        learned = hidden.shape[0]
-        hidden = F.pad(hidden, (0, 0, 0, -learned % ROUND))
-        targets = F.pad(targets, (0, -learned % ROUND))
+        count = hidden.shape[0]
+        hidden = F.pad(hidden, (0, 0, 0, -count % ROUND))
+        targets = F.pad(targets, (0, -count % ROUND))
         tokens, features = hidden.shape
         maximum = hidden.new_full((tokens, 1), float("-inf"), dtype=torch.float32)
         total = hidden.new_zeros(tokens, 1, dtype=torch.float32)
@@ -88,8 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target_logit, target_side = tanh * softcap, target_weight * (1 - tanh.square())
         if kernels and softcap:  # they keep the maximum before the capping
             maximum = torch.tanh(maximum / softcap) * softcap
-        ctx.save_for_backward(mean_weight.div_(total).sub_(target_side).to(hidden.dtype)[:learned])
-        return (maximum + total.log() - target_logit)[:learned, 0]
+        ctx.save_for_backward(mean_weight.div_(total).sub_(target_side).to(hidden.dtype)[:count])
+        return (maximum + total.log() - target_logit)[:count, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]

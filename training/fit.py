@@ -1,4 +1,4 @@
-"""One run's training: a Lightning trainer with NeMo's exp_manager around `GemmaLoRA`, resumed where it stopped."""
+"""The training of one run: a Lightning trainer with NeMo's exp_manager around `GemmaLoRA`, resumed where it stopped."""
 
 import importlib.util
 import math
@@ -12,7 +12,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 
-from core.base_model import describe
 from core.configuration import plain
 from core.errors import UserError
 from core.load_model import load_tokenizer
@@ -21,14 +20,14 @@ from core.schema import Config, TrainConfig
 from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.distribute import AdapterParallel
-from training.gemma_lora import GemmaLoRA, nemo_config, optimizer_here, weights_dtype
-from training.identity import made_of, refuse_other
+from training.fingerprint import check_checkpoint, run_fingerprint
+from training.gemma_lora import GemmaLoRA, available_optimizer, model_settings, nemo_config
 from training.progress import RunProgress
-from training.stopping import Stopped, StopSignals
+from training.signals import Stopped, StopSignals
 
 
-class AllEpochs:
-    """The steps of a whole run as one epoch of Lightning's, which cannot resume exactly between two."""
+class TrainingSchedule:
+    """The steps of all epochs as one epoch of Lightning's, which cannot resume exactly between two."""
 
     def __init__(self, batches: Batches, epochs: int) -> None:
         self.batches, self.epochs = batches, epochs
@@ -37,12 +36,12 @@ class AllEpochs:
         return len(self.batches) * self.epochs
 
     def __iter__(self) -> Iterator[Step]:
-        for _ in range(self.epochs):  # fewer are left when resumed; Lightning counts
+        for _ in range(self.epochs):  # a resumed run has fewer left; Lightning counts
             yield from self.batches
 
 
 def fit_folders(config: Config, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
-    """`fit` for one of several processes, which have nothing in memory yet."""
+    """`fit` in one of several worker processes, which reads data and prompt from the folders first."""
     tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     training, validation = (
@@ -55,39 +54,46 @@ def fit_folders(config: Config, run_folder: Path, base_folder: Path, data_folder
         )[0]
         for name in ("training", "validation")
     )
-    archive, identity = run_folder / f"{config.task.name}.nemo", made_of(config, base_folder, data_folder)
-    fit(config, base_folder, training, validation, run_folder, archive, identity, StopSignals())
+    archive, fingerprint = run_folder / f"{config.task.name}.nemo", run_fingerprint(config, base_folder, data_folder)
+    fit(config, base_folder, training, validation, run_folder, archive, fingerprint, StopSignals())
 
 
 def fit(
     config: Config,
     base_folder: Path,
-    rows: Dataset,
-    validation_rows: Dataset,
+    samples: Dataset,
+    validation_samples: Dataset,
     run_folder: Path,
     archive: Path,
-    identity: dict[str, Any],
+    fingerprint: dict[str, Any],
     signals: StopSignals,
 ) -> None:
-    """Train, or go on from the newest whole checkpoint, and write `archive`: the last weights, or with early stopping
-    those of the lowest validation loss.
+    """Train, or resume from the newest intact checkpoint, and write `archive`.
+
+    Args:
+        samples, validation_samples: as `batches.tokenize` returns them.
+        run_folder: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`.
+        archive: the `.nemo` to write: the last weights, or with early stopping those of the lowest validation loss.
+        fingerprint: of the run; a checkpoint with another one is refused.
 
     Raises:
         Stopped: by a signal, after a step; its checkpoint is written.
-        UserError: a checkpoint of another run, a loss that is no number, W&B that is not set up.
+        UserError: a checkpoint of another run, a loss that is not a finite number, W&B that is not set up.
     """
     seed_everything(config.seed, verbose=False)
     settings = config.task.train
     size, budget = settings.batch_size * settings.accumulation, config.trainer.micro_batch_tokens
-    batches = Batches(rows, size, budget, config.seed)
-    course = AllEpochs(batches, settings.epochs)
-    steps = len(course)
+    batches = Batches(samples, size, budget, config.seed)
+    schedule = TrainingSchedule(batches, settings.epochs)
+    steps = len(schedule)
     checkpoints = run_folder / "checkpoints"
     progress = RunProgress(run_folder / "metrics.jsonl", len(batches), steps, settings.log_every)
     callbacks: list[Callback] = [progress]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss", patience=settings.early_stopping, check_on_train_epoch_end=False))
-    callbacks.append(Checkpoints(checkpoints, steps, identity, signals, keep_best=settings.early_stopping is not None))
+    callbacks.append(
+        Checkpoints(checkpoints, steps, fingerprint, signals, keep_best=settings.early_stopping is not None)
+    )
     processes = config.trainer.devices * config.trainer.num_nodes
     kind = "ddp" if config.trainer.strategy == "auto" else config.trainer.strategy
     strategy = AdapterParallel(kind) if processes > 1 else "auto"
@@ -96,61 +102,55 @@ def fit(
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
         strategy=strategy,
-        inference_mode=processes == 1,  # weights gathered in inference mode could not be trained with again
-        max_epochs=1,  # see AllEpochs
-        val_check_interval=min(steps, steps_per_validation(settings, rows, len(batches))),
+        inference_mode=processes == 1,  # weights gathered in inference mode cannot be trained with again
+        max_epochs=1,  # see TrainingSchedule
+        val_check_interval=min(steps, steps_per_validation(settings, samples, len(batches))),
         check_val_every_n_epoch=None,
         callbacks=callbacks,
         plugins=[SafeCheckpointIO()],
-        logger=False,  # exp_manager makes the loggers
+        logger=False,  # exp_manager creates the loggers
         enable_checkpointing=True,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
     )
-    batches.taken = lambda: trainer.global_step
+    batches.steps_taken = lambda: trainer.global_step
     rank, world = strategy.share if isinstance(strategy, AdapterParallel) else (0, 1)
     batches.rank, batches.world_size = rank, world
-    validation = Batches(validation_rows, size, budget, None, rank=rank, world_size=world)
-    # One process chooses, as it removes damaged ones.
+    validation = Batches(validation_samples, size, budget, None, rank=rank, world_size=world)
+    # One process chooses for all, as it removes damaged ones.
     resume_from = trainer.strategy.broadcast(newest_checkpoint(checkpoints) if trainer.is_global_zero else None)
     first = 0
     if resume_from:
-        refuse_other(resume_from, identity)
+        check_checkpoint(resume_from, fingerprint)
         first = step_of(resume_from)
         if trainer.is_global_zero:
-            print(f"Going on from step {first} of {steps}")
+            print(f"Resuming from step {first} of {steps}")
     exp_manager(
         trainer,
         {
             "explicit_log_dir": str(run_folder / "tensorboard"),
             "name": config.task.name,
-            "summary_writer_kwargs": {"purge_step": first + 1},  # what a stopped run logged after its checkpoint
-            "create_checkpoint_callback": False,  # Checkpoints writes each whole or not at all
-            "disable_validation_on_resume": False,  # the validation that was due when the run was stopped
+            # Drops what an interrupted run logged after its checkpoint.
+            "summary_writer_kwargs": {"purge_step": first + 1},
+            "create_checkpoint_callback": False,  # `Checkpoints` writes them, each whole or not at all
+            "disable_validation_on_resume": False,  # it may have been due when the run was interrupted
             "log_step_timing": False,
             "log_tflops_per_sec_per_gpu": False,
             **wandb_settings(config, run_folder),
         },
     )
     peft = plain(config.peft)
-    quantization = peft.pop("quantization")
-    peft.pop("optimizer")  # task.train.optimizer says it
     model = GemmaLoRA(
         nemo_config(
             {
-                "base_folder": str(base_folder),
-                "base": describe(base_folder),
-                "dtype": str(weights_dtype()).removeprefix("torch."),
-                "peft": peft,
-                "quantization": quantization,
+                **model_settings(base_folder, peft, plain(config.task.prompt), config.seed),
+                "quantization": peft["quantization"],
                 "gradient_checkpointing": settings.gradient_checkpointing,
-                "prompt": plain(config.task.prompt),
-                "seed": config.seed,
                 "clip": settings.clip,
                 "optim": {
-                    "name": optimizer_here(settings.optimizer, config.trainer.accelerator),
+                    "name": available_optimizer(settings.optimizer, config.trainer.accelerator),
                     "lr": settings.learning_rate,
                     "weight_decay": settings.weight_decay,
                     "betas": [0.9, 0.999],
@@ -167,7 +167,7 @@ def fit(
     )
     signals.in_training = True
     try:
-        trainer.fit(model, course, validation, ckpt_path=resume_from)
+        trainer.fit(model, schedule, validation, ckpt_path=resume_from)
     finally:
         signals.in_training = False
         signals.listen()
@@ -179,17 +179,21 @@ def fit(
         partial.rename(archive)
 
 
-def steps_per_validation(settings: TrainConfig, rows: Dataset, steps_per_epoch: int) -> int:
-    """`evaluate_every` steps, or those that hold about `evaluate_every_tokens`, or those of an epoch."""
+def steps_per_validation(settings: TrainConfig, samples: Dataset, steps_per_epoch: int) -> int:
+    """Steps between two validations: `evaluate_every`, or about `evaluate_every_tokens` tokens, or one epoch."""
     if settings.evaluate_every and settings.evaluate_every_tokens:
         raise UserError("give one of task.train.evaluate_every and task.train.evaluate_every_tokens, not both")
     if settings.evaluate_every_tokens:
-        return max(1, round(settings.evaluate_every_tokens * steps_per_epoch / sum(rows["length"])))
+        return max(1, round(settings.evaluate_every_tokens * steps_per_epoch / sum(samples["length"])))
     return settings.evaluate_every or steps_per_epoch
 
 
 def wandb_settings(config: Config, run_folder: Path) -> dict[str, Any]:
-    """What exp_manager is told about Weights & Biases, which nothing is sent to unless `trainer.wandb=true`."""
+    """exp_manager's options for Weights & Biases: none, and nothing is sent there, unless `trainer.wandb=true`.
+
+    Raises:
+        UserError: the package is missing, or there is neither a key nor WANDB_MODE=offline.
+    """
     if not config.trainer.wandb:
         return {}
     if importlib.util.find_spec("wandb") is None:

@@ -1,8 +1,8 @@
-"""How much arithmetic a LoRA step needs, and what fraction of a device's peak a speed is.
+"""The arithmetic of a LoRA step in FLOPs, and the peak FLOP/s of GPUs, for model FLOPs utilization (MFU).
 
-Counted is what any implementation must do: products over real tokens only (no padding), attention only where the mask
-lets a token look, the output layer only where a token is learned, nothing computed twice. A multiply-add is 2 FLOPs.
-Norms, activations, rotary embeddings and the optimizer are left out, as is usual (Kaplan et al., 2020, table 1).
+What any implementation must compute is counted: products over tokens without padding, attention only where the mask
+allows it, the output layer only for target tokens, nothing recomputed. A multiply-add is 2 FLOPs. Norms, activations,
+rotary embeddings and the optimizer are left out, as is usual (Kaplan et al., 2020, table 1).
 """
 
 from collections.abc import Collection, Iterable
@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 
 from transformers import PretrainedConfig
 
-# Dense bfloat16 FLOP/s without sparsity, from NVIDIA's data sheets; the first name found in the device's name counts.
+# Dense bfloat16 FLOP/s, from NVIDIA's data sheets; the first key that is part of the device's name applies.
 BF16_PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -25,13 +25,13 @@ BF16_PEAKS = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Of forward and backward pass together.
+    """FLOPs of forward and backward pass together.
 
     Attributes:
-        layers: the frozen matrices of the transformer's layers, forward and gradient of their inputs: 4·N a token.
-        adapters: LoRA's two small products, forward, and gradients of inputs and weights.
-        attention: scores and weighted sums, forward and backward, for the pairs of tokens that see each other.
-        output: logits and the gradient of the hidden states, for learned tokens.
+        layers: the frozen matrices of the transformer layers, forward and gradient of their inputs: 4·N per token.
+        adapters: LoRA's two products, forward, and gradients of inputs and weights.
+        attention: scores and weighted sums, forward and backward, for the (query, key) pairs within the mask.
+        output: logits and the gradient of the hidden states, for target tokens.
     """
 
     layers: float
@@ -60,14 +60,14 @@ def layer_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
 
 
 def flops_of(
-    config: PretrainedConfig, lengths: Iterable[int], learned: int, rank: int, targets: Collection[str]
+    config: PretrainedConfig, lengths: Iterable[int], target_tokens: int, rank: int, targets: Collection[str]
 ) -> Flops:
-    """FLOPs of training on rows of `lengths` tokens, `learned` of them learned, with LoRA of `rank` on `targets`.
+    """FLOPs of one pass over samples with LoRA.
 
     Args:
         config: of a Gemma 1, 2 or 3 text model.
-        lengths: tokens of each row (a row sees only itself, packed or not).
-        learned: tokens in the loss.
+        lengths: tokens of each sample (it attends to itself only, packed or not).
+        target_tokens: of all samples, those in the loss.
         rank: LoRA's r.
         targets: names of the adapted layers, e.g. `q_proj`.
     """
@@ -80,23 +80,23 @@ def flops_of(
     pairs = 0
     for kind in kinds:
         window = config.sliding_window if kind == "sliding_attention" else None
-        pairs += sum(_seen_pairs(length, window) for length in lengths)
+        pairs += sum(_attended_pairs(length, window) for length in lengths)
     width = config.num_attention_heads * config.head_dim
     return Flops(
         layers=4.0 * tokens * layers * weights,
         adapters=6.0 * tokens * layers * rank * adapted,
         attention=12.0 * pairs * width,  # two products forward, four backward
-        output=4.0 * learned * config.vocab_size * config.hidden_size,
+        output=4.0 * target_tokens * config.vocab_size * config.hidden_size,
     )
 
 
-def _seen_pairs(length: int, window: int | None) -> int:
-    """How many (token, token it sees) a causal row has; `window` counts the token itself."""
+def _attended_pairs(length: int, window: int | None) -> int:
+    """The number of (query, key) pairs in a causal mask over `length` tokens; `window` includes the query itself."""
     if window is None or length <= window:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
 
 
 def bf16_peak(device: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by its name (`torch.cuda.get_device_name()`); None if it is not in the table."""
+    """Dense bfloat16 FLOP/s of a GPU by its name (`torch.cuda.get_device_name()`), or None if it is unknown."""
     return next((peak for name, peak in BF16_PEAKS.items() if name in device), None)

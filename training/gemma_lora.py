@@ -1,7 +1,7 @@
 """A frozen Gemma with LoRA adapters as a NeMo model.
 
-`GemmaLoRA` is a `ModelPT`: NeMo's exp_manager, optimizers, schedulers and `.nemo` archives work with it as with
-NeMo's own models. Its state is the adapter alone, under peft's names, in checkpoints and in the archive.
+`GemmaLoRA` is a `ModelPT`: NeMo's exp_manager, optimizers, schedulers and `.nemo` archives work with it as with NeMo's
+own models. Its state, in checkpoints and in the archive, is the adapter alone under peft's names.
 """
 
 from pathlib import Path
@@ -22,21 +22,21 @@ from torch import Tensor
 from core.base_model import describe
 from core.configuration import escaped
 from core.errors import UserError
-from core.load_model import add_lora, load_base
+from core.load_model import add_lora, load_base, lora_settings
 from core.prompt import Prompt
-from training.batches import MicroBatch, Step, learned_loss
+from training.batches import MicroBatch, Step, loss_sum
 from training.distribute import AdapterParallel
-from training.fast_layers import speed_up
-from training.four_bit import speed_up_4bit
-from training.packing import use_packed_attention
+from training.fused_layers import fuse_layers
+from training.packed_attention import use_packed_attention
+from training.qlora import fuse_qlora_layers
 
-# NeMo restores only classes of known packages; this one is ours.
+# NeMo restores only classes of allowed packages.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
 register_optimizer("paged_adamw_32bit", PagedAdamW32bit, AdamWParams)
 
 
 def weights_dtype() -> torch.dtype:
-    """bfloat16 where the processor computes in it, else float32 (bfloat16 would be emulated, and slower)."""
+    """Of the frozen base: bfloat16 where the processor supports it, else float32 (emulated bfloat16 is slower)."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
@@ -47,35 +47,48 @@ def nemo_config(settings: dict[str, Any]) -> DictConfig:
     return OmegaConf.create(escaped(settings))
 
 
-def optimizer_here(name: str, accelerator: str) -> str:
-    """NeMo's name of the optimizer `task.train.optimizer` asks for, or of what takes its place on this machine."""
+def available_optimizer(name: str, accelerator: str) -> str:
+    """NeMo's name of the optimizer `name`, or of its substitute on `accelerator`."""
     if name.startswith("paged") and accelerator == "cpu":
-        print("Optimizer: adamw with 32-bit state; pages of paged_adamw_32bit are between a GPU and main memory")
+        print("Optimizer: adamw with 32-bit state, as paged_adamw_32bit pages between a GPU and main memory")
         return "adamw"
     return name
 
 
+def model_settings(base_folder: Path, peft: dict[str, Any], prompt: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What the configuration of every `GemmaLoRA` has; `peft` and `prompt` are sections of the run's configuration."""
+    return {
+        "base_folder": str(base_folder),
+        "base": describe(base_folder),
+        "dtype": str(weights_dtype()).removeprefix("torch."),
+        "peft": {"name": peft["name"], **lora_settings(peft)},
+        "prompt": prompt,
+        "seed": seed,
+    }
+
+
 class GemmaLoRA(ModelPT):
-    """
+    """A frozen base with trainable adapters in float32.
+
     Args:
         cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype` of its weights, `peft`
-            (LoraConfig keys), `quantization` (BitsAndBytesConfig keys or None), `gradient_checkpointing`, `prompt`
-            (Prompt keys), `optim` (NeMo's optimizer config), `clip` (of the gradient norm), `seed`.
-        trainer: a Lightning trainer, or None to answer prompts only.
+            (`name` and LoraConfig keys), `quantization` (BitsAndBytesConfig keys or None), `gradient_checkpointing`,
+            `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (maximum gradient norm), `seed`.
+        trainer: a Lightning trainer, or None for inference.
 
     Raises:
-        UserError: the base model is another one than the adapter was trained on, or has no such target modules.
+        UserError: the base is not the one that the adapter was trained on, or lacks a target module.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
         super().__init__(cfg, trainer)
-        self.automatic_optimization = False  # a step's micro-batches share one mean over learned tokens
+        self.automatic_optimization = False  # the micro-batches of a step share one mean over target tokens
         folder = Path(cfg.base_folder)
         found = describe(folder)
         if found["sha256"] != cfg.base.sha256:
             raise UserError(
                 f"this adapter was trained on {cfg.base.name} with weights {cfg.base.sha256[:12]}; {folder} holds "
-                f"{found['name']} with weights {found['sha256'][:12]}. Give the right base: model.path=/its/folder"
+                f"{found['name']} with weights {found['sha256'][:12]}. Pass the right base: model.path=FOLDER"
             )
         torch.manual_seed(cfg.seed)
         settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
@@ -85,26 +98,26 @@ class GemmaLoRA(ModelPT):
         )
         base = load_base(folder, getattr(torch, cfg.dtype), settings.get("quantization"), device)
         base.config.use_cache = False
-        base.learned_loss = MethodType(learned_loss, base)  # a method: a sharded base is gathered around its own
+        base.loss_sum = MethodType(loss_sum, base)  # a method: FSDP gathers a sharded base around its methods
         self.model = add_lora(base, {key: value for key, value in settings["peft"].items() if key != "name"})
         if cfg.get("gradient_checkpointing"):
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
-        speed_up(self.model)
+        self.model.train()  # `from_pretrained` sets eval mode, which Lightning keeps
+        fuse_layers(self.model)
         if trainer:
             use_packed_attention(base)
-        speed_up_4bit(self.model)
+        fuse_qlora_layers(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
-        return self.model.get_base_model().learned_loss(batch)
+        return self.model.get_base_model().loss_sum(batch)
 
     def training_step(self, step: Step, batch_idx: int) -> None:
-        # Chance (dropout) depends on the seed and the step only, so a resumed run draws what it would have drawn.
+        # Randomness (dropout) depends on seed and step only, so that a resumed run draws the same numbers.
         torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
         optimizer = self.optimizers()
         total = torch.zeros((), device=self.device)
         for batch in step.micro_batches:
-            loss = self._loss(batch) * (1 / step.learned)
+            loss = self._loss(batch) * (1 / step.target_tokens)
             self.manual_backward(loss)
             total += loss.detach()
         if isinstance(self.trainer.strategy, AdapterParallel):
@@ -115,7 +128,9 @@ class GemmaLoRA(ModelPT):
         optimizer.zero_grad()
         self.lr_schedulers().step()
         values = {"train_loss": total, "grad_norm": norm, "learning_rate": rate}
-        self.log_dict(values, on_step=True, on_epoch=False, batch_size=1, logger=False)  # RunProgress tells the loggers
+        self.log_dict(
+            values, on_step=True, on_epoch=False, batch_size=1, logger=False
+        )  # RunProgress writes to the loggers
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sum = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -131,7 +146,7 @@ class GemmaLoRA(ModelPT):
         self.log("val_loss", (loss / tokens).float(), logger=False)
 
     def transfer_batch_to_device(self, step: Step, device: torch.device, dataloader_idx: int) -> Step:
-        return Step([batch.to(device) for batch in step.micro_batches], step.learned, step.tokens)
+        return Step([batch.to(device) for batch in step.micro_batches], step.target_tokens, step.tokens)
 
     def configure_optimizers(self) -> Any:
         self.setup_optimization(self.cfg.optim)
@@ -140,14 +155,14 @@ class GemmaLoRA(ModelPT):
     def _trainable(self) -> list[Tensor]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    # The state of this model is its adapter: the base is named by hash, not copied.
+    # The state of this model is its adapter; the base is referred to by hash, not copied.
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         return get_peft_model_state_dict(self.model)
 
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
         wanted = self.state_dict().keys()
         if strict and wanted != state_dict.keys():
-            raise UserError(f"adapter weights do not fit: {sorted(wanted ^ state_dict.keys())[:3]} … differ")
+            raise UserError(f"the adapter's weights do not fit: {sorted(wanted ^ state_dict.keys())[:3]} … differ")
         return set_peft_model_state_dict(self.model, state_dict)
 
     def to_config_file(self, path2yaml_file: str) -> None:
@@ -155,7 +170,7 @@ class GemmaLoRA(ModelPT):
         super().to_config_file(path2yaml_file)
         OmegaConf.save(self._cfg, path2yaml_file)
 
-    # Data comes as `Batches`, given to the trainer; ModelPT asks for these.
+    # Data is passed to the trainer as `Batches`; ModelPT requires these methods.
     def setup_training_data(self, train_data_config: Any) -> None:
         raise NotImplementedError("pass Batches to trainer.fit")
 

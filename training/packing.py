@@ -1,23 +1,27 @@
-"""Rows packed end to end, without padding between them, and attention that keeps them apart.
+"""Samples packed end to end, without padding between them, and which keys each query may see.
 
-Rows of one task begin alike: the instruction is the same, the question differs. What neighbours in a pack have in
-common is computed once, as a segment of its own, and each row's remainder attends to it. So the tokens that go
-through the layers are neither padding nor repetition, and yet every hidden state is the one that its row alone has.
+Samples of one task begin alike: the instruction is the same, the question differs. The common prefix of neighbours in a
+pack is computed once, as a segment of its own, and the rest of each sample attends to it. So the tokens that go through
+the layers are neither padding nor repetition, and still every hidden state equals that of the sample alone.
+
+    pack        P P P P a a b b b c Q Q Q d e ·      P: the prefix of samples a, b and c; Q: of d and e; ·: padding
+    segments    P       a   b     c Q     d e
+
+`Layout` says where the samples lie. training/packed_attention.py computes with it: `Layout.blocks` and `Layout.tables`
+are for a CPU, `Layout.block_mask` is for FlexAttention on a GPU.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import byref
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import groupby, islice, takewhile
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from training.kernels import Attention, kernels_for
+from training.kernels import Attention
 
 ROUND = 64  # tokens of a pack: oneDNN builds and keeps a kernel for every new shape, so there are to be few
 SEGMENT_ROUND = 32
@@ -37,64 +41,71 @@ class Segment(NamedTuple):
 
 @dataclass
 class Layout:
-    """Where the rows of a pack lie.
+    """Where the samples of a pack lie.
 
     Attributes:
-        positions: [1, tokens], int64: each token's place in its row.
-        segments: they cover all real tokens.
+        positions: [1, tokens], int64: each token's position in its sample.
+        segments: they cover all tokens but the padding.
     """
 
     positions: Tensor
     segments: list[Segment]
     _blocks: dict[int | None, list["Block"]] = field(default_factory=dict)
     _tables: dict[int | None, "Tables"] = field(default_factory=dict)
-    _named: Tensor | None = None
+    _ids: Tensor | None = None
     _block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     def blocks(self, window: int | None) -> list["Block"]:
+        """The pack in blocks of queries, for a sliding window of `window` tokens or None; made once for each."""
         if window not in self._blocks:
             self._blocks[window] = list(_blocks(self.segments, self.positions.shape[1] - 1, window))
         return self._blocks[window]
 
     def tables(self, window: int | None) -> "Tables":
+        """`blocks` as kernels.c takes them."""
         if window not in self._tables:
             self._tables[window] = _tables(self.blocks(window), self.positions.shape[1] - 1)
         return self._tables[window]
 
     def to(self, device: torch.device) -> "Layout":
-        named = self._names().to(device, non_blocking=True) if device.type == "cuda" else None
-        return Layout(self.positions.to(device, non_blocking=True), self.segments, _named=named)
+        ids = self._segment_ids().to(device, non_blocking=True) if device.type == "cuda" else None
+        return Layout(self.positions.to(device, non_blocking=True), self.segments, _ids=ids)
 
-    def _names(self) -> Tensor:
-        """[2, tokens], int64: the number of each token's segment (-1: padding) and of that before it (-2: none). Made
-        in main memory: on a GPU every segment would cost launches, of which a pack has hundreds."""
-        own, before = torch.full_like(self.positions[0], -1), torch.full_like(self.positions[0], -2)
-        names = {segment.start: name for name, segment in enumerate(self.segments)}
-        for name, segment in enumerate(self.segments):
-            own[segment.start : segment.start + segment.length] = name
+    def _segment_ids(self) -> Tensor:
+        """[2, tokens], int64: the id of each token's segment (-1: padding) and of its prefix (-2: none).
+
+        Made in main memory: on a GPU every segment would cost kernel launches, and a pack has hundreds of segments.
+        """
+        own, prefix = torch.full_like(self.positions[0], -1), torch.full_like(self.positions[0], -2)
+        numbers = {segment.start: number for number, segment in enumerate(self.segments)}
+        for number, segment in enumerate(self.segments):
+            own[segment.start : segment.start + segment.length] = number
             if segment.prefix_length:
-                before[segment.start : segment.start + segment.length] = names[segment.prefix_start]
-        return torch.stack([own, before])
+                prefix[segment.start : segment.start + segment.length] = numbers[segment.prefix_start]
+        return torch.stack([own, prefix])
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's mask: a token sees its own segment and the prefix of that, up to itself."""
+        """FlexAttention's mask: a token sees its own segment and that segment's prefix, up to itself."""
         if window not in self._block_masks:
-            own, before = self._names() if self._named is None else self._named
+            own, prefix = self._segment_ids() if self._ids is None else self._ids
             positions, tokens = self.positions[0], self.positions.shape[1]
-            # A tensor for all windows: with a number for each, every one would be compiled apart.
+            # A tensor and not a number: FlexAttention would compile the mask again for every window.
             earliest = positions - (tokens if window is None else window - 1)
 
             def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                same = (own[query] == own[key]) | (before[query] == own[key])
+                same = (own[query] == own[key]) | (prefix[query] == own[key])
                 return same & (positions[key] <= positions[query]) & (positions[key] >= earliest[query])
 
-            create = _compiled(create_block_mask) if positions.is_cuda else create_block_mask
+            create = compiled(create_block_mask) if positions.is_cuda else create_block_mask
             self._block_masks[window] = create(visible, None, None, tokens, tokens, device=str(positions.device))
         return self._block_masks[window]
 
 
 class Pack(NamedTuple):
-    """`ids` [1, tokens] and, for every row in the order given, where its tokens lie: `prefix`, then `rest`."""
+    """Packed samples: `ids` [1, tokens], int64, and where the tokens of each sample lie: in its prefix, then its rest.
+
+    Samples are in the order in which they were given.
+    """
 
     ids: Tensor
     layout: Layout
@@ -102,26 +113,32 @@ class Pack(NamedTuple):
     rests: list[range]
 
 
-def shared_prefixes(rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, range]]:
-    """Cut `rows`, sorted, into neighbours with a common beginning: its length (0: not worth it), and which rows.
+def shared_prefixes(samples: Sequence[Sequence[int]]) -> Iterator[tuple[int, range]]:
+    """Group sorted `samples` (token ids) by a common prefix: its length (0: too short to share), and which samples.
 
-    A row joins its neighbours where that saves more tokens than shortening their prefix costs.
+    A sample joins the group before it where that saves more tokens than shortening the group's prefix costs.
+
+    Example:
+        >>> list(shared_prefixes([[*range(20), 1], [*range(20), 2], [7]]))
+        [(20, range(0, 2)), (0, range(2, 3))]
     """
-    first, prefix = 0, list(rows[0]) if rows else []
-    for index in range(1, len(rows) + 1):
-        if index < len(rows):
-            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, rows[index], strict=False)))
+    first, prefix = 0, list(samples[0]) if samples else []
+    for index in range(1, len(samples) + 1):
+        if index < len(samples):
+            common = sum(
+                1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prefix, samples[index], strict=False))
+            )
             together = index - first
             if common >= SHORTEST_PREFIX and together * common >= (together - 1) * len(prefix):
                 prefix = prefix[:common]
                 continue
         yield (len(prefix) if index - first > 1 else 0), range(first, index)
-        if index < len(rows):
-            first, prefix = index, list(rows[index])
+        if index < len(samples):
+            first, prefix = index, list(samples[index])
 
 
-def pack(rows: Sequence[Sequence[int]]) -> Pack:
-    """Lay `rows` (token ids, sorted) end to end, what neighbours share only once, in a multiple of ROUND tokens."""
+def pack(samples: Sequence[Sequence[int]]) -> Pack:
+    """Lay `samples` (token ids, sorted) end to end, shared prefixes once, padded to a multiple of ROUND tokens."""
     ids: list[int] = []
     positions: list[int] = []
     segments: list[Segment] = []
@@ -135,168 +152,68 @@ def pack(rows: Sequence[Sequence[int]]) -> Pack:
         positions.extend(range(len(prefix), len(prefix) + len(tokens)))
         return place
 
-    for length, members in shared_prefixes(rows):
-        prefix = lay(rows[members[0]][:length], range(0)) if length else range(0)
+    for length, members in shared_prefixes(samples):
+        prefix = lay(samples[members[0]][:length], range(0)) if length else range(0)
         for index in members:
             prefixes.append(prefix)
-            rests.append(lay(rows[index][length:], prefix))
+            rests.append(lay(samples[index][length:], prefix))
     padding = -(len(ids) + 1) % ROUND + 1  # one token at least: blocks are filled up with it
     layout = Layout(torch.tensor([positions + [0] * padding]), segments)
     return Pack(torch.tensor([ids + [0] * padding]), layout, prefixes, rests)
 
 
-def use_packed_attention(gemma: PreTrainedModel) -> str:
-    """Let `gemma` take `layout=` in its forward pass; returns the attention it had."""
-    before: str = gemma.config._attn_implementation
-    gemma.set_attn_implementation("packed")
-    return before
-
-
-def _packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
-    layout: Layout,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, tokens, size], key and value [1, groups, tokens, size]."""
-    if query.is_cuda:
-        return _flex_attention(query, key, value, layout, scaling, sliding_window, softcap), None
-    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
-    return attend(query, key, value, layout, scaling, sliding_window, softcap)[None], None
-
-
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """Attention of packed rows on a CPU: query [tokens, heads, size], key and value [tokens, groups, size]."""
-    if kernels_for(query, key, value):
-        return _KernelAttention.apply(query, key, value, layout.tables(window), scale, softcap)
-    return _SegmentAttention.apply(query, key, value, layout.blocks(window), scale, softcap)
-
-
-AttentionInterface.register("packed", _packed_attention)
-
-
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled on first use, once for packs of any length: uncompiled, attention and its mask both hold a
-    number for every pair of tokens."""
-    # Some forms are left: lengths that 128 divides, one block, training or not. At 8 of them torch goes on uncompiled.
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled on first use, once for packs of any length. Uncompiled, FlexAttention and its mask both
+    allocate a number for every pair of tokens."""
+    # A few variants remain (lengths that 128 divides, one block, training or not); beyond 8, torch's default, it would
+    # silently run uncompiled.
     torch._dynamo.config.recompile_limit = 32
     return torch.compile(function, dynamic=True)
 
 
-def _flex_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, window: int | None, softcap: float | None
-) -> Tensor:
-    flex: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
-    out = flex(
-        query,
-        key,
-        value,
-        score_mod=_soft_cap(softcap) if softcap else None,
-        block_mask=layout.block_mask(window),
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.transpose(1, 2)
-
-
-@cache
-def _soft_cap(limit: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, *place: Tensor) -> Tensor:
-        return limit * torch.tanh(score / limit)
-
-    return capped
-
-
-class _SegmentAttention(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ) V block by block: query [tokens, heads, size], key and value [tokens, groups, size].
-
-    PyTorch's own attention on a CPU has a backward pass several times slower than these products, and wants rows of
-    equal length. Only the inputs are kept; the backward pass computes the probabilities again (FlashAttention, Dao
-    et al., 2022, algorithm 4). Products are rounded to the dtype of the inputs, the softmax is in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, blocks, scale, softcap):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(query, key, value)
-        ctx.arguments = blocks, scale, softcap
-        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for block in blocks:
-            probability, _ = _probability(block.of_queries(query, key), block.of_keys(key), block, scale, softcap)
-            block.put(out, probability.to(query.dtype) @ block.of_keys(value))
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value = ctx.saved_tensors
-        blocks, scale, softcap = ctx.arguments
-        grad_query = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
-        for block in blocks:
-            queries, keys, values = block.of_queries(query, key), block.of_keys(key), block.of_keys(value)
-            grads = block.of_queries(grad, key)  # those of padding are zero: nobody reads its output
-            probability, slope = _probability(queries, keys, block, scale, softcap)
-            block.add(grad_value, probability.to(grad.dtype).mT @ grads)
-            grad_score = torch._softmax_backward_data((grads @ values.mT).float(), probability, -1, torch.float32)
-            if slope is not None:
-                grad_score.mul_(slope)
-            grad_score = grad_score.mul_(scale).to(grad.dtype)
-            block.put(grad_query, grad_score @ keys)
-            block.add(grad_key, grad_score.mT @ queries)
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
-
-
 class Block(NamedTuple):
-    """Queries with all keys that they may see: several short segments with one prefix, or a piece of a long one.
+    """Queries with all keys that they may see: several short segments with one prefix, or a slice of a long one.
 
     Attributes:
-        queries: [segments, count], int64: their tokens; past a segment's end, a token of padding.
-        earlier: the prefix's tokens that they see.
-        own: [segments, keys], int64: the segments' tokens that they see, and padding.
-        bias: [count, 1, earlier + own], float32: -inf where a key is later than the query or outside the window.
+        queries: [segments, count], int64: positions of the queries; past a segment's end, one of padding.
+        prefix: the positions of the prefix that they see.
+        own: [segments, keys], int64: the positions in their own segment that they see, and padding.
+        bias: [count, 1, prefix + own], float32: -inf where a key is later than the query or outside the window.
     """
 
     queries: Tensor
-    earlier: slice
+    prefix: slice
     own: Tensor
     bias: Tensor
 
-    def of_queries(self, tensor: Tensor, key: Tensor) -> Tensor:
+    def gather_queries(self, tensor: Tensor, key: Tensor) -> Tensor:
         """[tokens, heads, size] → [segments · groups, count · heads per group, size]."""
         part = tensor[self.queries].unflatten(2, (key.shape[1], -1)).transpose(1, 2)
         return part.flatten(2, 3).flatten(0, 1)
 
-    def of_keys(self, tensor: Tensor) -> Tensor:
+    def gather_keys(self, tensor: Tensor) -> Tensor:
         """[tokens, groups, size] → [segments · groups, keys, size]."""
-        earlier = tensor[self.earlier].expand(len(self.own), -1, -1, -1)
+        earlier = tensor[self.prefix].expand(len(self.own), -1, -1, -1)
         return torch.cat([earlier, tensor[self.own]], 1).transpose(1, 2).flatten(0, 1)
 
-    def put(self, whole: Tensor, part: Tensor) -> None:
-        """The reverse of `of_queries`, into `whole`."""
+    def scatter_queries(self, whole: Tensor, part: Tensor) -> None:
+        """The inverse of `gather_queries`: write `part` into `whole`."""
         segments, count = self.queries.shape
         part = part.unflatten(0, (segments, -1)).unflatten(2, (count, -1)).transpose(1, 2)
         whole[self.queries] = part.flatten(2, 3)
 
-    def add(self, whole: Tensor, part: Tensor) -> None:
-        """The reverse of `of_keys`, added to `whole`."""
+    def add_keys(self, whole: Tensor, part: Tensor) -> None:
+        """The inverse of `gather_keys`: add `part` to `whole`, float32."""
         part = part.unflatten(0, (len(self.own), -1)).transpose(1, 2).float()
-        earlier = self.earlier.stop - self.earlier.start
+        earlier = self.prefix.stop - self.prefix.start
         if earlier:
-            whole[self.earlier] += part[:, :earlier].sum(0)
-        whole[self.own] += part[:, earlier:]  # no token stands here twice but padding, whose gradient is zero
+            whole[self.prefix] += part[:, :earlier].sum(0)
+        whole[self.own] += part[:, earlier:]  # only padding is repeated, and its gradient is zero
 
 
 def _blocks(segments: list[Segment], padding: int, window: int | None) -> Iterator[Block]:
-    """`padding`: some token that belongs to no segment."""
+    """`padding`: a position that belongs to no segment."""
 
     def rounded(length: int) -> int:
         return -(-length // SEGMENT_ROUND) * SEGMENT_ROUND
@@ -327,15 +244,15 @@ def _blocks(segments: list[Segment], padding: int, window: int | None) -> Iterat
 
 
 class Tables(NamedTuple):
-    """All blocks of a layout as kernels.c takes them, a segment of a block to an item.
+    """All blocks of a layout as kernels.c takes them; an item is one segment of one block.
 
     Attributes:
-        items: [items, 6], int32: where its queries begin, how many, where its keys begin, how many, where its bias
-            begins, and how many keys, each item's rounded up, the items before it have.
-        queries, keys: int32, tokens.
+        items: [items, 6], int32: offset and number of its queries, offset and number of its keys, offset of its bias,
+            and the number of keys of all items before it, each item's rounded up to 32.
+        queries, keys: int32, positions in the pack.
         bias: float32.
-        sums: keys of all items, each item's rounded up.
-        padding: some token that belongs to no segment.
+        sums: keys of all items, each item's rounded up to 32.
+        padding: a position that belongs to no segment.
     """
 
     items: Tensor
@@ -358,10 +275,10 @@ def _tables(blocks: list[Block], padding: int) -> Tables:
         count, seen = block.bias.shape[0], block.bias.shape[-1]
         for own in block.own:
             items.append([places[0], count, places[1], seen, places[2], places[3]])
-            keys.append(torch.cat([torch.arange(block.earlier.start, block.earlier.stop), own]))
+            keys.append(torch.cat([torch.arange(block.prefix.start, block.prefix.stop), own]))
             places = [places[0] + count, places[1] + seen, places[2], places[3] - (-seen // 32) * 32]
         places[2] += block.bias.numel()
-    nothing = torch.zeros(0)  # of a pack of padding alone
+    nothing = torch.zeros(0)  # a pack may be padding alone
     return Tables(
         torch.tensor(items, dtype=torch.int32).view(-1, 6),
         torch.cat([block.queries.flatten() for block in blocks] or [nothing]).int(),
@@ -370,45 +287,3 @@ def _tables(blocks: list[Block], padding: int) -> Tables:
         places[3],
         padding,
     )
-
-
-class _KernelAttention(torch.autograd.Function):
-    """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, tables, scale, softcap):  # type: ignore[no-untyped-def]
-        query, key, value = (part.contiguous() for part in (query, key, value))
-        ctx.save_for_backward(query, key, value)
-        ctx.arguments = tables, scale, softcap
-        out = torch.zeros_like(query)
-        kernels_for(query).attention_forward(
-            *(part.data_ptr() for part in (out, query, key, value)), byref(tables.arguments(query, key, scale, softcap))
-        )
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        query, key, value = ctx.saved_tensors
-        tables, scale, softcap = ctx.arguments
-        grad, grad_query = grad.contiguous(), torch.zeros_like(query)
-        grad_key, grad_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
-        sums = torch.empty(tables.sums, 2, *key.shape[1:])
-        kernels_for(query).attention_backward(
-            *(part.data_ptr() for part in (grad_query, grad_key, grad_value, sums, grad, query, key, value)),
-            byref(tables.arguments(query, key, scale, softcap)),
-        )
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None, None
-
-
-def _probability(
-    queries: Tensor, keys: Tensor, block: Block, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax over visible keys, [segments · groups, count · heads per group, keys], and the soft-capping's slope."""
-    score = (queries @ keys.mT).unflatten(1, (block.queries.shape[1], -1))
-    slope = None
-    if softcap:
-        tanh = score.float().mul_(scale / softcap).tanh_()
-        slope = (1 - tanh.square()).flatten(1, 2)
-        score, scale = tanh, softcap
-    score = torch.add(block.bias, score, alpha=scale)
-    return torch.softmax(score, -1).flatten(1, 2), slope

@@ -1,4 +1,4 @@
-"""What a person and a plot see of a run: a live line in the terminal, a line a step in `metrics.jsonl`, TensorBoard."""
+"""Progress of a run: a live line in the terminal, `metrics.jsonl`, TensorBoard and W&B."""
 
 import json
 import sys
@@ -16,23 +16,28 @@ from training.flops import bf16_peak, flops_of, layer_shapes
 
 
 class RunProgress(Callback):
-    """Writes what is measured, each `task.train.log_every` steps and after each validation.
+    """Writes metrics every `task.train.log_every` steps and after each validation.
 
-    `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same figures. A line of training is `{"step",
-    "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step, and over the `"steps"` since the line before:
-    `"seconds"`, `"tokens_per_second"` (of all rows, by all processes), `"padding"` (its share of what is computed),
-    `"memory_gib"`, and on a GPU whose peak is known `"mfu"`, model FLOPs utilisation. A line of validation is `{"step",
-    "epoch", "val_loss"}`. A resumed run drops the lines of what it does again.
+    `metrics.jsonl` and the trainer's loggers (TensorBoard, W&B) get the same values. A training line is `{"step",
+    "epoch", "train_loss", "learning_rate", "grad_norm"}` of its step and, over the `"steps"` since the previous line,
+    `"seconds"`, `"tokens_per_second"` (of all samples, over all processes), `"padding"` (its fraction of the computed
+    tokens), `"memory_gib"`, and on a GPU whose peak is known `"mfu"`, the model FLOPs utilization. A validation line is
+    `{"step", "epoch", "val_loss"}`. A resumed run drops the lines of the steps that it repeats.
+
+    Args:
+        metrics_file: appended to.
+        steps: of the whole run.
+        every: steps between two training lines.
     """
 
     def __init__(self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int) -> None:
         self.metrics_file, self.steps_per_epoch, self.steps, self.every = metrics_file, steps_per_epoch, steps, every
-        self.last_said = 0.0
+        self.last_shown = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines()
-            kept = [line for line in lines if _goes_before(line, trainer.global_step)]
+            kept = [line for line in lines if _is_before(line, trainer.global_step)]
             partial = self.metrics_file.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.rename(self.metrics_file)
@@ -40,7 +45,7 @@ class RunProgress(Callback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -48,14 +53,14 @@ class RunProgress(Callback):
         )
         self.first_step = trainer.global_step
         self.bar.start()
-        self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, facts="")
+        self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, status="")
         self.peak = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        self.began = time.monotonic()
-        self._begin_line()
+        self.started = time.monotonic()
+        self._start_line()
 
-    def _begin_line(self) -> None:
-        self.line_began = time.monotonic()
-        self.line_steps = self.tokens = self.laid = self.computed = 0
+    def _start_line(self) -> None:
+        self.line_started = time.monotonic()
+        self.line_steps = self.tokens = self.packed = self.computed = 0
         self.flops = 0.0
 
     def on_train_batch_end(
@@ -63,7 +68,7 @@ class RunProgress(Callback):
     ) -> None:
         self.line_steps += 1
         self.tokens += batch.tokens
-        self.laid += sum(segment.length for part in batch.micro_batches for segment in part.layout.segments)
+        self.packed += sum(segment.length for part in batch.micro_batches for segment in part.layout.segments)
         self.computed += sum(part.input_ids.numel() for part in batch.micro_batches)
         if self.peak:
             self.flops += _flops(module, batch)
@@ -72,29 +77,29 @@ class RunProgress(Callback):
             return
         check_finite(trainer)
         if not trainer.is_global_zero:
-            self._begin_line()
+            self._start_line()
             return
         values = {name: float(trainer.callback_metrics[name]) for name in ("train_loss", "learning_rate", "grad_norm")}
-        seconds = time.monotonic() - self.line_began
+        seconds = time.monotonic() - self.line_started
         speed = self.tokens / seconds
-        measured = {
+        metrics = {
             "tokens_per_second": round(speed, 1),
-            "padding": round(1 - self.laid / self.computed, 4),
+            "padding": round(1 - self.packed / self.computed, 4),
             "memory_gib": round(memory_gib(), 3),
         }
         if self.peak:
-            measured["mfu"] = round(self.flops / seconds / self.peak, 4)
-        self._write(trainer, {**values, **measured, "steps": self.line_steps, "seconds": round(seconds, 4)})
-        facts = f"loss {values['train_loss']:.3f}  {speed:,.0f} tokens/s"
-        self.bar.update(self.task, completed=step, facts=facts)
-        if not sys.stderr.isatty() and time.monotonic() - self.last_said > 15:
-            self.last_said = time.monotonic()
-            left = (self.last_said - self.began) / (step - self.first_step) * (self.steps - step)
-            print(f"step {step}/{self.steps}  {facts}  {left:.0f} s left", file=sys.stderr)
-        self._begin_line()
+            metrics["mfu"] = round(self.flops / seconds / self.peak, 4)
+        self._write(trainer, {**values, **metrics, "steps": self.line_steps, "seconds": round(seconds, 4)})
+        status = f"loss {values['train_loss']:.3f}  {speed:,.0f} tokens/s"
+        self.bar.update(self.task, completed=step, status=status)
+        if not sys.stderr.isatty() and time.monotonic() - self.last_shown > 15:
+            self.last_shown = time.monotonic()
+            left = (self.last_shown - self.started) / (step - self.first_step) * (self.steps - step)
+            print(f"step {step}/{self.steps}  {status}  {left:.0f} s left", file=sys.stderr)
+        self._start_line()
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.validation_began = time.monotonic()
+        self.validation_started = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -103,7 +108,7 @@ class RunProgress(Callback):
             say = self.bar.console.print if sys.stderr.isatty() else print
             step, epoch = trainer.global_step, trainer.global_step / self.steps_per_epoch
             say(f"step {step}/{self.steps}, epoch {epoch:.3g}: validation loss {loss:.3f}")
-        self.line_began += time.monotonic() - self.validation_began  # not time of training
+        self.line_started += time.monotonic() - self.validation_started  # validation is not training time
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar.stop()
@@ -122,7 +127,7 @@ class RunProgress(Callback):
 
 
 def _flops(module: Any, batch: Step) -> float:
-    """Of this process's share of a step."""
+    """FLOPs of this process's share of a step."""
     config, lora = module.model.get_base_model().config, module.model.peft_config["default"]
     targets = set(layer_shapes(config))
     if not isinstance(lora.target_modules, str):
@@ -131,17 +136,17 @@ def _flops(module: Any, batch: Step) -> float:
 
 
 def memory_gib() -> float:
-    """What this process holds now: on the GPU where there is one, else in main memory."""
+    """Memory that this process holds now, in GiB: of the GPU where there is one, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.memory_reserved() / 2**30
     return _main_memory("VmRSS:")
 
 
 def peak_memory_gib() -> float:
-    """The most that this process has held, likewise."""
+    """Peak memory of this process, in GiB, likewise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    # Not getrusage's ru_maxrss: that begins at what the process that started this one held.
+    # Not getrusage's ru_maxrss: that starts from the memory of the parent process.
     return _main_memory("VmHWM:")
 
 
@@ -149,10 +154,10 @@ def _main_memory(name: str) -> float:
     return int(Path("/proc/self/status").read_text().partition(name)[2].split()[0]) / 2**20
 
 
-def _goes_before(line: str, step: int) -> bool:
+def _is_before(line: str, step: int) -> bool:
     """Whether a line was written before the checkpoint of `step`, which comes before that step's validation."""
     try:
         values = json.loads(line)
-    except ValueError:  # the line a kill cut in half
+    except ValueError:  # a kill cut the line short
         return False
     return values["step"] < step or (values["step"] == step and "train_loss" in values)

@@ -2,8 +2,9 @@
 
     python -m serving.engine --base models/gemma-3-270m --adapters exports/serve/adapters --socket engine.sock
 
-Prints {"ready": true, …} on stdout when it answers, one JSON line for each thing that happens on stderr, and ends with
-0 on SIGTERM or Ctrl-C, after what it has begun is answered; on a second one at once. The socket is for its owner alone.
+Prints {"ready": true, …} on stdout when it accepts requests, and logs JSON lines on stderr. On SIGTERM or Ctrl-C it
+drains: it finishes the requests that it has and exits with 0; on a second signal it exits at once. Only its owner may
+use the socket.
 """
 
 import argparse
@@ -21,31 +22,31 @@ from typing import Any
 log = logging.getLogger("serving.engine")
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m serving.engine", description="The embedded engine.")
     parser.add_argument("--base", type=Path, required=True, help="folder of a Gemma in Hugging Face format")
     parser.add_argument("--adapters", type=Path, help="folder of PEFT folders, watched while it runs")
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--threads", type=_positive, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--max-tokens-in-cache", type=_positive, default=16_384, help="bounds the memory of a cache")
-    parser.add_argument("--max-waiting", type=_positive, default=256, help="requests beyond are answered 'busy'")
+    parser.add_argument("--max-tokens-in-cache", type=_positive, default=16_384, help="size of the key/value cache")
+    parser.add_argument("--max-waiting", type=_positive, default=256, help="requests beyond are refused as busy")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "int8"), default="bfloat16", help="of the base's weights"
     )
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
-def _positive(word: str) -> int:
-    number = int(word)
+def _positive(text: str) -> int:
+    number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("a whole number above 0")
     return number
 
 
-class JsonLines(logging.Formatter):
-    """A log record as one JSON object: time, level, process, event, and what `extra` tells."""
+class JsonFormatter(logging.Formatter):
+    """A log record as one JSON object: time, level, process, event, and the fields of `extra`."""
 
-    usual = frozenset(vars(logging.makeLogRecord({})))
+    standard_fields = frozenset(vars(logging.makeLogRecord({})))
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -54,35 +55,35 @@ class JsonLines(logging.Formatter):
             "process": "engine",
             "event": record.getMessage(),
         }
-        line |= {name: value for name, value in vars(record).items() if name not in self.usual}
+        line |= {name: value for name, value in vars(record).items() if name not in self.standard_fields}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False)
 
 
-def main(words: list[str]) -> int:
-    given = arguments(words)
-    os.environ["OMP_NUM_THREADS"] = str(given.threads)  # read when torch is loaded
-    # A thread that waits by spinning keeps the one it waits for from its core wherever others compute too: steps took
-    # five times as long on a busy machine.
+def main(argv: list[str]) -> int:
+    options = parse_arguments(argv)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # read when torch is loaded
+    # On a busy machine, a thread that spins while it waits keeps the thread it waits for from running: steps took five
+    # times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages; see docs/serving.md
-    from serving.engine import UserError
+    from core.errors import UserError
 
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        serve(given)
+        serve(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def serve(given: argparse.Namespace) -> None:
-    """Load, open the socket, generate until a signal ends it."""
+def serve(options: argparse.Namespace) -> None:
+    """Load the model, open the socket, and generate until a signal ends it."""
     from serving.engine.connections import Connections, Inbox
     from serving.protocol import BEAT_SECONDS
 
@@ -94,20 +95,20 @@ def serve(given: argparse.Namespace) -> None:
         if stopping.is_set():
             os._exit(128 + number)
         stopping.set()
-        inbox.put(lambda: None)  # wake the loop
+        inbox.put(lambda: None)  # wakes the loop
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    scheduler, folder = load(given)
-    folder.look()
+    scheduler, folder = load(options)
+    folder.rescan()
     watch = threading.Thread(target=_watch, args=(folder, stopping), name="adapters", daemon=True)
     watch.start()
-    about = {"base": given.base.name, "dtype": given.dtype, "threads": given.threads, "pid": os.getpid()}
+    about = {"base": options.base.name, "dtype": options.dtype, "threads": options.threads, "pid": os.getpid()}
 
     def describe() -> dict[str, Any]:
         return {**scheduler.stats(), "broken": dict(folder.broken), "uptime": time.monotonic() - started, **about}
 
-    connections = Connections(given.socket, scheduler, inbox, describe)
+    connections = Connections(options.socket, scheduler, inbox, describe)
     print(
         json.dumps(
             {
@@ -119,15 +120,15 @@ def serve(given: argparse.Namespace) -> None:
         ),
         flush=True,
     )
-    beat_due = 0.0
+    heartbeat_due = 0.0
     while not (stopping.is_set() and not scheduler.busy):
         if stopping.is_set() and not scheduler.closing:
             log.info("draining", extra={"running": len(scheduler.running), "waiting": len(scheduler.waiting)})
             scheduler.closing = True
-        _heed(inbox, 0.0 if scheduler.busy else max(0.0, beat_due - time.monotonic()))
-        if time.monotonic() >= beat_due:
-            connections.beat(scheduler.stats())
-            beat_due = time.monotonic() + BEAT_SECONDS
+        _run_calls(inbox, 0.0 if scheduler.busy else max(0.0, heartbeat_due - time.monotonic()))
+        if time.monotonic() >= heartbeat_due:
+            connections.send_heartbeat(scheduler.stats())
+            heartbeat_due = time.monotonic() + BEAT_SECONDS
         if scheduler.busy:
             scheduler.step()
         connections.flush()
@@ -135,8 +136,8 @@ def serve(given: argparse.Namespace) -> None:
     log.info("stopped")
 
 
-def _heed(inbox: Any, seconds: float) -> None:
-    """Do what has come in; wait for the first of it at most `seconds`."""
+def _run_calls(inbox: Any, seconds: float) -> None:
+    """Run the calls that have arrived, waiting for the first one at most `seconds`."""
     try:
         call = inbox.get(timeout=seconds) if seconds else inbox.get_nowait()
         while True:
@@ -148,56 +149,62 @@ def _heed(inbox: Any, seconds: float) -> None:
 
 def _watch(folder: Any, stopping: threading.Event) -> None:
     while not stopping.wait(1.0):
-        folder.look()
+        folder.rescan()
 
 
-def load(given: argparse.Namespace) -> tuple[Any, Any]:
-    """The scheduler with its model, and the folder of adapters."""
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The scheduler with its model, and the watched folder of adapters.
+
+    Raises:
+        UserError: the base cannot be loaded.
+    """
     import torch
     from tokenizers import Tokenizer
 
-    from serving.engine import UserError
+    from core.errors import UserError
     from serving.engine.adapters import AdapterFolder
     from serving.engine.kv_cache import BLOCK
     from serving.engine.scheduler import Scheduler
 
-    torch.set_num_threads(given.threads)
-    blocks = max(1, given.max_tokens_in_cache // BLOCK)
-    model = load_model(given, blocks)
+    torch.set_num_threads(options.threads)
+    blocks = max(1, options.max_tokens_in_cache // BLOCK)
+    model = load_model(options, blocks)
     try:
-        tokenizer = Tokenizer.from_file(str(given.base / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises no class of its own
-        raise UserError(f"{given.base}/tokenizer.json cannot be read: {error}") from None
-    folder = AdapterFolder(given.adapters, model.config)
-    return Scheduler(model, tokenizer, ends(given.base, tokenizer), folder.adapters, blocks, given.max_waiting), folder
+        tokenizer = Tokenizer.from_file(str(options.base / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{options.base}/tokenizer.json cannot be read: {error}") from None
+    folder = AdapterFolder(options.adapters, model.config)
+    return Scheduler(
+        model, tokenizer, eos_token_ids(options.base, tokenizer), folder.adapters, blocks, options.max_waiting
+    ), folder
 
 
-def load_model(given: argparse.Namespace, blocks: int) -> Any:
-    """The form of Gemma that is quickest here."""
+def load_model(options: argparse.Namespace, blocks: int) -> Any:
+    """The fastest implementation of Gemma on this machine."""
     import torch
 
-    from serving.engine import UserError
+    from core.errors import UserError
     from serving.engine.gemma import Gemma
     from serving.engine.kernels import KernelGemma, NoKernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and given.dtype != "float32":
+    if device == "cpu" and options.dtype != "float32":
         try:
-            return KernelGemma(given.base, blocks, given.threads, int8=given.dtype == "int8")
+            return KernelGemma(options.base, blocks, options.threads, int8=options.dtype == "int8")
         except NoKernels as error:
             log.warning("no kernels", extra={"why": str(error)})
-    if given.dtype == "int8":
-        raise UserError("--dtype int8 needs a CPU and a C compiler; without, give --dtype bfloat16")
-    return Gemma(given.base, getattr(torch, given.dtype), device, blocks)
+    if options.dtype == "int8":
+        raise UserError("--dtype int8 needs a CPU and a C compiler; without them, use --dtype bfloat16")
+    return Gemma(options.base, getattr(torch, options.dtype), device, blocks)
 
 
-def ends(base: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the model's configuration, and the end of a turn."""
+def eos_token_ids(base: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: those of the model's configuration, and <end_of_turn>."""
     found = {tokenizer.token_to_id("<end_of_turn>")}
     for name in ("generation_config.json", "config.json"):
         if (base / name).exists():
-            given = json.loads((base / name).read_text()).get("eos_token_id")
-            found |= set(given) if isinstance(given, list) else {given}
+            ids = json.loads((base / name).read_text()).get("eos_token_id")
+            found |= set(ids) if isinstance(ids, list) else {ids}
     return tuple(sorted(found - {None}))
 
 

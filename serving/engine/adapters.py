@@ -1,10 +1,4 @@
-"""LoRA adapters: PEFT folders that are watched while the engine runs, and the stack of those at work in a step.
-
-In a step every adapter's A and B lie one after another in one matrix, so that a batch with many adapters costs two
-products where a batch with one costs two: x @ Aᵀ gives the inner values of all adapters, those that are not the row's
-own are set to zero, and the rest times B is added. Ranks, alphas, rank-stabilized scaling and target modules may
-differ.
-"""
+"""LoRA adapters: PEFT folders, read, and watched while the engine runs."""
 
 import json
 import logging
@@ -18,17 +12,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from serving.engine import UserError
-from serving.engine.architecture import Config, Rows
+from core.errors import UserError
+from serving.engine.architecture import GemmaConfig
 
 log = logging.getLogger(__name__)
-# Products of a layer, and the modules whose outputs lie side by side in each.
-SITES = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 TENSOR = re.compile(r".*?(layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
 UNSUPPORTED = (
     "use_dora",
@@ -46,34 +33,34 @@ versions = count(1)
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
-    """One adapter as it was read; a replaced one is another object.
+class LoraAdapter:
+    """An adapter in memory; a replaced folder becomes another object.
 
     Attributes:
-        version: a number of its own, by which the prefix cache tells adapters apart.
-        inner: (layer, module) → A [rank, in]
-        outer: (layer, module) → B [out, rank], times alpha / rank
+        version: unique, by which the prefix cache tells adapters apart.
+        lora_a: (layer, module) → A [rank, in], float32.
+        lora_b: (layer, module) → B [out, rank], float32, times alpha / rank (or alpha / √rank).
     """
 
     name: str
     version: int
-    inner: dict[tuple[int, str], Tensor]
-    outer: dict[tuple[int, str], Tensor]
+    lora_a: dict[tuple[int, str], Tensor]
+    lora_b: dict[tuple[int, str], Tensor]
 
 
-def read_adapter(folder: Path, config: Config) -> Adapter:
-    """
+def read_adapter(folder: Path, config: GemmaConfig) -> LoraAdapter:
+    """Read a PEFT folder, for a base of `config`.
+
     Args:
-        folder: adapter_config.json and adapter_model.safetensors, as PEFT writes them.
-        config: of the base it is for.
+        folder: has adapter_config.json and adapter_model.safetensors, as PEFT writes them.
 
     Raises:
-        UserError: what is wrong with it, or what this engine cannot do.
+        UserError: it is damaged, is for another base, or uses a feature that this engine does not support.
     """
     try:
         settings = json.loads((folder / "adapter_config.json").read_text())
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-            raise UserError(f"{folder}: its adapter_config.json is not that of a LoRA")
+            raise UserError(f"{folder}: adapter_config.json does not describe a LoRA")
         if used := [name for name in UNSUPPORTED if settings.get(name)]:
             raise UserError(
                 f"{folder}: {used[0]} is not supported by this engine. Merge the adapter into its base, "
@@ -85,34 +72,34 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
         raise
     except Exception as error:  # of json, safetensors, the system
         raise UserError(f"{folder} cannot be read as a PEFT adapter: {error}") from None
-    inner: dict[tuple[int, str], Tensor] = {}
-    outer: dict[tuple[int, str], Tensor] = {}
+    lora_a: dict[tuple[int, str], Tensor] = {}
+    lora_b: dict[tuple[int, str], Tensor] = {}
     scales: dict[tuple[int, str], float] = {}
-    shapes = _shapes(config)
+    shapes = module_shapes(config)
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
         if not match or match[3] not in shapes or int(match[2]) >= config.layers:
             raise UserError(f"{folder}: {name} belongs to no linear layer of this base")
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder}: {name} holds values that are no numbers")
+            raise UserError(f"{folder}: {name} holds values that are not finite")
         key = int(match[2]), match[3]
-        (inner if match[4] == "A" else outer)[key] = tensor
+        (lora_a if match[4] == "A" else lora_b)[key] = tensor
         scales[key] = _scale(settings, match[1])
     for key in scales:
         out, into = shapes[key[1]]
-        a, b = inner.get(key), outer.get(key)
+        a, b = lora_a.get(key), lora_b.get(key)
         if a is None or b is None or a.dim() != 2 or a.shape[1] != into or b.shape != (out, a.shape[0]):
             raise UserError(
                 f"{folder}: A and B of layer {key[0]}'s {key[1]} do not fit this base, which is "
                 f"[{out}, {into}] there. Was it trained on another?"
             )
         rank = a.shape[0]
-        outer[key] = b * (scales[key] / (rank**0.5 if settings.get("use_rslora") else rank))
-    return Adapter(folder.name, next(versions), inner, outer)
+        lora_b[key] = b * (scales[key] / (rank**0.5 if settings.get("use_rslora") else rank))
+    return LoraAdapter(folder.name, next(versions), lora_a, lora_b)
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """Module → (outputs, inputs)."""
+def module_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
+    """Name of a linear layer → (out, in)."""
     queries, values = config.heads * config.head_size, config.kv_heads * config.head_size
     return {
         "q_proj": (queries, config.hidden),
@@ -126,79 +113,35 @@ def _shapes(config: Config) -> dict[str, tuple[int, int]]:
 
 
 def _scale(settings: dict[str, Any], module: str) -> float:
-    """Alpha of a module: `alpha_pattern` names those that differ, by the end of their names or a pattern, as PEFT."""
+    """The alpha of a module: as in PEFT, `alpha_pattern` overrides it by a suffix or a pattern of the name."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", f"model.{module}"):
             return float(alpha)
     return float(settings["lora_alpha"])
 
 
-class Stack:
-    """The adapters of a step, in one matrix a product."""
-
-    def __init__(self, adapters: list[Adapter], config: Config, device: torch.device) -> None:
-        self.adapters = adapters
-        self.device = device
-        self.sites: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
-        shapes = _shapes(config)
-        for layer in range(config.layers):
-            for site, modules in SITES.items():
-                widths = [shapes[module][0] for module in modules]
-                inner, outer, owners = [], [], []
-                for place, adapter in enumerate(adapters):
-                    for number, module in enumerate(modules):
-                        if (a := adapter.inner.get((layer, module))) is None:
-                            continue
-                        b = torch.zeros(a.shape[0], sum(widths))
-                        start = sum(widths[:number])
-                        b[:, start : start + widths[number]] = adapter.outer[layer, module].T
-                        inner.append(a.T)
-                        outer.append(b)
-                        owners += [place] * a.shape[0]
-                if inner:
-                    self.sites[layer, site] = (
-                        torch.cat(inner, 1).to(device),
-                        torch.cat(outer).to(device),
-                        torch.tensor(owners, device=device),
-                    )
-
-    def of(self, rows: list[Rows]) -> "StackedRows":
-        """This stack for the rows of one step."""
-        place = {id(one): place for place, one in enumerate(self.adapters)}
-        places = [place.get(id(one.adapter), -1) for one in rows for _ in range(one.count)]
-        return StackedRows(self, torch.tensor(places, device=self.device))
-
-
-class StackedRows:
-    """A stack, and the adapter of each token of a step."""
-
-    def __init__(self, stack: Stack, places: Tensor) -> None:
-        self.sites = stack.sites
-        self.places = places[:, None]
-
-    def add(self, y: Tensor, x: Tensor, layer: int, site: str) -> Tensor:
-        """y + what each row's adapter makes of x, for one product of one layer."""
-        if (layer, site) not in self.sites:
-            return y
-        inner, outer, owners = self.sites[layer, site]
-        return y.addmm_(torch.mm(x, inner).mul_(owners == self.places), outer)
-
-
 class AdapterFolder:
-    """The adapters that stand in a folder, each under its own name. A folder that cannot be read is reported once."""
+    """The adapters in a folder, each under its folder's name. One that cannot be read is reported once.
 
-    def __init__(self, folder: Path | None, config: Config) -> None:
+    Attributes:
+        adapters: name → adapter.
+        broken: name → why it cannot be served.
+    """
+
+    def __init__(self, folder: Path | None, config: GemmaConfig) -> None:
         self.folder, self.config = folder, config
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, LoraAdapter] = {}
         self.broken: dict[str, str] = {}
         self.seen: dict[str, tuple[Any, ...]] = {}
 
-    def look(self) -> None:
-        """See what has been added, replaced and removed since the last look."""
+    def rescan(self) -> None:
+        """Load what was added or replaced since the last scan, and drop what was removed."""
         if self.folder is None:
             return
         try:
-            found = {path.name: _state(path) for path in self.folder.iterdir() if path.is_dir() and path.name[0] != "."}
+            found = {
+                path.name: _file_state(path) for path in self.folder.iterdir() if path.is_dir() and path.name[0] != "."
+            }
         except OSError:
             found = {}
         for name in self.seen.keys() - found.keys():
@@ -221,7 +164,7 @@ class AdapterFolder:
                 log.warning("adapter is left out", extra={"adapter": name, "why": str(error)})
 
 
-def _state(path: Path) -> tuple[Any, ...]:
+def _file_state(path: Path) -> tuple[Any, ...]:
     """What changes when an adapter is replaced."""
     state: list[Any] = []
     for name in ("adapter_config.json", "adapter_model.safetensors"):

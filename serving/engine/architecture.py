@@ -1,29 +1,23 @@
-"""What a Gemma is: its architecture as config.json tells it, its weights in safetensors, and what a step is made of."""
+"""The architecture of a Gemma, from config.json, and its weights, from safetensors."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from serving.engine import UserError
+from core.errors import UserError
 
-if TYPE_CHECKING:
-    from serving.engine.adapters import Adapter
-
-NOTHING, BEST, LOGITS = range(3)
 FAMILIES = {"gemma": 1, "gemma2": 2, "gemma3_text": 3}
 
 
 @dataclass(frozen=True)
-class Config:
-    """An architecture, as config.json of the Hugging Face folder tells it."""
+class GemmaConfig:
+    """The sizes and mechanisms of a Gemma 1, 2 or 3 text model."""
 
     generation: int  # 1, 2 or 3
     vocabulary: int
@@ -35,23 +29,24 @@ class Config:
     head_size: int
     eps: float
     scale: float  # of attention scores
-    windows: tuple[int, ...]  # of each layer: how many tokens back it sees, itself included; 0: all
-    ropes: tuple[tuple[float, float], ...]  # of each layer: theta, and what positions are divided by
-    attention_cap: float  # 0: none
-    final_cap: float
-    longest: int  # tokens of a prompt and its answer together
+    windows: tuple[int, ...]  # of each layer: the sliding window in tokens, the query included; 0: full attention
+    ropes: tuple[tuple[float, float], ...]  # of each layer: theta, and the factor that divides positions
+    attention_cap: float  # soft cap of attention scores; 0: none
+    final_cap: float  # soft cap of the output logits; 0: none
+    max_position_embeddings: int  # tokens of a prompt and its answer together
 
     @classmethod
-    def read(cls, folder: Path) -> "Config":
-        """
+    def read(cls, folder: Path) -> "GemmaConfig":
+        """The architecture that the config.json of a Hugging Face folder describes.
+
         Raises:
-            UserError: not a Gemma 1, 2 or 3, or one with something that this engine does not know.
+            UserError: not a Gemma 1, 2 or 3, or one with a mechanism that this engine does not implement.
         """
         try:
             raw = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{folder}/config.json cannot be read: {error}. Give the folder of a Hugging Face model: --base FOLDER"
+                f"{folder}/config.json cannot be read: {error}. Pass the folder of a Hugging Face model: --base FOLDER"
             ) from None
         raw = raw.get("text_config", raw)
         family = FAMILIES.get(raw.get("model_type", ""))
@@ -83,12 +78,12 @@ class Config:
             ropes=tuple(ropes[kind] for kind in kinds),
             attention_cap=(raw.get("attn_logit_softcapping") or 0.0) if family == 2 else 0.0,
             final_cap=(raw.get("final_logit_softcapping") or 0.0) if family > 1 else 0.0,
-            longest=raw.get("max_position_embeddings", 8192),
+            max_position_embeddings=raw.get("max_position_embeddings", 8192),
         )
 
 
 def _rope(raw: dict[str, Any], kind: str, folder: Path) -> tuple[float, float]:
-    """Theta and the factor of `kind` of layers, as transformers 4 and 5 write them."""
+    """Theta and the factor of layers of `kind`, as transformers 4 or 5 writes them."""
     given = raw.get("rope_parameters") or {}
     given = given.get(kind, given)
     scaling = (raw.get("rope_scaling") if kind == "full_attention" else None) or given
@@ -102,42 +97,28 @@ def _rope(raw: dict[str, Any], kind: str, folder: Path) -> tuple[float, float]:
     return float(given.get("rope_theta", theta)), float(scaling.get("factor", 1.0)) if name == "linear" else 1.0
 
 
-def norms_of(config: Config) -> list[str]:
-    """The RMS norms of a layer."""
+def norms_of(config: GemmaConfig) -> list[str]:
+    """The names of a layer's RMS norms."""
     names = ["input_layernorm", "post_attention_layernorm"]
     names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.generation > 1 else []
     return names + (["self_attn.q_norm", "self_attn.k_norm"] if config.generation > 2 else [])
 
 
-@dataclass
-class Rows:
-    """One request's share of a step: tokens that follow each other.
-
-    Attributes:
-        first: the index of its first token in the step.
-        count: how many tokens.
-        start: the position of the first; so many keys and values lie in the cache already.
-        blocks: of the cache, in the order of positions.
-        wanted: after its last token: NOTHING, BEST (the most likely token), or LOGITS too.
-        adapter: None: the base.
-    """
-
-    first: int
-    count: int
-    start: int
-    blocks: Sequence[int]
-    wanted: int = NOTHING
-    adapter: "Adapter | None" = None
-
-
 class Weights:
-    """Tensors of a Hugging Face folder by the end of their name, one at a time: `weights["layers.0.mlp.up_proj"]`."""
+    """The tensors of a Hugging Face folder, read one at a time by a short name: `weights["layers.0.mlp.up_proj"]`.
+
+    Args:
+        dtype, device: of the tensors that it returns.
+
+    Raises:
+        UserError: no safetensors, or a tensor that is missing.
+    """
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = folder, dtype, device
         files = sorted(folder.glob("*.safetensors"))
         if not files:
-            raise UserError(f"{folder} has no *.safetensors. Give the folder of a Hugging Face model: --base FOLDER")
+            raise UserError(f"{folder} has no *.safetensors. Pass the folder of a Hugging Face model: --base FOLDER")
         self.places: dict[str, Any] = {}
         for file in files:
             try:
@@ -149,7 +130,7 @@ class Weights:
 
     @staticmethod
     def _short(name: str) -> str:
-        """Without what wrappers put before it: `model.language_model.layers…`, `language_model.model.layers…`."""
+        """Without the prefix of a wrapper: `model.language_model.layers…`, `language_model.model.layers…`."""
         for start in ("layers.", "embed_tokens.", "norm."):
             at = name.find(start)
             if at == 0 or (at > 0 and name[at - 1] == "." and "vision" not in name[:at]):
@@ -158,26 +139,9 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.places:
-            raise UserError(f"{self.folder} has no tensor …{name}.weight: it is not a whole Gemma")
+            raise UserError(f"{self.folder} has no tensor …{name}.weight: it is not a complete Gemma")
         opened, full = self.places[name]
         return opened.get_tensor(full).to(self.device, self.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
-
-
-class Model(Protocol):
-    """A Gemma with its cache, ready to make steps."""
-
-    config: Config
-
-    def step(self, tokens: list[int], rows: list[Rows]) -> tuple[list[int], npt.NDArray[np.float32]]:
-        """
-        Args:
-            tokens: of all requests of this step.
-            rows: which belong together; they cover `tokens` in order.
-
-        Returns:
-            Of rows with `wanted`, after their last token: the most likely token, and [rows, vocabulary] logits; those
-            of a row that wants only the best token may be anything.
-        """

@@ -1,7 +1,7 @@
-"""The engine's Unix socket: an asyncio loop in a thread of its own, beside the one that generates.
+"""The engine's Unix socket: an asyncio loop in its own thread, beside the thread that generates.
 
-Lines become requests here, prompts become tokens here; what the generating loop sends is written here. The two meet in
-a queue of calls (`Inbox`) and in `Connection.send`.
+Here lines are parsed to requests and prompts are tokenized, and the generating thread's messages are written. The two
+threads communicate through a queue of calls (`Inbox`) and through `Connection.send`.
 """
 
 import asyncio
@@ -14,28 +14,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serving.engine import UserError
-from serving.engine.scheduler import Request, Scheduler
+from core.errors import UserError
+from serving.engine.scheduler import ScheduledRequest, Scheduler
 from serving.protocol import INTERNAL, MAX_LINE, Failed, RequestError, decode, encode, read_generate
 
-MAX_UNREAD = 64 << 20  # bytes a client may leave unread before its connection is closed
+MAX_UNREAD = 64 << 20  # bytes that a client may leave unread before its connection is closed
 Inbox = queue.SimpleQueue[Callable[[], object]]
 
 
 class Connection:
-    """One client. Its messages are gathered until `flush`, which costs the generating loop one call a step."""
+    """One client. Its messages are collected until `flush`, so that a step costs the generating thread one call."""
 
     def __init__(self, writer: asyncio.StreamWriter, loop: asyncio.AbstractEventLoop) -> None:
         self.writer, self.loop = writer, loop
         self.pending: list[bytes] = []
-        self.open: set[int] = set()  # ids of requests without a last message
-        self.cancelled: set[int] = set()  # those of them that were cancelled before they were tokens
+        self.open_ids: set[int] = set()  # of requests that have not got their last message
+        self.cancelled_ids: set[int] = set()  # of those, the ones cancelled while they were being tokenized
         self.closed = False
 
     def send(self, message: dict[str, Any]) -> None:
         self.pending.append(encode(message))
         if "done" in message or "error" in message:
-            self.open.discard(message["id"])
+            self.open_ids.discard(message["id"])
 
     def flush(self) -> None:
         if self.pending and not self.closed:
@@ -58,16 +58,16 @@ class Connections:
     def __init__(self, path: Path, scheduler: Scheduler, inbox: Inbox, describe: Callable[[], dict[str, Any]]) -> None:
         """
         Args:
-            path: of the socket; an old file there is replaced if nobody listens on it.
-            describe: what `{"op": "stats"}` is answered with; called by the generating loop.
+            path: of the socket; an old socket there is replaced.
+            describe: returns the answer to `{"op": "stats"}`; called by the generating thread.
 
         Raises:
-            UserError: the socket cannot be made there.
+            UserError: the socket cannot be created there.
         """
         self.path, self.scheduler, self.inbox, self.describe = path, scheduler, inbox, describe
         self.tokenizer = scheduler.tokenizer
-        self.most_characters = max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
-        self.all: set[Connection] = set()
+        self.max_token_characters = max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
+        self.connections: set[Connection] = set()
         self.loop = asyncio.new_event_loop()
         started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._serve, args=(started,), name="connections", daemon=True)
@@ -76,21 +76,22 @@ class Connections:
             raise UserError(f"the socket {path} cannot be opened: {error}")
 
     def flush(self) -> None:
-        for connection in list(self.all):
+        for connection in list(self.connections):
             connection.flush()
 
-    def beat(self, beat: dict[str, Any]) -> None:
-        for connection in list(self.all):
-            connection.send({"beat": beat})
+    def send_heartbeat(self, stats: dict[str, Any]) -> None:
+        """Send `stats` (`Scheduler.stats`) to every client."""
+        for connection in list(self.connections):
+            connection.send({"beat": stats})
 
     def close(self) -> None:
-        """Write what is left, for a second at most, and take the socket away."""
+        """Remove the socket and write what is pending, for at most a second."""
         self.path.unlink(missing_ok=True)
         asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(timeout=2)
 
     async def _close(self) -> None:
         deadline = time.monotonic() + 1
-        writers = [connection.writer for connection in self.all]
+        writers = [connection.writer for connection in self.connections]
         while any(one.transport.get_write_buffer_size() for one in writers) and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
@@ -100,7 +101,7 @@ class Connections:
                 self.path.unlink()
             mask = os.umask(0o177)
             try:
-                server = asyncio.start_unix_server(self._talk, self.path, limit=MAX_LINE)
+                server = asyncio.start_unix_server(self._read_lines, self.path, limit=MAX_LINE)
                 self.server = self.loop.run_until_complete(server)
             finally:
                 os.umask(mask)
@@ -110,29 +111,29 @@ class Connections:
         started.put(None)
         self.loop.run_forever()
 
-    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _read_lines(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(writer, self.loop)
-        self.all.add(connection)
+        self.connections.add(connection)
         tasks: set[asyncio.Task[None]] = set()
         try:
             while line := await reader.readline():
                 if line.strip():
-                    task = asyncio.create_task(self._heed(connection, line))
+                    task = asyncio.create_task(self._handle_line(connection, line))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
                     await asyncio.sleep(0)
-        except (ValueError, asyncio.LimitOverrunError):  # a line of more than MAX_LINE bytes: where it ends is unknown
-            self._say(connection, Failed(None, f"a line has more than {MAX_LINE >> 20} MiB", "invalid").as_json())
+        except (ValueError, asyncio.LimitOverrunError):  # a line of more than MAX_LINE bytes, whose end is unknown
+            self._reply(connection, Failed(None, f"a line has more than {MAX_LINE >> 20} MiB", "invalid").as_json())
         except ConnectionError:
             pass
         finally:
-            self.all.discard(connection)
+            self.connections.discard(connection)
             connection.closed = True
             self.inbox.put(lambda: self.scheduler.cancel(lambda one: one.connection is connection))
             writer.close()
 
-    async def _heed(self, connection: Connection, line: bytes) -> None:
-        """One line of a client."""
+    async def _handle_line(self, connection: Connection, line: bytes) -> None:
+        """Handle one line of a client."""
         number = None
         try:
             message = decode(line)
@@ -147,47 +148,50 @@ class Connections:
                 case other:
                     raise RequestError(f"op is {str(other)[:40]!r}, not one of generate, cancel, stats")
         except RequestError as error:
-            self._say(connection, Failed(number, error.sentence, error.code).as_json())
+            self._reply(connection, Failed(number, error.sentence, error.code).as_json())
         except Exception as error:
-            self._say(connection, Failed(number, f"the request failed: {type(error).__name__}", INTERNAL).as_json())
+            self._reply(connection, Failed(number, f"the request failed: {type(error).__name__}", INTERNAL).as_json())
 
-    def _say(self, connection: Connection, message: dict[str, Any]) -> None:
-        """Written from this thread: it may be about an id that is open, which ends with its own message."""
+    def _reply(self, connection: Connection, message: dict[str, Any]) -> None:
+        """Write from this thread. Not `Connection.send`, which would take an error for the last message of an open
+        id."""
         if not connection.closed:
             connection.writer.write(encode(message))
 
     async def _generate(self, connection: Connection, message: dict[str, Any]) -> None:
         arrived = time.monotonic()
-        asked = read_generate(message)
-        if asked.id in connection.open:
-            raise RequestError(f"id {asked.id} is in use by another request of this connection")
-        connection.open.add(asked.id)
+        generate = read_generate(message)
+        if generate.id in connection.open_ids:
+            raise RequestError(f"id {generate.id} is in use by another request of this connection")
+        connection.open_ids.add(generate.id)
         try:
-            longest = self.scheduler.longest
-            if len(asked.prompt) > longest * self.most_characters:
-                raise RequestError(f"the prompt has {len(asked.prompt):,} characters, more than {longest} tokens hold")
-            # A long text takes the tokenizer a while, in which others are heard.
-            if len(asked.prompt) > 4096:
-                encoded = await asyncio.to_thread(self.tokenizer.encode, asked.prompt)
+            max_tokens = self.scheduler.max_model_len
+            if len(generate.prompt) > max_tokens * self.max_token_characters:
+                raise RequestError(
+                    f"the prompt has {len(generate.prompt):,} characters, more than {max_tokens} tokens can hold"
+                )
+            # Tokenizing a long text takes a while, during which other lines must be handled.
+            if len(generate.prompt) > 4096:
+                encoded = await asyncio.to_thread(self.tokenizer.encode, generate.prompt)
             else:
-                encoded = self.tokenizer.encode(asked.prompt)
+                encoded = self.tokenizer.encode(generate.prompt)
         except BaseException:
-            connection.open.discard(asked.id)
+            connection.open_ids.discard(generate.id)
             raise
-        request = Request(
-            asked, encoded.ids, lambda one: connection.send(one.as_json()), arrived, connection=connection
+        request = ScheduledRequest(
+            generate, encoded.ids, lambda one: connection.send(one.as_json()), arrived, connection=connection
         )
         self.inbox.put(lambda: self._submit(connection, request))
 
-    def _submit(self, connection: Connection, request: Request) -> None:
+    def _submit(self, connection: Connection, request: ScheduledRequest) -> None:
         if connection.closed:
             return
         self.scheduler.submit(request)
-        if request.asked.id in connection.cancelled:
-            connection.cancelled.discard(request.asked.id)
-            self._cancel(connection, request.asked.id)
+        if request.generate.id in connection.cancelled_ids:
+            connection.cancelled_ids.discard(request.generate.id)
+            self._cancel(connection, request.generate.id)
 
     def _cancel(self, connection: Connection, number: int | None) -> None:
-        found = self.scheduler.cancel(lambda one: one.connection is connection and one.asked.id == number)
-        if not found and number in connection.open:
-            connection.cancelled.add(number)
+        found = self.scheduler.cancel(lambda one: one.connection is connection and one.generate.id == number)
+        if not found and number in connection.open_ids:
+            connection.cancelled_ids.add(number)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from core.c_build import NoLibrary, compiled
-from serving.engine import UserError
-from serving.engine.adapters import Adapter
-from serving.engine.architecture import Config, Rows, Weights, norms_of
+from core.errors import UserError
+from serving.engine.adapters import LoraAdapter
+from serving.engine.architecture import GemmaConfig, Weights, norms_of
 from serving.engine.kv_cache import BLOCK
+from serving.engine.step import Chunk
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-fopenmp-simd", "-fno-signed-zeros", "-pthread"]
@@ -96,7 +97,7 @@ class _Step(c.Structure):
 
 
 class KernelGemma:
-    """A model and its key/value cache; see `architecture.Model`."""
+    """A model and its key/value cache; see `step.Model`."""
 
     def __init__(self, folder: Path, blocks: int, threads: int, *, int8: bool = False, amx: bool = True) -> None:
         """
@@ -110,7 +111,7 @@ class KernelGemma:
             NoKernels: no compiler, or widths that are no multiples of what the kernels work in.
             UserError: the folder is not a whole Gemma.
         """
-        self.config = config = Config.read(folder)
+        self.config = config = GemmaConfig.read(folder)
         heads = config.heads * config.head_size, (config.heads + 2 * config.kv_heads) * config.head_size
         wide = config.hidden, *heads, config.intermediate
         if any(one % 32 for one in wide) or config.head_size % 16:
@@ -149,26 +150,26 @@ class KernelGemma:
             blocks * BLOCK,
         )
         self.kept.append(layers)
-        self.loras: weakref.WeakKeyDictionary[Adapter, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
+        self.loras: weakref.WeakKeyDictionary[LoraAdapter, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
         self.pool = self.library.start_threads(threads, amx)
         if not self.pool:
             raise UserError("there is no memory for the engine's threads")
         weakref.finalize(self, self.library.stop_threads, self.pool)
         self.amx = bool(self.library.uses_amx(self.pool))
 
-    def step(self, tokens: list[int], rows: list[Rows]) -> tuple[list[int], npt.NDArray[np.float32]]:
-        """See `architecture.Model`."""
-        wanted = sum(one.wanted > 0 for one in rows)
+    def step(self, tokens: list[int], chunks: list[Chunk]) -> tuple[list[int], npt.NDArray[np.float32]]:
+        """See `step.Model`."""
+        wanted = sum(one.output > 0 for one in chunks)
         logits = np.empty((wanted, self.config.vocabulary), np.float32)
         best, token = np.empty(wanted, np.int32), np.array(tokens, np.int32)
-        blocks = [np.array(one.blocks, np.int32) for one in rows]
-        table = (_Rows * len(rows))(
+        blocks = [np.array(one.blocks, np.int32) for one in chunks]
+        table = (_Rows * len(chunks))(
             *(
-                _Rows(one.first, one.count, one.start, one.wanted, block.ctypes.data, self._lora(one.adapter))
-                for one, block in zip(rows, blocks, strict=True)
+                _Rows(one.first, one.count, one.start, one.output, block.ctypes.data, self._lora(one.adapter))
+                for one, block in zip(chunks, blocks, strict=True)
             )
         )
-        step = _Step(len(tokens), len(rows), token.ctypes.data, table, best.ctypes.data, logits.ctypes.data)
+        step = _Step(len(tokens), len(chunks), token.ctypes.data, table, best.ctypes.data, logits.ctypes.data)
         if self.library.run_step(self.pool, c.byref(self.model), c.byref(step)):
             raise MemoryError
         return best.tolist(), logits
@@ -216,7 +217,7 @@ class KernelGemma:
         packed = self._keep(weight.view(-1, 2, 16, columns // 32, 16, 2).permute(0, 3, 1, 4, 2, 5))
         return _Matrix(len(weight), columns, packed.data_ptr(), scales.data_ptr() if scales is not None else None)
 
-    def _lora(self, adapter: Adapter | None) -> int | None:
+    def _lora(self, adapter: LoraAdapter | None) -> int | None:
         """The address of an adapter's matrices, which live as long as the adapter does."""
         if adapter is None:
             return None
@@ -224,16 +225,16 @@ class KernelGemma:
             table, kept = (_Lora * (self.config.layers * len(MODULES)))(), []
             for layer in range(self.config.layers):
                 for number, module in enumerate(MODULES):
-                    if (inner := adapter.inner.get((layer, module))) is None:
+                    if (inner := adapter.lora_a.get((layer, module))) is None:
                         continue
-                    inner, outer = inner.contiguous(), adapter.outer[layer, module].T.contiguous()
+                    inner, outer = inner.contiguous(), adapter.lora_b[layer, module].T.contiguous()
                     kept += [inner, outer]
                     table[layer * len(MODULES) + number] = _Lora(len(inner), inner.data_ptr(), outer.data_ptr())
             self.loras[adapter] = table, kept
         return c.addressof(self.loras[adapter][0])
 
 
-def _frequencies(config: Config, theta: float, factor: float) -> Tensor:
+def _frequencies(config: GemmaConfig, theta: float, factor: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, config.head_size, 2, dtype=torch.float) / config.head_size) / factor
 
 

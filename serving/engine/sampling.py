@@ -1,8 +1,8 @@
 """From logits to the next token, as vLLM defines it: penalties, temperature, min_p, top_k, top_p, in this order.
 
-A request draws from a generator of its own, one number a token, so its answer does not depend on who else is in the
-batch. The number is looked up in the distribution's sum rather than compared with a random number for each of Gemma's
-262,144 tokens, which would take longer than the layers do.
+Each request has its own random generator and draws one number per token, so its answer does not depend on the rest of
+the batch. The number is looked up in the cumulative distribution; a random number for each of Gemma's 262,144 tokens
+(Gumbel-max) would take longer than the layers do.
 """
 
 import random
@@ -17,16 +17,15 @@ Floats = npt.NDArray[np.float32]
 
 
 class Sampler:
-    """The choices of one request."""
+    """Chooses the tokens of one request."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], ends: tuple[int, ...]) -> None:
+    def __init__(self, sampling: Sampling, prompt: list[int], eos_token_ids: tuple[int, ...]) -> None:
         """
         Args:
-            sampling: how to choose.
-            prompt: its tokens; the repetition penalty counts them.
-            ends: tokens that may not be chosen before `min_tokens`.
+            prompt: its tokens, which the repetition penalty counts.
+            eos_token_ids: tokens that may not be chosen before `min_tokens`.
         """
-        self.sampling, self.ends = sampling, np.array(ends, np.int64)
+        self.sampling, self.eos_token_ids = sampling, np.array(eos_token_ids, np.int64)
         self.random = random.Random(sampling.seed)
         self.counts: Counter[int] = Counter()
         self.repeated = sampling.repetition_penalty != 1
@@ -36,19 +35,20 @@ class Sampler:
 
     @property
     def needs_logits(self) -> bool:
-        """Whether the next choice is anything but the most likely token of the model's own logits."""
+        """Whether the next token may be another than the most likely one of the model's own logits."""
         return self.sampling.temperature > 0 or self.penalized or self.chosen < self.sampling.min_tokens
 
     def choose(self, logits: Floats) -> int:
-        """
+        """The next token.
+
         Args:
-            logits: [vocabulary] of this request's row; changed in place.
+            logits: [vocabulary], float32; changed in place.
         """
         self._penalize(logits)
         return int(logits.argmax()) if not self.sampling.temperature else self._draw(logits)
 
     def accept(self, token: int) -> None:
-        """Count what has been chosen."""
+        """Record the token that was chosen, for penalties and `min_tokens`."""
         self.chosen += 1
         if self.penalized:
             self.counts[token] += 1
@@ -58,7 +58,7 @@ class Sampler:
     def _penalize(self, logits: Floats) -> None:
         sampling = self.sampling
         if self.chosen < sampling.min_tokens:
-            logits[self.ends] = -np.inf
+            logits[self.eos_token_ids] = -np.inf
         if self.seen:
             seen = np.fromiter(self.seen, np.int64)
             values = logits[seen]
@@ -75,12 +75,12 @@ class Sampler:
         highest = logits.max()
         if not (sampling.top_p < 1 or sampling.min_p > 0 or 0 < sampling.top_k < len(logits)):
             return _at(np.exp(logits - highest), point)
-        tokens, every = _candidates(logits, highest, sampling)
+        tokens, total = _candidates(logits, highest, sampling)
         order = np.argsort(-logits[tokens], kind="stable")
         tokens = tokens[order]
         likelihood = np.exp((logits[tokens] - highest).astype(np.float64))
         if sampling.top_p < 1:
-            total = likelihood.sum() if every is None else every
+            total = likelihood.sum() if total is None else total
             before = np.cumsum(likelihood) - likelihood
             kept = max(1, int(np.count_nonzero(before < sampling.top_p * total)))
             tokens, likelihood = tokens[:kept], likelihood[:kept]
@@ -88,31 +88,32 @@ class Sampler:
 
 
 def _candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:
-    """Tokens that min_p and top_k leave, and, where only top_p cuts, at least those it leaves.
+    """The tokens that min_p and top_k keep and, where only top_p applies, at least those that it keeps.
 
     Returns:
         The tokens, and the sum over all tokens of exp(logit - highest); None: the sum is that of the tokens returned.
     """
     lowest = highest + np.float32(np.log(sampling.min_p)) if sampling.min_p > 0 else np.float32(-np.inf)
     wanted = sampling.top_k if 0 < sampling.top_k < len(logits) else 0
-    every = None if wanted or sampling.min_p > 0 else float(np.exp(logits - highest).sum(dtype=np.float64))
-    for distance in (8, 16, 32, np.inf):  # sorting a few hundred is a thousand times quicker than sorting all
+    total = None if wanted or sampling.min_p > 0 else float(np.exp(logits - highest).sum(dtype=np.float64))
+    for distance in (8, 16, 32, np.inf):  # sorting a few hundred is a thousand times faster than sorting all
         limit = max(lowest, np.float32(highest - distance))
         tokens = np.flatnonzero(logits >= limit)
         if wanted and len(tokens) > wanted:
             least = np.partition(logits[tokens], -wanted)[-wanted]
             return tokens[logits[tokens] >= least], None
         if limit == lowest or distance == np.inf:
-            return tokens, every
-        if every and np.exp((logits[tokens] - highest).astype(np.float64)).sum() >= sampling.top_p * every:
-            return tokens, every
+            return tokens, total
+        if total and np.exp((logits[tokens] - highest).astype(np.float64)).sum() >= sampling.top_p * total:
+            return tokens, total
         if wanted and len(tokens) == wanted:
             return tokens, None
     raise AssertionError
 
 
 def _at(likelihood: npt.NDArray[np.floating], point: float) -> int:
-    """The index at which the running sum passes `point` of the whole; in two strides, as summing all costs most."""
+    """The index at which the cumulative sum passes the fraction `point` of the total. In two steps, since the
+    cumulative sum over all is the most expensive part."""
     stride = 512
     if len(likelihood) <= stride:
         sums = np.cumsum(likelihood, dtype=np.float64)

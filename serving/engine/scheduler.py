@@ -1,8 +1,8 @@
-"""Continuous batching: which tokens of which requests make the next step.
+"""Continuous batching with chunked prefill: which tokens of which requests make the next step.
 
-Every step takes one token of each request that is answering and as much of waiting prompts as fits the time a step may
-take, so that a long prompt does not stall the streams. A request is taken when blocks for its longest possible answer
-are left, so that none that has begun ever lacks memory; others wait, and beyond `max_waiting` are answered "busy".
+Every step computes one token of each decoding request and as much of the prompts as fits the time a step may take, so
+that a long prompt does not stall the streams. A request is admitted when blocks for its longest possible answer are
+available, so that a running one never lacks memory; others wait, and beyond `max_waiting` are refused as "busy".
 """
 
 import logging
@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from serving.engine.adapters import Adapter
-from serving.engine.answer_text import AnswerText
-from serving.engine.architecture import BEST, LOGITS, NOTHING, Model, Rows
-from serving.engine.kv_cache import BLOCK, BlockPool, digest
+from serving.engine.adapters import LoraAdapter
+from serving.engine.detokenizer import Detokenizer
+from serving.engine.kv_cache import BLOCK, BlockPool, block_hash
 from serving.engine.sampling import Sampler
+from serving.engine.step import BEST, LOGITS, NOTHING, Chunk, Model
 from serving.protocol import (
     BUSY,
     CANCELLED,
@@ -32,160 +32,166 @@ from serving.protocol import (
 )
 
 log = logging.getLogger(__name__)
-MAX_RUNNING = 64  # rows of a step that answer
-STEP_SECONDS = 0.12  # that a step with prompts in it should take
-MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # of prompts in a step, whatever they take
+MAX_RUNNING = 64  # requests in a step
+STEP_SECONDS = 0.12  # target time of a step with prompts in it
+MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # prompt tokens of a step, however long they take
 Send = Callable[[Part | Done | Failed], None]
 
 
 @dataclass(eq=False)
-class Request:
-    """A request on its way.
+class ScheduledRequest:
+    """A request with its state in the scheduler.
 
     Attributes:
+        generate: the client's message.
         tokens: of the prompt, then of the answer.
-        computed: how many of them lie in the cache.
-        send: takes the messages about it.
+        send: called with each message about it.
+        arrived, started, first_token: `time.monotonic()` of arrival, admission and first token.
+        connection: of the client.
+        computed: how many of its tokens are in the cache.
+        blocks: of the cache, in the order of positions.
+        cached: tokens that the prefix cache had.
     """
 
-    asked: Generate
+    generate: Generate
     tokens: list[int]
     send: Send
     arrived: float
-    connection: object = None  # whose it is
+    connection: object = None
     prompt_tokens: int = 0
-    adapter: Adapter | None = None
+    adapter: LoraAdapter | None = None
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
-    names: list[bytes] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
     started: float | None = None
     first_token: float | None = None
-    sampler: Sampler = None  # type: ignore[assignment]  # given when it is taken
-    text: AnswerText = None  # type: ignore[assignment]
+    sampler: Sampler = None  # type: ignore[assignment]  # set at admission
+    text: Detokenizer = None  # type: ignore[assignment]
     cached: int = 0
 
     @property
-    def most_blocks(self) -> int:
+    def max_blocks(self) -> int:
         # The last token of an answer is never computed.
-        return -(-(self.prompt_tokens + self.asked.sampling.max_tokens - 1) // BLOCK)
+        return -(-(self.prompt_tokens + self.generate.sampling.max_tokens - 1) // BLOCK)
 
-    def named(self, index: int) -> bytes:
-        """The name of its block `index`, all of whose tokens are known."""
-        while len(self.names) <= index:
-            at = len(self.names) * BLOCK
-            before = self.names[-1] if self.names else b"%d:" % (self.adapter.version if self.adapter else 0)
-            self.names.append(digest(before, self.tokens[at : at + BLOCK]))
-        return self.names[index]
+    def block_hash(self, index: int) -> bytes:
+        """The hash of its block `index`, all of whose tokens are known."""
+        while len(self.hashes) <= index:
+            at = len(self.hashes) * BLOCK
+            parent = self.hashes[-1] if self.hashes else b"%d:" % (self.adapter.version if self.adapter else 0)
+            self.hashes.append(block_hash(parent, self.tokens[at : at + BLOCK]))
+        return self.hashes[index]
 
 
 class Scheduler:
-    """Requests in, messages out, a step at a time. Not for more than one thread."""
+    """Requests in, messages out, one step at a time. Not thread-safe."""
 
     def __init__(
         self,
         model: Model,
         tokenizer: Any,
-        ends: tuple[int, ...],
-        adapters: Mapping[str, Adapter],
+        eos_token_ids: tuple[int, ...],
+        adapters: Mapping[str, LoraAdapter],
         blocks: int,
         max_waiting: int,
     ) -> None:
         """
         Args:
             tokenizer: of the `tokenizers` library.
-            ends: tokens that end an answer.
-            adapters: those there are now; looked into when a request is taken.
+            eos_token_ids: tokens that end an answer.
+            adapters: name → adapter; read when a request is admitted, so that it may change at any time.
             blocks: of the model's cache.
+            max_waiting: requests beyond are refused as "busy".
         """
-        self.model, self.tokenizer, self.ends = model, tokenizer, ends
+        self.model, self.tokenizer, self.eos_token_ids = model, tokenizer, eos_token_ids
         self.adapters, self.max_waiting = adapters, max_waiting
         self.pool = BlockPool(blocks)
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
+        self.waiting: deque[ScheduledRequest] = deque()
+        self.running: list[ScheduledRequest] = []
         self.prompt_budget = 64
         self.closing = False
         self.tokens: Counter[str] = Counter()  # generated, by adapter
-        self.counts: Counter[str] = Counter()  # requests by how they ended, prompt and cached tokens, steps
+        self.counts: Counter[str] = Counter()  # requests by finish reason or error, prompt and cached tokens, steps
 
     @property
-    def longest(self) -> int:
-        """Tokens of a prompt and its answer together."""
-        return min(self.model.config.longest, len(self.pool.holders) * BLOCK)
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer together."""
+        return min(self.model.config.max_position_embeddings, len(self.pool.ref_counts) * BLOCK)
 
     @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request, or answer it at once with what is wrong with it."""
+    def submit(self, request: ScheduledRequest) -> None:
+        """Queue a request, or refuse it at once with an error message."""
         request.prompt_tokens = len(request.tokens)
-        name, most = request.asked.lora_name, request.asked.sampling.max_tokens
+        name, most = request.generate.lora_name, request.generate.sampling.max_tokens
         if self.closing:
             self._fail(request, UNAVAILABLE, "the engine is shutting down")
         elif name is not None and name not in self.adapters:
             self._fail_unknown(request)
-        elif request.prompt_tokens + most > self.longest:
+        elif request.prompt_tokens + most > self.max_model_len:
             self._fail(
                 request,
                 "invalid",
                 f"the prompt has {request.prompt_tokens} tokens and max_tokens is {most}; "
-                f"together they may be {self.longest} here",
+                f"together they may be at most {self.max_model_len}",
             )
         elif len(self.waiting) >= self.max_waiting:
             self._fail(request, BUSY, f"{len(self.waiting)} requests are waiting already; try again in a moment")
         else:
             self.waiting.append(request)
 
-    def cancel(self, wanted: Callable[[Request], bool]) -> int:
-        """End the requests for which `wanted` is true, and count them."""
-        found = [one for one in (*self.running, *self.waiting) if wanted(one)]
+    def cancel(self, matches: Callable[[ScheduledRequest], bool]) -> int:
+        """End the requests for which `matches` is true, and return their number."""
+        found = [one for one in (*self.running, *self.waiting) if matches(one)]
         for request in found:
             self._finish(request, CANCELLED)
         return len(found)
 
     def step(self) -> None:
-        """One step of everybody. A step that fails is answered to those in it; the others go on."""
-        batch: list[tuple[Request, int]] = []
-        fresh: list[int] = []  # blocks that this step fills and that others may find already
+        """Run one step. If it fails, the requests in it fail; the others continue."""
+        batch: list[tuple[ScheduledRequest, int]] = []
+        new_blocks: list[int] = []  # filled by this step, and published already
         try:
-            self._compose(batch, fresh)
+            self._build_batch(batch, new_blocks)
             if batch:
                 started = time.perf_counter()
                 self._run(batch)
-                self._learn_speed(batch, time.perf_counter() - started)
+                self._adapt_prompt_budget(batch, time.perf_counter() - started)
         except Exception as error:
             log.exception("a step failed", extra={"requests": len(batch)})
-            self.pool.forget(fresh)
+            self.pool.evict(new_blocks)
             for request, _ in batch:
                 if request in self.running:
-                    self._fail(request, INTERNAL, _sentence(error))
-            if not batch and self.waiting:  # nothing to blame but the one that was about to be taken
-                self._fail(self.waiting[0], INTERNAL, _sentence(error))
+                    self._fail(request, INTERNAL, _describe(error))
+            if not batch and self.waiting:  # it failed on the one that was about to be admitted
+                self._fail(self.waiting[0], INTERNAL, _describe(error))
 
     def stats(self) -> dict[str, Any]:
-        """What a beat tells."""
+        """The contents of a heartbeat."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
-            "kv_tokens": self.pool.held * BLOCK,
-            "kv_capacity": len(self.pool.holders) * BLOCK,
+            "kv_tokens": self.pool.in_use * BLOCK,
+            "kv_capacity": len(self.pool.ref_counts) * BLOCK,
             "adapters": sorted(self.adapters),
             "tokens": dict(self.tokens),
             "counts": dict(self.counts),
         }
 
-    def _compose(self, batch: list[tuple[Request, int]], fresh: list[int]) -> None:
-        """Fill `batch` with (request, how many of its tokens)."""
+    def _build_batch(self, batch: list[tuple[ScheduledRequest, int]], new_blocks: list[int]) -> None:
+        """Fill `batch` with (request, number of its tokens)."""
         budget = self.prompt_budget
         for request in self.running:
             missing = len(request.tokens) - request.computed
             count = missing if missing == 1 else min(missing, budget)
             if count:
-                self._place(request, count, batch, fresh)
+                self._schedule(request, count, batch, new_blocks)
                 budget -= count if missing > 1 else 0
         while self.waiting and budget > 0 and len(self.running) < MAX_RUNNING:
             request = self.waiting[0]
-            name = request.asked.lora_name
+            name = request.generate.lora_name
             request.adapter = self.adapters.get(name) if name is not None else None
             if name is not None and request.adapter is None:
                 self._fail_unknown(request)  # removed while it waited
@@ -194,97 +200,102 @@ class Scheduler:
                 break
             missing = len(request.tokens) - request.computed
             count = min(missing, budget)
-            self._place(request, count, batch, fresh)
+            self._schedule(request, count, batch, new_blocks)
             budget -= count
 
-    def _admit(self, request: Request) -> bool:
-        """Take the first of the queue if there is room. False: there is none."""
-        whole = (request.prompt_tokens - 1) // BLOCK  # one token at least is computed: its logits are wanted
-        request.names.clear()
-        found = self.pool.find(request.named(i) for i in range(whole))
-        unheld = sum(not self.pool.holders[block] for block in found)
-        promised = sum(one.most_blocks - len(one.blocks) for one in self.running)
-        if request.most_blocks - len(found) + unheld > self.pool.available - promised:
+    def _admit(self, request: ScheduledRequest) -> bool:
+        """Admit the first of the queue, if its blocks are available; returns whether they are."""
+        whole = (request.prompt_tokens - 1) // BLOCK  # at least one token is computed, for its logits
+        request.hashes.clear()
+        found = self.pool.lookup(request.block_hash(i) for i in range(whole))
+        unused = sum(not self.pool.ref_counts[block] for block in found)
+        reserved = sum(one.max_blocks - len(one.blocks) for one in self.running)
+        if request.max_blocks - len(found) + unused > self.pool.available - reserved:
             return False
         self.waiting.popleft()
         self.running.append(request)
-        self.pool.hold(found)
+        self.pool.acquire(found)
         request.blocks, request.computed = found, len(found) * BLOCK
         request.cached = request.computed
-        sampling = request.asked.sampling
-        request.sampler = Sampler(sampling, request.tokens, self.ends)
-        request.text = AnswerText(self.tokenizer, sampling.stop, sampling.min_tokens)
+        sampling = request.generate.sampling
+        request.sampler = Sampler(sampling, request.tokens, self.eos_token_ids)
+        request.text = Detokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
         request.started = time.monotonic()
         self.counts["prompt_tokens"] += request.prompt_tokens
         self.counts["cached_tokens"] += request.cached
         return True
 
-    def _place(self, request: Request, count: int, batch: list[tuple[Request, int]], fresh: list[int]) -> None:
-        """Add `count` tokens of a request to the step. Full blocks may be shared by those that come after it in this
-        very step, as a layer's keys and values are all written before any is read."""
+    def _schedule(
+        self, request: ScheduledRequest, count: int, batch: list[tuple[ScheduledRequest, int]], new_blocks: list[int]
+    ) -> None:
+        """Add `count` tokens of a request to the step.
+
+        The blocks that they fill are published at once: requests later in this very step may share them, since a
+        layer's keys and values are all written before any is read.
+        """
         batch.append((request, count))
         end = request.computed + count
         while len(request.blocks) * BLOCK < end:
-            request.blocks.append(self.pool.take())
+            request.blocks.append(self.pool.allocate())
         for index in range(request.computed // BLOCK, end // BLOCK):
-            self.pool.name(request.blocks[index], request.named(index))
-            fresh.append(request.blocks[index])
+            self.pool.publish(request.blocks[index], request.block_hash(index))
+            new_blocks.append(request.blocks[index])
 
-    def _run(self, batch: list[tuple[Request, int]]) -> None:
+    def _run(self, batch: list[tuple[ScheduledRequest, int]]) -> None:
         tokens: list[int] = []
-        rows: list[Rows] = []
+        chunks: list[Chunk] = []
         for request, count in batch:
             end = request.computed + count
-            wanted = NOTHING if end < len(request.tokens) else LOGITS if request.sampler.needs_logits else BEST
-            rows.append(Rows(len(tokens), count, request.computed, request.blocks, wanted, request.adapter))
+            output = NOTHING if end < len(request.tokens) else LOGITS if request.sampler.needs_logits else BEST
+            chunks.append(Chunk(len(tokens), count, request.computed, request.blocks, output, request.adapter))
             tokens += request.tokens[request.computed : end]
-        best, logits = self.model.step(tokens, rows)
+        best, logits = self.model.step(tokens, chunks)
         now = time.monotonic()
-        answering = [(request, one.wanted) for (request, _), one in zip(batch, rows, strict=True) if one.wanted]
+        with_output = [(request, one.output) for (request, _), one in zip(batch, chunks, strict=True) if one.output]
         for request, count in batch:
             request.computed += count
-        for line, (request, wanted) in enumerate(answering):
-            self._answer(request, request.sampler.choose(logits[line]) if wanted == LOGITS else best[line], now)
+        for row, (request, output) in enumerate(with_output):
+            self._append_token(request, request.sampler.choose(logits[row]) if output == LOGITS else best[row], now)
 
-    def _answer(self, request: Request, token: int, now: float) -> None:
-        """A request has its next token."""
-        sampling = request.asked.sampling
+    def _append_token(self, request: ScheduledRequest, token: int, now: float) -> None:
+        """Append the next token of a request, send its text, and end it where it is complete."""
+        sampling = request.generate.sampling
         if request.first_token is None:
             request.first_token = now
         request.tokens.append(token)
         request.sampler.accept(token)
-        self.tokens[request.asked.lora_name or ""] += 1
-        made = len(request.tokens) - request.prompt_tokens
-        ended = token in self.ends and not sampling.ignore_eos and made >= sampling.min_tokens
-        full = made >= sampling.max_tokens
+        self.tokens[request.generate.lora_name or ""] += 1
+        generated = len(request.tokens) - request.prompt_tokens
+        ended = token in self.eos_token_ids and not sampling.ignore_eos and generated >= sampling.min_tokens
+        full = generated >= sampling.max_tokens
         if request.text.add(token, last=ended or full) or ended:
             self._finish(request, STOP)
         elif full:
             self._finish(request, LENGTH)
-        elif request.asked.stream and (text := request.text.part()):
-            request.send(Part(request.asked.id, text, made))
+        elif request.generate.stream and (text := request.text.new_text()):
+            request.send(Part(request.generate.id, text, generated))
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _finish(self, request: ScheduledRequest, reason: str) -> None:
         now = time.monotonic()
         ttft, queued = ((at or now) - request.arrived for at in (request.first_token, request.started))
-        text = request.text.part(last=True) if request.text else ""
-        made = len(request.tokens) - request.prompt_tokens
-        self._leave(request)
+        text = request.text.new_text(last=True) if request.text else ""
+        generated = len(request.tokens) - request.prompt_tokens
+        self._remove(request)
         self.counts[reason] += 1
         request.send(
-            Done(request.asked.id, text, reason, request.prompt_tokens, made, round(ttft, 6), round(queued, 6))
+            Done(request.generate.id, text, reason, request.prompt_tokens, generated, round(ttft, 6), round(queued, 6))
         )
 
-    def _fail_unknown(self, request: Request) -> None:
+    def _fail_unknown(self, request: ScheduledRequest) -> None:
         known = ", ".join(sorted(self.adapters)) or "none"
-        self._fail(request, UNKNOWN_ADAPTER, f"there is no adapter '{request.asked.lora_name}'. Known: {known}")
+        self._fail(request, UNKNOWN_ADAPTER, f"there is no adapter '{request.generate.lora_name}'. Known: {known}")
 
-    def _fail(self, request: Request, code: str, sentence: str) -> None:
-        self._leave(request)
+    def _fail(self, request: ScheduledRequest, code: str, sentence: str) -> None:
+        self._remove(request)
         self.counts[code] += 1
-        request.send(Failed(request.asked.id, sentence, code))
+        request.send(Failed(request.generate.id, sentence, code))
 
-    def _leave(self, request: Request) -> None:
+    def _remove(self, request: ScheduledRequest) -> None:
         if request in self.running:
             self.running.remove(request)
             self.pool.release(request.blocks)
@@ -292,16 +303,16 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def _learn_speed(self, batch: list[tuple[Request, int]], seconds: float) -> None:
-        """Fit the prompts' share of a step to `STEP_SECONDS`."""
+    def _adapt_prompt_budget(self, batch: list[tuple[ScheduledRequest, int]], seconds: float) -> None:
+        """Adapt the number of prompt tokens per step so that a step takes about `STEP_SECONDS`."""
         self.counts["steps"] += 1
-        reading = sum(count for _, count in batch if count > 1)
-        if reading >= self.prompt_budget // 2:
-            wanted = reading * STEP_SECONDS / seconds
-            self.prompt_budget = int(min(max((self.prompt_budget + wanted) / 2, MIN_PROMPT_TOKENS), MAX_PROMPT_TOKENS))
+        prompt_tokens = sum(count for _, count in batch if count > 1)
+        if prompt_tokens >= self.prompt_budget // 2:
+            budget = prompt_tokens * STEP_SECONDS / seconds
+            self.prompt_budget = int(min(max((self.prompt_budget + budget) / 2, MIN_PROMPT_TOKENS), MAX_PROMPT_TOKENS))
 
 
-def _sentence(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, MemoryError) or "alloc" in str(error) or "out of memory" in str(error):
         return "the engine ran out of memory in this step; try a shorter prompt, or later"
     return f"the engine failed in this step: {type(error).__name__}"

@@ -1,8 +1,8 @@
-"""LoRA over bitsandbytes' 4-bit weights without peft's float32 copies of every layer's input.
+"""QLoRA layers (Dettmers et al., 2023) over bitsandbytes' 4-bit weights, without peft's float32 copies of every input.
 
-peft's layer keeps the input of each adapter in float32 for the backward pass: on Gemma 3 270M a step of QLoRA then took
-twice the memory of one of LoRA. Here the input is kept once, as it came, and the 4-bit weights are dequantized in each
-pass.
+peft's layer saves the input of each adapter in float32 for the backward pass: on Gemma 3 270M a QLoRA step then took
+twice the memory of a LoRA step. Here the input is saved once, in its own dtype, and the 4-bit weights are dequantized
+in each pass.
 """
 
 import types
@@ -14,13 +14,13 @@ from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit as LoraLinear4bit
 from torch import Tensor
 
-from training.fast_layers import is_plain
+from training.fused_layers import is_plain_lora
 
 
-def speed_up_4bit(model: PeftModel) -> None:
-    """Give the 4-bit LoRA layers of `model` their smaller forward, in place; those with dropout or DoRA keep peft's."""
+def fuse_qlora_layers(model: PeftModel) -> None:
+    """Replace the forward of the 4-bit LoRA layers of `model`, in place; those with dropout or DoRA keep peft's."""
     for layer in model.modules():
-        if isinstance(layer, LoraLinear4bit) and is_plain(layer):
+        if isinstance(layer, LoraLinear4bit) and is_plain_lora(layer):
             layer.forward = types.MethodType(_forward, layer)
 
 
@@ -28,10 +28,10 @@ def _forward(self: LoraLinear4bit, x: Tensor, *args: object, **kwargs: object) -
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x, *args, **kwargs)
     lora_a, lora_b = self.lora_A["default"].weight, self.lora_B["default"].weight
-    return _FourBitLoraLinear.apply(x, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    return _QLoraLinear.apply(x, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
 
 
-class _FourBitLoraLinear(torch.autograd.Function):
+class _QLoraLinear(torch.autograd.Function):
     """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with W [out, in] in 4 bits, A [r, in] and B [out, r] in float32."""
 
     @staticmethod

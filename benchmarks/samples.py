@@ -17,7 +17,7 @@ from core.prompt import Prompt
 from core.schema import Config, DataConfig, PromptConfig
 from data_prep.prepare import prepare
 
-Row = dict[str, Any]  # {"input_ids": list[int], "learned": [[first, past the last], ...]}
+Row = dict[str, Any]  # {"input_ids": list[int], "target_ranges": [[first, past the last], ...]}
 HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind
 
 
@@ -51,8 +51,8 @@ def read_rows(config: Config, base_folder: Path, length: int | None, count: int)
         )
         found = [
             # Random weights may have a smaller vocabulary than the tokenizer (random_base.py).
-            {"input_ids": [token % vocabulary for token in ids], "learned": learned}
-            for ids, learned in zip(rows["input_ids"], rows["learned"], strict=True)
+            {"input_ids": [token % vocabulary for token in ids], "target_ranges": learned}
+            for ids, learned in zip(rows["input_ids"], rows["target_ranges"], strict=True)
         ]
         random.Random(config.seed).shuffle(found)
         splits.append(found if length is None else pieces(found, length))
@@ -70,10 +70,10 @@ def pieces(rows: list[Row], length: int) -> list[Row]:
     """`rows` laid end to end and cut to `length` tokens each; as large a share of a piece is learned as of the rows."""
     bos = rows[0]["input_ids"][0]
     stream = list(chain.from_iterable(row["input_ids"][1:] for row in rows))
-    learned = sum(end - first for row in rows for first, end in row["learned"])
+    learned = sum(end - first for row in rows for first, end in row["target_ranges"])
     first = max(1, round(length * (1 - learned / sum(len(row["input_ids"]) for row in rows))))
     cut = range(0, len(stream) - length + 2, length - 1)
-    return [{"input_ids": [bos, *stream[at : at + length - 1]], "learned": [[first, length]]} for at in cut]
+    return [{"input_ids": [bos, *stream[at : at + length - 1]], "target_ranges": [[first, length]]} for at in cut]
 
 
 def as_dataset(rows: list[Row]) -> Dataset:

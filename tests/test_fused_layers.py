@@ -6,7 +6,7 @@ from conftest import FAMILIES, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from training.fast_layers import _norm_gradient, _RMSNorm, speed_up
+from training.fused_layers import _norm_gradient, _RMSNorm, fuse_layers
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -34,7 +34,7 @@ def test_same_outputs_and_adapter_gradients(family: str) -> None:
     model = with_lora(family)
     ids = torch.randint(1000, (2, 40))  # longer than the sliding window
     plain, plain_gradients = outputs_and_gradients(model, ids)
-    speed_up(model)
+    fuse_layers(model)
     changed = [module for module in model.modules() if "forward" in vars(module)]
     fast, fast_gradients = outputs_and_gradients(model, ids)
 
@@ -51,7 +51,7 @@ def test_a_disabled_adapter_leaves_the_base() -> None:
     ids = torch.randint(1000, (1, 12))
     with model.disable_adapter(), torch.inference_mode():
         plain = model(ids).logits
-    speed_up(model)
+    fuse_layers(model)
     with model.disable_adapter(), torch.inference_mode():
         torch.testing.assert_close(model(ids).logits, plain, rtol=1e-4, atol=1e-5)
 
@@ -59,7 +59,7 @@ def test_a_disabled_adapter_leaves_the_base() -> None:
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
 def test_what_the_fast_path_cannot_do_stays_with_peft(options: dict[str, object]) -> None:
     model = with_lora("gemma3_text", **options)
-    speed_up(model)
+    fuse_layers(model)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module) and name.endswith("_proj")]
 
 

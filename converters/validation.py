@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from converters.checkpoint import Checkpoint, Lazy
+from converters.layerwise_forward import FAMILIES, empty_model
 from converters.safetensors_file import NAMES
-from converters.streamed import FAMILIES, empty_model
 from core.errors import UserError
 
 MAX_LAYERS = 200  # Gemma's largest has 62

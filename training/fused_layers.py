@@ -1,8 +1,9 @@
-"""The same Gemma and LoRA arithmetic in fewer passes over memory.
+"""Gemma's layers with LoRA, fused: the same arithmetic in fewer passes over memory.
 
-On a CPU, and for short rows on a GPU too, a LoRA step spends more time on casts, norms and small products than on
-the frozen matrices. Each function here replaces a chain of tensor operations by one autograd node that saves only
-what its backward pass needs. Formulas are those of transformers and peft; tests hold them to it.
+On a CPU, and for short samples on a GPU too, a LoRA step spends more time on casts, norms and small products than on
+the frozen matrices. Each function here replaces a chain of tensor operations by one autograd node that saves only what
+its backward pass needs. The formulas are those of transformers and peft, against which tests/test_fused_layers.py
+compares outputs and gradients.
 """
 
 import types
@@ -15,18 +16,18 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from training.kernels import kernels_for
-from training.packing import attend
+from training.packed_attention import packed_attention
 
 
-def speed_up(model: PeftModel) -> None:
-    """Give the LoRA layers, RMS norms, attentions and gated MLPs of a Gemma their faster forward, in place.
+def fuse_layers(model: PeftModel) -> None:
+    """Replace the forward of LoRA layers, RMS norms, attentions and gated MLPs of a Gemma by a fused one, in place.
 
-    Layers this does not hold for (dropout, DoRA, quantized or biased base, several adapters) keep peft's own.
+    LoRA layers that it does not cover (dropout, DoRA, a quantized or biased base, several adapters) keep peft's.
     """
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain(module):
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain_lora(module):
             module.forward = types.MethodType(_lora_forward, module)
         elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
@@ -36,17 +37,17 @@ def speed_up(model: PeftModel) -> None:
             module.forward = types.MethodType(_mlp_forward, module)
 
 
-_TANH_GELU = ("gelu_pytorch_tanh", None)  # None: Gemma 1's early configurations, which mean the same
+_TANH_GELU = ("gelu_pytorch_tanh", None)  # None: early configurations of Gemma 1, which mean the same
 
 
-def is_plain(layer: Any) -> bool:
-    """Whether a LoRA layer of peft does nothing but y = x Wᵀ + scale · (x Aᵀ) Bᵀ."""
+def is_plain_lora(layer: Any) -> bool:
+    """Whether a LoRA layer of peft computes y = x Wᵀ + scale · (x Aᵀ) Bᵀ and nothing else."""
     return (
         layer.base_layer.bias is None
         and list(layer.lora_A) == ["default"]
         and isinstance(layer.lora_dropout["default"], nn.Identity)
         and not layer.lora_bias["default"]
-        and not getattr(layer, "lora_variant", {})  # DoRA and its kin
+        and not getattr(layer, "lora_variant", {})  # DoRA and similar
     )
 
 
@@ -84,8 +85,8 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows @ weight. oneDNN's bfloat16 products of some 600 to 1300 rows run at two thirds of the speed that they have
-    below and above, on two cores: those are done in halves."""
+    """rows @ weight, in two halves where that is faster: on two cores, oneDNN's bfloat16 products of about 600 to 1300
+    rows run at two thirds of the speed of smaller and larger ones."""
     count = len(rows)
     if rows.is_cuda or not 576 < count < 1280:
         return rows @ weight
@@ -101,7 +102,7 @@ def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / √(mean(x²) + eps) · (1 + weight), in float32 inside; the weight is frozen."""
+    """y = x / √(mean(x²) + eps) · (1 + weight), computed in float32; the weight is frozen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
@@ -127,10 +128,10 @@ class _RMSNorm(torch.autograd.Function):
             places = (part.data_ptr() for part in (grad_x, grad, x, inverse, scale))
             kernels.norm_backward(*places, inverse.numel(), x.shape[-1])
             return grad_x, None, None
-        if x.is_cuda:  # whose kernel for LayerNorm takes no float32 scale for a bfloat16 x
+        if x.is_cuda:  # CUDA's LayerNorm kernel takes no float32 scale for a bfloat16 x
             return _norm_gradient(grad, x, inverse, scale), None, None
-        # LayerNorm's own kernel, told that the mean is 0, computes this gradient in one pass, less the mean over
-        # features of scale · grad (which reaches x through the mean in LayerNorm, and not here).
+        # With a mean of 0, the LayerNorm kernel computes this gradient in one pass, minus the mean over features of
+        # scale · grad (which reaches x through the mean in LayerNorm, and not here). That is added back below.
         shape = [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(),
@@ -147,7 +148,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm_gradient(grad: Tensor, x: Tensor, inverse: Tensor, scale: Tensor) -> Tensor:
-    """Of x in y = x · inverse · scale with inverse = 1 / √(mean(x²) + eps)."""
+    """The gradient of x in y = x · inverse · scale with inverse = 1 / √(mean(x²) + eps)."""
     normed, grad_normed = x * inverse, grad * scale
     return ((grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)) * inverse).to(x.dtype)
 
@@ -192,7 +193,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: An
     query = _Rope.apply(query, getattr(self, "q_norm", None), cos, sin)
     key = _Rope.apply(key, getattr(self, "k_norm", None), cos, sin)
     softcap = getattr(self, "attn_logit_softcapping", None)
-    out = attend(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
+    out = packed_attention(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
     return self.o_proj(out.flatten(1)[None]), None
 
 

@@ -1,0 +1,74 @@
+"""Incremental detokenization: incomplete characters, and what may become a stop string, are held back."""
+
+from typing import Any
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes an incomplete character to
+
+
+class Detokenizer:
+    """The text of one answer. `text` only grows, until a stop string cuts it.
+
+    Args:
+        tokenizer: of the `tokenizers` library.
+        stops: stop strings.
+        min_tokens: stop strings that begin within so many tokens are ignored.
+    """
+
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...], min_tokens: int) -> None:
+        self.tokenizer, self.stops, self.min_tokens = tokenizer, stops, min_tokens
+        self.tokens: list[int] = []
+        self.text = ""
+        self.sent = 0  # characters returned by `new_text`
+        self.searched = 0  # characters at which no stop string begins
+        # Tokens from `prefix_offset` on are decoded again with each new one, because a tokenizer may decode the first
+        # token of a text differently; those before `read_offset` are in `text` already.
+        self.prefix_offset, self.read_offset = 0, 0
+
+    def add(self, token: int, *, last: bool = False) -> bool:
+        """Append a token.
+
+        Args:
+            last: the answer ends with it, so that nothing is held back any longer.
+
+        Returns:
+            Whether a stop string is complete; the text then ends before it.
+        """
+        self.tokens.append(token)
+        old = self._decode(self.prefix_offset, self.read_offset)
+        new = self._decode(self.prefix_offset, len(self.tokens))
+        if len(new) > len(old) and (last or not (new.endswith(INCOMPLETE) or self._is_byte(token))):
+            self.text += new[len(old) :]
+            self.prefix_offset, self.read_offset = self.read_offset, len(self.tokens)
+        if len(self.tokens) <= self.min_tokens:
+            self.searched = len(self.text)
+            return False
+        found = [at for stop in self.stops if (at := self.text.find(stop, self.searched)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            return True
+        self.searched = max(self.searched, len(self.text) - max(map(len, self.stops), default=1) + 1)
+        return False
+
+    def new_text(self, *, last: bool = False) -> str:
+        """The text that has not been returned yet and cannot change any more."""
+        end = len(self.text) if last else len(self.text) - self._possible_stop()
+        text = self.text[self.sent : end]
+        self.sent = max(self.sent, end)
+        return text
+
+    def _is_byte(self, token: int) -> bool:
+        """Whether it is one byte of a character that has no token of its own; it is decoded together with the next
+        ones."""
+        name = self.tokenizer.id_to_token(token)
+        return bool(name) and len(name) == 6 and name.startswith("<0x")
+
+    def _decode(self, start: int, end: int) -> str:
+        return self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True) if start < end else ""
+
+    def _possible_stop(self) -> int:
+        """The number of characters at the end that may be the beginning of a stop string."""
+        for length in range(min(max(map(len, self.stops), default=1) - 1, len(self.text) - self.sent), 0, -1):
+            end = self.text[-length:]
+            if any(stop.startswith(end) for stop in self.stops):
+                return length
+        return 0
