@@ -182,10 +182,8 @@ def _training_speed() -> str:
 
 
 def _serving_speed() -> str:
-    from benchmarks import serve
-
     found = [_read(f"serving/{file.name}") for file in sorted((RESULTS / "serving").glob("*.json"))]
-    return "".join("\n" + "\n".join(serve.table(result)) + "\n" for result in found)
+    return "".join("\n" + "\n".join(table.serving_table(result)) + "\n" for result in found)
 
 
 FIGURES: dict[str, Callable[[], str]] = {

@@ -410,42 +410,6 @@ def _machine() -> str:
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
-def table(result: dict[str, Any]) -> list[str]:
-    """Markdown: what was measured, and a line for each system."""
-    streams = result["streams"]
-    many = 8 if 8 in streams else streams[-1]
-    titles = [
-        "system",
-        *(f"tokens/s, {n} at once" for n in streams),
-        f"first token p50, {many} at once",
-        f"next token p50 / p99, {many} at once",
-    ]
-    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
-    for name, system in result["systems"].items():
-        if "not_run" in system:
-            lines.append(f"| {name} | not run: {system['not_run']} {'| ' * (len(titles) - 2)}|")
-            continue
-        found = system["streams"]
-        cells = [name, *(f"{found[str(n)]['tokens_per_second']:,.0f}" if str(n) in found else "" for n in streams)]
-        if one := found.get(str(many)):
-            cells += [
-                f"{one['ttft_p50'] * 1e3:,.0f} ms",
-                f"{one['gap_p50'] * 1e3:,.0f} / {one['gap_p99'] * 1e3:,.0f} ms",
-            ]
-        lines.append(f"| {' | '.join(cells)} |")
-    versions = "; ".join(
-        f"{name}: {', '.join(f'{package} {number}' for package, number in system['versions'].items())}"
-        for name, system in result["systems"].items()
-        if system.get("versions")
-    )
-    about = (
-        f"{result['model']} on {result['machine']}, {result['tokens']} greedy tokens an answer, an adapter and its "
-        f"prompt, medians of {result['rounds']} rounds."
-    )
-    made = f"{result['finished'][:10]}, `{result['command']}`. Versions: {versions}."
-    return [about, "", *lines, "", made]
-
-
 def options() -> Any:
     """The arguments of this command. A peer's environment, which runs this file too, may have no pydantic."""
     from pydantic import Field
@@ -467,6 +431,7 @@ def options() -> Any:
 
 def main(argv: list[str]) -> None:
     from benchmarks.figures import refresh
+    from benchmarks.table import serving_table
     from core.arguments import parse
     from core.errors import UserError
     from core.files import write_json
@@ -481,7 +446,7 @@ def main(argv: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{result['machine']}-{result['model']}".lower())
     write_json(RESULTS / f"{name}.json", result)
-    print("\n".join(table(result)), f"\nwritten: {RESULTS / name}.json, {', '.join(refresh())}")
+    print("\n".join(serving_table(result)), f"\nwritten: {RESULTS / name}.json, {', '.join(refresh())}")
 
 
 if __name__ == "__main__":

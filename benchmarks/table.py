@@ -177,3 +177,39 @@ def save(figure: "Figure", file: Path) -> None:
     figure.savefig(partial, format="png", dpi=110)
     partial.rename(file)
     plt.close(figure)
+
+
+def serving_table(result: dict[str, Any]) -> list[str]:
+    """Markdown of a result of benchmarks/serve.py: what was measured, and a line for each system."""
+    streams = result["streams"]
+    many = 8 if 8 in streams else streams[-1]
+    titles = [
+        "system",
+        *(f"tokens/s, {n} at once" for n in streams),
+        f"first token p50, {many} at once",
+        f"next token p50 / p99, {many} at once",
+    ]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
+    for name, system in result["systems"].items():
+        if "not_run" in system:
+            lines.append(f"| {name} | not run: {system['not_run']} {'| ' * (len(titles) - 2)}|")
+            continue
+        found = system["streams"]
+        cells = [name, *(f"{found[str(n)]['tokens_per_second']:,.0f}" if str(n) in found else "" for n in streams)]
+        if one := found.get(str(many)):
+            cells += [
+                f"{one['ttft_p50'] * 1e3:,.0f} ms",
+                f"{one['gap_p50'] * 1e3:,.0f} / {one['gap_p99'] * 1e3:,.0f} ms",
+            ]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = "; ".join(
+        f"{name}: {', '.join(f'{package} {number}' for package, number in system['versions'].items())}"
+        for name, system in result["systems"].items()
+        if system.get("versions")
+    )
+    about = (
+        f"{result['model']} on {result['machine']}, {result['tokens']} greedy tokens an answer, an adapter and its "
+        f"prompt, medians of {result['rounds']} rounds."
+    )
+    made = f"{result['finished'][:10]}, `{result['command']}`. Versions: {versions}."
+    return [about, "", *lines, "", made]

@@ -1,8 +1,8 @@
 """The proof of a conversion: what was written is read again, and must say what the source says.
 
 Every tensor is compared with the source's, bit by bit, unless the conversion rounds: a merge does, once, and a format
-that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and what they
-predict is compared. An adapter is run on its base, by peft.
+that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and
+what they predict is compared. An adapter is run on its base, by peft.
 """
 
 from collections.abc import Mapping, Sequence
