@@ -145,15 +145,21 @@ web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a runni
 	@$(RUN) commands.web_pictures $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
-.PHONY: test test-quick lint lock clean help
+.PHONY: test test-quick lint docs docs-check lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
 	@$(PYTEST) $(ARGS)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-lint: .venv/dev.stamp  ## ruff and mypy
-	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+lint: .venv/dev.stamp  ## ruff, mypy and the import contracts
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports
+
+docs: .venv/dev.stamp  ## regenerate figures, pictures and references in README.md and docs/
+	@$(RUN) commands.docs
+
+docs-check: docs  ## fail if `make docs` changes anything that is committed
+	@git diff --exit-code --stat -- README.md docs
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
 	for group in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --group $$group -o $$group.lock || exit 1; done

@@ -203,10 +203,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train-memory": _memory_share,
     "train-speedup-fp32-512": lambda: _times(speedup(_train("all-slangs-512"), "ours", "hf-fp32")),
     "train-speedup-bf16-512": lambda: _times(speedup(_train("all-slangs-512"), "ours", "hf-bf16-autocast")),
-    "serve-tokens-8": lambda: f"{_serve('ours', 8)['tokens_per_second']:.0f}",
     "serve-speedup-8": lambda: (
         f"{_serve('ours', 8)['tokens_per_second'] / _serve('transformers', 8)['tokens_per_second']:.0f}"
     ),
-    "serve-first-token-8": lambda: f"{1000 * _serve('ours', 8)['ttft_p50']:.0f}",
     **{f"serve-openvino-{streams}": partial(_beside_openvino, streams) for streams in (1, 4, 8, 32)},
 }
