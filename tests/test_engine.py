@@ -42,11 +42,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORAS: dict[str, dict[str, Any]] = {
     "plain": {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
     "ranks": {
-        "r": 8, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"up_proj": 32},
+        "r": 8,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "rank_pattern": {"down_proj": 2},
+        "alpha_pattern": {"up_proj": 32},
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     },
     "mlp": {"r": 3, "lora_alpha": 9, "target_modules": ["gate_proj", "down_proj"], "layers_to_transform": [0, 2]},
-}  # fmt: skip
+}
 PROMPTS = [
     "The rain had stopped by the time the train left the station, and nobody was there to see it go.",
     "<start_of_turn>user\nWas heißt 'slay'? 😀 你好<end_of_turn>\n<start_of_turn>model\n",
@@ -346,9 +350,17 @@ def choose_plainly(logits: np.ndarray, sampling: Sampling, point: float) -> int:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999, "temperature": 5}, {"min_p": 0.05},
-     {"top_k": 64, "top_p": 0.95, "min_p": 0.01}, {"temperature": 0.3, "top_p": 0.5}],
-)  # fmt: skip
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "temperature": 5},
+        {"min_p": 0.05},
+        {"top_k": 64, "top_p": 0.95, "min_p": 0.01},
+        {"temperature": 0.3, "top_p": 0.5},
+    ],
+)
 def test_draws_are_those_of_the_definition(given: dict[str, Any]) -> None:
     sampling, _ = read_sampling({**given, "seed": 7})
     sampler, points = Sampler(sampling, [], ()), random.Random(7)
@@ -518,14 +530,22 @@ def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ('{"temperature": -1}', "temperature is -1"), ('{"temperature": NaN}', "temperature is not a number"),
-        ('{"top_p": 0}', "top_p is 0"), ('{"top_k": 1.5}', "top_k is not a whole number"), ('{"n": 2}', "n is 2"),
-        ('{"max_tokens": 0}', "max_tokens is 0"), ('{"stop": [1]}', "stop is not a text"), ("[]", "not a JSON object"),
-        ('{"stop": ""}', "stop is not a text"), ('{"best_of": 1}', "unknown sampling parameter 'best_of'"),
-        ('{"seed": ' + "9" * 40 + "}", "seed is a number of over 20 digits"), ("{", "is not JSON"),
-        ('{"min_tokens": 20}', "min_tokens is 20, more than max_tokens, 16"), ('{"ignore_eos": 1}', "ignore_eos is"),
+        ('{"temperature": -1}', "temperature is -1"),
+        ('{"temperature": NaN}', "temperature is not a number"),
+        ('{"top_p": 0}', "top_p is 0"),
+        ('{"top_k": 1.5}', "top_k is not a whole number"),
+        ('{"n": 2}', "n is 2"),
+        ('{"max_tokens": 0}', "max_tokens is 0"),
+        ('{"stop": [1]}', "stop is not a text"),
+        ("[]", "not a JSON object"),
+        ('{"stop": ""}', "stop is not a text"),
+        ('{"best_of": 1}', "unknown sampling parameter 'best_of'"),
+        ('{"seed": ' + "9" * 40 + "}", "seed is a number of over 20 digits"),
+        ("{", "is not JSON"),
+        ('{"min_tokens": 20}', "min_tokens is 20, more than max_tokens, 16"),
+        ('{"ignore_eos": 1}', "ignore_eos is"),
     ],
-)  # fmt: skip
+)
 def test_wrong_parameters_are_named(given: str, words: str) -> None:
     with pytest.raises(RequestError, match=re.escape(words)):
         read_sampling(given)
@@ -568,10 +588,25 @@ class Line:
 
 def start(base: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "serving.engine", "--base", str(base), "--adapters", str(base / "adapters"),
-         "--socket", str(folder / "s"), "--threads", "1", *words],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "serving.engine",
+            "--base",
+            str(base),
+            "--adapters",
+            str(base / "adapters"),
+            "--socket",
+            str(folder / "s"),
+            "--threads",
+            "1",
+            *words,
+        ],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout
     line = process.stdout.readline()
     assert line and json.loads(line)["ready"], process.communicate()[1]
@@ -606,8 +641,16 @@ def test_answers_over_the_socket(engine_socket: Path, expected: dict[str, list[s
     line = Line(engine_socket)
     sampling = {"temperature": 0, "max_tokens": 12}
     for number, prompt in enumerate(PROMPTS):
-        line.say({"op": "generate", "id": number, "prompt": prompt, "sampling": sampling, "lora_name": "ranks",
-                  "stream": number % 2 == 0})  # fmt: skip
+        line.say(
+            {
+                "op": "generate",
+                "id": number,
+                "prompt": prompt,
+                "sampling": sampling,
+                "lora_name": "ranks",
+                "stream": number % 2 == 0,
+            }
+        )
     texts, done = dict.fromkeys(range(4), ""), 0
     while done < 4:
         message = line.hear()
@@ -621,12 +664,21 @@ def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Pat
     line, dice = Line(engine_socket), random.Random(0)
     good = json.dumps({"op": "generate", "id": 1, "prompt": "Hi", "sampling": {"max_tokens": 1}}).encode()
     wrong = [
-        b"{", b"[]", b"null", b"\xff\xfe", b'{"op":"dance"}', b'{"op":"generate"}', b'{"op":"generate","id":1}',
-        b'{"op":"generate","id":1,"prompt":""}', b'{"op":"generate","id":1,"prompt":"\\ud800"}', b"[" * 100_000,
-        b'{"op":"generate","id":1,"prompt":"a","sampling":{"temperature":-1}}', b'{"op":"generate","id":1,"prompt":7}',
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"op":"dance"}',
+        b'{"op":"generate"}',
+        b'{"op":"generate","id":1}',
+        b'{"op":"generate","id":1,"prompt":""}',
+        b'{"op":"generate","id":1,"prompt":"\\ud800"}',
+        b"[" * 100_000,
+        b'{"op":"generate","id":1,"prompt":"a","sampling":{"temperature":-1}}',
+        b'{"op":"generate","id":1,"prompt":7}',
         b'{"op":"generate","id":1,"prompt":"a","lora_name":"../x"}',
         b'{"op":"generate","id":1,"prompt":"a","stream":2}',
-    ]  # fmt: skip
+    ]
     for _ in range(300):
         torn = bytearray(good)
         for _ in range(dice.randrange(1, 6)):
@@ -651,8 +703,15 @@ def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Pat
 def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> None:
     line, watcher = Line(engine_socket), Line(engine_socket)
     for number in range(4):
-        line.say({"op": "generate", "id": number, "prompt": "Hi", "stream": True,
-                  "sampling": {"max_tokens": 400, "ignore_eos": True}})  # fmt: skip
+        line.say(
+            {
+                "op": "generate",
+                "id": number,
+                "prompt": "Hi",
+                "stream": True,
+                "sampling": {"max_tokens": 400, "ignore_eos": True},
+            }
+        )
     line.hear()
     line.say({"op": "cancel", "id": 0})
     while not (message := line.hear()).get("done"):
@@ -670,8 +729,9 @@ def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> N
 def test_sigterm_lets_what_has_begun_end(bases: dict[str, Path], tmp_path: Path) -> None:
     process = start(bases["gemma"], tmp_path, "--max-tokens-in-cache", "1024")
     line = Line(tmp_path / "s")
-    line.say({"op": "generate", "id": 1, "prompt": "Hi", "stream": True,
-              "sampling": {"max_tokens": 300, "ignore_eos": True}})  # fmt: skip
+    line.say(
+        {"op": "generate", "id": 1, "prompt": "Hi", "stream": True, "sampling": {"max_tokens": 300, "ignore_eos": True}}
+    )
     line.hear()
     process.send_signal(signal.SIGTERM)
     line.say({"op": "generate", "id": 2, "prompt": "Hi", "sampling": {}})

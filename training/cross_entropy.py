@@ -55,8 +55,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if kernels:
                 logits = logits_of.flatten()[: tokens * len(block)].view(tokens, len(block))
                 torch.mm(hidden, block.T, out=logits)
-                kernels.vocabulary_softmax(logits.data_ptr(), maximum.data_ptr(), total.data_ptr(), factor.data_ptr(),
-                                           softcap or 0.0, *logits.shape)  # fmt: skip
+                kernels.vocabulary_softmax(
+                    logits.data_ptr(),
+                    maximum.data_ptr(),
+                    total.data_ptr(),
+                    factor.data_ptr(),
+                    softcap or 0.0,
+                    *logits.shape,
+                )
                 torch.mm(logits, block, out=part)
                 kernels.add_rescaled(mean_weight.data_ptr(), part.data_ptr(), factor.data_ptr(), *part.shape)
                 continue

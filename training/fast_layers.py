@@ -108,8 +108,9 @@ class _RMSNorm(torch.autograd.Function):
         if kernels := kernels_for(x):
             x, scale = x.contiguous(), 1 + weight.float()
             y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-            kernels.norm_forward(y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), eps,
-                                 inverse.numel(), x.shape[-1])  # fmt: skip
+            kernels.norm_forward(
+                y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), eps, inverse.numel(), x.shape[-1]
+            )
             ctx.save_for_backward(x, inverse, scale)
             return y
         y = x.float()
@@ -132,9 +133,15 @@ class _RMSNorm(torch.autograd.Function):
         # features of scale · grad (which reaches x through the mean in LayerNorm, and not here).
         shape = [x.shape[-1]]
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), x.contiguous(), shape, torch.zeros_like(inverse), inverse, scale, None,
+            grad.contiguous(),
+            x.contiguous(),
+            shape,
+            torch.zeros_like(inverse),
+            inverse,
+            scale,
+            None,
             [True, False, False],
-        )  # fmt: skip
+        )
         mean = (grad.float() @ scale).div_(x.shape[-1]).unsqueeze(-1)
         return grad_x.add_(mean.mul_(inverse)), None, None
 
@@ -212,7 +219,14 @@ class _Rope(torch.autograd.Function):
         kernels = kernels_for(x)
         assert kernels is not None
         grad_x, grad = torch.empty_like(x), grad.contiguous()
-        kernels.rope_backward(grad_x.data_ptr(), grad.data_ptr(), x.data_ptr(), inverse.data_ptr(),
-                              None if scale is None else scale.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-                              *x.shape)  # fmt: skip
+        kernels.rope_backward(
+            grad_x.data_ptr(),
+            grad.data_ptr(),
+            x.data_ptr(),
+            inverse.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            *x.shape,
+        )
         return grad_x, None, None, None

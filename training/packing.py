@@ -153,9 +153,18 @@ def use_packed_attention(gemma: PreTrainedModel) -> str:
 
 
 def _packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, scaling: float,
-    layout: Layout, sliding_window: int | None = None, softcap: float | None = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    layout: Layout,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, tokens, size], key and value [1, groups, tokens, size]."""
     if query.is_cuda:
         return _flex_attention(query, key, value, layout, scaling, sliding_window, softcap), None
@@ -189,9 +198,14 @@ def _flex_attention(
 ) -> Tensor:
     flex: Any = _compiled(flex_attention) if query.is_cuda else flex_attention
     out = flex(
-        query, key, value, score_mod=_soft_cap(softcap) if softcap else None, block_mask=layout.block_mask(window),
-        scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        score_mod=_soft_cap(softcap) if softcap else None,
+        block_mask=layout.block_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
     return out.transpose(1, 2)
 
 

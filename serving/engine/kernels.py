@@ -38,10 +38,16 @@ class _Matrix(c.Structure):
 
 class _Layer(c.Structure):
     _fields_ = (
-        ("site", _Matrix * 4), ("input_norm", c.c_void_p), ("after_attention_norm", c.c_void_p),
-        ("before_mlp_norm", c.c_void_p), ("after_mlp_norm", c.c_void_p), ("q_norm", c.c_void_p),
-        ("k_norm", c.c_void_p), ("rope", c.c_int32), ("window", c.c_int32),
-    )  # fmt: skip
+        ("site", _Matrix * 4),
+        ("input_norm", c.c_void_p),
+        ("after_attention_norm", c.c_void_p),
+        ("before_mlp_norm", c.c_void_p),
+        ("after_mlp_norm", c.c_void_p),
+        ("q_norm", c.c_void_p),
+        ("k_norm", c.c_void_p),
+        ("rope", c.c_int32),
+        ("window", c.c_int32),
+    )
 
 
 class _Lora(c.Structure):
@@ -50,28 +56,43 @@ class _Lora(c.Structure):
 
 class _Model(c.Structure):
     _fields_ = (
-        *((name, c.c_int32) for name in
-          ("layers", "vocabulary", "hidden", "intermediate", "heads", "kv_heads", "head_size")),
+        *(
+            (name, c.c_int32)
+            for name in ("layers", "vocabulary", "hidden", "intermediate", "heads", "kv_heads", "head_size")
+        ),
         *((name, c.c_float) for name in ("eps", "scale", "attention_cap", "final_cap", "embedding_scale")),
-        ("layer", c.POINTER(_Layer)), ("frequencies", c.c_void_p), ("ropes", c.c_int32), ("head", _Matrix),
+        ("layer", c.POINTER(_Layer)),
+        ("frequencies", c.c_void_p),
+        ("ropes", c.c_int32),
+        ("head", _Matrix),
         ("embedding", c.c_void_p),
         ("norm", c.c_void_p),
-        ("keys", c.c_void_p), ("values", c.c_void_p), ("slots", c.c_int64),
-    )  # fmt: skip
+        ("keys", c.c_void_p),
+        ("values", c.c_void_p),
+        ("slots", c.c_int64),
+    )
 
 
 class _Rows(c.Structure):
     _fields_ = (
-        ("first", c.c_int32), ("count", c.c_int32), ("start", c.c_int32), ("wanted", c.c_int32),
-        ("blocks", c.c_void_p), ("lora", c.c_void_p),
-    )  # fmt: skip
+        ("first", c.c_int32),
+        ("count", c.c_int32),
+        ("start", c.c_int32),
+        ("wanted", c.c_int32),
+        ("blocks", c.c_void_p),
+        ("lora", c.c_void_p),
+    )
 
 
 class _Step(c.Structure):
     _fields_ = (
-        ("tokens", c.c_int32), ("rows", c.c_int32), ("token", c.c_void_p), ("row", c.POINTER(_Rows)),
-        ("best", c.c_void_p), ("logits", c.c_void_p),
-    )  # fmt: skip
+        ("tokens", c.c_int32),
+        ("rows", c.c_int32),
+        ("token", c.c_void_p),
+        ("row", c.POINTER(_Rows)),
+        ("best", c.c_void_p),
+        ("logits", c.c_void_p),
+    )
 
 
 class KernelGemma:
@@ -105,13 +126,28 @@ class KernelGemma:
         )
         shape = config.layers, blocks * BLOCK, config.kv_heads, config.head_size
         self.model = _Model(
-            config.layers, config.vocabulary, config.hidden, config.intermediate, config.heads, config.kv_heads,
-            config.head_size, config.eps, config.scale, config.attention_cap, config.final_cap,
-            config.hidden**0.5, layers, frequencies.data_ptr(), len(ropes), self._matrix(embedding, int8),
+            config.layers,
+            config.vocabulary,
+            config.hidden,
+            config.intermediate,
+            config.heads,
+            config.kv_heads,
+            config.head_size,
+            config.eps,
+            config.scale,
+            config.attention_cap,
+            config.final_cap,
+            config.hidden**0.5,
+            layers,
+            frequencies.data_ptr(),
+            len(ropes),
+            self._matrix(embedding, int8),
             embedding.data_ptr(),
-            self._keep(1 + weights["norm"].float()).data_ptr(), self._keep(torch.zeros(shape)).data_ptr(),
-            self._keep(torch.zeros(shape)).data_ptr(), blocks * BLOCK,
-        )  # fmt: skip
+            self._keep(1 + weights["norm"].float()).data_ptr(),
+            self._keep(torch.zeros(shape)).data_ptr(),
+            self._keep(torch.zeros(shape)).data_ptr(),
+            blocks * BLOCK,
+        )
         self.kept.append(layers)
         self.loras: weakref.WeakKeyDictionary[Adapter, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
         self.pool = self.library.start_threads(threads, amx)
@@ -126,10 +162,12 @@ class KernelGemma:
         logits = np.empty((wanted, self.config.vocabulary), np.float32)
         best, token = np.empty(wanted, np.int32), np.array(tokens, np.int32)
         blocks = [np.array(one.blocks, np.int32) for one in rows]
-        table = (_Rows * len(rows))(*(
-            _Rows(one.first, one.count, one.start, one.wanted, block.ctypes.data, self._lora(one.adapter))
-            for one, block in zip(rows, blocks, strict=True)
-        ))  # fmt: skip
+        table = (_Rows * len(rows))(
+            *(
+                _Rows(one.first, one.count, one.start, one.wanted, block.ctypes.data, self._lora(one.adapter))
+                for one, block in zip(rows, blocks, strict=True)
+            )
+        )
         step = _Step(len(tokens), len(rows), token.ctypes.data, table, best.ctypes.data, logits.ctypes.data)
         if self.library.run_step(self.pool, c.byref(self.model), c.byref(step)):
             raise MemoryError
@@ -154,11 +192,16 @@ class KernelGemma:
         after = norms["post_attention_layernorm"]
         first = self.config.generation == 1  # its norm after attention is the one before the MLP
         return _Layer(
-            (_Matrix * 4)(*(self._matrix(site, int8) for site in sites)), norms["input_layernorm"],
-            None if first else after, after if first else norms["pre_feedforward_layernorm"],
-            norms.get("post_feedforward_layernorm"), norms.get("self_attn.q_norm"), norms.get("self_attn.k_norm"),
-            rope, self.config.windows[i],
-        )  # fmt: skip
+            (_Matrix * 4)(*(self._matrix(site, int8) for site in sites)),
+            norms["input_layernorm"],
+            None if first else after,
+            after if first else norms["pre_feedforward_layernorm"],
+            norms.get("post_feedforward_layernorm"),
+            norms.get("self_attn.q_norm"),
+            norms.get("self_attn.k_norm"),
+            rope,
+            self.config.windows[i],
+        )
 
     def _matrix(self, weight: Tensor, int8: bool) -> _Matrix:
         """[outputs, inputs] in the order in which kernels.c reads it, outputs filled up with zeros."""
