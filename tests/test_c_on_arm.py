@@ -15,13 +15,13 @@ from serving.engine import kernels as serving_kernels
 from training import kernels as training_kernels
 from training.c_library import FLAGS
 
-COMPILER = shutil.which("aarch64-linux-gnu-gcc")
-EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+COMPILER = shutil.which("aarch64-linux-gnu-gcc") or ""
+EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static") or ""
 HARNESS = Path(__file__).with_name("kernel_harness.c")
 PORTABLE = [flag for flag in FLAGS if not flag.startswith("-march")]
 TARGETS = pytest.mark.parametrize("target", ["armv8.2-a", "armv8.6-a+bf16"])
 DTYPES = pytest.mark.parametrize("dtype", training_kernels.DTYPE_FLAGS)
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no aarch64-linux-gnu-gcc is installed")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="no aarch64-linux-gnu-gcc is installed")
 
 
 def run(*command: str | Path) -> str:
@@ -46,7 +46,7 @@ def test_serving_kernels_compile(target: str, tmp_path: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.skipif(EMULATOR is None, reason="no qemu-aarch64 is installed")
+@pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64 is installed")
 @TARGETS
 @DTYPES
 def test_training_kernels_compute_the_same(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
