@@ -145,12 +145,21 @@ web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a runni
 	@$(RUN) commands.web_pictures $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
-.PHONY: test test-quick lint docs docs-check lock clean help
+.PHONY: test test-quick sanitize lint docs docs-check lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
 	@$(PYTEST) $(ARGS)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
 	@$(PYTEST) -m "not slow" $(ARGS)
+
+# The address sanitizer has to be the first library of the process; libstdc++ follows, so that it finds the exceptions of
+# torch. Leaks are not looked for: Python's own would hide ours.
+sanitizers = $(foreach name,libasan.so libubsan.so libstdc++.so.6,$(shell $(or $(CC),cc) -print-file-name=$(name)))
+sanitize: .venv/dev.stamp  ## the kernels' quick tests with both C files built to find wrong addresses and undefined behaviour
+	@KERNEL_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(sanitizers)" \
+	OMP_NUM_THREADS=1 $(RUN) pytest -q -p no:cacheprovider --capture=sys tests/test_training_kernels.py tests/test_engine.py \
+	-m "not slow" -k "test_training_kernels and not packed_step and not threads or every_form or no_bit_depends or int8_weights" $(ARGS)
 
 lint: .venv/dev.stamp  ## ruff, mypy and the import contracts
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports

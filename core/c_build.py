@@ -47,7 +47,8 @@ def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
             cache.mkdir(parents=True, exist_ok=True)
             compile_ = [compiler, *flags, "-c", str(source), "-o", str(parts)]
             for command in (compile_, [compiler, "-shared", "-pthread", str(parts), "-o", str(partial), "-lm"]):
-                subprocess.run(command, check=True, capture_output=True)
+                # `make sanitize` preloads runtimes that are for this process and would slow the compiler down
+                subprocess.run(command, check=True, capture_output=True, env=os.environ | {"LD_PRELOAD": ""})
             partial.rename(built)
         except (OSError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()

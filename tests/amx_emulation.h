@@ -31,8 +31,8 @@ static void amx_store(int tile, void *to, ptrdiff_t stride) {
     for (int i = 0; i < 16; i++) memcpy((char *)to + i * stride, amx.row[tile][i], 64);
 }
 
-/* sum[i][j] += Σ_k a[i][2k] · b[k][2j] + a[i][2k + 1] · b[k][2j + 1] */
-static void amx_multiply(int sum, int a, int b) {
+/* sum[i][j] += Σ_k a[i][2k] · b[k][2j] + a[i][2k + 1] · b[k][2j + 1]. All its memory is `amx`: sanitizers look elsewhere. */
+static __attribute__((no_sanitize("address", "undefined"))) void amx_multiply(int sum, int a, int b) {
     if (!amx.configured) abort();
     for (int i = 0; i < 16; i++)
         for (int j = 0; j < 16; j++) {

@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, PATIENCE, ROOT, tiny_gemma, until
+from kernel_forms import forms
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from core.errors import UserError
+from serving.engine import kernels
 from serving.engine.__main__ import eos_token_ids
 from serving.engine.adapters import AdapterFolder, read_adapter
 from serving.engine.architecture import GemmaConfig
@@ -187,10 +189,31 @@ def expected(bases: dict[str, Path]) -> dict[str, list[str]]:
     return answers
 
 
-@pytest.mark.parametrize("form", ["kernels", "kernels without AMX"])
-def test_no_bit_depends_on_the_batch(form: str, bases: dict[str, Path]) -> None:
+@pytest.fixture(params=forms())
+def compiled_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled for one of the targets that this machine can run."""
+    monkeypatch.setattr(kernels, "FLAGS", [*kernels.FLAGS, *forms()[request.param]])
+
+
+@pytest.mark.usefixtures("compiled_form")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_form_computes_what_torch_does(family: str, bases: dict[str, Path]) -> None:
+    tokens = torch.randint(6, 300, (61,), generator=torch.Generator().manual_seed(0)).tolist()
+    steps = []
+    for model in (KernelGemma(bases[family], 16, 2), Gemma(bases[family], torch.float32, "cpu", 16)):
+        adapter = read_adapter(bases[family] / "adapters" / "ranks", model.config)
+        rows = [Rows(0, 40, 0, list(range(5)), LOGITS, adapter), Rows(40, 21, 0, list(range(5, 8)), LOGITS)]
+        model.step(tokens, rows)
+        rows = [Rows(0, 1, 40, list(range(6)), LOGITS, adapter), Rows(1, 1, 21, [5, 6, 7], LOGITS)]
+        steps.append(model.step([7, 8], rows)[1])
+    found, exact = steps
+    assert np.abs(found - exact).max() < 2e-5 * np.abs(exact).max()
+
+
+@pytest.mark.usefixtures("compiled_form")
+def test_no_bit_depends_on_the_batch(bases: dict[str, Path]) -> None:
     base = bases["gemma3_text"]
-    model = FORMS[form](base, 64)
+    model = KernelGemma(base, 64, 2)
     tokens = torch.randint(6, 300, (45,), generator=torch.Generator().manual_seed(0)).tolist()
     adapter = read_adapter(base / "adapters" / "ranks", model.config)
     whole_blocks, blocks = list(range(45 // BLOCK + 1)), list(range(19, 18 - 45 // BLOCK, -1))
@@ -203,6 +226,7 @@ def test_no_bit_depends_on_the_batch(form: str, bases: dict[str, Path]) -> None:
     assert model.step([5], [Chunk(0, 1, 0, [33], BEST)])[0] == [best[7]]
 
 
+@pytest.mark.usefixtures("compiled_form")
 def test_int8_weights_are_near(bases: dict[str, Path]) -> None:
     rows, tokens = [Chunk(0, 30, 0, range(4), LOGITS)], list(range(10, 40))
     _, exact = KernelGemma(bases["gemma3_text"], 4, 1).step(tokens, rows)

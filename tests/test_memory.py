@@ -65,7 +65,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
         hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
     assert hidden.last_hidden_state.requires_grad
     counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, fused=not words)
-    # The more is where queries and keys turn without kernels of our own (float32, another processor).
+    # The more is where queries and keys are rotated without kernels of our own (no compiler).
     assert 0.92 < counted / sum(kept.values()) < 1.16
 
 

@@ -23,8 +23,8 @@ ROWS = sorted(
     [[2, *BEGINNING, *range(100 + n, 107 + 30 * n)] for n in range(4)] + [[2, *(n % 900 for n in range(300))]]
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-# The largest difference from float64, as a share of the largest number: half a unit in the last place of bfloat16 is
-# 2⁻⁹ to 2⁻⁸ of a number. Float32 is left some roundings of a sum.
+# The largest difference from float64, as a share of the largest number. Half a unit in the last place of bfloat16 is
+# 2⁻⁹ to 2⁻⁸ of a number; for float32 there is room for the roundings of a sum.
 ROUNDED_ONCE = {torch.float32: 4e-7, torch.bfloat16: 2**-8}
 GRADIENT = {torch.float32: 2e-6, torch.bfloat16: 2**-7}
 PRODUCTS = {torch.float32: 5e-6, torch.bfloat16: 0.01}  # chains of products and softmax
@@ -176,7 +176,7 @@ def test_attention(window: int | None, softcap: float | None, groups: int, dtype
         return torch.einsum("hqk,khd->qhd", probability, value)
 
     check(
-        lambda *parts: packed_attention(*parts, layout, 0.2, window, softcap)[real],
+        lambda query, key, value: packed_attention(query, key, value, layout, 0.2, window, softcap)[real],
         plain,
         parts,
         PRODUCTS[dtype],

@@ -137,7 +137,11 @@ class _SegmentAttention(torch.autograd.Function):
 
 
 class _KernelAttention(torch.autograd.Function):
-    """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on."""
+    """`_SegmentAttention` by kernels.c: one call, scores in float32 from the product on.
+
+    Forward and backward of packs of 1,200 to 2,500 tokens (Gemma 3 270M, one core of a Zen 5) take a third of the time
+    of `_SegmentAttention` in float32, 0.55 to 0.63 of it where both are confined to AVX2, and 0.75 in bfloat16.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, tables, scale, softcap):  # type: ignore[no-untyped-def]

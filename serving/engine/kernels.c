@@ -44,6 +44,9 @@ Layouts, in C order:
 #else
 #define HAS_AMX 0
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 enum { QKV, O, GATE_UP, DOWN, SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
@@ -807,7 +810,14 @@ int uses_amx(const Pool *pool) { return pool->amx; }
 
 static void *carve(char *memory, size_t *used, size_t bytes) {
     void *carved = memory ? memory + *used : NULL;
-    *used += (bytes + 64) / 64 * 64;
+    size_t room = (bytes + 64) / 64 * 64; /* some bytes more than asked for: a sanitizer reports who touches them */
+#ifdef __SANITIZE_ADDRESS__
+    if (memory) {
+        __asan_unpoison_memory_region(carved, room);
+        __asan_poison_memory_region((char *)carved + bytes, room - bytes);
+    }
+#endif
+    *used += room;
     return carved;
 }
 
