@@ -748,14 +748,15 @@ def test_the_real_model_with_the_real_adapter(base_folder: Path, tmp_path: Path)
     prompts = [
         f"Instruction:\nGiven the context below, create a new slang term: {scene}\n\nResponse:\n" for scene in scenes
     ]
+    tokens = 16
     numbers = {
-        (lora, prompt): engine.submit(prompt, lora, max_tokens=32) for prompt in prompts for lora in (None, "slang")
+        (lora, prompt): engine.submit(prompt, lora, max_tokens=tokens) for prompt in prompts for lora in (None, "slang")
     }
     engine.run()
     reference = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     stops = list(engine.scheduler.ends)
-    plain = {prompt: greedy(reference, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    plain = {prompt: greedy(reference, engine.tokenizer, prompt, tokens, stops) for prompt in prompts}
     adapted = PeftModel.from_pretrained(reference, adapter)
-    tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, tokens, stops) for prompt in prompts}
     for (lora, prompt), number in numbers.items():
         assert engine.answer(number).text == (tuned if lora else plain)[prompt]
