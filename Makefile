@@ -49,7 +49,9 @@ LAUNCH = $(LAUNCH_$(RUNTIME))
 
 RUN := .venv/bin/python -m
 # Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n auto --maxprocesses 4 --dist loadfile
+# One more than there are cores, as many a test waits; those with slow tests first (tests/conftest.py).
+WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),trainer.devices=$(GPUS)) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 .DEFAULT_GOAL := help

@@ -538,7 +538,7 @@ class tls_before:
         started = asyncio.run_coroutine_threadsafe(
             asyncio.start_server(self._join, sock=listening, ssl=self._context), self._loop
         )
-        started.result(10)
+        started.result(PATIENCE)
         return int(listening.getsockname()[1]), self._seen
 
     def __exit__(self, *_: object) -> None:

@@ -202,9 +202,9 @@ def test_every_form_computes_what_torch_does(family: str, bases: dict[str, Path]
     steps = []
     for model in (KernelGemma(bases[family], 16, 2), Gemma(bases[family], torch.float32, "cpu", 16)):
         adapter = read_adapter(bases[family] / "adapters" / "ranks", model.config)
-        rows = [Rows(0, 40, 0, list(range(5)), LOGITS, adapter), Rows(40, 21, 0, list(range(5, 8)), LOGITS)]
+        rows = [Chunk(0, 40, 0, list(range(5)), LOGITS, adapter), Chunk(40, 21, 0, list(range(5, 8)), LOGITS)]
         model.step(tokens, rows)
-        rows = [Rows(0, 1, 40, list(range(6)), LOGITS, adapter), Rows(1, 1, 21, [5, 6, 7], LOGITS)]
+        rows = [Chunk(0, 1, 40, list(range(6)), LOGITS, adapter), Chunk(1, 1, 21, [5, 6, 7], LOGITS)]
         steps.append(model.step([7, 8], rows)[1])
     found, exact = steps
     assert np.abs(found - exact).max() < 2e-5 * np.abs(exact).max()
@@ -775,14 +775,15 @@ def test_the_real_model_with_the_real_adapter(base_folder: Path, tmp_path: Path)
     prompts = [
         f"Instruction:\nGiven the context below, create a new slang term: {scene}\n\nResponse:\n" for scene in scenes
     ]
+    tokens = 16
     numbers = {
-        (lora, prompt): engine.submit(prompt, lora, max_tokens=32) for prompt in prompts for lora in (None, "slang")
+        (lora, prompt): engine.submit(prompt, lora, max_tokens=tokens) for prompt in prompts for lora in (None, "slang")
     }
     engine.run()
     reference = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     stops = list(engine.scheduler.eos_token_ids)
-    plain = {prompt: greedy(reference, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    plain = {prompt: greedy(reference, engine.tokenizer, prompt, tokens, stops) for prompt in prompts}
     adapted = PeftModel.from_pretrained(reference, adapter)
-    tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, 32, stops) for prompt in prompts}
+    tuned = {prompt: greedy(adapted, engine.tokenizer, prompt, tokens, stops) for prompt in prompts}
     for (lora, prompt), number in numbers.items():
         assert engine.answer(number).text == (tuned if lora else plain)[prompt]

@@ -510,7 +510,7 @@ def test_the_commands_as_a_user_gives_them(words: list[str], tmp_path: Path) -> 
 
     def call(module: str, *more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", f"evaluation.{module}", *words, *more]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
 
     report_again, refused = call("report"), call("report", "task.evaluate.min_gain=0.999")
     assert report_again.returncode == 0 and report_again.stdout.strip().endswith("report.html"), report_again.stderr

@@ -1,5 +1,7 @@
 """What a run will need is said before it starts, and is what it then takes."""
 
+import csv
+import hashlib
 import json
 import os
 import subprocess
@@ -133,9 +135,16 @@ def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base
 @pytest.mark.slow
 @needs_task("squid_game")
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, tmp_path: Path) -> None:
-    """Of a task whose packs differ in length: freed memory is then in pieces that do not fit the next."""
-    result = run(tmp_path, f"model.path={base_folder}", "task=squid_game", "task.data.train_rows=40")
+    """Of packs that differ in length: freed memory is then in pieces that do not fit the next."""
+    with (tmp_path / "rows.csv").open("w", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(("slang", "description"))
+        for n in range(40):  # a term each that is like no other's, and from 1 to 100 words
+            words = (hashlib.sha256(f"{n} {word}".encode()).hexdigest()[:4] for word in range(1 + n * 37 % 100))
+            rows.writerow((f"term {hashlib.sha256(str(n).encode()).hexdigest()[:8]}", " ".join(words)))
+    words = (f"task.data.source={tmp_path}/rows.csv", "task.train.batch_size=6")
+    result = run(tmp_path, f"model.path={base_folder}", *words)
     assert result.returncode == 0, result.stderr
-    (file,) = tmp_path.glob("runs/squid_game/*/evaluation.json")
+    (file,) = tmp_path.glob("runs/slang/*/evaluation.json")
     figures = json.loads(file.read_text())
     assert figures["memory_estimate_gib"] == pytest.approx(figures["peak_memory_gib"], rel=0.2)

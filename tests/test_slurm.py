@@ -206,9 +206,8 @@ class Submitted:
         """If it was put back into the queue, where it would wait for two minutes."""
         job = self.cluster.job(self.number)
         if job.get("Reason") == "BeginTime" and job["Restarts"] != "0":
-            time.sleep(
-                5
-            )  # within the second in which a start was revoked, Slurm takes the next one's credential for it
+            # Within the second in which a start was revoked, Slurm takes the next one's credential for it.
+            time.sleep(5)
             self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def end(self) -> int:

@@ -22,7 +22,7 @@ FLAGS = (
     "return_num_output_tokens",
 )
 OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
-PATIENCE = 60.0  # seconds; nothing may take that long
+PATIENCE = 300.0  # seconds; nothing may take that long
 
 
 class Refused(Exception):
@@ -108,7 +108,7 @@ class Server:
     def is_ready(self) -> bool:
         try:
             answers = [
-                self.client.get(f"{self.http}/v2/{path}/ready", timeout=5) for path in ("health", "models/gemma")
+                self.client.get(f"{self.http}/v2/{path}/ready", timeout=60) for path in ("health", "models/gemma")
             ]
         except httpx.HTTPError:
             return False
