@@ -165,8 +165,8 @@ def test_reviews_of_another_film(
 ) -> None:
     new_task("dune", str(write(tmp_path / file, ["Review Text", "Rating"], film_reviews(40))), title)
     data = task_of("dune").data
-    assert data.module == "reviews" and data.reviews.title == found
-    assert data.columns.review == ["Review Text"] and data.columns.rating == ["Rating"]
+    assert data.module == "reviews" and data.options.title == found
+    assert data.columns["review"] == ["Review Text"] and data.columns["rating"] == ["Rating"]
     out = capsys.readouterr().out
     assert (f"Reviews of {found}, as the file's name has it; or give TITLE=..." in out) == (not title)
 
@@ -204,7 +204,7 @@ def test_real_tables(rows_of: Callable[..., Any], name: str, module: str | None,
     data = task_of("real").data
     assert (data.module, data.columns) == (module, columns)
     if module:
-        assert data.reviews.title == "Squid Game"
+        assert data.options.title == "Squid Game"
     else:
         assert rows_of("real")["output"]
 
@@ -226,7 +226,7 @@ def test_the_row_asked_before_and_after_training_is_held_out(tmp_path: Path, row
     new_task("asked", str(write(tmp_path / "a.csv", ["question", "answer"], made_up(80, 3, 5))))
     rows_of("asked")
     test = (tmp_path / "data" / "asked" / "test.jsonl").read_text()
-    assert json.dumps(task_of("asked").prompt.fields.question) in test
+    assert json.dumps(task_of("asked").prompt.fields["question"]) in test
 
 
 def test_long_rows_are_not_left_out(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
