@@ -242,7 +242,7 @@ def test_any_header_can_be_asked(tmp_path: Path, rows_of: Callable[..., Any], he
     new_task("odd", str(write(tmp_path / "a.csv", [header, "answer"], rows)), "")
     row = rows_of("odd")
     (asked,) = task_of("odd").prompt.fields.values()
-    assert asked in {given[0].replace("${", "$ {") for given in rows}, "and nothing in it is taken for another key"
+    assert asked in {given[0] for given in rows}, "and nothing in it is taken for another key"
     assert any(given[0] in row["input"] or given[0] == row["output"] for given in rows)
 
 
