@@ -28,8 +28,8 @@ HEAD = """\
 Made by `python -m commands.config_reference` from `core/schema.py`, `nemo_configs/` and the commands; do not edit.
 
 Commands take arguments as `key=value`, such as `python -m commands.train task=slang task.train.epochs=5`, or
-`make train TASK=slang ARGS="task.train.epochs=5 seed=1"`. A value with spaces, commas or brackets stands in quotes inside
-the shell's: `"task.prompt.fields.context='Rain, again.'"`. `--help` lists a command's arguments.
+`make train TASK=slang ARGS="task.train.epochs=5 seed=1"`. A value with spaces, commas or brackets stands in quotes
+inside the shell's: `"task.prompt.fields.context='Rain, again.'"`. `--help` lists a command's arguments.
 
 Defaults are those of `nemo_configs/config.yaml` and `task_defaults.yaml`, with `model=gemma-3-270m`, `peft=lora` and
 `trainer=cpu`. A default in the form `${{key}}` is the value of that other key. Files that may be named instead:
@@ -37,8 +37,8 @@ Defaults are those of `nemo_configs/config.yaml` and `task_defaults.yaml`, with 
 {groups}
 
 A text may hold `{{field}}`, and a dollar sign; where a dollar sign stands before a brace, write `\\${{` (in YAML
-`'It costs \\${{price}}'`, or `"It costs \\\\${{price}}"` between double quotes). `${{price}}` alone is a reference to a key
-`price`. A file of your own in `nemo_configs/task/`, `model/`, `peft/` or `experiment/` is checked like these.
+`'It costs \\${{price}}'`, or `"It costs \\\\${{price}}"` between double quotes). `${{price}}` alone is a reference to a
+key `price`. A file of your own in `nemo_configs/task/`, `model/`, `peft/` or `experiment/` is checked like these.
 """
 
 

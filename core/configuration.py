@@ -333,7 +333,8 @@ def _located(problems: list[Problem], words: list[str], given: list[Override]) -
             continue
         file, line, value = _place(files, problem.path)
         where = f"{_relative(file)}:{line}: " if file else ""
-        is_reference = bool(re.search(r"(?<!\\)\$\{", value)) and "refers to" not in problem.says
+        pattern = r"\$\{[^}]*\$\{" if "refers to" in problem.says else r"(?<!\\)\$\{"
+        is_reference = bool(re.search(pattern, value))
         (of_references if is_reference else lines).append(f"{where}{problem.says}")
     return list(dict.fromkeys(lines or of_references))
 

@@ -68,7 +68,8 @@ class GemmaLoRA(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        super().__init__(cfg, trainer)
+        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        super().__init__(nemo_config(escaped(settings)), trainer)  # which resolves it once
         self.automatic_optimization = False  # a step's micro-batches share one mean over learned tokens
         folder = Path(cfg.base_folder)
         found = describe(folder)
@@ -78,7 +79,6 @@ class GemmaLoRA(ModelPT):
                 f"{found['name']} with weights {found['sha256'][:12]}. Give the right base: model.path=/its/folder"
             )
         torch.manual_seed(cfg.seed)
-        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         self.prompt = Prompt(**settings["prompt"])
         device = (
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
