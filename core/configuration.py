@@ -274,7 +274,7 @@ def _check_options(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]
             problems.append(Problem(path, says if is_other else _unknown(path, DataConfig)))
             continue
         try:
-            made[key] = model.model_validate(data[key])
+            made[key] = None if data[key] is None else model.model_validate(data[key])
         except ValidationError as error:
             problems += [_problem(each, model, path) for each in error.errors()]
     return problems, made
@@ -335,7 +335,8 @@ def _located(problems: list[Problem], words: list[str], given: list[Override]) -
             continue
         file, line, value = _place(files, problem.path)
         where = f"{_relative(file)}:{line}: " if file else ""
-        is_reference = bool(re.search(r"(?<!\\)\$\{", value)) and "refers to" not in problem.says
+        pattern = r"\$\{[^}]*\$\{" if "refers to" in problem.says else r"(?<!\\)\$\{"
+        is_reference = bool(re.search(pattern, value))
         (of_references if is_reference else lines).append(f"{where}{problem.says}")
     return list(dict.fromkeys(lines or of_references))
 

@@ -26,20 +26,20 @@ def sentence(key: str, error: Mapping[str, Any]) -> str:
         case "string_type":
             hint = f'; write it in quotes: "{value}"' if isinstance(value, int | float) else ""
             return f"{key} must be text, not {shown(value)}{hint}"
-        case "string_too_short":
+        case "string_too_short" | "too_short":
             return f"{key} must not be empty"
         case "list_type":
             return f"{key} must be a list such as [a, b], not {shown(value)}"
         case "dict_type" | "model_type":
             return f"{key} must be a section of keys such as {{key: value}}, not {shown(value)}"
         case "greater_than_equal":
-            return f"{key} must be {limits['ge']:g} or more, not {shown(value)}"
+            return f"{key} must be {_limit(limits['ge'])} or more, not {shown(value)}"
         case "greater_than":
-            return f"{key} must be above {limits['gt']:g}, not {shown(value)}"
+            return f"{key} must be above {_limit(limits['gt'])}, not {shown(value)}"
         case "less_than_equal":
-            return f"{key} must be {limits['le']:g} or less, not {shown(value)}"
+            return f"{key} must be {_limit(limits['le'])} or less, not {shown(value)}"
         case "less_than":
-            return f"{key} must be below {limits['lt']:g}, not {shown(value)}"
+            return f"{key} must be below {_limit(limits['lt'])}, not {shown(value)}"
         case "literal_error":
             known = re.findall(r"'([^']*)'", limits["expected"])
             hint = did_you_mean([str(value)], known)
@@ -47,6 +47,10 @@ def sentence(key: str, error: Mapping[str, Any]) -> str:
         case "value_error":
             return f"{key} {limits['error']}"
     return f"{key}: {error['msg']}, not {shown(value)}"
+
+
+def _limit(value: float) -> str:
+    return str(int(value) if value == int(value) else value)
 
 
 def shown(value: Any) -> str:

@@ -81,7 +81,8 @@ class GemmaLoRA(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        super().__init__(cfg, trainer)
+        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        super().__init__(nemo_config(escaped(settings)), trainer)  # which resolves it once
         self.automatic_optimization = False  # the micro-batches of a step share one mean over target tokens
         folder = Path(cfg.base_folder)
         found = describe(folder)
@@ -91,7 +92,6 @@ class GemmaLoRA(ModelPT):
                 f"{found['name']} with weights {found['sha256'][:12]}. Pass the right base: model.path=FOLDER"
             )
         torch.manual_seed(cfg.seed)
-        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         self.prompt = Prompt(**settings["prompt"])
         device = (
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
