@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from core.configuration import plain
 from core.errors import UserError
 from core.progress import Progress
+from core.schema import Config
 from core.tasks import part_of
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
@@ -35,7 +35,7 @@ FORMAT = 4  # raise it when the same source would give other rows: existing fold
 DATABASE = "rows.sqlite"
 
 
-def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | None = None) -> Path:
+def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = None) -> Path:
     """Build the data folder `config.data_dir` of `config.task` unless it is up to date.
 
     Args:
@@ -59,8 +59,8 @@ def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | Non
             "source": source.version,
             "tokenizer": LocalFile(tokenizer_file).version if tokenizer_file else None,
         }
-        options = OmegaConf.to_container(config.task.data) | {"source": source.name}  # type: ignore[operator]
-        made_of = [FORMAT, task.name, hashes, options, OmegaConf.to_container(config.task.prompt), task.seed]
+        options = plain(config.task.data) | {"source": source.name}
+        made_of = [FORMAT, task.name, hashes, options, plain(config.task.prompt), task.seed]
         fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         with building(folder, fingerprint) as partial:
             if partial is None:

@@ -42,7 +42,7 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(subprocess.run([*compose, *everything, "down"], cwd=ROOT).returncode)
     if chosen == "gpu":
         gpu_flags(engine)  # or what is missing for it
-    os.environ["SERVED"] = " ".join(words[1:]) or "--default slang"
+    os.environ["SERVED"] = f"tasks={','.join(words[1:])}" if words[1:] else "default=slang"
     for folder in FOLDERS:
         (ROOT / folder).mkdir(exist_ok=True)  # docker would make it root's
     for kind in ("train", "serve"):

@@ -183,13 +183,13 @@ class Supervisor:
         """
         options = self.options
         named = {
-            "--http-port": options.http_port,
-            "--grpc-port": options.grpc_port,
-            "--metrics-port": options.metrics_port,
-            "--door-port": options.door_port,
+            "http_port": options.http_port,
+            "grpc_port": options.grpc_port,
+            "metrics_port": options.metrics_port,
+            "gateway_port": options.door_port,
         }
         if len(set(named.values())) < len(named):
-            raise StartError(f"each needs a port of its own: {', '.join(f'{k} {v}' for k, v in named.items())}")
+            raise StartError(f"each needs a port of its own: {', '.join(f'{k}={v}' for k, v in named.items())}")
         for name, port in named.items():
             with socket.socket() as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -199,7 +199,7 @@ class Supervisor:
                     reason = getattr(error, "strerror", None) or error
                     raise StartError(
                         f"port {port} of {options.host} cannot be had ({reason}). End what has it, or "
-                        f'take another: make serve ARGS="{name} …"'
+                        f"take another: make serve ARGS={name}=PORT"
                     ) from None
 
     def _end_leftovers(self) -> None:

@@ -356,7 +356,7 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
     body = json.dumps(chat(stream=stream, **ENDLESS)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = stack.cancelled()
-    with socket.create_connection(("127.0.0.1", stack.ports["door"])) as connection:
+    with socket.create_connection(("127.0.0.1", stack.ports["gateway"])) as connection:
         connection.sendall(head + body)
         end = time.monotonic() + 30
         while not stack.stats()["running"]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from conftest import needs_task
-from omegaconf import DictConfig
 
 from commands.new_task import main, new_task
 from core import configuration as command_line
 from core.configuration import load_config
 from core.errors import UserError
+from core.schema import TaskConfig
 from data_prep import table_kind
 from data_prep.prepare import prepare
 
@@ -72,10 +72,8 @@ def rows_of(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return prepared
 
 
-def task_of(name: str) -> DictConfig:
-    task = load_config([f"task={name}"]).task
-    assert isinstance(task, DictConfig)
-    return task
+def task_of(name: str) -> TaskConfig:
+    return load_config([f"task={name}"]).task
 
 
 # --- what kind of table ---------------------------------------------------------------------------------------
@@ -309,7 +307,7 @@ def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: p
 def test_what_cannot_be_is_said_in_words(configs: Path, name: str, source: str, message: str) -> None:
     before = {file.name: file.read_bytes() for file in configs.iterdir()}
     with pytest.raises(UserError) as error:
-        main([f"--title={''}", "--", name, source])
+        main([f"name={name}", f"source={source}", "title="])
     assert message in str(error.value)
     assert {file.name: file.read_bytes() for file in configs.iterdir()} == before
 

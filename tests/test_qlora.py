@@ -199,7 +199,7 @@ def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewh
     assert optimizer_here("paged_adamw_32bit", "cpu") == "adamw"
     assert "adamw with 32-bit state" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"sgdw is unknown\. Known: adamw, paged_adamw_32bit"):
-        optimizer_here("sgdw", "cpu")
+        load_config(["task.train.optimizer=sgdw"])
 
 
 @pytest.mark.parametrize("wrong", [{"load_in_4bit": "yes"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}])

@@ -31,7 +31,7 @@ PASSWORD = "correct horse"
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A site with a password that refuses explicit terms."""
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
-    site = Site(tmp_path_factory.mktemp("guarded"), "--triton", nobody, "--clean", WEB_PASSWORD=PASSWORD)
+    site = Site(tmp_path_factory.mktemp("guarded"), f"triton={nobody}", "clean=true", WEB_PASSWORD=PASSWORD)
     yield site.wait()
     site.end()
 
@@ -230,6 +230,6 @@ def test_nothing_that_was_typed_is_logged(site: Site) -> None:
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
-    words = ["--alone", "--port", str(site.port), "--storage", str(tmp_path)]
+    words = ["alone=true", f"port={site.port}", f"storage={tmp_path}"]
     other = subprocess.run([SERVING_PYTHON, "-m", "commands.web", *words], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode == 2 and "port=" in other.stderr and "Traceback" not in other.stderr

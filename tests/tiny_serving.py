@@ -62,7 +62,7 @@ class Stack:
 
     @property
     def door(self) -> str:
-        return f"http://127.0.0.1:{self.ports['door']}"
+        return f"http://127.0.0.1:{self.ports['gateway']}"
 
     def part(self, name: str) -> psutil.Process:
         """The process of the engine, of tritonserver or of the door."""
@@ -152,7 +152,7 @@ def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -
     config = json.loads((patient / "config.json").read_text())
     (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
     write_tiny_folder(scratch / "serve", patient, scratch)
-    with serve(scratch / "serve", "--threads", "1", "--max-tokens-in-cache", str(4 * WINDOW), *options) as stack:
+    with serve(scratch / "serve", "threads=1", f"max_tokens_in_cache={4 * WINDOW}", *options) as stack:
         yield stack
 
 
@@ -161,10 +161,10 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
     """`python -m commands.serve` of a folder, ready to be asked."""
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
-    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
-    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
+    words = [f"{name}_port={port}" for name, port in ports.items()]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "commands.serve", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
+        [SERVING_PYTHON, "-m", "commands.serve", f"folder={folder}", f"max_waiting={QUEUE}", *words, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -179,7 +179,7 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
                 break
         else:
             raise AssertionError(f"the server did not start:\n{said}")
-        wait_for(ports["door"])
+        wait_for(ports["gateway"])
         yield Stack(process, folder, ports)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -37,10 +37,10 @@ class Site:
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
         self.storage, self.log = folder / "kept", folder / "log"
-        folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--storage", str(self.storage)]
+        folders = [f"runs={folder}/runs", f"data={folder}/data", f"storage={self.storage}"]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "commands.web", *["alone=true"] * alone, f"port={self.port}", *folders, *words],
             cwd=ROOT,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
@@ -97,7 +97,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def site(house: Path) -> Iterator[Site]:
     """An open site without a model behind it."""
-    site = Site(house, "--triton", f"127.0.0.1:{free_ports(1)[0]}")
+    site = Site(house, f"triton=127.0.0.1:{free_ports(1)[0]}")
     yield site.wait()
     site.end()
 

@@ -43,7 +43,7 @@ def make_rows(
     Raises:
         UserError: the title is missing, ratings are not numbers in range, or a split has no usable English review.
     """
-    about = task.data.reviews
+    about = task.data.options
     if about is None or not about.title.strip():
         raise UserError('task.data.module=reviews needs the film\'s title: task.data.reviews={title: "My Film"}')
     found = {split: list(rows) for split, rows in sources.items()}
@@ -122,8 +122,7 @@ class PlannedQuestion(NamedTuple):
 
 
 def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
-    about = task.data.reviews
-    assert about is not None
+    about = task.data.options
     answers = AnswerWriter(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text seeds alike on every machine
     given: set[str] = set()
     for kind, wordings, answer, names in _questions(
