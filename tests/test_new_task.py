@@ -169,7 +169,7 @@ def test_reviews_of_another_film(
     new_task("dune", str(write(tmp_path / file, ["Review Text", "Rating"], film_reviews(40))), title)
     data = task_of("dune").data
     assert data.module == "reviews" and data.reviews.title == found
-    assert data.columns.review == ["Review Text"] and data.columns.rating == ["Rating"]
+    assert data.columns == {"review": ["Review Text"], "rating": ["Rating"]}
     out = capsys.readouterr().out
     assert (f"Reviews of {found}, going by the file's name; if that is wrong, give TITLE=..." in out) == (not title)
 
