@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
@@ -19,15 +19,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import Field
 
-from converters.adapter import HUB
-from converters.convert import convert
-from converters.hf import read_json, write_json
-from converters.nemo_file import NemoFile, read_nemo
 from core.arguments import Arguments
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
 from core.run_folder import newest_run
 from core.schema import Config
+
+if TYPE_CHECKING:
+    from converters.nemo_file import NemoFile
 
 TERMS = "https://ai.google.dev/gemma/terms"
 SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
@@ -141,6 +140,9 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
             "HF_TOKEN is not set. Make a token that may write at https://huggingface.co/settings/tokens, "
             "then: export HF_TOKEN=hf_...; or look at what would be sent with DRY_RUN=1"
         )
+    from converters.convert import convert
+    from converters.nemo_file import read_nemo
+
     run_folder = newest_run(config)
     archive = run_folder / f"{config.task.name}.nemo"
     nemo = read_nemo(archive)
@@ -162,9 +164,12 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
 
 
 def write_card(
-    run_folder: Path, trained: dict[str, Any], nemo: NemoFile, folder: Path, repo: str, to: str, dataset: str
+    run_folder: Path, trained: dict[str, Any], nemo: "NemoFile", folder: Path, repo: str, to: str, dataset: str
 ) -> None:
     """`README.md` in `folder`, from what the run measured."""
+    from converters.adapter import HUB
+    from converters.hf import read_json
+
     evaluation, manifest = read_json(run_folder / "evaluation.json"), read_json(run_folder / "data_manifest.json")
     machine, proof = read_json(run_folder / "environment.json"), read_json(folder / "conversion.json")["proof"]
     base = base_on_hub(nemo.base)
@@ -214,6 +219,8 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
     Raises:
         UserError: they are not those of the run.
     """
+    from converters.hf import read_json
+
     trained, manifest = read_json(run_folder / "data_manifest.json"), read_json(data_folder / "manifest.json")
     if trained["splits"] != manifest["splits"]:
         raise UserError(
@@ -242,6 +249,8 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
 
 def name_base(folder: Path, base: str) -> None:
     """Where this machine keeps the base means nothing elsewhere: the adapter names it as the hub does."""
+    from converters.hf import read_json, write_json
+
     file, record = folder / "adapter_config.json", read_json(folder / "conversion.json")
     write_json(file, {**read_json(file), "base_model_name_or_path": base})
     record["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -249,6 +258,8 @@ def name_base(folder: Path, base: str) -> None:
 
 
 def base_on_hub(base: dict[str, str]) -> str:
+    from converters.adapter import HUB
+
     if base["source"].startswith(HUB):
         return base["source"].removeprefix(HUB)
     known = CONFIG_DIR / "model" / f"{Path(base['name']).name}.yaml"

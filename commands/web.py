@@ -20,7 +20,6 @@ import time
 import webbrowser
 from pathlib import Path
 
-import uvicorn
 from pydantic import Field
 
 from core.arguments import Arguments, parse
@@ -49,6 +48,8 @@ class Options(Arguments):
 
 def main(argv: list[str]) -> None:
     given = parse(Options, argv)
+    import uvicorn
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if given.host in ("0.0.0.0", "::") and not given.name:

@@ -97,7 +97,7 @@ def _table(model: type[BaseModel], above: str = "") -> str:
         if section:
             lines.append(_table(section, f"{above}{name}."))
             continue
-        default = "" if field.is_required() or above else f" (default: {default_of(field)})"
+        default = "" if above else f" (default: {default_of(field)})"
         text = f"{field.description or ''}{default}"
         lines.append(f"  {above}{name}  <{type_name(field)}>")
         lines.append(textwrap.indent(textwrap.fill(text, 104), "      "))
@@ -107,7 +107,7 @@ def _table(model: type[BaseModel], above: str = "") -> str:
 def type_name(field: FieldInfo) -> str:
     """The type of a field as a person reads it, with its range: `whole number, 1 or more`, `cpu | gpu`."""
     limits = [
-        said.format(f"{value:g}")
+        said.format(value)
         for limit in field.metadata
         for name, said in (("ge", "{} or more"), ("gt", "above {}"), ("le", "{} or less"), ("lt", "below {}"))
         if (value := getattr(limit, name, None)) is not None
@@ -116,7 +116,9 @@ def type_name(field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """A field's default as it is written on the command line."""
+    """A field's default as it is written on the command line; "required" where it has none."""
+    if field.is_required():
+        return "required"
     default = field.get_default(call_default_factory=True)
     if default is None:
         return "none"

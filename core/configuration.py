@@ -272,7 +272,7 @@ def _check_options(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]
             problems.append(Problem(path, says if is_other else _unknown(path, DataConfig)))
             continue
         try:
-            made[key] = model.model_validate(data[key])
+            made[key] = None if data[key] is None else model.model_validate(data[key])
         except ValidationError as error:
             problems += [_problem(each, model, path) for each in error.errors()]
     return problems, made

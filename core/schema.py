@@ -36,8 +36,8 @@ def _modules(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_as_text)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_given)]
 NonEmpty = Annotated[Text, Field(min_length=1)]
-Question = Annotated[Any, BeforeValidator(_question)]
-Modules = Annotated[Any, BeforeValidator(_modules)]
+Question = Annotated[str | dict[str, Any], BeforeValidator(_question)]
+Modules = Annotated[str | list[str], BeforeValidator(_modules)]
 
 Accelerator = Literal["cpu", "gpu"]
 Optimizer = Literal["adamw", "paged_adamw_32bit"]
@@ -235,7 +235,7 @@ class Config(Section):
     """The whole configuration of a run."""
 
     engine: Literal["lightning", "automodel"] = Field(description="what trains: NeMo on Lightning, or NeMo AutoModel")
-    seed: int = Field(ge=0, lt=2**32, description="of everything that is random")
+    seed: int = Field(ge=0, le=2**32 - 1, description="of everything that is random")
     data_dir: NonEmpty = Field(description="folder of the prepared data")
     runs_dir: NonEmpty = Field(description="folder of all runs")
     experiment_name: Text = Field(description="part of the run folder's name")

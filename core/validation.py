@@ -33,13 +33,13 @@ def sentence(key: str, error: Mapping[str, Any]) -> str:
         case "dict_type" | "model_type":
             return f"{key} must be a section of keys such as {{key: value}}, not {shown(value)}"
         case "greater_than_equal":
-            return f"{key} must be {limits['ge']:g} or more, not {shown(value)}"
+            return f"{key} must be {limits['ge']} or more, not {shown(value)}"
         case "greater_than":
-            return f"{key} must be above {limits['gt']:g}, not {shown(value)}"
+            return f"{key} must be above {limits['gt']}, not {shown(value)}"
         case "less_than_equal":
-            return f"{key} must be {limits['le']:g} or less, not {shown(value)}"
+            return f"{key} must be {limits['le']} or less, not {shown(value)}"
         case "less_than":
-            return f"{key} must be below {limits['lt']:g}, not {shown(value)}"
+            return f"{key} must be below {limits['lt']}, not {shown(value)}"
         case "literal_error":
             known = re.findall(r"'([^']*)'", limits["expected"])
             hint = did_you_mean([str(value)], known)

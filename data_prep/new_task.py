@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from core import configuration
-from core.configuration import load_config, names
+from core.configuration import escaped, load_config, names
 from core.errors import UserError
 from core.tasks import folders
 from data_prep.clean_text import key_of
@@ -130,7 +130,7 @@ def _text(value: str) -> str:
     """YAML for this text, whatever it contains; quoted if YAML would not read it as text."""
     if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in KEYWORDS:
         return value
-    value = value.replace("${", "$ {")  # which OmegaConf would take for the name of another key
+    value = escaped(value)  # "${" would be the name of another key
     if '"' in value and not set(value) & set("'\\\n"):
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False)

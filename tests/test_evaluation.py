@@ -222,7 +222,7 @@ def test_a_stopped_call_goes_on_where_it_was(finished: Run, words: list[str], mo
     asked.clear()
     generate(finished, config, questions)
     assert not asked
-    config.task.generate.temperature = 0.1  # other answers
+    config = load_config([*words, "task.generate.temperature=0.1"])  # other answers
     generate(finished, config, questions[:1])
     assert len(asked) == 4
     file.write_text(whole)

@@ -21,6 +21,7 @@ from data_prep.prepare import prepare
 
 pytest.importorskip("tasks.reviews.rows")
 from tasks.reviews.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
+from tasks.reviews.options import Options
 from tasks.reviews.rows import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,8 +326,10 @@ def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
     rows = [(str(n % 5 + 1), text) for n, text in enumerate(FILM)]
     source = write_reviews(tmp_path / "a.csv", rows, ("stars", "comment"))
     config = config_for(tmp_path / "data", source, "split.validation=0.25", "split.test=0.25")
-    config.task.data.reviews = {"title": "The Paper Fox", "aspects": {"animation": ["animation", "animated"]}}
-    folder = prepare(config, None)
+    about = Options(title="The Paper Fox", aspects={"animation": ["animation", "animated"]})
+    data = config.task.data.model_copy(update={"reviews": about})
+    task = config.task.model_copy(update={"data": data})
+    folder = prepare(config.model_copy(update={"task": task}), None)
     check_rows(folder, {number: clean(text)[0] for number, text in enumerate(FILM, 1)})
     rows = [row for split in read_all(folder).values() for row in split]
     said = "\n".join(row["input"] + row["output"] for row in rows)

@@ -200,7 +200,7 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["gpus=8,x"], "gpus is a whole number above 0"),
+        (["gpus=8,x"], "gpus must be a whole number, not 'x'"),
         (["gpus=12"], "gpus=12 is no multiple of per_node=8"),
         (["gpu=B9000"], "Known: H100"),
         (["gpus=512", "step_tokens=1024"], "less than a row of 512"),
