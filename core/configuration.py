@@ -60,8 +60,6 @@ def load_config(argv: Sequence[str], options: type[Options]) -> tuple[Config, Op
 def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) -> Config | tuple[Config, Options]:
     """The configuration that `argv` asks for, checked and with every reference resolved.
 
-    Tasks outside this repository bring their files in the `nemo_configs` beside their `tasks` folder.
-
     `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
 
     Args:

@@ -8,8 +8,8 @@ A stage asks for the part that it knows by name and does without it where a task
     tasks/<name>/page.py       PAGE, a page of the website, see serving/web/page.py
     tasks/<name>/new_task.py   which tables `make new-task` gives to it, see data_prep/new_task.py
 
-A task's YAML names the first two, in `task.data.module` and `task.evaluate.metrics`; several tasks may name the same
-folder. Nothing lists the folders: to delete one, with the YAML files that name it, is to delete the task.
+A task's YAML names the folder in `task.data.module` (rows, options) and `task.evaluate.metrics`; several tasks may name
+the same one. Nothing lists the folders: to delete one, with the YAML files that name it, is to delete the task.
 
 `tasks` is a namespace package: a folder `tasks/` anywhere on Python's path adds to it, so a task may live outside this
 repository. Its YAML then lies beside that folder, in `nemo_configs/task/`.

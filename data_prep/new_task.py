@@ -1,4 +1,4 @@
-"""A starter for a task of the user's own, from a profile of the table.
+"""Writes the YAML file of a new task from a profile of the user's table.
 
 `nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; it is made from the
 template `new_task.yaml.j2`.
@@ -31,39 +31,37 @@ from data_prep.split import hash_of, ranges, seed_that_fills
 from data_prep.table_kind import RATINGS, TableKind, called, field_of, kind_of
 from data_prep.task import Task
 
-FEWEST = 10  # rows, of which some can be held out
-FEW = 200  # rows, of which a tenth is too little to measure with
-WORDS = ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")  # that are more than text in YAML
+FEWEST = 10  # rows, so that some can be held out
+FEW = 200  # rows; of fewer, a tenth is too little to measure with
+KEYWORDS = ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")  # of YAML, which are not read as text
 
 
 def new_task(name: str, source_text: str, title: str = "") -> Path:
-    """Write `nemo_configs/task/<name>.yaml` for a table, and print what was seen and decided.
+    """Write `nemo_configs/task/<name>.yaml` for a table, and print its profile and what was decided.
 
     Args:
         source_text: as `SOURCE`, see `sources.py`.
-        title: what the reviews are of, where the table holds reviews.
+        title: what the rows are about, for tasks that ask for it, such as the film that was reviewed.
 
     Raises:
-        UserError: a name that cannot be one or is taken, a source that cannot be read or is of no use.
+        UserError: the name is invalid or taken, or the source cannot be read or holds nothing to learn.
     """
     file = configuration.CONFIG_DIR / "task" / f"{name}.yaml"
     if not name:
-        raise UserError("what is the task to be called? Give it a name, such as NAME=films")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in WORDS:
+        raise UserError("the new task needs a name, such as NAME=films")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in KEYWORDS:
         raise UserError(f"a task cannot be called '{name}'. Use letters, digits and _, such as NAME=films")
     if name in names("task"):
         raise UserError(f"there is a task {name} already, in {file}. Give another NAME, or delete that file")
     if not source_text:
-        raise UserError("of which table? Give it as SOURCE=reviews.csv")
+        raise UserError("the new task needs a table, such as SOURCE=reviews.csv")
     source = find_source(source_text)
     profile = profile_table(source)
     console = plain_console()
     show_profile(profile, source, console)
     if profile.rows < FEWEST:
         rows = f"{profile.rows} row{'s' * (profile.rows != 1)}"
-        raise UserError(
-            f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and measure with the rest"
-        )
+        raise UserError(f"{source} has {rows}; at least {FEWEST} are needed for training and evaluation")
     kind = kind_of(profile, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
@@ -76,7 +74,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
         file.unlink()
         raise
     console.print(
-        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
+        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Next, "
         f"look at the rows:\n\n  make data TASK={name}",
         soft_wrap=True,
     )
@@ -89,14 +87,14 @@ def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> st
     places = {key_of(cell): place for place, cell in reversed(list(enumerate(key.cells))) if cell}
     if len(places) < FEWEST:
         raise UserError(
-            f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
+            f"only {len(places)} of the rows differ in '{key.header}', which identifies a row; at least "
             f"{FEWEST} are needed"
         )
     shares = (0.1, 0.1) if len(places) >= FEW else (0.2, 0.2)
     seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and profile.is_whole else 0
     first, end = ranges(*shares)["test"]
     held_out = next((place for text, place in places.items() if first <= hash_of(text, seed) < end), 0)
-    # Long rows are not left out unseen: limits that all but one in a hundred of them keep.
+    # Limits that all but one row in a hundred keep, so that long rows are not dropped unnoticed.
     lengths = sorted(map(len, map("".join, zip(*(column.cells for column in used), strict=True))))
     characters = lengths[int(0.99 * len(lengths))]
     tokens = int((characters + len(kind.instruction)) / 3) + 30
@@ -129,8 +127,8 @@ def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> st
 
 
 def _text(value: str) -> str:
-    """YAML for this text, whatever is in it: in quotes where a plain word could be taken for more."""
-    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in WORDS:
+    """YAML for this text, whatever it contains; quoted if YAML would not read it as text."""
+    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in KEYWORDS:
         return value
     value = escaped(value)  # "${" would be the name of another key
     if '"' in value and not set(value) & set("'\\\n"):

@@ -1,4 +1,4 @@
-"""What is in a table that nobody has described yet: its form, and of each column how full, how varied and how long."""
+"""Profiles a table that nobody has described yet: its format, and how full, varied and long each column is."""
 
 import re
 from collections import Counter
@@ -14,9 +14,9 @@ from data_prep.clean_text import clean
 from data_prep.read_table import plain_header
 from data_prep.sources import Source, open_source
 
-ROWS = 20_000  # looked at: enough for every figure here, and done in seconds
-FEW = 30  # different values, of a column that sorts rows rather than says something
-# Words of a header whose cells are about a row and not what it says.
+ROWS = 20_000  # profiled: enough for every figure here, and done in seconds
+FEW = 30  # distinct values at most, of a column of labels
+# Words in the headers of columns that identify or locate a row rather than describe it.
 ABOUT = {"id", "ids", "uid", "uuid", "index", "no", "nr", "url", "link", "date", "time", "timestamp", "unnamed"}
 
 
@@ -25,8 +25,8 @@ class Column:
     """A column.
 
     Attributes:
-        header: as it stands in the file.
-        cells: cleaned, "" where there is nothing.
+        header: as written in the file.
+        cells: cleaned text, "" if empty.
     """
 
     header: str
@@ -46,7 +46,7 @@ class Column:
 
     @cached_property
     def mean_length(self) -> float:
-        """Characters of a cell that is not empty."""
+        """Mean number of characters of the cells that are not empty."""
         return sum(map(len, self.filled)) / max(len(self.filled), 1)
 
     @cached_property
@@ -71,13 +71,13 @@ class Column:
 
 @dataclass
 class TableProfile:
-    """What was seen of a table.
+    """The profile of a table.
 
     Attributes:
         form: see `read_table.Table`.
-        rows: those that could be read, of the first `ROWS`.
-        unreadable: the reasons of those that could not, counted.
-        is_whole: whether these are all.
+        rows: how many of the first `ROWS` could be read.
+        unreadable: why the others could not, counted.
+        is_whole: whether the table has no more rows.
     """
 
     form: str
@@ -110,7 +110,7 @@ def profile_table(source: Source) -> TableProfile:
 
 
 def show_profile(profile: TableProfile, source: Source, console: Console) -> None:
-    """Print it, a line a column."""
+    """Print the profile, one line per column."""
     some = "" if profile.is_whole else "the first "
     encoding = profile.encoding and f", {profile.encoding.removesuffix('-sig').upper()}"
     console.print(f"{source}: {profile.form}{encoding}, {some}{profile.rows:,} rows\n")

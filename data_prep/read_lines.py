@@ -1,6 +1,6 @@
-"""From a text file to records: numbered lines that can be given back, CSV records, JSON objects.
+"""Reads records from a text file: numbered lines that can be pushed back, CSV records, JSON objects.
 
-A CSV line that cannot be read costs that one record, with a reason.
+A CSV line that cannot be read loses only that record, with a reason.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 from core.errors import UserError
 from data_prep.clean_text import clean
 
-MAX_LINE = 1_000_000  # characters; a longer line is no row, and must not fill the memory
+MAX_LINE = 1_000_000  # characters; a longer line is not a row, and must not fill the memory
 OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
 TOO_LONG = "a line or cell too long to read"

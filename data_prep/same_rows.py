@@ -1,4 +1,4 @@
-"""Rows that say the same: made one where they are of one key, kept out of two splits where they are near-duplicates."""
+"""Merges rows with the same key and meaning, and keeps near-duplicates out of different splits."""
 
 from collections.abc import Iterable
 
@@ -13,10 +13,10 @@ NEAR = "near-duplicate of a held-out row"
 
 
 def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
-    """One row per key: the first, with its gaps filled from those that say the same; how many went into others.
+    """Keep one row per key: the first, its gaps filled from rows that say the same. Returns how many were merged.
 
-    A row which gives the key another meaning is dropped, as its example and context are about that one. Where a task
-    requires nothing but the key, as dialogues do, unlike rows of one key stay; all are in one split.
+    A row that gives the key another meaning is dropped, as its example and context belong to that meaning. Where a task
+    requires only the key, as dialogues do, different rows of one key are kept; all are in one split.
     """
     other = f"repeated {task.data.key}, another {' or '.join(task.data.required[1:])}"
     places, merged, seen = task.meaning, 0, 0
@@ -45,7 +45,7 @@ def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
 
 
 def part_near_duplicates(task: Task, store: RowStore) -> None:
-    """Held-out wins: training rows near a held-out one, and validation rows near a test one, are dropped."""
+    """Drop training rows near a held-out row, and validation rows near a test row."""
     places = task.meaning
 
     def wordings(entries: Iterable[StoredRow]) -> dict[int, Wording]:

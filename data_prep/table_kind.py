@@ -28,16 +28,16 @@ RATINGS = ("rating", "stars", "score", "rate", "grade")
 
 @dataclass
 class TableKind:
-    """What a table can teach, as the keys of a task.
+    """What a model can learn from a table, as the keys of a task.
 
     Attributes:
-        about: in a sentence, for people.
-        columns: the columns that are used, by their field.
-        given: of these, the fields of the instruction.
-        base: a task in task/ which this one is like in all else; "" for a task of its own.
-        template: of the task's file; "films/new_task.yaml.j2" lies in tasks/films/.
-        values: what that template is given besides.
-        is_guess: the headers do not say what is asked and what is answered.
+        about: a sentence for people.
+        columns: the columns in use, by field.
+        given: the fields that the instruction contains.
+        base: a task in task/ whose other settings this one inherits; "" for none.
+        template: the template of the YAML file; "films/new_task.yaml.j2" lies in tasks/films/.
+        values: further variables for that template.
+        is_guess: the headers do not tell questions from answers.
     """
 
     about: str
@@ -89,32 +89,34 @@ def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
     if pair := _two(called(TERMS, texts), called(DEFINITIONS, texts)):
         term, definition = map(field_of, pair)
         examples = [column for column in called(EXAMPLES, texts) if column not in pair][:1]
-        kind = _pair("Terms and what they mean.", profile, [pair[0]], [pair[1], *examples])
+        kind = _pair("Terms and their definitions.", profile, [pair[0]], [pair[1], *examples])
         kind.instruction = f'What does "{{{term}}}" mean?'
         kind.response = "\n".join([f"{{{definition}}}", *(f"Example: {{{field_of(column)}}}" for column in examples)])
         return kind
     longest = max(texts, key=lambda column: column.mean_length)
     labels = [column for column in called(LABELS, texts) if column.holds == "labels" and column is not longest]
     if labels:
-        kind = _pair("Texts and their labels: to give a text its label is learned.", profile, [longest], labels[:1])
+        kind = _pair("Texts and their labels: the model learns to label a text.", profile, [longest], labels[:1])
         known = ", ".join(sorted(set(labels[0].filled)))
         kind.instruction = f"Which {labels[0].header.lower()} fits this text: {known}?\n{{{field_of(longest)}}}"
         return kind
     if len(texts) == 1:
-        kind = _pair(f"One column of text: to write another {longest.header.lower()} is learned.", profile, [], texts)
+        kind = _pair(
+            f"One column of text: the model learns to write another {longest.header.lower()}.", profile, [], texts
+        )
         kind.instruction = f"Write a new {longest.header.lower()}."
         kind.is_guess = True
         return kind
     first, second = texts[:2]
     about = (
-        f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
-        f"'{second.header}' for the answer."
+        f"The headers do not tell questions from answers: '{first.header}' is taken as the question, "
+        f"'{second.header}' as the answer."
     )
     return replace(_pair(about, profile, [first], [second]), is_guess=True)
 
 
 def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:
-    """The columns whose header is, or has among its words, one of `wanted`; the best first."""
+    """The columns whose header is, or contains as a word, one of `wanted`; best first."""
     ranked = []
     for place, column in enumerate(columns):
         ranks = [rank for rank, word in enumerate(wanted) if word in column.words]
@@ -128,9 +130,9 @@ def _two(first: Sequence[Column], second: Sequence[Column]) -> tuple[Column, Col
 
 
 def _pair(about: str, profile: TableProfile, given: list[Column], learned: list[Column]) -> TableKind:
-    """The columns `given` make the instruction, `learned` the response; the first of each stands in every row."""
+    """`given` columns form the instruction, `learned` ones the response; the first of each is required in every row."""
     varied = [max(columns, key=lambda column: column.different) for columns in (given, learned) if columns]
-    # A row is known by what is asked, unless the same is asked again and again.
+    # The question is the key of a row, unless the same question is asked again and again.
     key = varied[0] if varied[0].different >= profile.rows / 2 else max(varied, key=lambda column: column.different)
     return TableKind(
         about,
@@ -144,6 +146,6 @@ def _pair(about: str, profile: TableProfile, given: list[Column], learned: list[
 
 
 def field_of(column: Column) -> str:
-    """The name by which templates know a column: `Sample Question` → `sample_question`."""
+    """The name of a column in templates: `Sample Question` → `sample_question`."""
     name = plain_header(column.header).replace(" ", "_")
     return f"the_{name}" if name in RESERVED or name[0].isdigit() else name

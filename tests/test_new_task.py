@@ -144,7 +144,7 @@ def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: py
     )
     row = rows_of("recipes")
     assert (row["input"], row["output"]) == (row["dish_name"], row["how_to"])
-    assert "'Dish (name)' is taken for what is asked, 'How to' for the answer" in capsys.readouterr().out
+    assert "'Dish (name)' is taken as the question, 'How to' as the answer" in capsys.readouterr().out
 
 
 def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
@@ -169,9 +169,9 @@ def test_reviews_of_another_film(
     new_task("dune", str(write(tmp_path / file, ["Review Text", "Rating"], film_reviews(40))), title)
     data = task_of("dune").data
     assert data.module == "reviews" and data.options.title == found
-    assert data.columns["review"] == ["Review Text"] and data.columns["rating"] == ["Rating"]
+    assert data.columns == {"review": ["Review Text"], "rating": ["Rating"]}
     out = capsys.readouterr().out
-    assert (f"Reviews of {found}, as the file's name has it; or give TITLE=..." in out) == (not title)
+    assert (f"Reviews of {found}, going by the file's name; if that is wrong, give TITLE=..." in out) == (not title)
 
 
 @needs_task("squid_game")
@@ -297,8 +297,8 @@ def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: p
         ("my-films", "a.csv", "a task cannot be called 'my-films'. Use letters, digits and _"),
         ("../films", "a.csv", "a task cannot be called '../films'"),
         ("null", "a.csv", "a task cannot be called 'null'"),
-        ("", "a.csv", "what is the task to be called? Give it a name, such as NAME=films"),
-        ("films", "", "of which table? Give it as SOURCE=reviews.csv"),
+        ("", "a.csv", "the new task needs a name, such as NAME=films"),
+        ("films", "", "the new task needs a table, such as SOURCE=reviews.csv"),
         ("films", "/no/such.csv", "no such file: /no/such.csv"),
         ("films", "/", "/ is a folder; name a CSV, TSV, JSONL or Parquet file in it"),
         ("films", "hf:films", "Write hf:OWNER/NAME"),

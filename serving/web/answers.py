@@ -1,12 +1,12 @@
-"""POST /api/answer: a question in, the model's answer out as server-sent events, the base model's beside it if wanted.
+"""POST /api/answer: streams the model's answer to a question as server-sent events, and the base model's on request.
 
 Events, each with a JSON object:
-    part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   fields: where answers have parts
-    waiting  {"seconds": n}                                   nothing came for a while; it is being waited for
+    part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   of labelled responses
+    waiting  {"seconds": n}                                   nothing has arrived for a while; still waiting
     done     {"side", "finish_reason", "tokens", "seconds", "forgotten", and what the page of its task adds}
              forgotten: how many of the oldest exchanges did not fit in the model's window and were left out
-    error    {"side", "message", "kind"}                      in words for a visitor; the other side goes on
-A stream that ends without `done` or `error` of a side was cut. Closing the connection cancels in the engine.
+    error    {"side", "message", "kind"}                      a sentence for the visitor; the other side goes on
+A stream that ends without `done` or `error` for a side was cut off. Closing the connection cancels the generation.
 """
 
 import asyncio
@@ -36,17 +36,17 @@ from serving.client import (
 from serving.web.page import Page
 from serving.web.settings import Settings
 
-WAITING = 3.0  # seconds of silence after which a visitor is told that it goes on
-LONGEST_TERM = 6  # words, of the lists behind mask_explicit
+WAITING = 3.0  # seconds of silence after which the visitor is told that the model is still at work
+LONGEST_TERM = 6  # words, in the lists that mask_explicit uses
 SAYS = {
     Busy: "Many people are asking right now. Try again in a few seconds.",
-    Unavailable: "The model is not there at the moment: it is starting, or has just stopped. "
+    Unavailable: "The model is not available at the moment: it is starting, or has just stopped. "
     "What you typed is kept; try again in a few seconds.",
     UnknownAdapter: "This model is not being served at the moment. Choose another one.",
     DeadlineExceeded: "The model took too long to answer. Try again, or ask for less.",
-    TooLong: "This is more than the model can read at once. Make it shorter.",
+    TooLong: "This is more text than the model can read at once. Please shorten it.",
     InvalidRequest: "The model cannot take this: ",
-    ServingError: "Something went wrong on our side. It has been noted; try again.",
+    ServingError: "Something went wrong on our side and has been logged. Please try again.",
 }
 router = APIRouter()
 log = logging.getLogger(__name__)
@@ -59,11 +59,11 @@ class VisitorMessage(BaseModel):
 
 
 class AnswerRequest(BaseModel):
-    """What is asked of an adapter: values of its prompt's fields, or a dialogue, which the base alone may be asked too.
+    """A question to an adapter: values for its prompt's fields, or a dialogue, which can go to the base model, too.
 
     Attributes:
-        seed, temperature: with the same adapter and texts they give the same answer again.
-        compare: ask the base model the same.
+        seed, temperature: the same values with the same adapter and texts give the same answer.
+        compare: ask the base model as well.
     """
 
     adapter: str | None = Field(max_length=64)
@@ -177,19 +177,19 @@ def _ask(client: AsyncClient, question: AnswerRequest, base: bool) -> AsyncStrea
 
 
 class _Shown:
-    """What a visitor sees of a text that is still growing. With `clean`, explicit terms masked.
+    """The part of a growing text that a visitor sees. With `clean`, explicit terms are masked.
 
-    Then the last words are held back until it is known whether they are part of such a term.
+    The last words are then held back until it is clear whether they are part of such a term.
 
     Attributes:
-        text: all that has been shown.
+        text: everything shown so far.
     """
 
     def __init__(self, clean: bool) -> None:
         self._clean, self._whole, self.text = clean, "", ""
 
     def add(self, part: str) -> str:
-        """The text that is new to the visitor; "" while it is held back."""
+        """The newly visible text; "" while it is held back."""
         self._whole += part
         if not self._clean:
             return self._show(self._whole)

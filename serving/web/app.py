@@ -36,7 +36,7 @@ RATES = {
     "/api/answer": Rate(per_minute=30, burst=15),
     "/sign-in": Rate(per_minute=6, burst=5),
 }
-WATCH = 2  # seconds between two looks at what is served
+WATCH = 2  # seconds between two checks of what is served
 log = logging.getLogger("serving.web")
 
 
@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
         for found in pages:
             if found.page.start:
                 await asyncio.to_thread(found.page.start, settings)
-        # Not there now is shown at once, not after a long patience: a visitor has a button to try again.
+        # An absent model is reported at once rather than after long retries: visitors have a button to try again.
         async with AsyncClient(settings.triton, first_token_deadline=45, token_deadline=10, retry_for=3) as client:
             app.state.client, app.state.served = client, None
             watch = asyncio.create_task(_watch(app))
@@ -170,15 +170,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        # FastAPI's own answer repeats what was sent; this names only where it is wrong.
+        # FastAPI's own response repeats the input; this one only says where it is wrong.
         found = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()[:3]]
-        return JSONResponse({"detail": "This request is not as it should be. " + "; ".join(found)}, 422)
+        return JSONResponse({"detail": "This request is malformed. " + "; ".join(found)}, 422)
 
     return app
 
 
 async def _watch(app: FastAPI) -> None:
-    """Keeps `app.state.served` at what Triton serves, None while it is not ready, so that no page waits for it."""
+    """Keep `app.state.served` equal to what Triton serves, None while it is not ready, so that no page waits for it."""
     while True:
         client: AsyncClient = app.state.client
         try:
@@ -190,12 +190,12 @@ async def _watch(app: FastAPI) -> None:
 
 
 def _own_path(path: str) -> str:
-    """`path` if it is one of this site, else its front page: nobody is sent elsewhere after the password."""
+    """`path` if it is on this site, else the front page: signing in never redirects to another site."""
     return path if path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() else "/"
 
 
 class RequestLog:
-    """One line a request: never what was asked, so neither body nor query."""
+    """Logs one line per request, without body and query, so never what was asked."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

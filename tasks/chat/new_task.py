@@ -11,5 +11,5 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
     found = called(HEADERS, [column for column in profile.columns if column.holds == "dialogues"])
     if title or not found:
         return None
-    about = "Dialogues: what the model says in them is learned."
+    about = "Dialogues: the assistant's turns are learned."
     return TableKind(about, {"messages": found[0]}, key="messages", base="chat")

@@ -1,7 +1,7 @@
-"""The reviews behind an answer, from what `make data` left in data/<task>: knowledge.json and the rows' metadata.
+"""Finds the reviews behind an answer in what `make data` wrote to data/<task>: knowledge.json and the rows' metadata.
 
-Nothing is guessed: an aspect is shown where the question, or else the answer, names it by the words that reviews were
-read with, and a quote of the answer is looked for, word for word, among those that the rows and knowledge.json hold.
+Nothing is guessed: an aspect is shown if the question, or else the answer, names it with one of the words that reviews
+were read with, and quotes in the answer are looked up word for word among those of the rows and knowledge.json.
 """
 
 import json
@@ -25,7 +25,7 @@ Text = Annotated[str, StringConstraints(max_length=8000)]
 
 
 class ReviewIndex:
-    """What is known of a film's reviews.
+    """The reviews of a film, by aspect and by quote.
 
     Args:
         folder: data/<task>, with knowledge.json and the splits.
@@ -36,20 +36,20 @@ class ReviewIndex:
         self.knowledge: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
         self._words = AspectWords(film["title"], film.get("aspects") or {})
         self._aspects = {aspect["name"]: aspect for aspect in self.knowledge["aspects"]}
-        self._behind: dict[str, set[int]] = {}  # aspect → the reviews that rows about it rest on
-        self._said_in: dict[str, set[int]] = {}  # words of a quote → the reviews that it can be of
+        self._behind: dict[str, set[int]] = {}  # aspect → the reviews that rows about it are based on
+        self._said_in: dict[str, set[int]] = {}  # words of a quote → the reviews it may be from
         for row in _rows(folder):
             if row["aspect"]:
                 self._behind.setdefault(row["aspect"], set()).update(row["reviews"])
             for quote in QUOTE.findall(row["output"]):
-                # A row names the reviews of all its quotes; what all rows with this one have in common is its own.
+                # A row lists the reviews of all its quotes; those common to all rows with this quote are its own.
                 candidates = self._said_in.setdefault(_plain(quote), set(row["quoted"]))
                 candidates &= set(row["quoted"])
         for known in self._known_quotes():
             self._said_in[_plain(known["quote"])] = {known["review"]}
 
     def behind(self, question: str, answer: str) -> dict[str, Any]:
-        """What to show beside `answer`: aspects with their counts, reviews and quotes, and its own quotes looked up."""
+        """What to show beside `answer`: aspects with counts, reviews and quotes, and the sources of its own quotes."""
         asked = self._aspects_in(question)
         aspects = asked or self._aspects_in(QUOTE.sub(" ", answer))
         return {
@@ -90,12 +90,12 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(quote: str) -> str:
-    """Without signs and capitals: a model may set them otherwise."""
+    """Without punctuation and capitals, in which a model may differ."""
     return " ".join(WORD.findall(quote.casefold().replace("’", "'")))
 
 
 def reviews_of(data: Path, task: str) -> ReviewIndex | None:
-    """What `make data` found for `task`, read anew when it was made anew; None where it has not been made."""
+    """The reviews that `make data` prepared for `task`, reread when they change; None if they are not there."""
     file = data / task / "knowledge.json"
     try:
         return _read(file, file.stat().st_mtime_ns, task)

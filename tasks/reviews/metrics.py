@@ -1,4 +1,4 @@
-"""What a review chatbot has to do: say what the reviews say, as they say it, and nothing else."""
+"""Metrics of a review chatbot: whether it says what the reviews say, and nothing else."""
 
 import re
 from typing import Any
@@ -81,7 +81,7 @@ def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
 
 
 def _texts(tree: Any) -> list[str]:
-    """Every text and number in a JSON tree."""
+    """All texts and numbers in a JSON tree."""
     if isinstance(tree, dict):
         return [text for value in tree.values() for text in _texts(value)]
     if isinstance(tree, list):

@@ -30,7 +30,11 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
     guess = " ".join(word for word in plain_header(Path(file_name).stem).split() if word not in NOT_A_TITLE).title()
     if not title and not guess:
         raise UserError(f'{file_name} holds reviews. Say what they are of: TITLE="…"')
-    about = f"Reviews of {title}." if title else f"Reviews of {guess}, as the file's name has it; or give TITLE=..."
+    about = (
+        f"Reviews of {title}."
+        if title
+        else f"Reviews of {guess}, going by the file's name; if that is wrong, give TITLE=..."
+    )
     columns = {"review": max(texts, key=lambda column: column.mean_length)}
     others = [column for column in profile.columns if column is not columns["review"]]
     for name, wanted, holds in (("rating", RATINGS, ("numbers", "labels")), ("title", HEADLINES, ("text", "labels"))):

@@ -1,6 +1,6 @@
-"""What a chatbot answers about a film: counted facts and exact quotes of its reviews in whole sentences, nothing else.
+"""Writes answers about a film: counted facts and exact quotes from its reviews in whole sentences, nothing else.
 
-Quotes stand in “curly marks”, which cleaned reviews do not have, so that each can be found again word for word.
+Quotes are in “curly quotes”, which cleaned reviews do not contain, so that each can be looked up word for word.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from tasks.reviews.knowledge import STRONG, Aspect, Knowledge, Opinion
 
-MOSTLY = 0.7  # the share from which viewers "mostly" say something
+MOSTLY = 0.7  # share of viewers from which they "mostly" say something
 _AUDIENCE = re.compile(
     r"\bif you(?:'re| are| like| love| enjoy| want| can)\b|\b(?:fans|lovers) of\b|\bnot for\b|\brecommend"
     r"|\bfor (?:anyone|everyone|those|people|someone) (?:who|that|looking)\b",
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class ReviewAnswer(NamedTuple):
-    """Attributes: `reviews`, the rows of the source behind it, counted or quoted; `quoted`, those quoted."""
+    """An answer. `reviews`: the source rows that it counts or quotes; `quoted`: those that it quotes."""
 
     text: str
     reviews: list[int]
@@ -36,7 +36,7 @@ class AnswerWriter:
 
     Args:
         noun: what the film is, such as "film" or "series".
-        chance: decides wordings and quotes; the same state gives the same answers.
+        chance: chooses wordings and quotes; the same state gives the same answers.
     """
 
     def __init__(self, knowledge: Knowledge, noun: str, chance: Random) -> None:

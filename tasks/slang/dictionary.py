@@ -1,4 +1,4 @@
-"""The slang that visitors kept: an SQLite file, a search, thumbs, and a CSV that `make data TASK=slang SOURCE=…` takes.
+"""Slang that visitors kept: an SQLite file with search and votes, and a CSV that `make data TASK=slang SOURCE=…` takes.
 
     python -m tasks.slang.dictionary kept.csv      what all visitors kept and did not vote down, as training rows
 
@@ -41,7 +41,7 @@ create table if not exists entry (
     thumb integer not null default 0, unique (visitor, slang, description, example, context));
 create table if not exists key (signs blob not null);
 """
-_RISKY = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+_RISKY = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins with one of these for a formula
 router = APIRouter()
 
 
@@ -77,12 +77,12 @@ class Dictionary:
             database.close()
 
     def token_of(self, entry: DictionaryEntry) -> str:
-        """What lets a visitor keep `entry`: its text, signed."""
+        """The token that lets a visitor keep `entry`: its text, signed."""
         text = json.dumps(asdict(entry)).encode()
         return base64.urlsafe_b64encode(hmac.digest(self.key, text, sha256) + text).decode()
 
     def entry_of(self, token: str) -> DictionaryEntry:
-        """The entry of a token of this site. Raises ValueError: it is none."""
+        """The entry in a token. Raises ValueError if this site did not sign it."""
         try:
             raw = base64.urlsafe_b64decode(token)
         except (binascii.Error, ValueError):
@@ -93,7 +93,7 @@ class Dictionary:
         return DictionaryEntry(**json.loads(text))
 
     def keep(self, visitor: str, entry: DictionaryEntry, thumb: int) -> int:
-        """The entry's number; one that is there already gets the thumb. OverflowError: no room."""
+        """Store an entry, or the thumb of an existing one; return its number. Raises OverflowError if full."""
         with self._open() as database:
             mine, all_of_them = (
                 database.execute(f"select count(*) from entry {where}", values).fetchone()[0]
@@ -108,7 +108,7 @@ class Dictionary:
             ).fetchone()[0]
 
     def find(self, visitor: str, words: str = "") -> list[dict[str, Any]]:
-        """The visitor's entries that hold each of `words`, the newest first."""
+        """The visitor's entries that contain all of `words`, newest first."""
         query = "select id, kept, slang, description, example, context, thumb from entry where visitor = ?"
         values = [visitor]
         for word in words.split()[:8]:
@@ -118,7 +118,7 @@ class Dictionary:
             return [dict(row) for row in database.execute(f"{query} order by id desc", values)]
 
     def vote(self, visitor: str, number: int, thumb: int) -> bool:
-        """Whether there is such an entry."""
+        """Set an entry's thumb. Returns whether the visitor has such an entry."""
         with self._open() as database:
             done = database.execute("update entry set thumb = ? where id = ? and visitor = ?", (thumb, number, visitor))
             return done.rowcount > 0
@@ -128,7 +128,7 @@ class Dictionary:
             return database.execute("delete from entry where id = ? and visitor = ?", (number, visitor)).rowcount > 0
 
     def rows(self, visitor: str | None = None) -> list[DictionaryEntry]:
-        """What may be learned from: kept and not voted down, each once, oldest first. Of all visitors where None."""
+        """Distinct entries that were kept and not voted down, oldest first; of all visitors if `visitor` is None."""
         with self._open() as database:
             found = database.execute(
                 "select slang, description, example, context from entry "
@@ -140,7 +140,7 @@ class Dictionary:
 
 
 def csv_of(entries: Iterable[DictionaryEntry]) -> str:
-    """The rows as CSV. A cell that a spreadsheet would run as a formula begins with an apostrophe."""
+    """The entries as CSV. Cells that a spreadsheet would run as formulas are prefixed with an apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -154,13 +154,13 @@ COOKIE, YEAR = "visitor", 365 * 24 * 3600
 
 
 def visitor(request: Request) -> str:
-    """Who asks, if they kept something before; "" otherwise."""
+    """The visitor's cookie, which they have if they kept something before; else ""."""
     name = cookie_of(request.scope, COOKIE)
     return name if len(name) == 32 and name.isalnum() else ""
 
 
 def new_visitor(request: Request, response: Response) -> str:
-    """Who asks; whoever keeps their first entry gets the cookie by which they find it again."""
+    """The visitor's cookie; it is set when they keep their first entry, so that they find it again."""
     name = visitor(request)
     if not name:
         name = secrets.token_hex(16)
