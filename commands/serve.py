@@ -37,7 +37,7 @@ def main(words: list[str]) -> int:
         "http": (8000, "Triton's HTTP"),
         "grpc": (8001, "Triton's gRPC"),
         "metrics": (8002, "Prometheus metrics"),
-        "door": (9000, "OpenAI's interface"),
+        "gateway": (9000, "OpenAI's interface"),
     }
     for name, (port, about) in ports.items():
         parser.add_argument(f"--{name}-port", type=int, default=port, help=f"{about} (default: %(default)s)")
@@ -56,7 +56,7 @@ def main(words: list[str]) -> int:
         given.http_port,
         given.grpc_port,
         given.metrics_port,
-        given.door_port,
+        given.gateway_port,
         given.log_text,
         tuple(engine),
     )
@@ -81,7 +81,7 @@ async def serve(options: Options, state: State, console: Console) -> None:
     console.print(title)
     if options.host not in LOOPBACK:
         ports = f"{options.http_port}, {options.grpc_port} and {options.metrics_port}"
-        console.print(EXPOSED.format(ports=ports, gateway=options.door_port))
+        console.print(EXPOSED.format(ports=ports, gateway=options.gateway_port))
     supervisor = Supervisor(options, state, lambda line: console.print(line, markup=False))
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()
@@ -132,7 +132,7 @@ def addresses(status: dict[str, Any], adapters: list[str]) -> str:
     return (
         f"  gRPC     {host}:{status['grpc_port']}\n"
         f"  HTTP     http://{host}:{status['http_port']}/v2/models/gemma/generate\n"
-        f"  OpenAI   http://{host}:{status['door_port']}/v1\n"
+        f"  OpenAI   http://{host}:{status['gateway_port']}/v1\n"
         f"  metrics  http://{host}:{status['metrics_port']}/metrics\n"
         f"Try: curl http://{host}:{status['http_port']}/v2/models/gemma/generate -d '{asked}'"
     )

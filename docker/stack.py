@@ -22,7 +22,7 @@ from errors import UserError, run
 from image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
 
 PATIENCE = 1800.0  # seconds: the first time a base may have to be fetched, and vLLM reads it for minutes
-PORTS = {"DOOR_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
+PORTS = {"GATEWAY_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
 
 
 def main(words: Sequence[str]) -> None:
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> None:
     if not up(compose, served):
         raise UserError("it did not come up: see above")
     wait(engine, compose, served)
-    about = {"DOOR_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
+    about = {"GATEWAY_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
     if "monitoring" in profiles:
         if up(compose, ["monitoring"]):
             about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
@@ -101,7 +101,7 @@ def podman_socket() -> str:
 
 
 def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
-    """Until the door's /health has generated a token.
+    """Until the gateway's /health has generated a token.
 
     Raises:
         UserError: a container has ended with an error, or it takes too long.
@@ -109,7 +109,7 @@ def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
     began, shown = time.monotonic(), ""
     while time.monotonic() - began < PATIENCE:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port('DOOR_PORT')}/health", timeout=15):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port('GATEWAY_PORT')}/health", timeout=15):
                 print(f"Ready after {time.monotonic() - began:.0f} s")
                 return
         except (urllib.error.URLError, OSError):

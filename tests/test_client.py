@@ -469,7 +469,7 @@ def test_a_request_to_a_server_that_comes_back_is_answered_and_one_that_was_begu
         expected = client.ask("slang", context="In the rain. ", **GREEDY).text
         with client.stream("Hi", **ENDLESS) as stream:
             next(stream)
-            stack.part("engine").kill()
+            stack.managed("engine").kill()
             with pytest.raises(Unavailable):
                 list(stream)
         assert client.ask("slang", context="In the rain. ", **GREEDY).text == expected

@@ -345,7 +345,7 @@ def test_a_stopped_container_leaves_a_checkpoint(
     assert list((only_run(tmp_path) / "checkpoints").glob("step=*.ckpt"))
 
 
-PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "DOOR_PORT", "WEB_PORT", "PROMETHEUS_PORT")
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "GATEWAY_PORT", "WEB_PORT", "PROMETHEUS_PORT")
 
 
 @pytest.fixture(scope="session")
@@ -382,15 +382,15 @@ def test_the_stack_answers_through_triton_the_door_and_the_website(stack: dict[s
     asked = {"text_input": "The sea is", "parameters": {"max_tokens": 4, "temperature": 0, "lora_name": "slang"}}
     answer = json.loads(ask(stack["HTTP_PORT"], "/v2/models/gemma/generate", asked))
     assert answer["text_output"].startswith("The sea is ")
-    models = json.loads(ask(stack["DOOR_PORT"], "/v1/models"))
+    models = json.loads(ask(stack["GATEWAY_PORT"], "/v1/models"))
     assert "slang" in [model["id"] for model in models["data"]]
     assert "slang" in ask(stack["WEB_PORT"], "/").lower()
 
 
 @pytest.mark.slow
 def test_every_metric_of_the_dashboard_is_told_by_a_running_stack(stack: dict[str, str]) -> None:
-    ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
-    told = ask(stack["METRICS_PORT"], "/metrics") + ask(stack["DOOR_PORT"], "/metrics")
+    ask(stack["GATEWAY_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+    told = ask(stack["METRICS_PORT"], "/metrics") + ask(stack["GATEWAY_PORT"], "/metrics")
     families = set(re.findall(r"^# TYPE (\S+)", told, re.MULTILINE)) | set(re.findall(r"^(\w+)", told, re.MULTILINE))
     board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
@@ -403,7 +403,7 @@ def test_every_metric_of_the_dashboard_is_told_by_a_running_stack(stack: dict[st
 def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str], tmp_path: Path) -> None:
     """A Prometheus of Debian's, outside of the containers: the addresses are the published ones."""
     settings = (ROOT / "docker/prometheus/prometheus.yml").read_text()
-    for there, port in (("triton:8002", "METRICS_PORT"), ("door:9000", "DOOR_PORT")):
+    for there, port in (("triton:8002", "METRICS_PORT"), ("gateway:9000", "GATEWAY_PORT")):
         assert there in settings
         settings = settings.replace(there, f"127.0.0.1:{stack[port]}")
     (tmp_path / "prometheus.yml").write_text(settings.replace("scrape_interval: 5s", "scrape_interval: 1s"))
@@ -421,7 +421,7 @@ def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str],
             until, empty = time.monotonic() + 40, queries
             while empty and time.monotonic() < until:
                 time.sleep(1)
-                ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+                ask(stack["GATEWAY_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
                 with contextlib.suppress(OSError):
                     empty = [query for query in empty if not found(stack["PROMETHEUS_PORT"], query)]
             assert [query for query in empty if "failure" not in query and "restarts" not in query] == []

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible door: the `openai` package, raw requests, what it refuses, what it counts and what it logs."""
+"""The OpenAI-compatible gateway: the `openai` package, raw requests, refusals, metrics and logs."""
 
 import asyncio
 import json
@@ -57,18 +57,18 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def api(stack: Stack) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{stack.door}/v1", api_key="-", max_retries=2)
+    return openai.OpenAI(base_url=f"{stack.gateway}/v1", api_key="-", max_retries=2)
 
 
 @pytest.fixture
 def web(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.door, timeout=60) as client:
+    with httpx.Client(base_url=stack.gateway, timeout=60) as client:
         yield client
 
 
 @dataclass
-class Door:
-    """A door of our own before a stack, or before nothing."""
+class Gateway:
+    """A gateway of our own, in front of a stack or of nothing."""
 
     process: "subprocess.Popen[str]"
     url: str
@@ -79,7 +79,7 @@ class Door:
 
 
 @contextmanager
-def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Door]:
+def gateway(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Gateway]:
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     port = free_ports(1)[0]
@@ -95,7 +95,7 @@ def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Do
         while "listening" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        yield Door(process, f"http://127.0.0.1:{port}", log)
+        yield Gateway(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         process.wait(20)
@@ -144,7 +144,10 @@ def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside
 
 @pytest.mark.slow
 def test_whoever_guesses_keys_is_not_listened_to_for_a_while(tmp_path: Path) -> None:
-    with door("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded, httpx.Client(timeout=60) as client:
+    with (
+        gateway("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded,
+        httpx.Client(timeout=60) as client,
+    ):
 
         def ask(key: str | None, address: str = "192.0.2.7") -> httpx.Response:
             headers = {"x-forwarded-for": address, **({"authorization": f"Bearer {key}"} if key else {})}
@@ -220,8 +223,10 @@ def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
 
 
 @pytest.mark.slow
-def test_a_door_before_nothing_says_so_and_counts_its_callers_and_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
-    with door(f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "12", SERVING_API_KEY="a,b") as alone:
+def test_a_gateway_without_a_server_says_so_limits_its_callers_and_refuses_a_taken_port(tmp_path: Path) -> None:
+    with gateway(
+        f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "12", SERVING_API_KEY="a,b"
+    ) as alone:
         for path in ("/health", "/v1/models"):
             found = httpx.get(alone.url + path, headers={"authorization": "Bearer a"}, timeout=30)
             assert found.status_code == 503, found.text
@@ -238,7 +243,7 @@ def test_a_door_before_nothing_says_so_and_counts_its_callers_and_a_taken_port_i
         again = subprocess.run(
             [SERVING_PYTHON, "-m", "serving.gateway", "--port", port], cwd=ROOT, capture_output=True, text=True
         )
-    assert again.returncode == 2 and again.stderr.startswith(f"error: the door cannot listen at 127.0.0.1:{port}")
+    assert again.returncode == 2 and again.stderr.startswith(f"error: the gateway cannot listen on 127.0.0.1:{port}")
     assert alone.process.returncode == 0
 
 
@@ -285,7 +290,7 @@ def test_streams_say_what_whole_answers_say_sync_and_async(api: openai.OpenAI, s
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
 
     async def asynchronously() -> tuple[str, str]:
-        async with openai.AsyncOpenAI(base_url=f"{stack.door}/v1", api_key="-") as others:
+        async with openai.AsyncOpenAI(base_url=f"{stack.gateway}/v1", api_key="-") as others:
             answer = await others.completions.create(model="slang", prompt="Once upon", **GREEDY)
             stream = await others.completions.create(model="slang", prompt="Once upon", stream=True, **GREEDY)
             parts = [chunk.choices[0].text async for chunk in stream]
@@ -356,7 +361,7 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
     body = json.dumps(chat(stream=stream, **ENDLESS)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = stack.cancelled()
-    with socket.create_connection(("127.0.0.1", stack.ports["door"])) as connection:
+    with socket.create_connection(("127.0.0.1", stack.ports["gateway"])) as connection:
         connection.sendall(head + body)
         end = time.monotonic() + 30
         while not stack.stats()["running"]:
@@ -369,7 +374,7 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
 
 @pytest.mark.slow
 def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
-    with door(
+    with gateway(
         stack.grpc, tmp_path / "log", "--max-body", "5000", "--concurrent", "2", SERVING_API_KEY="first, second"
     ) as guarded:
         url = f"{guarded.url}/v1/chat/completions"
@@ -414,18 +419,18 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_texts_are_logged_for_who_asks_for_it_and_a_door_that_is_told_to_end_lets_answers_end(
+def test_texts_are_logged_for_who_asks_for_it_and_a_gateway_that_is_terminated_lets_answers_finish(
     stack: Stack, tmp_path: Path
 ) -> None:
-    with door(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as open_door:
-        with httpx.stream("POST", f"{open_door.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
+    with gateway(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as running:
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
             parts = response.iter_text()
             text = next(parts)
-            open_door.process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             text += "".join(parts)
         assert text.endswith("data: [DONE]\n\n")
-        assert open_door.process.wait(20) == 0
-    (line,) = (line for line in open_door.lines() if line["message"] == "request")
+        assert running.process.wait(20) == 0
+    (line,) = (line for line in running.lines() if line["message"] == "request")
     assert line["request"]["messages"] == HI and line["answer"] and line["status"] == 200
 
 
@@ -479,7 +484,7 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
 def test_an_answer_that_breaks_off_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
     stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=15_000))
     next(stream)
-    stack.part("engine").kill()
+    stack.managed("engine").kill()
     with pytest.raises(openai.APIError, match="the model is being started"):
         list(stream)
 

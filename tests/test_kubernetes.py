@@ -230,8 +230,12 @@ def test_names_that_refer_to_others_find_them(
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
     containers = one("Deployment", clusters[overlay])["spec"]["template"]["spec"]["containers"]
-    door = containers[-1]  # /health of the door has Triton generate a token: serving/gateway.py
-    assert door["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"} == door["startupProbe"]["httpGet"]
+    gateway = containers[-1]  # /health of the gateway has Triton generate a token: serving/gateway.py
+    assert (
+        gateway["readinessProbe"]["httpGet"]
+        == {"path": "/health", "port": "openai"}
+        == gateway["startupProbe"]["httpGet"]
+    )
     alive = containers[0]["livenessProbe"]
     assert (
         alive.get("httpGet", {}).get("path") == "/health" or "/v2/models/gemma/generate" in alive["exec"]["command"][2]
@@ -429,7 +433,7 @@ def podman(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path: Path) -> Iterator[str]:
-    """The Pod of overlays/cpu as podman runs it, with folders of this machine for claims; the address of its door."""
+    """The Pod of overlays/cpu run by podman, with folders of this machine for claims; its gateway's address."""
     for kind in ("train", "serve"):
         if not shutil.which("podman") or podman("image", "exists", f"localhost/gemma-nemo/{kind}:cpu").returncode:
             pytest.skip(f"podman has no gemma-nemo/{kind}:cpu: source .ci/containers-env, make image KIND={kind}")

@@ -46,7 +46,7 @@ from converters.checkpoint import Adapter
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
-from serving.processes import Part, lives
+from serving.processes import ManagedProcess, lives
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -376,7 +376,7 @@ def test_variables_of_vertex_ai_open_no_other_frontend(
     for name, value in {"AIP_MODE": "PREDICTION", "AIP_HTTP_PORT": str(free_ports(1)[0])}.items():
         monkeypatch.setenv(name, value)
     with serve_tiny(tiny_base, tmp_path) as running:
-        listening = [one.laddr for one in running.part("triton").net_connections() if one.status == "LISTEN"]
+        listening = [one.laddr for one in running.managed("triton").net_connections() if one.status == "LISTEN"]
         assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
         assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
 
@@ -494,14 +494,14 @@ def over_grpc(server: Server, fields: dict[str, Any]) -> str:
 IN_COMMAND = {
     "engine": "serving.engine",
     "triton": "bin/tritonserver",
-    "door": "serving.gateway",
+    "gateway": "serving.gateway",
     "gemma": "/gemma/1/model.py",
     "adapters": "/adapters/1/model.py",
 }
 
 
 def victim(stack: Stack, name: str) -> psutil.Process:
-    """The process of a part, or the stub of a model.
+    """A process of the server, or the stub of a model.
 
     Raises:
         LookupError: it is not there just now.
@@ -560,33 +560,35 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> t
 
 def test_an_end_by_memory_is_called_so(tmp_path: Path) -> None:
     memory = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28)); bytes(2**30)"
-    part = Part("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
-    part.start()
-    until(lambda: not part.is_running, 20)
-    assert part.bury() == "engine ended for want of memory: MemoryError"
+    process = ManagedProcess("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
+    process.start()
+    until(lambda: not process.is_running, 20)
+    assert process.reap() == "engine ran out of memory: MemoryError"
 
 
 def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) -> None:
-    part = Part("engine", [sys.executable, "-c", "print('no such base'); exit(3)"], tmp_path, tmp_path / "log")
+    process = ManagedProcess(
+        "engine", [sys.executable, "-c", "print('no such base'); exit(3)"], tmp_path, tmp_path / "log"
+    )
     delays = []
     for _ in range(4):
-        part.start()
-        until(lambda: not part.is_running, 20)
-        reason = part.bury()
-        delays.append(round(part.start_at - time.monotonic()))
+        process.start()
+        until(lambda: not process.is_running, 20)
+        reason = process.reap()
+        delays.append(round(process.start_at - time.monotonic()))
     assert delays == [0, 0, 1, 2]
     assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
 def test_a_part_that_had_answered_is_back_soon_however_often_it_dies(tmp_path: Path) -> None:
-    part = Part("engine", ["true"], tmp_path, tmp_path / "log")
+    process = ManagedProcess("engine", ["true"], tmp_path, tmp_path / "log")
     delays = []
     for _ in range(9):
-        part.start()
-        part.answered()
-        until(lambda: not part.is_running, 20)
-        part.bury()
-        delays.append(round(part.start_at - time.monotonic()))
+        process.start()
+        process.answered()
+        until(lambda: not process.is_running, 20)
+        process.reap()
+        delays.append(round(process.start_at - time.monotonic()))
     assert delays == [0, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
@@ -662,8 +664,8 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
             timeout=60,
         )
     assert started.returncode == 2
-    assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
-    assert "--grpc-port" in started.stderr
+    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use)" in started.stderr
+    assert "grpc_port=" in started.stderr
     assert "warning" not in started.stdout
 
 
@@ -731,10 +733,10 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
         while time.monotonic() < end - 5:
             time.sleep(draw.uniform(2, 10))
             name, number = (
-                draw.choice(["engine", "gemma", "triton", "adapters", "door"]),
+                draw.choice(["engine", "gemma", "triton", "adapters", "gateway"]),
                 draw.choice([9, signal.SIGSTOP]),
             )
-            if name == "door":
+            if name == "gateway":
                 number = 9
             with suppress(LookupError, psutil.NoSuchProcess):  # it is being started just now
                 victim(stack, name).send_signal(number)
@@ -803,7 +805,7 @@ def test_the_real_base_alone_as_a_user_starts_it(
     (tmp_path / "models").symlink_to(base_folder.parent)
     prepare([], "slang", "gemma-3-270m", "embedded", tmp_path / "serve")
     assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
-    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
         [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path / "serve", *words],

@@ -260,7 +260,7 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     page.get_by_label("Put the base model beside it").check()
     page.get_by_role("button", name="Coin a word").click()
     expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
-    stack.part("engine").kill()
+    stack.managed("engine").kill()
     killed = time.monotonic()
     expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
     assert time.monotonic() - killed < 5
@@ -276,7 +276,7 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
 
 def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Path, tmp_path: Path) -> None:
     write_tiny_folder(tmp_path / "serve", tiny_base, tmp_path)
-    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
     words = " ".join(f"--{name}-port {port}" for name, port in ports.items())
     # The project's own Makefile would serve what was trained here, at ports that may be taken.
     (tmp_path / "Makefile").write_text(

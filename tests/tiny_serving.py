@@ -61,19 +61,19 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['http']}"
 
     @property
-    def door(self) -> str:
-        return f"http://127.0.0.1:{self.ports['door']}"
+    def gateway(self) -> str:
+        return f"http://127.0.0.1:{self.ports['gateway']}"
 
-    def part(self, name: str) -> psutil.Process:
-        """The process of the engine, of tritonserver or of the door."""
-        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.gateway"}[name]
+    def managed(self, name: str) -> psutil.Process:
+        """The process of the engine, of tritonserver or of the gateway."""
+        word = {"engine": "serving.engine", "triton": "tritonserver", "gateway": "serving.gateway"}[name]
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if any(word in argument for argument in child.cmdline()))
 
     @contextmanager
     def stopped(self, name: str) -> Iterator[None]:
         """A part that hangs: it is there and does nothing. The supervisor sleeps too, or it would put an end to it."""
-        processes = [psutil.Process(self.process.pid), self.part(name)]
+        processes = [psutil.Process(self.process.pid), self.managed(name)]
         for process in processes:
             process.suspend()
         try:
@@ -94,8 +94,8 @@ class Stack:
             connection.connect(os.path.relpath(self.folder / "state/engine.sock"))
             connection.settimeout(20)
             for line in connection.makefile(encoding="utf-8"):
-                if beat := json.loads(line).get("beat"):
-                    return dict(beat)
+                if heartbeat := json.loads(line).get("heartbeat"):
+                    return dict(heartbeat)
         raise AssertionError("the engine has ended")
 
 
@@ -161,7 +161,7 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
     """`python -m commands.serve` of a folder, ready to be asked."""
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
-    ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
+    ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
         [SERVING_PYTHON, "-m", "commands.serve", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
@@ -179,7 +179,7 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
                 break
         else:
             raise AssertionError(f"the server did not start:\n{said}")
-        wait_for(ports["door"])
+        wait_for(ports["gateway"])
         yield Stack(process, folder, ports)
     finally:
         process.send_signal(signal.SIGTERM)

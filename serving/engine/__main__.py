@@ -84,7 +84,7 @@ def main(words: list[str]) -> int:
 def serve(given: argparse.Namespace) -> None:
     """Load, open the socket, generate until a signal ends it."""
     from serving.engine.connections import Connections, Inbox
-    from serving.protocol import BEAT_SECONDS
+    from serving.protocol import HEARTBEAT_SECONDS
 
     started = time.monotonic()
     stopping = threading.Event()
@@ -119,15 +119,15 @@ def serve(given: argparse.Namespace) -> None:
         ),
         flush=True,
     )
-    beat_due = 0.0
+    heartbeat_due = 0.0
     while not (stopping.is_set() and not scheduler.busy):
         if stopping.is_set() and not scheduler.closing:
             log.info("draining", extra={"running": len(scheduler.running), "waiting": len(scheduler.waiting)})
             scheduler.closing = True
-        _heed(inbox, 0.0 if scheduler.busy else max(0.0, beat_due - time.monotonic()))
-        if time.monotonic() >= beat_due:
-            connections.beat(scheduler.stats())
-            beat_due = time.monotonic() + BEAT_SECONDS
+        _heed(inbox, 0.0 if scheduler.busy else max(0.0, heartbeat_due - time.monotonic()))
+        if time.monotonic() >= heartbeat_due:
+            connections.send_heartbeat(scheduler.stats())
+            heartbeat_due = time.monotonic() + HEARTBEAT_SECONDS
         if scheduler.busy:
             scheduler.step()
         connections.flush()

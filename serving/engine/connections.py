@@ -79,9 +79,9 @@ class Connections:
         for connection in list(self.all):
             connection.flush()
 
-    def beat(self, beat: dict[str, Any]) -> None:
+    def send_heartbeat(self, heartbeat: dict[str, Any]) -> None:
         for connection in list(self.all):
-            connection.send({"beat": beat})
+            connection.send({"heartbeat": heartbeat})
 
     def close(self) -> None:
         """Write what is left, for a second at most, and take the socket away."""

@@ -25,17 +25,17 @@ from serving.protocol import (
     STOP,
     UNAVAILABLE,
     UNKNOWN_ADAPTER,
+    Delta,
     Done,
     Failed,
     Generate,
-    Part,
 )
 
 log = logging.getLogger(__name__)
 MAX_RUNNING = 64  # rows of a step that answer
 STEP_SECONDS = 0.12  # that a step with prompts in it should take
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # of prompts in a step, whatever they take
-Send = Callable[[Part | Done | Failed], None]
+Send = Callable[[Delta | Done | Failed], None]
 
 
 @dataclass(eq=False)
@@ -163,7 +163,7 @@ class Scheduler:
                 self._fail(self.waiting[0], INTERNAL, _sentence(error))
 
     def stats(self) -> dict[str, Any]:
-        """What a beat tells."""
+        """What a heartbeat tells."""
         return {
             "running": len(self.running),
             "waiting": len(self.waiting),
@@ -262,7 +262,7 @@ class Scheduler:
         elif full:
             self._finish(request, LENGTH)
         elif request.asked.stream and (text := request.text.part()):
-            request.send(Part(request.asked.id, text, made))
+            request.send(Delta(request.asked.id, text, made))
 
     def _finish(self, request: Request, reason: str) -> None:
         now = time.monotonic()
