@@ -90,7 +90,7 @@ def test_the_docker_sdk_and_this_project_do_not_hide_each_other(tmp_path: Path) 
     [
         (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
         (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
-        (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
+        (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must name cpu or gpu, and may name monitoring"),
         (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
         (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
         (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
@@ -108,7 +108,7 @@ def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says:
 def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DOCKER_HOST", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"no container engine is here\. Install docker or podman"):
+    with pytest.raises(UserError, match=r"no container engine is installed\. Install docker or podman"):
         image.find_engine()
     program(tmp_path, "docker", 'echo \'{"ServerErrors": ["Cannot connect to the daemon"]}\'')
     with pytest.raises(UserError, match="docker is installed, but: Cannot connect to the daemon"):

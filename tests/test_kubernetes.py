@@ -314,12 +314,12 @@ def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"NODES": "two"}, "NODES=two must be a whole number from 1"),
-        ({"NODES": 0}, "NODES=0 must be a whole number from 1"),
-        ({"GPUS_PER_NODE": -1}, "GPUS_PER_NODE=-1 must be a whole number from 0"),
+        ({"NODES": "two"}, "NODES=two must be a whole number of at least 1"),
+        ({"NODES": 0}, "NODES=0 must be a whole number of at least 1"),
+        ({"GPUS_PER_NODE": -1}, "GPUS_PER_NODE=-1 must be a whole number of at least 0"),
         ({"OVERLAY": "tpu"}, "OVERLAY=tpu is unknown. Known: cpu, gpu"),
         ({"JOB": "cron"}, "JOB=cron is unknown. Known: indexed, trainjob, pytorchjob"),
-        ({"NAMESPACE": "My Lab"}, "NAMESPACE=My Lab is no name of a namespace"),
+        ({"NAMESPACE": "My Lab"}, "NAMESPACE=My Lab is not a valid name"),
         ({"path": "/nonexistent"}, "neither kubectl nor kustomize is installed"),
     ],
 )
