@@ -21,7 +21,9 @@ export override REPO := $(value REPO)
 export override DATASET := $(value DATASET)
 
 # A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
-known = $(sort $(basename $(notdir $(wildcard nemo_configs/$1/*.yaml))))
+# Folders of PYTHONPATH may bring tasks of their own, see docs/tasks.md.
+homes := ./ $(addsuffix /,$(subst :, ,$(PYTHONPATH)))
+known = $(sort $(basename $(notdir $(wildcard $(addsuffix nemo_configs/$1/*.yaml,$(homes))))))
 check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
@@ -62,18 +64,18 @@ data: .venv/train.stamp  ## prepare the data of TASK and show it  SOURCE=my.csv 
 	@$(RUN) commands.data $(CONFIG)
 
 new-task: .venv/train.stamp  ## write a task for a table of your own, as a start  NAME=films SOURCE=reviews.csv TITLE="..."
-	@$(RUN) commands.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
+	@$(RUN) commands.new_task "name=$$NAME" "source=$$SOURCE" "title=$$TITLE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL  HF_TOKEN=hf_... for gated ones
-	@$(RUN) core.base_model model=$(MODEL) $(ARGS)
+	@$(RUN) commands.base model=$(MODEL) $(ARGS)
 
 generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..."
 	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
 
-chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS="+run=FOLDER"
+chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS=run=FOLDER
 	@$(RUN) commands.chat task=$(TASK) $(ARGS)
 
-report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly  ARGS="+run=FOLDER judge.url=..."
+report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly  ARGS="run=FOLDER judge.url=..."
 	@$(RUN) commands.report task=$(TASK) $(ARGS)
 
 compare: .venv/train.stamp  ## all finished runs of TASK side by side  RUNS="a b"
@@ -82,7 +84,7 @@ compare: .venv/train.stamp  ## all finished runs of TASK side by side  RUNS="a b
 convert: .venv/train.stamp  ## newest run to another format, proven  TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
-	$(RUN) commands.convert "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
+	$(RUN) commands.convert "source=$$nemo" to=$(TO) $(if $(BASE),"base=$(BASE)") $(ARGS)
 
 publish: .venv/train.stamp  ## newest run to the Hugging Face hub  REPO=name/model DATASET=name/data DRY_RUN=1
 	@$(RUN) commands.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
@@ -93,11 +95,12 @@ attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/at
 # --- serving ------------------------------------------------------------------------------------------------------
 # TASKS=a,b or a TASK that was named must have a finished run; the default one is served if it has.
 comma := ,
+space := $(subst ,, )
 served := $(or $(subst $(comma), ,$(TASKS)),$(if $(filter file default,$(origin TASK)),,$(TASK)))
 $(foreach task,$(served),$(call check,task,$(task),TASKS))
 .PHONY: serve
 serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton  TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
-	@$(RUN) commands.prepare_serving $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
+	@$(RUN) commands.prepare_serving $(if $(served),tasks=$(subst $(space),$(comma),$(strip $(served))),default=$(TASK)) model=$(MODEL) engine=$(ENGINE)
 	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(ARGS))
 
 .PHONY: client
@@ -135,10 +138,10 @@ cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVER
 
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
-web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers  ARGS="--port 8081 --clean"; WEB_PASSWORD in the environment
+web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers  ARGS="port=8081 clean=true"; WEB_PASSWORD in the environment
 	@.venv-serve/bin/python -m commands.web $(ARGS)
 
-web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site  ARGS="http://127.0.0.1:8080"
+web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site  ARGS=site=http://127.0.0.1:8080
 	@$(RUN) commands.web_pictures $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------

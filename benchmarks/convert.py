@@ -17,13 +17,16 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors.torch import save_file
 
 from converters import hf
 from converters.convert import table
 from converters.streamed import empty_model
+from core.arguments import Arguments, parse
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -73,13 +76,12 @@ NOTE = """`gemma-3-27b, n of 62 layers` has that model's widths, and zeros for w
 tensor, and not on how many there are."""
 
 
-def main(words: list[str]) -> None:
-    layers = [2, 6]
-    for word in words:
-        name, _, value = word.partition("=")
-        if name != "layers" or not all(number.isdigit() and 0 < int(number) <= 62 for number in value.split(",")):
-            raise UserError(f"{word} is unknown. Known: layers=2,6 with numbers from 1 to 62")
-        layers = [int(number) for number in value.split(",")]
+class Options(Arguments):
+    layers: list[Annotated[int, Field(ge=1, le=62)]] = Field([2, 6], description="of Gemma 3 27B's 62")
+
+
+def main(argv: list[str]) -> None:
+    layers = parse(Options, argv).layers
     real = ensure_base_model(load_config().model).resolve()
     lines = []
     Path("exports").mkdir(exist_ok=True)
@@ -94,7 +96,7 @@ def main(words: list[str]) -> None:
     machine = describe_environment()
     text = HEADER.format(
         table=table(),
-        words=" ".join(words),
+        words=" ".join(argv),
         machine=f"{machine['cpu']}, {machine['cores']} cores",
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         note=NOTE,
@@ -112,13 +114,10 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
             python,
             "-m",
             "commands.convert",
-            folder / "adapter",
-            "--to",
-            "merged",
-            "--base",
-            base,
-            "--out",
-            target,
+            f"source={folder}/adapter",
+            "to=merged",
+            f"base={base}",
+            f"out={target}",
         ],
     }
     if with_peers:

@@ -14,7 +14,11 @@ import tempfile
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
+
+from core.arguments import Arguments, parse
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -44,15 +48,12 @@ process then held (`VmHWM`, or the GPU's reserved memory). Base: {model}.
 """
 
 
-def main(words: list[str]) -> None:
-    chosen = list(RUNS)
-    for word in words:
-        name, _, value = word.partition("=")
-        if name != "runs" or (unknown := [one for one in value.split(",") if one not in RUNS]):
-            raise UserError(
-                f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. Known: runs={','.join(RUNS)}"
-            )
-        chosen = value.split(",")
+class Options(Arguments):
+    runs: list[Literal[tuple(RUNS)]] = Field(list(RUNS), description="those to measure")  # type: ignore[valid-type]
+
+
+def main(argv: list[str]) -> None:
+    chosen = parse(Options, argv).runs
     model = load_config([]).model
     ensure_base_model(model)
     table = []
@@ -65,7 +66,7 @@ def main(words: list[str]) -> None:
             )
     environment = describe_environment()
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
-    command = " ".join(["python -m benchmarks.memory", *words])
+    command = " ".join(["python -m benchmarks.memory", *argv])
     text = HEADER.format(command=command, machine=machine, date=datetime.now(UTC).date(), model=model.name)
     partial = DOCS.with_suffix(".partial")
     partial.write_text(text + "".join(table))

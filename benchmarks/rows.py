@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from omegaconf import DictConfig, OmegaConf
 
 from core.configuration import plain
 from core.errors import UserError
 from core.prompt import Prompt
+from core.schema import Config, DataConfig, PromptConfig
 from data_prep.prepare import prepare
 
 Row = dict[str, Any]  # {"input_ids": list[int], "learned": [[first, past the last], ...]}
 HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind
 
 
-def read_rows(config: DictConfig, base_folder: Path, length: int | None, count: int) -> tuple[list[Row], list[Row]]:
+def read_rows(config: Config, base_folder: Path, length: int | None, count: int) -> tuple[list[Row], list[Row]]:
     """`count` rows to train on, in the order of training (again from the start where the table has fewer), and the
     held-out ones.
 
@@ -81,23 +81,21 @@ def as_dataset(rows: list[Row]) -> Dataset:
     return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
 
 
-def text_task(config: DictConfig, column: str) -> DictConfig:
+def text_task(config: Config, column: str) -> Config:
     """`config` with a task that writes the texts of one `column`, for a table that is no task of this project's."""
-    config = config.copy()
-    OmegaConf.set_struct(config, False)
-    config.task.name = "text"
-    config.task.data = {
-        **config.task.data,
+    data = {name: value for name, value in plain(config.task.data).items() if name in DataConfig.model_fields}
+    data |= {
         "module": None,
         "columns": {"text": [column]},
         "required": ["text"],
         "key": "text",
         "train_fields": None,
     }
-    config.task.prompt = {
-        "template": "Instruction:\n{instruction}\n\nResponse:\n{response}",
-        "instruction": f"Write a {column.replace('_', ' ')}.",
-        "response": "{text}",
-        "fields": {},
-    }
-    return config
+    prompt = PromptConfig(
+        template="Instruction:\n{instruction}\n\nResponse:\n{response}",
+        instruction=f"Write a {column.replace('_', ' ')}.",
+        response="{text}",
+        fields={},
+    )
+    task = config.task.model_copy(update={"name": "text", "data": DataConfig(**data), "prompt": prompt})
+    return config.model_copy(update={"task": task})

@@ -3,15 +3,8 @@
     python -m benchmarks.scaling                                        (Gemma 2 27B on 8, 64 and 512 H100)
     python -m benchmarks.scaling model=gemma-3-12b gpus=8,16 gpu=A100 step_tokens=262144 peft.r=32
 
-Words of its own, beside those of the configuration:
-    gpus          how many, comma-separated; the default is 8,64,512
-    gpu           their kind, a name of GPUS below; H100
-    per_node      GPUS of a machine; 8
-    step_tokens   tokens of an optimizer step, of all GPUs together; 1048576
-    length        tokens of a row, half of them learned; 512
-
-Prints the table, and writes it with its plot to docs/scaling.md where no word is given. A plan and no measurement: what
-of it is held to real runs, and what is assumed, stands in that document.
+Prints the table, and writes it with its plot to docs/scaling.md where no argument is given. A plan and no measurement:
+what of it is held to real runs, and what is assumed, stands in that document.
 """
 
 import math
@@ -19,11 +12,15 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from benchmarks.random_base import ARCHITECTURES
+from core.arguments import Arguments, own_arguments, parse
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.schema import Config
 
 
 @dataclass(frozen=True)
@@ -51,47 +48,23 @@ ROOM = 0.9  # of a GPU's memory; the rest is CUDA's, NCCL's and gaps
 STRATEGIES = {"ddp": ("ddp", "lora"), "ddp, qlora": ("ddp", "qlora"), "fsdp2": ("fsdp2", "lora"), "tp": ("tp", "lora")}
 
 
-@dataclass
-class Words:
-    """The words of this command; `read` parses them."""
+class Options(Arguments):
+    gpus: list[Annotated[int, Field(ge=1)]] = Field([8, 64, 512], description="how many GPUs")
+    gpu: Literal[tuple(GPUS)] = Field("H100", description="their kind")  # type: ignore[valid-type]
+    per_node: int = Field(8, ge=1, description="GPUs of a machine")
+    step_tokens: int = Field(2**20, ge=1, description="tokens of an optimizer step, of all GPUs together")
+    length: int = Field(512, ge=1, description="tokens of a row, half of them learned")
 
-    gpus: list[int]
-    gpu: str = "H100"
-    per_node: int = 8
-    step_tokens: int = 2**20
-    length: int = 512
-
-    @classmethod
-    def read(cls, words: list[str]) -> tuple["Words", list[str]]:
-        """
-        Returns:
-            The words, and those left for the configuration.
-
-        Raises:
-            UserError: a number that is none, an unknown GPU, or numbers that do not go into each other.
-        """
-        given, others = cls([8, 64, 512]), []
-        for word in words:
-            name, _, value = word.partition("=")
-            if name == "gpu":
-                given.gpu = value
-            elif name in ("gpus", "per_node", "step_tokens", "length"):
-                numbers = value.split(",") if name == "gpus" else [value]
-                if not all(number.isdecimal() and int(number) > 0 for number in numbers):
-                    raise UserError(f"{word}: {name} is a whole number above 0")
-                setattr(given, name, [int(number) for number in numbers] if name == "gpus" else int(value))
-            else:
-                others.append(word)
-        if given.gpu not in GPUS:
-            raise UserError(f"gpu={given.gpu} is unknown. Known: {', '.join(GPUS)}")
-        for gpus in given.gpus:
-            if gpus > given.per_node and gpus % given.per_node:
-                raise UserError(f"gpus={gpus} is no multiple of per_node={given.per_node}")
-            if given.step_tokens // gpus < given.length:
-                raise UserError(
-                    f"step_tokens={given.step_tokens:,} gives {gpus} GPUs less than a row of {given.length} each"
+    @model_validator(mode="after")
+    def _go_into_each_other(self) -> Self:
+        for gpus in self.gpus:
+            if gpus > self.per_node and gpus % self.per_node:
+                raise ValueError(f"gpus={gpus} is no multiple of per_node={self.per_node}")
+            if self.step_tokens // gpus < self.length:
+                raise ValueError(
+                    f"step_tokens={self.step_tokens:,} gives {gpus} GPUs less than a row of {self.length} each"
                 )
-        return given, others
+        return self
 
 
 @dataclass(frozen=True)
@@ -165,7 +138,7 @@ class Plan:
     tokens_per_second: float
 
 
-def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, peft: str) -> Plan:
+def plan(own: Options, others: list[str], gpus: int, strategy: str, kind: str, peft: str) -> Plan:
     """
     Raises:
         UserError: the strategy does not take this model or number of GPUs.
@@ -263,10 +236,11 @@ def sizes_of(architecture: Any, adapter: float) -> Sizes:
     return Sizes(layers, in_layers / layers, total - in_layers, adapter, architecture.hidden_size)
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     from benchmarks import scaling_docs
 
-    own, others = Words.read(words)
+    given, others = own_arguments(Options, argv)
+    own = parse(Options, given, (Config,))
     if not any(word.startswith("model=") for word in others):
         others = ["model=gemma-2-27b", *others]
     if not any("gradient_checkpointing=" in word for word in others):
@@ -283,11 +257,11 @@ def main(words: list[str]) -> None:
                 refused.append(f"{gpus} GPUs, {strategy}: {error}")
     said = facts(own, config, sizes, plans) + refused
     scaling_docs.show(plans, said)
-    if not words:
+    if not argv:
         print(f"written: {scaling_docs.write(plans, said)}")
 
 
-def facts(own: Words, config: Any, sizes: Sizes, plans: list[Plan]) -> list[str]:
+def facts(own: Options, config: Any, sizes: Sizes, plans: list[Plan]) -> list[str]:
     """Sentences on the case, and which strategy it asks for."""
     whole = sizes.layers * sizes.layer + sizes.rest
     found = [

@@ -3,13 +3,6 @@
     python -m benchmarks.serve                                   (a part of `make bench`)
     python -m benchmarks.serve systems=ours,transformers streams=1,8 tokens=32 rounds=3
 
-Words:
-    systems   comma-separated names of SYSTEMS; default all
-    streams   how many requests come at once; default 1,4,8,32
-    tokens    of each answer, ends ignored; default 32
-    rounds    counted ones, after one that is not; figures are medians of them; default 3
-    base, adapter   folders; default models/gemma-3-270m and exports/slang/adapter
-
 Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
 XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table says what is missing.
 
@@ -35,20 +28,12 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/serving")
 DOCS = Path("docs/serving.md")
 MARKS = "<!-- benchmark: python -m benchmarks.serve -->", "<!-- end of benchmark -->"
-DEFAULTS: dict[str, str] = {
-    "systems": "",
-    "streams": "1,4,8,32",
-    "tokens": "32",
-    "rounds": "3",
-    "base": "models/gemma-3-270m",
-    "adapter": "exports/slang/adapter",
-}
 # Times a request's tokens arrived, in seconds after all requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
@@ -168,8 +153,8 @@ def openvino(job: dict[str, Any]) -> Serve:
 def llama_cpp(job: dict[str, Any]) -> Serve:
     """llama.cpp's server with continuous batching; $LLAMA_CPP_MODEL and $LLAMA_CPP_LORA are GGUF files.
 
-    python -m commands.convert models/gemma-3-270m --to gguf --dtype bf16 --out base
-    python -m commands.convert exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
+    python -m commands.convert source=models/gemma-3-270m to=gguf dtype=bf16 out=base
+    python -m commands.convert source=exports/slang/adapter to=gguf base=models/gemma-3-270m out=lora
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -358,21 +343,21 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
     }
 
 
-def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
+def measure(given: Any, scratch: Path) -> dict[str, Any]:
     """All systems, loaded at once, their rounds in turn."""
-    streams, rounds = [int(one) for one in given["streams"].split(",")], int(given["rounds"])
+    streams, rounds = given.streams, given.rounds
     job = {
-        "base": str(Path(given["base"]).resolve()),
-        "adapter": str(Path(given["adapter"]).resolve()),
-        "tokens": int(given["tokens"]),
+        "base": str(given.base.resolve()),
+        "adapter": str(given.adapter.resolve()),
+        "tokens": given.tokens,
         "streams": streams,
         "scratch": str(scratch),
     }
-    prompts = read_prompts(Path(given["adapter"]), sum(streams) * (rounds + 1))
+    prompts = read_prompts(given.adapter, sum(streams) * (rounds + 1))
     systems: dict[str, Any] = {}
     running: dict[str, Worker] = {}
     try:
-        for name in given["systems"].split(",") if given["systems"] else SYSTEMS:
+        for name in dict.fromkeys(given.systems):
             try:
                 print(f"  {name}: loading", flush=True)
                 running[name] = Worker(name, job)
@@ -405,7 +390,7 @@ def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": _machine(),
-        "model": Path(given["base"]).name,
+        "model": given.base.name,
         "tokens": job["tokens"],
         "rounds": rounds,
         "streams": streams,
@@ -478,29 +463,37 @@ def write_docs() -> Path:
     return DOCS
 
 
-def main(words: list[str]) -> None:
+def options() -> Any:
+    """The arguments of this command. A peer's environment, which runs this file too, may have no pydantic."""
+    from pydantic import Field
+
+    from core.arguments import Arguments
+
+    class Options(Arguments):
+        systems: list[Literal[tuple(SYSTEMS)]] = Field(  # type: ignore[valid-type]
+            list(SYSTEMS), description="those to measure"
+        )
+        streams: list[Annotated[int, Field(ge=1)]] = Field([1, 4, 8, 32], description="requests that come at once")
+        tokens: int = Field(32, ge=1, description="of each answer, whose ends are ignored")
+        rounds: int = Field(3, ge=1, description="counted ones, whose median is the result, after one that is not")
+        base: Path = Field(Path("models/gemma-3-270m"), description="folder of the base model")
+        adapter: Path = Field(Path("exports/slang/adapter"), description="folder of the adapter")
+
+    return Options
+
+
+def main(argv: list[str]) -> None:
+    from core.arguments import parse
     from core.errors import UserError
     from core.files import write_json
 
-    given = dict(DEFAULTS)
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in DEFAULTS:
-            raise UserError(f"unknown word {word}. Known: {', '.join(DEFAULTS)}")
-        given[name] = value
-    for name in ("tokens", "rounds", "streams"):
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*" if name == "streams" else r"[1-9]\d*", given[name]):
-            raise UserError(f"{name}={given[name]}: whole numbers above 0")
-    if unknown := [one for one in given["systems"].split(",") if one and one not in SYSTEMS]:
-        raise UserError(f"unknown system {', '.join(unknown)}. Known: {', '.join(SYSTEMS)}")
+    given = parse(options(), argv)
     for name in ("base", "adapter"):
-        if not Path(given[name]).is_dir():
-            raise UserError(
-                f"{name}={given[name]} is no folder. Train and convert first: make train; make convert TO=adapter"
-            )
+        if not (folder := getattr(given, name)).is_dir():
+            raise UserError(f"{name}={folder} is no folder. First: make train TASK=slang; make convert TASK=slang")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         result = measure(given, Path(scratch))
-    result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *words])
+    result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *argv])
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9.]+", "-", f"{result['machine']}-{result['model']}".lower())
     write_json(RESULTS / f"{name}.json", result)

@@ -125,13 +125,12 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
 
     quiet_libraries()
     from lightning.pytorch import Callback, Trainer
-    from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
     from benchmarks.rows import as_dataset
     from core.base_model import describe
     from training.batches import Batches
-    from training.gemma_lora import GemmaLoRA
+    from training.gemma_lora import GemmaLoRA, nemo_config
 
     class Hold(Callback):
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
@@ -154,7 +153,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     )
     folder = Path(job.base_folder)
     model = GemmaLoRA(
-        OmegaConf.create(
+        nemo_config(
             {
                 "base_folder": str(folder),
                 "base": describe(folder),

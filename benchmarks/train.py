@@ -4,15 +4,6 @@
     python -m benchmarks.train systems=ours,hf-fp32 rows=64 rounds=5 length=512
     python -m benchmarks.train task.data.source=reviews.csv text=review_text
 
-Words of its own, beside those of the configuration:
-    systems   comma-separated names of benchmarks/systems.py; default all
-    rows      of a round; default about half a minute's work for the slowest
-    rounds    counted ones; the medians are of them
-    warmup    optimizer steps before them, not counted
-    length    tokens of every row, cut from the table's rows; default the rows as they are
-    text      the one column to learn, for a table that is no task
-    random    an architecture of benchmarks/random_base.py, with random weights, in place of the base model
-
 Every system starts from the same adapter; what it has learned from the same rows is measured on held-out rows by one
 evaluator. Writes benchmarks/results/<machine>-<model>-<data>.json, and docs/benchmarks.md from all that lie there.
 """
@@ -25,67 +16,38 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from omegaconf import DictConfig
+from pydantic import Field
 
+from benchmarks.systems import SYSTEMS
+from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
+from core.schema import Config
 
 RESULTS = Path("benchmarks/results")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass
-class Words:
-    """The words of this command; `read` parses them."""
-
-    systems: list[str]
-    rows: int | None = None
-    rounds: int = 3
-    warmup: int = 2
-    length: int | None = None
-    text: str | None = None
-    random: str | None = None
-
-    @classmethod
-    def read(cls, words: list[str]) -> tuple["Words", list[str]]:
-        """
-        Returns:
-            The words, and those left for the configuration.
-
-        Raises:
-            UserError: an unknown system, or a number that is none.
-        """
-        from benchmarks.systems import SYSTEMS
-
-        given, others = cls(list(SYSTEMS)), []
-        for word in words:
-            name, _, value = word.partition("=")
-            if name == "systems":
-                given.systems = list(dict.fromkeys(value.split(",")))
-            elif name in ("text", "random"):
-                setattr(given, name, value)
-            elif name in ("rows", "rounds", "warmup", "length"):
-                if not value.isdecimal() or int(value) < (2 if name == "length" else 1):
-                    raise UserError(f"{word}: {name} is a whole number above {1 if name == 'length' else 0}")
-                setattr(given, name, int(value))
-            else:
-                others.append(word)
-        if unknown := [name for name in given.systems if name not in SYSTEMS]:
-            raise UserError(f"unknown system {', '.join(unknown)}. Known: {', '.join(SYSTEMS)}")
-        return given, others
+class Options(Arguments):
+    systems: list[Literal[tuple(SYSTEMS)]] = Field(list(SYSTEMS), description="those to measure")  # type: ignore[valid-type]
+    rows: int | None = Field(None, ge=1, description="of a round; without it half a minute's work for the slowest")
+    rounds: int = Field(3, ge=1, description="counted ones, whose median is the result")
+    warmup: int = Field(2, ge=1, description="optimizer steps before them, which are not counted")
+    length: int | None = Field(None, ge=2, description="tokens of every row; without it the rows are as they are")
+    text: str | None = Field(None, description="the one column to train on, for a table that is no task")
+    random: str | None = Field(None, description="an architecture of random_base.py with random weights, as base")
 
 
-def main(words: list[str]) -> None:
-    own, others = Words.read(words)
-    config = load_config(others)
+def main(argv: list[str]) -> None:
+    config, own = load_config(argv, Options)
     source = Path(config.task.data.source)
-    config.data_dir = str(Path(config.data_dir).parent / f"bench-{source.stem}")
+    config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
     if own.text:
         from benchmarks.rows import text_task
 
@@ -100,7 +62,7 @@ def main(words: list[str]) -> None:
         base_folder = random_base(own.random, base_folder, Path(config.model.models_dir)).resolve()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         result = measure(own, config, base_folder, Path(scratch))
-    result["command"] = shlex.join(["python", "-m", "benchmarks.train", *(_without_folder(word) for word in words)])
+    result["command"] = shlex.join(["python", "-m", "benchmarks.train", *(_without_folder(word) for word in argv)])
     result["data"]["source"] = source.name
     RESULTS.mkdir(parents=True, exist_ok=True)
 
@@ -113,7 +75,7 @@ def main(words: list[str]) -> None:
     print(f"written: {file}, {table.write_docs(RESULTS)}")
 
 
-def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) -> dict[str, Any]:
+def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> dict[str, Any]:
     """Run the rounds and put together all that table.py shows."""
     from transformers import AutoConfig
 
@@ -172,7 +134,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
             recipe=str(recipe),
             adapter=str(scratch / f"{name}.safetensors"),
         )
-        for name in own.systems
+        for name in dict.fromkeys(own.systems)
     }
     print(
         f"{len(counted)} rows in {own.rounds} rounds, {sum(lengths):,} tokens, {learned:,} of them learned; "
@@ -235,7 +197,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
 
 
 def write_recipe(
-    config: DictConfig,
+    config: Config,
     base_folder: Path,
     rows: list[dict[str, Any]],
     steps: list[int],

@@ -36,12 +36,13 @@ COLUMNS = (
 )
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    load_config(["task=slang", *argv])  # a wrong argument is answered before anything is trained
     TARGET.parent.mkdir(exist_ok=True)
     results = []
     for attempt in ATTEMPTS:
         # A limit of rows is for the attempts that take all of them; the first has its own, of 150.
-        given = [word for word in words if attempt != "attempt1" or not word.startswith("task.data.train_rows=")]
+        given = [word for word in argv if attempt != "attempt1" or not word.startswith("task.data.train_rows=")]
         overrides = ["task=slang", f"+experiment={attempt}", *given]
         code = subprocess.run([sys.executable, "-m", "commands.train", *overrides], check=False).returncode
         if code:
@@ -52,7 +53,7 @@ def main(words: list[str]) -> None:
         results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
     if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
-    TARGET.write_text(write(results, words), encoding="utf-8")
+    TARGET.write_text(write(results, argv), encoding="utf-8")
     print(f"\nwritten: {TARGET}")
 
 

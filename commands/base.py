@@ -8,8 +8,8 @@ from core.configuration import load_config
 from core.errors import run
 
 
-def main(words: list[str]) -> None:
-    print(ensure_base_model(load_config(words).model))
+def main(argv: list[str]) -> None:
+    print(ensure_base_model(load_config(argv).model))
 
 
 if __name__ == "__main__":

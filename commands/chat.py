@@ -2,9 +2,9 @@
 
     python -m commands.chat task=chat                (what `make chat TASK=chat` calls)
     printf 'hi\\nwho are you?\\n' | make chat TASK=chat
-    python -m commands.chat task=chat +run=FOLDER seed=3 task.generate.temperature=0.3
+    python -m commands.chat task=chat run=FOLDER seed=3 task.generate.temperature=0.3
 
-The newest finished run answers, or +run=FOLDER. Where the task's prompt has turns, the model is given the whole
+The newest finished run answers, or run=FOLDER. Where the task's prompt has turns, the model is given the whole
 dialogue; where it asks one question, as slang's does, each line is one by itself. A line fills the field of the
 prompt's instruction that is a column of the task's data (slang's `context`), or is the whole instruction.
 """
@@ -34,8 +34,8 @@ HELP = """\
 Ctrl-C stops an answer. To begin a message with a slash, put a space before it."""
 
 
-def main(words: list[str]) -> None:
-    config = load_config(words)
+def main(argv: list[str]) -> None:
+    config = load_config(argv)
     asked = Run.read(newest_run(config))
     console = Console(highlight=False)
     with console.status("loading"):

@@ -6,6 +6,9 @@ python -m commands.compare task=slang "runs=a b"         only these, by name or 
 
 from pathlib import Path
 
+from pydantic import Field
+
+from core.arguments import Arguments
 from core.configuration import load_config
 from core.errors import run
 from evaluation.compare_runs import choose, compare, show
@@ -13,10 +16,13 @@ from evaluation.plots import draw_comparison
 from evaluation.report import write_page
 
 
-def main(words: list[str]) -> None:
-    names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
-    config = load_config([word for word in words if not word.startswith("runs=")])
-    groups = compare(choose(config, names))
+class Options(Arguments):
+    runs: str = Field("", description="names or folders of runs, with spaces between them; empty: all finished runs")
+
+
+def main(argv: list[str]) -> None:
+    config, options = load_config(argv, Options)
+    groups = compare(choose(config, options.runs))
     show(groups)
     for group in groups:
         group["plots"] = draw_comparison(group["runs"])

@@ -5,20 +5,25 @@
 The folder's counts and some of its rows are shown, also where it is up to date.
 """
 
+from pydantic import Field
+
+from core.arguments import Arguments
+from core.base_model import ensure_base_model
 from core.configuration import load_config
-from core.errors import UserError, run
+from core.errors import run
 from data_prep.prepare import prepare
 from data_prep.show_rows import EXAMPLES
 
 
-def main(words: list[str]) -> None:
-    asked = [word.partition("=")[2] for word in words if word.startswith("examples=")]
-    if asked and not asked[-1].isdecimal():
-        raise UserError(f"examples={asked[-1]} is not a number of rows, such as examples=5")
-    config = load_config([word for word in words if not word.startswith("examples=")])
-    from core.base_model import ensure_base_model
-
-    prepare(config, ensure_base_model(config.model) / "tokenizer.json", int(asked[-1]) if asked else EXAMPLES)
+class Options(Arguments):
+    examples: int = Field(EXAMPLES, ge=0, description="rows to show")
 
 
-run(main)
+def main(argv: list[str]) -> None:
+    config, options = load_config(argv, Options)
+    tokenizer_file = ensure_base_model(config.model) / "tokenizer.json"
+    prepare(config, tokenizer_file, options.examples)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -3,24 +3,27 @@
     python -m commands.generate task=slang context="You missed the last bus home." seed=3
     (what `make generate TASK=slang CONTEXT="…" CONDITION="…"` calls)
 
-`name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or +run=FOLDER.
+`name=text` for a field of the task's prompt replaces its default. The newest finished run is asked, or run=FOLDER.
 """
 
+from pydantic import Field, create_model
+
+from core.arguments import Arguments
 from core.configuration import load_config, plain
 from core.errors import run
 from core.run_folder import Run, base_of, newest_run
 
 
-def main(words: list[str]) -> None:
-    given, overrides = {}, []
-    fields = load_config([word for word in words if word.startswith("task=")]).task.prompt.fields
-    for word in words:  # a prompt field may hold any text, so it does not go through the override grammar
-        name, _, text = word.partition("=")
-        if name in fields:
-            given[name] = text
-        else:
-            overrides.append(word)
-    config = load_config(overrides)
+def options_of(argv: list[str]) -> type[Arguments]:
+    """The arguments of this command: the fields of the task's prompt, which may hold any text."""
+    task = load_config([word for word in argv if word.startswith("task=")]).task
+    about = {name: f"this field of the prompt; by default: {text.strip()}" for name, text in task.prompt.fields.items()}
+    fields = {name: (str | None, Field(None, description=text)) for name, text in about.items()}
+    return create_model("Options", __base__=Arguments, __module__=__name__, **fields)  # type: ignore[call-overload]
+
+
+def main(argv: list[str]) -> None:
+    config, options = load_config(argv, options_of(argv))
     asked = Run.read(newest_run(config))
     print(f"Asking {asked.folder.name}", flush=True)
 
@@ -36,7 +39,7 @@ def main(words: list[str]) -> None:
 
         nemo = read_nemo(asked.archive)
         model, tokenizer = nemo.load_onto(base_of(asked, config))
-    instruction = nemo.prompt.write_instruction(**given)
+    instruction = nemo.prompt.write_instruction(**options.model_dump(exclude_unset=True))
     sampling = plain(config.task.generate)
     with console.status("asking the fine-tuned model"):
         tuned = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)

@@ -1,21 +1,24 @@
 """A starter for a task of the user's own, from a look at the table.
 
-python -m commands.new_task films reviews.csv --title "Squid Game"
+python -m commands.new_task name=films source=reviews.csv title="Squid Game"
 (what `make new-task NAME=films SOURCE=reviews.csv TITLE="Squid Game"` calls)
 """
 
-import argparse
+from pydantic import Field
 
+from core.arguments import Arguments, parse
 from core.errors import run
 from data_prep.new_task import new_task
 
 
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m commands.new_task", description=__doc__.partition("\n")[0])
-    parser.add_argument("name")
-    parser.add_argument("source")
-    parser.add_argument("--title", default="")
-    options = parser.parse_args(words)
+class Options(Arguments):
+    name: str = Field(description="of the task, such as films: letters, digits and _")
+    source: str = Field(description="its table: a CSV, TSV, JSONL or Parquet file, or hf:OWNER/NAME")
+    title: str = Field("", description="what the reviews are of, where the table holds reviews")
+
+
+def main(argv: list[str]) -> None:
+    options = parse(Options, argv)
     new_task(options.name, options.source, options.title)
 
 

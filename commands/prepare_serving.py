@@ -1,19 +1,21 @@
 """From finished runs to what Triton serves: `exports/serve`, made in the training environment. `make serve` calls it.
 
-    python -m commands.prepare_serving slang squid_game
-    python -m commands.prepare_serving --default slang      the base alone where slang has no finished run
-    python -m commands.prepare_serving slang --engine vllm        the same folder for NVIDIA's container
+    python -m commands.prepare_serving tasks=slang,squid_game
+    python -m commands.prepare_serving default=slang            the base alone where slang has no finished run
+    python -m commands.prepare_serving tasks=slang engine=vllm  the same folder for NVIDIA's container
 
 The newest finished run of each task becomes a PEFT adapter through `converters`, at exports/<task>/adapter; one that
 was made from that very run is taken as it is. Where a server runs already, its tasks stay and these join them.
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from core.arguments import Arguments, parse
 from core.base_model import ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
@@ -27,16 +29,16 @@ SAMPLING = {"max_new_tokens": "max_tokens"}  # transformers' name: vLLM's
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty")
 
 
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "commands.prepare_serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("tasks", nargs="*")
-    parser.add_argument("--default", help="a task to serve where none is named, if it has a finished run")
-    parser.add_argument("--model", default="gemma-3-270m", help="the base that is served where there is no run")
-    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    options = parser.parse_args(words)
+class Options(Arguments):
+    tasks: list[str] = Field([], description="those to serve; each needs a finished run")
+    default: str | None = Field(None, description="a task to serve where none is named, if it has a finished run")
+    model: str = Field("gemma-3-270m", description="the base that is served where there is no run")
+    engine: Literal["embedded", "vllm"] = Field("embedded", description="what generates")
+    folder: Path = Field(FOLDER, description="what Triton will serve")
+
+
+def main(argv: list[str]) -> None:
+    options = parse(Options, argv)
     prepare(options.tasks, options.default, options.model, options.engine, options.folder)
 
 
@@ -111,8 +113,9 @@ def adapter_of(found: Run, base: Path) -> Path:
 def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
     """`serving.json`: what a client needs to ask this adapter as it was trained, beside its prompt."""
     prompt, task = Prompt.load(adapter), found.config["task"]
-    # What a task says of sampling today counts; its run may be older than that.
-    given = plain(load_config([f"task={found.task}"]).task.generate)
+    # The task's title and sampling of today count; its run may be older than they are.
+    today = load_config([f"task={found.task}"]).task
+    given = plain(today.generate)
     given = {SAMPLING.get(name, name): value for name, value in given.items()}
     sampling = {name: given[name] for name in SAMPLED if given.get(name) is not None}
     if prompt.end not in ("", EOS):
@@ -121,18 +124,13 @@ def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
     return {
         "name": found.task,
         "task": found.task,
-        "title": title_of(found),
+        "title": task.get("title") or today.title or found.task.replace("_", " ").capitalize(),
         "base": base.name,
         "sampling": sampling,
         "run": found.folder.name,
         "has_turns": bool(prompt.end),
         "field": field,
     }
-
-
-def title_of(found: Run) -> str:
-    reviewed = (found.config["task"]["data"].get("reviews") or {}).get("title")
-    return f"{reviewed}: what viewers say" if reviewed else found.task.replace("_", " ").capitalize()
 
 
 if __name__ == "__main__":

@@ -3,12 +3,6 @@
     python -m commands.publish task=slang repo=me/slang-gemma dry_run=true      (writes the folder, sends nothing)
     HF_TOKEN=hf_... python -m commands.publish task=slang repo=me/slang-gemma to=merged dataset=me/slang-rows
 
-Words of its own, beside those of the configuration:
-    repo      where the model goes, name/model
-    to        adapter (the default) or merged
-    dataset   where the prepared rows go, name/data; without it they stay here
-    dry_run   true: only write exports/<task>/hub/
-
 A repository that does not exist yet is made private: what is in it is seen by others when its owner says so there.
 """
 
@@ -17,25 +11,26 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from omegaconf import DictConfig
+from pydantic import Field
 
 from converters.adapter import HUB
 from converters.convert import convert
 from converters.hf import read_json, write_json
 from converters.nemo_file import NemoFile, read_nemo
+from core.arguments import Arguments
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
 from core.run_folder import newest_run
+from core.schema import Config
 
 TERMS = "https://ai.google.dev/gemma/terms"
 SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
-WORDS = {"repo": "", "to": "adapter", "dataset": "", "dry_run": ""}
 
 MODEL_CARD = """---
 {front}
@@ -115,25 +110,24 @@ model = AutoModelForCausalLM.from_pretrained("{repo}")""",
 }
 
 
-def main(words: list[str]) -> None:
-    own, overrides = dict(WORDS), []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in WORDS:
-            own[name] = value
-        else:
-            overrides.append(word)
-    publish(load_config(overrides), own["repo"], own["to"], own["dataset"], own["dry_run"].lower() in ("1", "true"))
+class Options(Arguments):
+    repo: str = Field("", description="where the model goes, name/model")
+    to: Literal["adapter", "merged"] = Field("adapter", description="the adapter alone, or merged into its base")
+    dataset: str = Field("", description="where the prepared rows go, name/data; without it they stay here")
+    dry_run: bool = Field(False, description="only write exports/<task>/hub/, send nothing")
 
 
-def publish(config: DictConfig, repo: str, to: str, dataset: str, dry_run: bool) -> None:
+def main(argv: list[str]) -> None:
+    config, options = load_config(argv, Options)
+    publish(config, options.repo, options.to, options.dataset, options.dry_run)
+
+
+def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> None:
     """Write and, unless `dry_run`, push the newest run of the task.
 
     Raises:
         UserError: no such run, rows that it was not trained on, a name or token the hub does not take, no network.
     """
-    if to not in LOAD:
-        raise UserError(f"to={to} is unknown. Known: {', '.join(LOAD)}")
     for name in filter(None, (repo, dataset)):
         try:
             validate_repo_id(name)

@@ -1,6 +1,6 @@
 """Ask base and fine-tuned model of the newest run the same questions, measure their answers, and write the report.
 
-python -m commands.report task=slang [+run=FOLDER]
+python -m commands.report task=slang [run=FOLDER]
 """
 
 from core.configuration import load_config
@@ -10,8 +10,8 @@ from evaluation.gate import pass_gate
 from evaluation.report import evaluate, show, write
 
 
-def main(words: list[str]) -> int:
-    config = load_config(words)
+def main(argv: list[str]) -> int:
+    config = load_config(argv)
     finished = Run.read(newest_run(config))
     if finished.task != config.task.name:
         raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")

@@ -1,24 +1,25 @@
 """Serve what `commands.prepare_serving` prepared: engine, Triton and OpenAI-compatible gateway under a supervisor.
 
     python -m commands.serve                                 (what `make serve` calls, in the serving environment)
-    python -m commands.serve --grpc-port 9001 --threads 4
+    python -m commands.serve grpc_port=9001 threads=4
 
 It stays in the foreground; Ctrl-C or SIGTERM lets requests in flight end, for some seconds, and then ends everything.
 Where a server runs from the same folder already, its adapters are looked at and this command ends.
 """
 
-import argparse
 import asyncio
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from rich.console import Console
 
+from core.arguments import Arguments, parse
+from core.errors import UserError, run
 from serving.state import State
-from serving.supervisor import Options, StartError, Supervisor
+from serving.supervisor import ServerOptions, Supervisor
 
 ENGINE_OPTIONS = ("threads", "max_waiting", "max_tokens_in_cache", "dtype")
 PATIENCE = 15.0  # seconds for a running server to take a new adapter
@@ -29,28 +30,26 @@ EXPOSED = (
 )
 
 
-def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser("serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("exports/serve"))
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
-    ports = {
-        "http": (8000, "Triton's HTTP"),
-        "grpc": (8001, "Triton's gRPC"),
-        "metrics": (8002, "Prometheus metrics"),
-        "gateway": (9000, "OpenAI's interface"),
-    }
-    for name, (port, about) in ports.items():
-        parser.add_argument(f"--{name}-port", type=int, default=port, help=f"{about} (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of the engine (default: the machine's cores)")
-    parser.add_argument("--max-waiting", type=int, help="requests in the queue before others are told 'busy'")
-    parser.add_argument("--max-tokens-in-cache", type=int, help="tokens of all requests at once: bounds the memory")
-    parser.add_argument("--dtype", help="of the engine's weights: bfloat16, float32 or int8")
-    parser.add_argument("--log-text", action="store_true", help="prompts and answers too in state/requests.jsonl")
-    given = parser.parse_args(words)
+class Options(Arguments):
+    folder: Path = Field(Path("exports/serve"), description="what to serve")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
+    http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP")
+    grpc_port: int = Field(8001, ge=1, le=65535, description="Triton's gRPC")
+    metrics_port: int = Field(8002, ge=1, le=65535, description="Prometheus metrics")
+    gateway_port: int = Field(9000, ge=1, le=65535, description="the OpenAI-compatible gateway")
+    threads: int | None = Field(None, ge=1, description="of the engine; by default the machine's cores")
+    max_waiting: int | None = Field(None, ge=1, description="requests in the queue before others are told 'busy'")
+    max_tokens_in_cache: int | None = Field(None, ge=1, description="tokens of all requests: bounds the memory")
+    dtype: str | None = Field(None, description="of the engine's weights: bfloat16, float32 or int8")
+    log_text: bool = Field(False, description="prompts and answers too in state/requests.jsonl")
+
+
+def main(argv: list[str]) -> None:
+    given = parse(Options, argv)
     engine = [
         f"--{name.replace('_', '-')}={value}" for name in ENGINE_OPTIONS if (value := getattr(given, name)) is not None
     ]
-    options = Options(
+    options = ServerOptions(
         given.folder,
         given.host,
         given.http_port,
@@ -61,20 +60,15 @@ def main(words: list[str]) -> int:
         tuple(engine),
     )
     state, console = State(options.folder / "state"), Console(highlight=False, soft_wrap=True)
-    try:
-        if not (options.folder / "repository" / "gemma" / "1" / "model.py").exists():
-            raise StartError(f"{options.folder} holds nothing that this engine serves; make it: make serve TASK=…")
-        if not state.take():
-            joined(options.folder, state, console)
-        else:
-            asyncio.run(serve(options, state, console))
-    except StartError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if not (options.folder / "repository" / "gemma" / "1" / "model.py").exists():
+        raise UserError(f"{options.folder} holds nothing that this engine serves; make it: make serve TASK=…")
+    if not state.take():
+        joined(options.folder, state, console)
+    else:
+        asyncio.run(serve(options, state, console))
 
 
-async def serve(options: Options, state: State, console: Console) -> None:
+async def serve(options: ServerOptions, state: State, console: Console) -> None:
     adapters = [path.name for path in sorted((options.folder / "adapters").iterdir())]
     base = (options.folder / "base").resolve().name
     title = f"Serving {base} with {', '.join(adapters)}" if adapters else f"Serving {base} alone"
@@ -99,7 +93,7 @@ def joined(folder: Path, state: State, console: Console) -> None:
     """Wait until the running server has every adapter of `folder`, and say so.
 
     Raises:
-        StartError: it has not, after a while.
+        UserError: it has not, after a while.
     """
     status = state.read()
     wanted = sorted(path.name for path in (folder / "adapters").iterdir())
@@ -107,7 +101,7 @@ def joined(folder: Path, state: State, console: Console) -> None:
     while missing := [name for name in wanted if name not in (found := engine_of(state)).get("adapters", [])]:
         reason = found.get("broken", {}).get(missing[0])
         if reason or time.monotonic() > until:
-            raise StartError(
+            raise UserError(
                 f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
                 f"{reason or f'what it said is in {state.folder}'}"
             )
@@ -139,4 +133,4 @@ def addresses(status: dict[str, Any], adapters: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -2,7 +2,7 @@
 
     python -m commands.train task=slang                              (what `make train TASK=slang` calls)
     python -m commands.train task=slang task.data.source=mine.csv seed=1
-    python -m commands.train task=slang +experiment=attempt2
+    python -m commands.train task=slang experiment=attempt2
 
 A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
 only shows one that is finished; anything changed starts another. Told to stop by SIGTERM or SIGUSR1, it writes a
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 
 from core.base_model import describe, ensure_base_model
-from core.configuration import load_config, plain
+from core.configuration import load_config, plain, write_config
 from core.errors import UserError, run
 from core.files import write_json
 from core.machine import describe_environment, quiet_libraries
 from core.run_folder import read_metrics
+from core.schema import Config
 from data_prep.prepare import prepare
 from evaluation.gate import pass_gate
 from evaluation.questions import check, held_out_questions, listed_questions
@@ -41,18 +41,15 @@ if TYPE_CHECKING:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-ENGINES = ("lightning", "automodel")
 SAMPLES = 3  # questions asked before and after; `make report` asks more
 
 
-def main(words: list[str]) -> int:
-    config = load_config(words)
+def main(argv: list[str]) -> int:
+    config = load_config(argv)
     print(
         f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
         f"{config.trainer.accelerator.upper()}"
     )
-    if config.engine not in ENGINES:
-        raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
     settings = check(config)
     store = None
     if config.engine == "automodel":
@@ -99,7 +96,7 @@ def main(words: list[str]) -> int:
     return show_result(run_folder, settings["min_gain"])
 
 
-def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) -> Path:
+def name_run(config: Config, base_folder: Path, identity: dict[str, Any]) -> Path:
     """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     engine = "" if config.engine == "lightning" else config.engine
@@ -108,7 +105,7 @@ def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) ->
 
 
 def train(
-    config: DictConfig,
+    config: Config,
     base_folder: Path,
     data_folder: Path,
     run_folder: Path,
@@ -159,7 +156,8 @@ def train(
     if not before_file.exists():
         print("Asking the base model first", flush=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        base = load_base(base_folder, weights_dtype(), plain(config.peft)["quantization"], device).to(device).eval()
+        quantization = plain(config.peft.quantization) if config.peft.quantization else None
+        base = load_base(base_folder, weights_dtype(), quantization, device).to(device).eval()
         write_json(before_file, measure(base, tokenizer, prompt, *measured))
         del base
         give_back()
@@ -202,7 +200,7 @@ def train(
     report.write(run_folder)
 
 
-def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+def record(config: Config, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
     """Write down what the run is made of; say what is no longer as it was when the run began."""
     file = run_folder / "environment.json"
     environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
@@ -217,7 +215,7 @@ def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder:
                 "digits may not be those of a run that was never stopped"
             )
     partial = run_folder / "config.partial"
-    OmegaConf.save(config, partial)
+    write_config(config, partial)
     partial.rename(run_folder / "config.yaml")
     shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.partial")
     (run_folder / "data_manifest.partial").rename(run_folder / "data_manifest.json")

@@ -1,14 +1,13 @@
 """Start the site, and the model behind it if none answers.
 
     make web                                   http://127.0.0.1:8080, for this machine alone
-    python -m commands.web --clean              explicit terms are refused and masked
-    WEB_PASSWORD=... python -m commands.web --host 0.0.0.0 --name slang.example.org --proxy 127.0.0.1
+    python -m commands.web clean=true           explicit terms are refused and masked
+    WEB_PASSWORD=... python -m commands.web host=0.0.0.0 name=slang.example.org proxy=127.0.0.1
 
-On the internet it belongs behind a proxy that speaks TLS; `--proxy` is that proxy's address, from which the visitor's
+On the internet it belongs behind a proxy that speaks TLS; `proxy` is that proxy's address, from which the visitor's
 own is believed. Where Triton does not answer, `make serve` is started as a child, and ended with the site.
 """
 
-import argparse
 import asyncio
 import logging
 import os
@@ -22,46 +21,48 @@ import webbrowser
 from pathlib import Path
 
 import uvicorn
+from pydantic import Field
 
+from core.arguments import Arguments, parse
+from core.errors import UserError, run
 from serving.client import AsyncClient
 from serving.processes import end_with_us
-from serving.web.app import Settings, create_app
+from serving.web.app import create_app
+from serving.web.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DRAIN = 30  # seconds that `make serve` has to end
 
 
-def main() -> int:
-    words = argparse.ArgumentParser(
-        prog="python -m serving.web", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    words.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    words.add_argument("--port", type=int, default=8080)
-    words.add_argument("--name", action="append", default=[], help="a name visitors call the site by; may be repeated")
-    words.add_argument("--proxy", help="address of the proxy in front, whose X-Forwarded-For is believed")
-    words.add_argument("--triton", default=Settings.triton, help="host:port of its gRPC, or a URL of serving.client")
-    words.add_argument("--runs", type=Path, default=Settings.runs)
-    words.add_argument("--data", type=Path, default=Settings.data)
-    words.add_argument("--database", type=Path, default=Settings.database, help="the dictionary's file")
-    words.add_argument("--clean", action="store_true", help="refuse and mask explicit terms")
-    words.add_argument("--alone", action="store_true", help="do not start `make serve`")
-    given = words.parse_args()
+class Options(Arguments):
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8080, ge=1, le=65535, description="port to listen on")
+    name: list[str] = Field([], description="names visitors call the site by")
+    proxy: str | None = Field(None, description="address of the proxy in front, whose X-Forwarded-For is believed")
+    triton: str = Field(Settings.triton, description="host:port of its gRPC, or a URL of serving.client")
+    runs: Path = Field(Settings.runs, description="folder of all runs")
+    data: Path = Field(Settings.data, description="folder of all prepared data")
+    storage: Path = Field(Settings.storage, description="folder for what visitors keep")
+    clean: bool = Field(False, description="refuse and mask explicit terms")
+    alone: bool = Field(False, description="do not start `make serve`")
+
+
+def main(argv: list[str]) -> None:
+    given = parse(Options, argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     if given.host in ("0.0.0.0", "::") and not given.name:
-        print(
-            f"error: --host {given.host} answers every network; say by which name or address visitors call the "
-            "site: --name slang.example.org",
-            file=sys.stderr,
+        raise UserError(
+            f"host={given.host} answers every network; say by which name or address visitors call the site: "
+            "name=slang.example.org"
         )
-        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # through `finally` below, which ends what was started
 
     settings = Settings(
         triton=given.triton,
         runs=given.runs,
         data=given.data,
-        database=given.database,
+        storage=given.storage,
         hosts=(*Settings.hosts, given.host, *given.name),
         password=os.environ.get("WEB_PASSWORD", ""),
         clean=given.clean,
@@ -69,12 +70,10 @@ def main() -> int:
     try:
         listener = socket.create_server((given.host, given.port))
     except OSError as error:
-        print(
-            f"error: {given.host}:{given.port} cannot be used ({error.strerror}). Choose another: --port 8081, or "
-            "make web ARGS='--port 8081'",
-            file=sys.stderr,
-        )
-        return 2
+        raise UserError(
+            f"{given.host}:{given.port} cannot be used ({error.strerror}). Choose another: port=8081, or "
+            "make web ARGS=port=8081"
+        ) from None
     stack = None if given.alone or answers(given.triton) else start_stack()
     if stack:
         threading.Thread(target=report_end, args=[stack], daemon=True).start()
@@ -99,7 +98,6 @@ def main() -> int:
     finally:
         if stack:
             end_stack(stack)
-    return 0
 
 
 def answers(triton: str) -> bool:
@@ -137,4 +135,4 @@ def end_stack(stack: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

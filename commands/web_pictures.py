@@ -1,6 +1,6 @@
 """The pictures of the README, of a site that runs: `make web` in one terminal, `make web-pictures` in another.
 
-    python -m commands.web_pictures [http://127.0.0.1:8080]
+    python -m commands.web_pictures [site=http://127.0.0.1:8080]
 
 docs/web.png is the slang page on a desktop, base model beside the fine-tuned one; docs/web-phone.png the page of
 reviews on a phone. Both show what the model said, to the seeds below.
@@ -8,18 +8,24 @@ reviews on a phone. Both show what the model said, to the seeds below.
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from playwright.sync_api import Browser, Error, expect, sync_playwright
+from pydantic import Field
 
-SITE = "http://127.0.0.1:8080"
+from core.arguments import Arguments, parse
+from core.errors import UserError, run
+
 SEED = 3
 PATIENCE = 120_000  # milliseconds for an answer
 
 
-def main() -> None:
-    site = sys.argv[1] if len(sys.argv) > 1 else SITE
+class Options(Arguments):
+    site: str = Field("http://127.0.0.1:8080", description="address of the running site")
+
+
+def main(argv: list[str]) -> None:
+    site = parse(Options, argv).site
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         # Debian's, where there is one; otherwise the one of `playwright install chromium`.
@@ -28,7 +34,7 @@ def main() -> None:
             slang(browser, site, Path("docs/web.png"))
             reviews(browser, site, Path("docs/web-phone.png"))
         except (Error, AssertionError) as error:
-            sys.exit(f"error: {site}: {str(error).splitlines()[0]}. Is the site running? make web")
+            raise UserError(f"{site}: {str(error).splitlines()[0]}. Is the site running? make web") from None
 
 
 def browser_options() -> list[str]:
@@ -68,4 +74,4 @@ def reviews(browser: Browser, site: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

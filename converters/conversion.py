@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
@@ -25,6 +25,7 @@ from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
 from core.progress import Progress
+from core.schema import ModelConfig
 
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -53,16 +54,14 @@ def fill(
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
-        raise UserError(
-            f"{path} is a whole model, there is nothing to merge; --to hf makes a Hugging Face folder of it"
-        )
+        raise UserError(f"{path} is a whole model, there is nothing to merge; to=hf makes a Hugging Face folder of it")
     kind = Checkpoint if to == MERGED else type(source)
     if kind not in module.WRITES:
         what, can = ("an adapter", MERGED) if kind is Adapter else ("a whole model", "hf")
-        raise UserError(f"{path} is {what}, which {to} does not hold; --to {can} does")
+        raise UserError(f"{path} is {what}, which {to} does not hold; to={can} does")
     if dtype and dtype not in getattr(module, "DTYPES", ()):
         known = ", ".join(getattr(module, "DTYPES", ())) or "none, it keeps those of the source"
-        raise UserError(f"--dtype {dtype} is unknown to {to}. Known: {known}")
+        raise UserError(f"dtype={dtype} is unknown to {to}. Known: {known}")
 
     whole = source if isinstance(source, Checkpoint) else base
     assert whole
@@ -121,20 +120,20 @@ def fetched(name: Path | str) -> Path:
     path = Path(name)
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(name)):
         return path
-    files = sorted((CONFIG_DIR / "model").glob("*.yaml"))
-    known = next((model for file in files if (model := OmegaConf.load(file)).repo == str(name)), None)
-    model = known or OmegaConf.create(
-        {
-            "name": str(name).replace("/", "--"),
-            "repo": str(name),
-            "revision": "main",
-            "embedded": False,
-            "path": None,
-            "models_dir": "models",
-            "max_perplexity": 1000,
-        }
+    models = (
+        yaml.safe_load(file.read_text(encoding="utf-8")) for file in sorted((CONFIG_DIR / "model").glob("*.yaml"))
     )
-    return ensure_base_model(cast(DictConfig, model))
+    known = next((model for model in models if model["repo"] == str(name)), None)
+    model = known or {
+        "name": str(name).replace("/", "--"),
+        "repo": str(name),
+        "revision": "main",
+        "embedded": False,
+        "path": None,
+        "models_dir": "models",
+        "max_perplexity": 1000,
+    }
+    return ensure_base_model(ModelConfig(**{key: value for key, value in model.items() if key != "defaults"}))
 
 
 def opened(format_name: str, path: Path) -> Checkpoint | Adapter:
@@ -158,7 +157,7 @@ def opened_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
         folder = Path(adapter.base["source"])
     if not (folder / "config.json").exists():
         missing = f"the base model {known} is not in {folder}" if known or name else "the adapter does not say its base"
-        raise UserError(f"{missing}; name its folder with --base")
+        raise UserError(f"{missing}; name its folder with base=FOLDER")
     base = opened("hf", folder)
     assert isinstance(base, Checkpoint)
     base.origin = {**describe(folder), "folder": str(folder)}

@@ -12,7 +12,7 @@ def table() -> str:
     from converters.checkpoint import Adapter, Checkpoint
 
     modules = {name: module_of(name) for name in FORMATS}
-    lines = ["| --to | is | from |", "|---|---|---|"]
+    lines = ["| to | is | from |", "|---|---|---|"]
     for name, module in modules.items():
         for kind, word in ((Checkpoint, "whole model"), (Adapter, "adapter")):
             if kind in module.WRITES:
@@ -40,7 +40,7 @@ def convert(
     """
     is_ours = target.is_dir() and ((target / "conversion.json").exists() or not any(target.iterdir()))
     if target.exists() and not is_ours:
-        raise UserError(f"{target} exists and was not made by this command; name another with --out")
+        raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
     from converters.conversion import fill
 

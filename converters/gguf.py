@@ -60,7 +60,7 @@ WRITES = {Checkpoint: ".gguf", Adapter: ".gguf"}
 DTYPES = ("source", "f32", "f16", "bf16", "q8_0")
 TOLERANCE = {"mean_kl_divergence": 0.005}  # Q8_0 rounds; see above for norms in float32
 
-# How matrices are stored, as `--dtype` or the source says, and the number that llama.cpp shows for it.
+# How matrices are stored, as `dtype` or the source says, and the number that llama.cpp shows for it.
 KINDS = {
     "f32": GGMLQuantizationType.F32,
     torch.float32: GGMLQuantizationType.F32,
@@ -263,9 +263,9 @@ def _writer(
 def _write_adapter(adapter: Adapter, target: Path) -> None:
     family = (adapter.config or {}).get("model_type")
     if family not in FAMILIES:
-        raise UserError("an adapter in GGUF names the family of its base; give the folder of that Gemma with --base")
+        raise UserError("an adapter in GGUF names the family of its base; give the folder of that Gemma: base=FOLDER")
     if adapter.peft.get("use_dora"):
-        raise UserError("llama.cpp has no DoRA: convert --to merged, and that folder --to gguf")
+        raise UserError("llama.cpp has no DoRA: convert to=merged, and that folder to=gguf")
     found = updates(adapter, target)
     names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
     # One alpha for the whole file: where layers differ in alpha, their B takes the difference.
@@ -309,7 +309,7 @@ def _row_bytes(values: int, kind: GGMLQuantizationType, name: str) -> int:
     block, size = GGML_QUANT_SIZES[kind]
     if values % block:
         raise UserError(
-            f"{name} has rows of {values} values, which {kind.name} cannot divide by {block}; use --dtype bf16"
+            f"{name} has rows of {values} values, which {kind.name} cannot divide by {block}; use dtype=bf16"
         )
     return values // block * size
 
@@ -326,7 +326,7 @@ def _encoded(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarra
         if kind in PLAIN:
             rounded = part.to(PLAIN[kind])
             if not torch.isfinite(rounded).all():
-                raise UserError(f"{name} holds values that {kind.name} cannot hold; use --dtype bf16")
+                raise UserError(f"{name} holds values that {kind.name} cannot hold; use dtype=bf16")
             into[start : start + step] = rounded.view(torch.uint8).numpy()
         else:
             into[start : start + step] = quantize(part.float().numpy(), kind)

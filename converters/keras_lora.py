@@ -156,9 +156,9 @@ def write(adapter: Adapter, target: Path) -> None:
     """
     config = adapter.config or {}
     if config.get("model_type") not in WALK:
-        raise UserError("KerasHub's LoRA is ordered by heads; give the folder of the base, a text Gemma, with --base")
+        raise UserError("KerasHub's LoRA is ordered by heads; give the folder of the base, a text Gemma: base=FOLDER")
     if adapter.peft.get("use_dora"):
-        raise UserError("KerasHub has no DoRA: convert --to merged, and that folder --to keras")
+        raise UserError("KerasHub has no DoRA: convert to=merged, and that folder to=keras")
     walk = WALK[config["model_type"]]
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for layer, update in updates(adapter, target).items():

@@ -131,7 +131,7 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
     """
     if adapter.config is None:
         raise UserError(
-            "Megatron joins q, k and v by the base's configuration: name the folder of the base with --base"
+            "Megatron joins q, k and v by the base's configuration: name the folder of the base with base=FOLDER"
         )
     sizes, peft = Sizes.of(adapter.config), adapter.peft
     beyond = [key for key in BEYOND if peft.get(key)] + ["bias"] * (peft.get("bias", "none") != "none")

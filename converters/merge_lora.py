@@ -50,7 +50,7 @@ def refuse_other_base(adapter: Adapter, base: Checkpoint, where: Path) -> None:
     if wanted and found and wanted != found:
         raise UserError(
             f"{where} was trained on {adapter.base.get('name')} with weights {wanted[:12]}; the base given is "
-            f"{base.origin.get('name')} with weights {found[:12]}. Name the folder of the right one with --base"
+            f"{base.origin.get('name')} with weights {found[:12]}. Name the folder of the right one with base=FOLDER"
         )
 
 
@@ -58,11 +58,11 @@ def refuse_misfit(found: Mapping[str, Update], base: Checkpoint, where: Path) ->
     for layer, update in found.items():
         weight = base.tensors.get(f"{layer}.weight")
         if weight is None:
-            raise UserError(f"the base has no {layer}, which {where} changes; name the right base with --base")
+            raise UserError(f"the base has no {layer}, which {where} changes; name the right base with base=FOLDER")
         if weight.shape != (len(update.lora_b), update.lora_a.shape[1]):
             raise UserError(
                 f"{where} changes {layer} of shape {[len(update.lora_b), update.lora_a.shape[1]]}, but the "
-                f"base's is {list(weight.shape)}; name the right base with --base"
+                f"base's is {list(weight.shape)}; name the right base with base=FOLDER"
             )
 
 

@@ -22,6 +22,7 @@ from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.hf import COMPANIONS, as_prompt
 from converters.spans import Span, below, members
 from converters.torch_file import read_tensors, write_tensors
+from core.configuration import escaped, unescaped
 from core.errors import UserError
 
 TITLE = ".nemo of this project"
@@ -102,7 +103,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         }
     with target.open("wb") as file:
         # Through JSON: what stands in it twice is written twice, not by reference.
-        text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode()
+        text = yaml.safe_dump(escaped(json.loads(json.dumps(config))), sort_keys=False).encode()
         file.write(_header(CONFIG, len(text)) + _padded(text))
         for name, where in files.items():
             text = where.read_bytes() if isinstance(where, Path) else where
@@ -132,7 +133,7 @@ def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not a whole .nemo of this project: it has no readable {CONFIG}")
-    return config
+    return unescaped(config)
 
 
 def _refuse_growth(text: bytes) -> None:

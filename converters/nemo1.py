@@ -203,7 +203,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     """
     hf = content.config or {}
     if hf.get("model_type") == "gemma3_text":
-        raise UserError("NeMo 1 knows no Gemma 3; write it for NeMo 2, --to nemo2")
+        raise UserError("NeMo 1 knows no Gemma 3; write it for NeMo 2, to=nemo2")
     lora: dict[str, Any] = {}
     if isinstance(content, Adapter):
         tensors, rank, alpha = to_megatron_lora(content)
@@ -227,7 +227,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             }
         }
         if content.peft.get("use_dora"):
-            raise UserError("NeMo 1 has no DoRA; write it for NeMo 2, --to nemo2")
+            raise UserError("NeMo 1 has no DoRA; write it for NeMo 2, to=nemo2")
     else:
         weights = {f"model.{name}": lazy for name, lazy in to_megatron(content.tensors, hf).items()}
     files = {

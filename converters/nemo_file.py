@@ -69,7 +69,7 @@ def read_nemo(path: Path) -> NemoFile:
     """
     found = nemo.read(path)
     if not isinstance(found, Adapter):
-        raise UserError(f"{path} holds a whole model, not an adapter; python -m commands.convert {path} --to hf")
+        raise UserError(f"{path} holds a whole model, not an adapter; python -m commands.convert source={path} to=hf")
     if found.prompt is None or found.dtype is None:
         raise UserError(f"{path} does not say with which prompt its adapter was trained, so it cannot be asked")
     return NemoFile(found.base, found.peft, found.prompt, found.tensors, found.dtype, found.quantization)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from omegaconf import DictConfig
 
 from core.errors import UserError
+from core.schema import ModelConfig
 
 RECORD = "base.json"
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -36,7 +36,7 @@ SELF_CHECK_TEXT = (
 )
 
 
-def ensure_base_model(model: DictConfig) -> Path:
+def ensure_base_model(model: ModelConfig) -> Path:
     """The folder of `model` (a `nemo_configs/model/*.yaml`), made on first use.
 
     Raises:
@@ -128,7 +128,7 @@ def start_with_bos(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _download(model: DictConfig, folder: Path) -> dict[str, str]:
+def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
     import httpx2  # what huggingface_hub speaks through
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -1,54 +1,237 @@
-"""From the words of a command line to one resolved configuration, or to a sentence that says what is wrong.
+"""From a command's arguments to one typed configuration, or to the sentences that say what is wrong.
 
-Every command (`python -m commands.data`, `training`, `evaluation`, `converters`) takes Hydra overrides such as
-`task=slang model=gemma-2-2b task.train.epochs=5 +experiment=attempt2`, so a run is described the same way
-everywhere.
+Commands on this tree take overrides such as `task=slang model=gemma-2-2b task.train.epochs=5 experiment=attempt2`.
+Hydra composes the files of `nemo_configs/` with them; the result is checked against `core/schema.py` before anything is
+loaded. No Hydra or OmegaConf object leaves this module.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast, overload
 
+import yaml
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import Container, DictConfig, ListConfig
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
 
+from core import tasks
+from core.arguments import Arguments, own_arguments, parse
 from core.errors import UserError
+from core.schema import Config, DataConfig, Section
+from core.tasks import CONFIG_DIR, foreign_config_dirs
+from core.validation import did_you_mean, sentence
 
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "nemo_configs"
+Options = TypeVar("Options", bound=Arguments)
+Path_ = tuple[str | int, ...]  # of a value in the tree, e.g. ("task", "evaluate", "questions", 2)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with the value at `path` of the tree."""
+
+    path: Path_
+    says: str
+
+
+def config_dirs() -> list[Path]:
+    """`nemo_configs/`, and those of tasks that lie outside this repository."""
+    return [CONFIG_DIR, *foreign_config_dirs()]
 
 
 def names(group: str) -> list[str]:
     """The names a config group knows, e.g. `names("task")` → `["slang", ...]`."""
-    return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml"))
+    return sorted({path.stem for folder in config_dirs() for path in (folder / group).glob("*.yaml")})
 
 
-def load_config(overrides: Sequence[str] = ()) -> DictConfig:
-    """Compose `config.yaml` with `overrides` and resolve every interpolation.
+@overload
+def load_config(argv: Sequence[str] = ()) -> Config: ...
+@overload
+def load_config(argv: Sequence[str], options: type[Options]) -> tuple[Config, Options]: ...
+def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) -> Config | tuple[Config, Options]:
+    """The configuration that `argv` asks for, checked and with every reference resolved.
 
     `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
 
+    Args:
+        argv: overrides of the tree, and `key=value` for fields of `options`.
+        options: the command's own arguments, which are given back beside the configuration.
+
     Raises:
-        UserError: an unknown name or key, a malformed override, or a value that is missing.
+        UserError: with a sentence for each unknown name or key, malformed argument, missing or wrong value.
     """
+    own, overrides = own_arguments(options or Arguments, argv)
+    parsed = parse(options or Arguments, own, sections=(Config,))
     words = [_quoted(word) for word in overrides]
-    if not any(word.startswith("trainer=") for word in words):
-        words.append(f"trainer={_device()}")
+    given = _parse_overrides(words, list(options.model_fields) if options else [])
+    is_named = any(override.key_or_group == "trainer" for override in given)
+    words = [_as_hydra_takes_it(override) for override in given]
+    config = _composed(words if is_named else [*words, "trainer=cpu"], given)
+    if not is_named and _has_gpu():
+        config = _composed([*words, "trainer=gpu"], given)
+    return (config, cast(Options, parsed)) if options else config
+
+
+def plain(section: Section) -> dict[str, Any]:
+    """A section as an ordinary dictionary of the keys that were given: optional ones that nobody set are not in it."""
+    return section.model_dump(exclude_unset=True)
+
+
+def write_config(config: Config, file: Path) -> None:
+    """`config` as plain YAML: what stands in it are values, and no references."""
+    file.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def read_config(file: Path) -> Config:
+    """What `write_config` wrote, also of an older version: keys that are no more are dropped, new ones get the value
+    that `load_config()` has.
+
+    Raises:
+        UserError: a value that is refused today.
+    """
+    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    today = plain(load_config(["trainer=cpu"]))
+    tree = _renewed(Config, old, today)
+    module = tree["task"]["data"].get("module")
+    if module and module in old["task"]["data"]:
+        tree["task"]["data"][module] = old["task"]["data"][module]
+    config, problems = check(tree)
+    if problems:
+        raise UserError(*(f"{file}: {problem.says}" for problem in problems))
+    return cast(Config, config)
+
+
+def check(tree: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """The typed configuration of a resolved tree, or all that is wrong with it."""
+    data = (tree.get("task") or {}).get("data") if isinstance(tree.get("task"), dict) else None
+    problems, made = _check_options(data) if isinstance(data, dict) else ([], {})
+    if made:
+        tree = {**tree, "task": {**tree["task"], "data": {**tree["task"]["data"], **made}}}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        return None, [*(_problem(each, Config, ()) for each in error.errors()), *problems]
+    return (None if problems else config), problems
+
+
+def escaped(tree: Any) -> Any:
+    """`tree` for OmegaConf, to which `${price}` in a text would be a reference: as `\\${price}` it is text."""
+    return _in_texts(tree, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+
+def unescaped(tree: Any) -> Any:
+    """The inverse of `escaped`."""
+    return _in_texts(tree, lambda text: re.sub(r"(\\*)\\\$\{", lambda found: found[1][::2] + "${", text))
+
+
+# --- composing --------------------------------------------------------------------------------------------------
+
+
+def _parse_overrides(words: list[str], own: list[str]) -> list[Override]:
+    """
+    Raises:
+        UserError: with a sentence for each word that is no override, or that names what is not there.
+    """
+    parser, given, wrong = OverridesParser.create(), [], list[str]()
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            hint = did_you_mean([word.lstrip("-")], [*own, *GROUPS, *all_keys(Config)])
+            wrong.append(f"argument {_short(word)}: arguments are written key=value{hint}")
+            continue
+        try:
+            override = parser.parse_override(word)
+            override.value()
+        except (OverrideParseException, HydraException) as error:
+            hint = "put a text with special signs in quotes: key=\"'text'\""
+            wrong.append(f"argument {_short(word)}: is malformed ({_first_line(error)}); {hint}")
+            continue
+        if override.is_sweep_override():
+            hint = "a text with commas stands in quotes: key=\"'a,b'\""
+            wrong.append(f"argument {_short(word)}: takes one value; {hint}")
+        elif not override.is_delete() and _is_group(override) and not isinstance(name := override.value(), list):
+            known = names(override.key_or_group)
+            if name not in known:
+                says = f"unknown {override.key_or_group} '{name}'. Known: {', '.join(known)}"
+                wrong.append(f"argument {_short(word)}: {says}{did_you_mean([str(name)], known)}")
+        given.append(override)
+    if wrong:
+        raise UserError(*wrong)
+    return given
+
+
+GROUPS = ("task", "model", "peft", "trainer", "experiment", "prompt")
+
+
+def _is_group(override: Override) -> bool:
+    return override.key_or_group in GROUPS
+
+
+def _as_hydra_takes_it(override: Override) -> str:
+    """Without Hydra's distinction of `key=`, `+key=` and `++key=`: whether a key may be there, the schema says."""
+    word = str(override.input_line)
+    if override.is_delete() or override.key_or_group.startswith("hydra"):
+        return word
+    if _is_group(override):
+        return f"+{word}" if override.type == OverrideType.CHANGE and override.key_or_group == "experiment" else word
+    return f"++{word.lstrip('+')}"
+
+
+def _composed(words: list[str], given: list[Override]) -> Config:
+    if foreign := foreign_config_dirs():
+        words = [*words, f"hydra.searchpath=[{','.join(_in_quotes(f'file://{folder}') for folder in foreign)}]"]
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=words)
-        OmegaConf.resolve(config)
+            composed = compose("config", overrides=words)
+            problems = list[Problem]()
+            tree = _resolved(composed, (), problems)
+            config, refused = check(tree)
+            problems = [*problems, *(one for one in refused if one.path not in {other.path for other in problems})]
+            if problems:
+                raise UserError(*_located(problems, words, given))
     except MissingConfigException as error:
         group, _, name = (error.missing_cfg_file or "").rpartition("/")
-        raise UserError(f"unknown {group} '{name}'. Known: {', '.join(names(group))}") from None
+        known = names(group)
+        raise UserError(f"unknown {group} '{name}'. Known: {', '.join(known)}{did_you_mean([name], known)}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        hint = "; between double quotes, \\${ is written \\\\${" if "escape character '$'" in str(error.problem) else ""
+        where = f"{_relative(Path(mark.name))}:{mark.line + 1}" if mark else "configuration"
+        raise UserError(f"{where}: this is not YAML: {error.problem}{hint}") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"configuration: {error}") from None
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        raise UserError(f"configuration: no value for {', '.join(sorted(missing))}")
+        raise UserError(f"configuration: {_first_line(error)}") from None
+    assert config is not None
     return config
+
+
+def _resolved(node: Container, path: Path_, problems: list[Problem]) -> Any:
+    """`node` as dictionaries, lists and values; what cannot be resolved is left out and told in `problems`."""
+    found = list[tuple[Any, Any]]()
+    keys: Iterator[Any] = iter(range(len(node))) if isinstance(node, ListConfig) else iter(cast(DictConfig, node))
+    for key in keys:
+        here = (*path, key)
+        try:
+            value = node[key]
+        except MissingMandatoryValue:
+            problems.append(Problem(here, f"{dotted(here)} has no value"))
+        except InterpolationKeyError as error:
+            name = re.search(r"'([^']*)'", str(error))
+            refers = f"refers to {name[1] if name else 'a key'}, which is no key of the configuration"
+            text = f"${{{name[1]}}}" if name else "a dollar sign before a brace"
+            problems.append(Problem(here, f"{dotted(here)} {refers}; for the text {text} itself write \\{text}"))
+        except OmegaConfBaseException as error:
+            problems.append(Problem(here, f"{dotted(here)}: {_first_line(error)}; for the text ${{ itself write \\${{"))
+        else:
+            found.append((key, _resolved(value, here, problems) if isinstance(value, Container) else value))
+    return [value for _, value in found] if isinstance(node, ListConfig) else dict(found)
 
 
 def _quoted(word: str) -> str:
@@ -56,18 +239,180 @@ def _quoted(word: str) -> str:
     name, is_assignment, value = word.partition("=")
     if not is_assignment or name.lstrip("+") not in PATHS or value[:1] in ("'", '"'):
         return word
-    return "{}='{}'".format(name, value.replace("\\", "\\\\").replace("'", "\\'"))
+    return f"{name}={_in_quotes(value)}"
 
 
-def plain(config: DictConfig) -> dict[str, Any]:
-    """A section of the configuration as an ordinary dictionary."""
-    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+def _in_quotes(text: str) -> str:
+    return "'{}'".format(text.replace("\\", "\\\\").replace("'", "\\'"))
 
 
-def _device() -> str:
+def _has_gpu() -> bool:
     # Most commands need no tensor: do not wait seconds for torch where no NVIDIA driver is loaded.
     if not Path("/proc/driver/nvidia/version").exists() and not Path("/dev/nvidiactl").exists():
-        return "cpu"
+        return False
     import torch
 
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    return torch.cuda.is_available()
+
+
+# --- what is wrong, and where -----------------------------------------------------------------------------------
+
+
+def _check_options(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
+    """What is wrong with keys of `task.data` that are not the schema's; and the options of its module, typed."""
+    problems, made, module = list[Problem](), dict[str, Any](), data.get("module")
+    for key in data.keys() - DataConfig.model_fields.keys():
+        path = ("task", "data", key)
+        model = None
+        if key == module and key in tasks.having("options"):
+            model = tasks.part_of(key, "options", "task.data.module").Options
+        if model is None:
+            is_other = key != module and key in tasks.having("options")
+            says = f"{dotted(path)} is for task.data.module={key}, which is {module or 'null'} here"
+            problems.append(Problem(path, says if is_other else _unknown(path, DataConfig)))
+            continue
+        try:
+            made[key] = model.model_validate(data[key])
+        except ValidationError as error:
+            problems += [_problem(each, model, path) for each in error.errors()]
+    return problems, made
+
+
+def _problem(error: Mapping[str, Any], model: type[BaseModel], above: Path_) -> Problem:
+    path = (*above, *error["loc"])
+    if error["type"] == "extra_forbidden":
+        return Problem(path, _unknown(path, _model_at(model, error["loc"][:-1])))
+    return Problem(path, sentence(dotted(path), error))
+
+
+def _unknown(path: Path_, model: type[BaseModel]) -> str:
+    """That the key at `path` is none, and which one may have been meant: a neighbour, or one of its name elsewhere."""
+    *above, name = path
+    near = [dotted((*above, each)) for each in model.model_fields if did_you_mean([str(name)], [each])]
+    closest = did_you_mean([dotted(path)], near)
+    if not closest:
+        everywhere = {each.rpartition(".")[2]: each for each in all_keys(Config)}
+        same = get_close_matches(str(name), everywhere, n=1, cutoff=0.8)
+        closest = f"; did you mean {everywhere[same[0]]}?" if same else ""
+    return f"unknown key {dotted(path)}{closest or '. Known: ' + ', '.join(model.model_fields)}"
+
+
+def _model_at(model: type[BaseModel], path: Path_) -> type[BaseModel]:
+    for name in path:
+        model = section_of(model, str(name)) or model
+    return model
+
+
+def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The model of the section `name` of `model`, also of one that may be null; None where it is a value."""
+    field = model.model_fields.get(name)
+    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def all_keys(model: type[BaseModel], above: str = "") -> list[str]:
+    """Every key of `model` with those of its sections, dotted."""
+    keys = []
+    for name in model.model_fields:
+        section = section_of(model, name)
+        keys += all_keys(section, f"{above}{name}.") if section else [f"{above}{name}"]
+    return keys
+
+
+def _located(problems: list[Problem], words: list[str], given: list[Override]) -> list[str]:
+    """A line for each problem, which begins with the argument or the place in a file that it comes from.
+
+    A value that only refers to another one is not told where that one is.
+    """
+    files = _files(words)
+    lines, of_references = list[str](), list[str]()
+    for problem in problems:
+        argument = next((one for one in reversed(given) if _gives(one, problem.path)), None)
+        if argument:
+            lines.append(f"argument {_short(str(argument.input_line))}: {problem.says}")
+            continue
+        file, line, value = _place(files, problem.path)
+        where = f"{_relative(file)}:{line}: " if file else ""
+        is_reference = bool(re.search(r"(?<!\\)\$\{", value)) and "refers to" not in problem.says
+        (of_references if is_reference else lines).append(f"{where}{problem.says}")
+    return list(dict.fromkeys(lines or of_references))
+
+
+def _gives(override: Override, path: Path_) -> bool:
+    """Whether the override sets the value at `path`, something that holds it, or something in it."""
+    pairs = zip(override.key_or_group.split("."), map(str, path), strict=False)
+    return not _is_group(override) and all(name == other for name, other in pairs)
+
+
+def _files(words: list[str]) -> list[tuple[Path, Path_]]:
+    """The files that were composed, the later ones over the earlier, each with its place in the tree."""
+    loader = GlobalHydra.instance().config_loader()
+    found = loader.compute_defaults_list(config_name="config", overrides=words, run_mode=RunMode.RUN)
+    files = []
+    for default in found.defaults:
+        paths = [folder / f"{default.config_path}.yaml" for folder in config_dirs()]
+        if file := next((path for path in paths if path.is_file()), None):
+            package = default.package or ""
+            files.append((file, tuple(package.split(".")) if package not in ("", "_global_") else ()))
+    return files
+
+
+def _place(files: list[tuple[Path, Path_]], path: Path_) -> tuple[Path | None, int, str]:
+    """File, line and text of the value at `path`, or of the last section around it that a file has."""
+    best: tuple[int, Path | None, int, str] = (-1, None, 0, "")
+    for file, package in files:
+        if path[: len(package)] != package:
+            continue
+        node, depth = yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader), len(package)
+        line, value = 1, ""
+        for name in path[depth:]:
+            if isinstance(node, yaml.MappingNode):
+                pair = next(((key, inner) for key, inner in node.value if key.value == str(name)), None)
+            elif isinstance(node, yaml.SequenceNode) and isinstance(name, int) and name < len(node.value):
+                pair = (node.value[name], node.value[name])
+            else:
+                pair = None
+            if pair is None:
+                break
+            line, node, depth = pair[0].start_mark.line + 1, pair[1], depth + 1
+            value = node.value if isinstance(node, yaml.ScalarNode) else ""
+        if depth >= best[0]:
+            best = (depth, file, line, value if depth == len(path) else "")
+    return best[1:]
+
+
+def dotted(path: Path_) -> str:
+    """`("task", "evaluate", "questions", 2)` → `task.evaluate.questions[2]`."""
+    return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in path).removeprefix(".")
+
+
+def _relative(file: Path) -> Path:
+    return file.relative_to(CONFIG_DIR.parent) if file.is_relative_to(CONFIG_DIR.parent) else file
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _short(word: str) -> str:
+    return word if len(word) <= 100 else f"{word[:100]}…"
+
+
+def _in_texts(tree: Any, change: Any) -> Any:
+    if isinstance(tree, str):
+        return change(tree) if "${" in tree else tree
+    if isinstance(tree, Mapping):
+        return {key: _in_texts(value, change) for key, value in tree.items()}
+    return [_in_texts(value, change) for value in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _renewed(model: type[BaseModel], old: Mapping[str, Any], today: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `old` for the keys that `model` has, with those of `today` for keys that `old` lacks."""
+    tree = {}
+    for name in model.model_fields:
+        if name not in old and name not in today:
+            continue
+        value, section = old[name] if name in old else today[name], section_of(model, name)
+        both = section and isinstance(value, dict) and isinstance(today.get(name), dict)
+        tree[name] = _renewed(section, value, today[name]) if section and both else value
+    return tree

@@ -8,9 +8,19 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake of the user's or of the machine's: its text says what, where and what to do."""
+    """A mistake of the user's or of the machine's: its text says what, where and what to do.
+
+    Args:
+        says: one sentence, or one for each of several mistakes.
+    """
 
     exit_code = 2
+
+    def __init__(self, *says: object) -> None:
+        super().__init__(*says)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -25,7 +35,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for sentence in error.args:
+            print(f"error: {sentence}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)

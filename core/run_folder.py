@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
 from core.errors import UserError
 from core.files import Lines, read_json, read_lines
+from core.schema import Config
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _rows_of(manifest: dict[str, Any]) -> dict[str, str]:
     return {name: split["sha256"] for name, split in manifest.get("splits", {}).items()}
 
 
-def finished_runs(config: DictConfig) -> list[Path]:
+def finished_runs(config: Config) -> list[Path]:
     """The folders of the task's finished runs, the newest last.
 
     Raises:
@@ -96,14 +96,14 @@ def finished_runs(config: DictConfig) -> list[Path]:
     return [file.parent for file in finished]
 
 
-def newest_run(config: DictConfig) -> Path:
-    """The folder of the task's newest finished run, or the one named by `+run=FOLDER`.
+def newest_run(config: Config) -> Path:
+    """The folder of the task's newest finished run, or the one named by `run=FOLDER`.
 
     Raises:
         UserError: there is none.
     """
-    if named := config.get("run"):
-        return named_run(Path(named))
+    if config.run:
+        return named_run(Path(config.run))
     return finished_runs(config)[-1]
 
 
@@ -114,7 +114,7 @@ def named_run(folder: Path) -> Path:
     return folder
 
 
-def base_of(run: Run, config: DictConfig) -> Path:
+def base_of(run: Run, config: Config) -> Path:
     """The folder of a run's base model: `config.model.path`, or where the run had it. Raises a UserError: not there."""
     model = run.config["model"]
     folder = Path(config.model.path or model["path"] or Path(model["models_dir"]) / model["name"])

@@ -1,1 +1,1 @@
-"""A table of rows becomes training data: `data/<task>/{training,validation,test}.jsonl` and `manifest.json`."""
+"""Turns a table of rows into training data: `data/<task>/{training,validation,test}.jsonl` and `manifest.json`."""

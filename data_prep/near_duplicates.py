@@ -1,6 +1,6 @@
-"""Rows that say almost the same, found among millions: MinHash for candidates, RapidFuzz for the verdict.
+"""Finds near-duplicate rows among millions: MinHash proposes candidates, RapidFuzz decides.
 
-A row is *near* another when a model that has learnt one has in effect seen the other:
+A row is *near* another when a model trained on one has in effect seen the other:
 
 - their whole text is nearly the same (`SAME_TEXT`), or
 - their keys are nearly the same (`SAME_KEY`) and so is the rest of what the task requires (`SAME_TEXT`).
@@ -9,11 +9,11 @@ So `LOL` and `LOLZ`, both "laughing out loud", are near whatever their examples;
 definition are not, unless their other columns agree too; nor are `FOMO` "fear of missing out" and `JOMO` "joy of
 missing out". Texts are compared without case and punctuation.
 
-Comparing every row with every held-out row would take days for a million rows. MinHash (Broder 1997) turns a text
-into numbers such that two texts share each with a chance equal to the overlap of their four-letter pieces; rows of
-`ROWS` of them make a band, and only texts that share a band are compared letter by letter. This is datasketch's
-method on numpy, for a batch of texts at once: 6 against 130 microseconds for 100 letters, and 200 bytes a text
-where its sets of Python objects take several thousand.
+Comparing every row with every held-out row would take days for a million rows. MinHash (Broder 1997) turns a text into
+numbers, each of which two texts share with a probability equal to the overlap (Jaccard) of their four-letter shingles;
+`ROWS` of these numbers form a band, and only texts that share a band are compared letter by letter. This is
+datasketch's method in numpy, for a batch of texts at once: 6 instead of 130 microseconds per 100 letters, and 200 bytes
+per text where its sets of Python objects take several thousand.
 """
 
 import re
@@ -27,15 +27,15 @@ from rapidfuzz import fuzz, process
 
 SAME_TEXT = 90  # of 100, RapidFuzz's `ratio`: two or three letters in a short line, a word in a long one
 SAME_KEY = 80  # LOL and LOLZ have 86, bussin and bussing 92, FOMO and JOMO 75
-PIECE = 4  # letters; three are shared by chance too often, five leave short texts with nothing in common
-# Texts whose pieces overlap by 75 % (a word of ten replaced) share a band with a chance of 99.5 %, by 65 % of 91 %,
-# by 5 % of one in 160,000: 1 - (1 - overlap^ROWS)^BANDS.
+PIECE = 4  # letters of a shingle; three match by chance too often, five leave short texts with nothing in common
+# Texts whose shingles overlap by 75 % (one word in ten replaced) share a band with probability 99.5 %, by 65 % with
+# 91 %, by 5 % with one in 160,000: 1 - (1 - overlap^ROWS)^BANDS.
 BANDS, ROWS = 20, 5
-# Of those, only texts that agree in ENOUGH of the first MARKS numbers of all bands are compared: with 65 % overlap all
-# but one in 3,000, with 10 % one in 100,000.
+# Of those, only texts that agree in ENOUGH of the first MARKS numbers of all bands are compared: at 65 % overlap all
+# but one in 3,000, at 10 % one in 100,000.
 MARKS, ENOUGH = 2, 16
-LOOK_UP, COMPARE = 16, 8  # texts per band, rows per row: a phrase that thousands share must not cost a day
-PORTION = 1 << 16  # letters at a time: what the processor's cache holds
+LOOK_UP, COMPARE = 16, 8  # limits of texts per band and rows per row: a phrase shared by thousands must not cost a day
+PORTION = 1 << 16  # letters at a time, which fit the processor's cache
 SHORT = 24  # letters: a definition of one or two words
 _NO_WORD = re.compile(r"[\W_]+")
 _NO_WORD_ASCII = {sign: " " for sign in range(128) if not chr(sign).isalnum()}
@@ -45,7 +45,7 @@ _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Wording(NamedTuple):
-    """What is compared of a row: all its columns, and of its required ones the key and the rest."""
+    """The text of a row that is compared: all its columns, and of the required ones the key and the rest."""
 
     whole: str
     key: str
@@ -53,19 +53,19 @@ class Wording(NamedTuple):
 
     @classmethod
     def of(cls, cells: Sequence[str], key: str, rest: Sequence[int]) -> "Wording":
-        """`cells` in the order of the task's columns; `rest` are the places of those required beside the key."""
+        """`cells` are in the order of the task's columns; `rest` are the indices of required columns but the key."""
         return cls(_comparable(" ".join(cells)), key, _comparable(" ".join([cells[place] for place in rest])))
 
     def texts(self) -> list[str]:
-        """Those by which candidates are found."""
+        """The texts that candidates are found by."""
         head = f"{self.key} {self.rest}" if self.rest else self.whole
-        # `EZ easy` and `EZY easy` have half their pieces in common; `easy` and `easy` all of them.
+        # `EZ easy` and `EZY easy` share half of their shingles; `easy` and `easy` all of them.
         rest = self.rest if 0 < len(self.rest) < SHORT else self.whole
         return list(dict.fromkeys((self.whole, head, rest)))
 
 
 def are_near(one: Sequence[Wording], other: Sequence[Wording]) -> NDArray[np.bool_]:
-    """For each pair `(one[i], other[i])` whether the two are near, by the rule above."""
+    """Whether each pair `(one[i], other[i])` is near, by the rule above; shape `(len(one),)`."""
 
     def same(field: str, threshold: int) -> NDArray[np.bool_]:
         pairs = [getattr(wording, field) for wording in one], [getattr(wording, field) for wording in other]
@@ -83,18 +83,18 @@ def _comparable(text: str) -> str:
 
 
 class Candidates:
-    """An index of texts by MinHash: which of them may be near a new one. Every text has a number of its owner."""
+    """A MinHash index of texts that proposes those that may be near a new one. Each belongs to a row, its owner."""
 
     def __init__(self) -> None:
-        # A band's hash and the text's place side by side in 64 bits: a sorted array is the whole index of a band.
-        # The first array of each list is what has been put in order; behind it stands what was added since.
+        # The hash of a band and the index of the text share 64 bits, so that one sorted array indexes a whole band.
+        # The first array of each list is sorted; those after it were added since.
         self._bands: list[list[NDArray[np.uint64]]] = [[np.empty(0, np.uint64)] for _ in range(BANDS)]
         self._marks = [np.empty((0, BANDS * MARKS), np.uint8)]
         self._owners = [np.empty(0, np.int64)]
         self._size = 0
 
     def add(self, texts: Sequence[str], owners: Sequence[int]) -> None:
-        """Take in `texts` of rows `owners`, which may repeat."""
+        """Add `texts` of the rows `owners`; a row may have several texts."""
         bands, marks = _minhash(texts)
         places = np.arange(self._size, self._size + len(texts), dtype=np.uint64)
         for band, hashes in zip(self._bands, bands, strict=True):
@@ -103,10 +103,10 @@ class Candidates:
         self._owners.append(np.array(owners, np.int64))
         self._size += len(texts)
         if self._size > 65_536 + 1.25 * len(self._owners[0]):
-            self._put_in_order()  # thousands of small arrays would leave the memory in tatters
+            self._put_in_order()  # thousands of small arrays would fragment the memory
 
     def of(self, texts: Sequence[str], askers: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The pairs to compare, askers' numbers and owners'; for each asker the owners that share most with it."""
+        """Pairs to compare, as arrays of askers' and of owners' rows: for each asker the owners that share most."""
         self._put_in_order()
         bands, marks = _minhash(texts)
         text, place = self._sharing_a_band(bands)
@@ -121,10 +121,10 @@ class Candidates:
         return asker[first_ones], owner[first_ones]
 
     def _sharing_a_band(self, bands: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Each pair once: which of the texts asked about, and the place of one of those taken in."""
+        """Each pair once: the index of a text asked about, and the index of one that was added."""
         pairs = [np.empty(0, np.uint64)]
         for (index,), hashes in zip(self._bands, bands, strict=True):
-            text = np.argsort(hashes)  # neighbours are looked up in the same corner of memory
+            text = np.argsort(hashes)  # neighbours are looked up near each other in memory
             start = np.searchsorted(index, hashes[text] << _HALF)
             text, start = text[start < len(index)], start[start < len(index)]
             there = index[start] >> _HALF == hashes[text]
@@ -147,7 +147,7 @@ class Candidates:
 
 
 def _minhash(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """`(BANDS, texts)`, each below 2^32 - 1: texts with an equal one are candidates; and `(texts, BANDS * MARKS)`."""
+    """Hashes `(BANDS, texts)`, below 2^32 - 1, equal for candidates; and marks `(texts, BANDS * MARKS)`."""
     letters = np.cumsum([len(text) for text in texts])
     cuts = [0, *(np.flatnonzero(np.diff(letters // PORTION)) + 1).tolist(), len(texts)]
     portions = [_minhash_portion(texts[first:end]) for first, end in pairwise(cuts)]
@@ -155,7 +155,7 @@ def _minhash(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint8
 
 
 def _minhash_portion(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    blank = "\0" * (PIECE - 1)  # parts the texts, so that no piece spans two and the shortest has one
+    blank = "\0" * (PIECE - 1)  # separates the texts, so that no shingle spans two and the shortest text has one
     letters = np.frombuffer((blank + blank.join(texts) + blank).encode("utf-32-le"), np.uint32)
     starts = np.cumsum([0] + [len(text) + len(blank) for text in texts[:-1]])
     length = len(letters) - PIECE + 1
@@ -168,7 +168,7 @@ def _minhash_portion(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[
     hashed = np.empty_like(pieces)
     smallest = np.empty((BANDS * ROWS, len(texts)), np.uint32)
     for number, multiplier in enumerate(_MULTIPLIERS):
-        np.multiply(pieces, multiplier, out=hashed)  # a permutation of all 32-bit numbers, as it is odd
+        np.multiply(pieces, multiplier, out=hashed)  # a permutation of all 32-bit numbers, as the multiplier is odd
         np.minimum.reduceat(hashed, starts, out=smallest[number])
     numbers = smallest.reshape(BANDS, ROWS, len(texts))
     bands = np.zeros((BANDS, len(texts)), np.uint64)

@@ -1,7 +1,15 @@
-"""A starter for a task of the user's own, from a look at the table.
+"""Writes the YAML file of a new task from a profile of the user's table.
 
-`nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; its words are in
-`new_task.yaml.j2`.
+`nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; it is made from the
+template `new_task.yaml.j2`.
+
+A task folder may claim tables that its code can read. Its part `tasks/<name>/new_task.py` holds
+
+    claim(profile, general, file_name, title) -> TableKind | None
+
+which is called with the table's profile, the kind that its headers suggest (None where no column is text), the file's
+name and the user's title. The `TableKind` that it returns may name a template beside it, which extends
+"new_task.yaml.j2" and fills its blocks `title`, `module`, `key` and `prompt`.
 """
 
 import json
@@ -14,52 +22,51 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core import configuration
 from core.configuration import load_config, names
 from core.errors import UserError
+from core.tasks import folders
 from data_prep.clean_text import key_of
-from data_prep.look_at_table import ABOUT, Look, look_at, show
+from data_prep.profile_table import ABOUT, TableProfile, profile_table, show_profile
 from data_prep.show_rows import plain_console
 from data_prep.sources import HubTable, find_source
 from data_prep.split import hash_of, ranges, seed_that_fills
-from data_prep.table_kind import RATINGS, Kind, called, field_of, kind_of
+from data_prep.table_kind import RATINGS, TableKind, called, field_of, kind_of
 from data_prep.task import Task
 
-FEWEST = 10  # rows, of which some can be held out
-FEW = 200  # rows, of which a tenth is too little to measure with
-WORDS = ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")  # that are more than text in YAML
+FEWEST = 10  # rows, so that some can be held out
+FEW = 200  # rows; of fewer, a tenth is too little to measure with
+KEYWORDS = ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")  # of YAML, which are not read as text
 
 
 def new_task(name: str, source_text: str, title: str = "") -> Path:
-    """Write `nemo_configs/task/<name>.yaml` for a table, and print what was seen and decided.
+    """Write `nemo_configs/task/<name>.yaml` for a table, and print its profile and what was decided.
 
     Args:
         source_text: as `SOURCE`, see `sources.py`.
-        title: what the reviews are of, where the table holds reviews.
+        title: what the rows are about, for tasks that ask for it, such as the film that was reviewed.
 
     Raises:
-        UserError: a name that cannot be one or is taken, a source that cannot be read or is of no use.
+        UserError: the name is invalid or taken, or the source cannot be read or holds nothing to learn.
     """
     file = configuration.CONFIG_DIR / "task" / f"{name}.yaml"
     if not name:
-        raise UserError("what is the task to be called? Give it a name, such as NAME=films")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in WORDS:
+        raise UserError("the new task needs a name, such as NAME=films")
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in KEYWORDS:
         raise UserError(f"a task cannot be called '{name}'. Use letters, digits and _, such as NAME=films")
     if name in names("task"):
         raise UserError(f"there is a task {name} already, in {file}. Give another NAME, or delete that file")
     if not source_text:
-        raise UserError("of which table? Give it as SOURCE=reviews.csv")
+        raise UserError("the new task needs a table, such as SOURCE=reviews.csv")
     source = find_source(source_text)
-    look = look_at(source)
+    profile = profile_table(source)
     console = plain_console()
-    show(look, source, console)
-    if look.rows < FEWEST:
-        rows = f"{look.rows} row{'s' * (look.rows != 1)}"
-        raise UserError(
-            f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and measure with the rest"
-        )
-    kind = kind_of(look, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
+    show_profile(profile, source, console)
+    if profile.rows < FEWEST:
+        rows = f"{profile.rows} row{'s' * (profile.rows != 1)}"
+        raise UserError(f"{source} has {rows}; at least {FEWEST} are needed for training and evaluation")
+    kind = kind_of(profile, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
     partial = file.with_suffix(".partial")
-    partial.write_text(_write(kind, look, name, str(source)), encoding="utf-8")
+    partial.write_text(_write(kind, profile, name, str(source)), encoding="utf-8")
     partial.rename(file)
     try:
         Task.of(load_config([f"task={name}"]))
@@ -67,60 +74,61 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
         file.unlink()
         raise
     console.print(
-        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
+        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Next, "
         f"look at the rows:\n\n  make data TASK={name}",
         soft_wrap=True,
     )
     return file
 
 
-def _write(kind: Kind, look: Look, name: str, source: str) -> str:
+def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> str:
     """The task's file."""
     key, used = kind.columns[kind.key], list(kind.columns.values())
     places = {key_of(cell): place for place, cell in reversed(list(enumerate(key.cells))) if cell}
     if len(places) < FEWEST:
         raise UserError(
-            f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
+            f"only {len(places)} of the rows differ in '{key.header}', which identifies a row; at least "
             f"{FEWEST} are needed"
         )
     shares = (0.1, 0.1) if len(places) >= FEW else (0.2, 0.2)
-    seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and look.is_whole else 0
+    seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and profile.is_whole else 0
     first, end = ranges(*shares)["test"]
     held_out = next((place for text, place in places.items() if first <= hash_of(text, seed) < end), 0)
-    # Long rows are not left out unseen: limits that all but one in a hundred of them keep.
+    # Limits that all but one row in a hundred keep, so that long rows are not dropped unnoticed.
     lengths = sorted(map(len, map("".join, zip(*(column.cells for column in used), strict=True))))
     characters = lengths[int(0.99 * len(lengths))]
     tokens = int((characters + len(kind.instruction)) / 3) + 30
-    numbers = [column for column in look.columns if column.holds == "numbers" and not ABOUT & set(column.words)]
+    numbers = [column for column in profile.columns if column.holds == "numbers" and not ABOUT & set(column.words)]
     to_filter = [field_of(column) for column in (called(RATINGS, numbers) or numbers)[:1]]
     words: dict[str, Any] = {
         "name": name,
         "source": source,
         "file_name": Path(source).name,
-        "rows": f"{look.rows:,}",
+        "rows": f"{profile.rows:,}",
         "kind": kind,
-        "unused": {field_of(column): column for column in look.columns if column not in used and column.filled},
+        "unused": {field_of(column): column for column in profile.columns if column not in used and column.filled},
         "filter": (to_filter[0], ">=3") if to_filter else (kind.key, ".{20,}"),
         "shares": shares,
         "seed": seed,
         "max_chars": round(characters + 500, -3) if characters > 4000 else 4000,
         "max_length": min(1 << tokens.bit_length(), 4096) if tokens > 512 else 512,
         "examples": {field: kind.columns[field].cells[held_out] for field in kind.given},
+        **kind.values,
     }
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([Path(__file__).parent, *folders()]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     template.filters["text"] = _text
-    return template.get_template("new_task.yaml.j2").render(words)
+    return template.get_template(kind.template).render(words)
 
 
 def _text(value: str) -> str:
-    """YAML for this text, whatever is in it: in quotes where a plain word could be taken for more."""
-    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in WORDS:
+    """YAML for this text, whatever it contains; quoted if YAML would not read it as text."""
+    if re.fullmatch(r"[A-Za-z_/][A-Za-z0-9_ ./-]*[A-Za-z0-9_]", value) and value.lower() not in KEYWORDS:
         return value
     value = value.replace("${", "$ {")  # which OmegaConf would take for the name of another key
     if '"' in value and not set(value) & set("'\\\n"):

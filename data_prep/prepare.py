@@ -1,11 +1,11 @@
-"""A table of rows becomes training data: read, clean, merge, split, part the near-duplicates, write, say what was done.
+"""Prepares training data from a table: read, clean, merge, split, separate near-duplicates, write, report.
 
     python -m commands.data task=slang task.data.source=mine.csv
 
 The result is a folder with `training.jsonl`, `validation.jsonl` and `test.jsonl` (one `{"input", "output", "row",
 <columns>}` a line, not yet wrapped in the prompt's template), `dropped.jsonl` (every row left out, with its reason)
-and `manifest.json` (what went in, what came out, hashes of both). It appears whole or not at all, and is left as it
-is while source, task, seed and tokenizer stay the same.
+and `manifest.json` (what went in, what came out, hashes of both). It appears whole or not at all, and is not
+rebuilt while source, task, seed and tokenizer stay the same.
 """
 
 import hashlib
@@ -16,39 +16,39 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from core.configuration import plain
 from core.errors import UserError
 from core.progress import Progress
+from core.schema import Config
 from core.tasks import part_of
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
 from data_prep.read_table import Table
-from data_prep.row_store import BATCH, Drop, Entry, RowStore, Unusable
+from data_prep.row_store import BATCH, Drop, RowStore, StoredRow, Unusable
 from data_prep.show_rows import EXAMPLES, show
 from data_prep.sources import LocalFile, Source, find_source, open_source
 from data_prep.split import hash_of, seed_that_fills
 from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 
-FORMAT = 4  # raise it when the same source would come out otherwise: folders made before are then made anew
+FORMAT = 4  # raise it when the same source would give other rows: existing folders are then rebuilt
 DATABASE = "rows.sqlite"
 
 
-def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | None = None) -> Path:
-    """Make the data folder `config.data_dir` of `config.task`, or find it up to date.
+def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = None) -> Path:
+    """Build the data folder `config.data_dir` of `config.task` unless it is up to date.
 
     Args:
         config: the resolved tree; `task` and `data_dir` are used.
         tokenizer_file: a `tokenizer.json` to count tokens with; None leaves the counts out.
-        examples: how many rows to show; None shows some of a folder that is made, none of one that is up to date.
+        examples: how many rows to show; None shows some of a folder that was built, none of one that is up to date.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: a source that is no table or has too few rows, a task that does not fit it, no room to write.
-            A data folder made before is then as it was.
+        UserError: the source is not a table or has too few rows, the task does not fit it, the disk is full.
+            An existing data folder is then unchanged.
     """
     task, source = Task.of(config), find_source(config.task.data.source)
     folder = Path(config.data_dir)
@@ -59,8 +59,8 @@ def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | Non
             "source": source.version,
             "tokenizer": LocalFile(tokenizer_file).version if tokenizer_file else None,
         }
-        options = OmegaConf.to_container(config.task.data) | {"source": source.name}  # type: ignore[operator]
-        made_of = [FORMAT, task.name, hashes, options, OmegaConf.to_container(config.task.prompt), task.seed]
+        options = plain(config.task.data) | {"source": source.name}
+        made_of = [FORMAT, task.name, hashes, options, plain(config.task.prompt), task.seed]
         fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         with building(folder, fingerprint) as partial:
             if partial is None:
@@ -81,8 +81,8 @@ def prepare(config: DictConfig, tokenizer_file: Path | None, examples: int | Non
 
 
 def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None) -> dict[str, Any]:
-    """Write all files but the manifest into `partial`; the manifest's middle part."""
-    # With numpy and RapidFuzz, for which a folder that is up to date need not wait.
+    """Write all files but the manifest into `partial`. Returns the manifest's middle part."""
+    # Imported here for numpy and RapidFuzz, which a folder that is up to date does not need.
     from data_prep.same_rows import merge_repeated, part_near_duplicates
 
     table = open_source(source, task.data.columns, [*task.data.required, *task.filters])
@@ -119,11 +119,12 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
 # --- read and clean -------------------------------------------------------------------------------------------
 
 
-Reader = Callable[[list[str]], tuple[str, list[str], int]]  # raw cells → the text of the key, cells, how many repaired
+# Raw cells → the text of the key, cleaned cells, and how many of them were repaired.
+RowReader = Callable[[list[str]], tuple[str, list[str], int]]
 
 
-def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
-    """The one of the task's module, or that of a table, where each cell is a line of text."""
+def _reader(task: Task, tokenizer_file: Path | None) -> RowReader:
+    """The reader of the task's module, or that of a table, where each cell is one line of text."""
     module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
     if made := getattr(module, "Reader", None):
         return made(task, tokenizer_file)
@@ -137,12 +138,12 @@ def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
     return read
 
 
-def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowStore) -> tuple[int, int]:
-    """Every row into `store`, cleaned, or dropped. Returns the rows read and the cells repaired."""
+def _read(table: Table, task: Task, source: Source, reader: RowReader, store: RowStore) -> tuple[int, int]:
+    """Put every row into `store`, cleaned or dropped. Returns the number of rows read and of cells repaired."""
     fields = list(task.data.columns)
     required = [fields.index(field) for field in task.data.required]
     number = repaired = 0
-    entries: list[tuple[int, Entry]] = []
+    entries: list[tuple[int, StoredRow]] = []
     drops: list[Drop] = []
     with Progress(f"Reading {source.name}", sum(file.stat().st_size for file in source.files)) as progress:
         for number, line, raw, problem in table.rows:
@@ -155,7 +156,7 @@ def _read(table: Table, task: Task, source: Source, reader: Reader, store: RowSt
                     if reason := _unusable(task, cells, fields, required):
                         drops.append(Drop(number, reason, key[:100]))
                     else:
-                        entries.append((hash_of(key, task.seed), Entry(number, key, cells)))
+                        entries.append((hash_of(key, task.seed), StoredRow(number, key, cells)))
                 except Unusable as why:
                     reason, detail = why.args
                     drops.append(Drop(number, reason, line=line, detail=detail))
@@ -187,7 +188,7 @@ def _unusable(task: Task, cells: list[str], fields: list[str], required: list[in
 
 
 def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
-    """Raises UserError where a split is empty, with what would fill it."""
+    """Raises UserError if a split is empty, and says what would fill it."""
     rows = {split: store.count(*ends) for split, ends in task.split.items()}
     usable, empty = sum(rows.values()), [split for split, count in rows.items() if count == 0]
     if not empty:
@@ -198,7 +199,7 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
             why += f"\nThe first, line {first.line}: {first.detail}"
         raise UserError(f"{source} has no {'usable row:' + why if why else 'row below its header'}")
     shares = [end - first for first, end in task.split.values()]
-    needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty once in 100 times
+    needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty in one of 100 cases
     seed = None
     if usable <= 1000:
         all_of_them = store.batches(0, max(end for _, end in task.split.values()))
@@ -212,13 +213,13 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
 
 
 def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, dict[str, Any]]:
-    """The split files and `dropped.jsonl`; the manifest's part on each split."""
+    """Write the split files and `dropped.jsonl`. Returns the manifest's part on each split."""
     writer = SplitWriter(task, tokenizer_file)
     splits: dict[str, dict[str, Any]] = {}
     done = 0
     with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:
 
-        def batches(split: str) -> Iterator[list[Entry]]:
+        def batches(split: str) -> Iterator[list[StoredRow]]:
             nonlocal done
             for batch in store.batches(*task.split[split]):
                 yield batch

@@ -1,6 +1,6 @@
-"""From a text file to records: numbered lines that can be given back, CSV records, JSON objects.
+"""Reads records from a text file: numbered lines that can be pushed back, CSV records, JSON objects.
 
-A CSV line that cannot be read costs that one record, with a reason.
+A CSV line that cannot be read loses only that record, with a reason.
 """
 
 import csv
@@ -13,13 +13,13 @@ from pathlib import Path
 from core.errors import UserError
 from data_prep.clean_text import clean
 
-MAX_LINE = 1_000_000  # characters; a longer line is no row, and must not fill the memory
+MAX_LINE = 1_000_000  # characters; a longer line is not a row, and must not fill the memory
 OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
 TOO_LONG = "a line or cell too long to read"
 
 
-class Lines:
+class NumberedLines:
     """The lines of a file, numbered from 1, that can be given back: `record` holds those taken since `begin`."""
 
     def __init__(self, file: TextIOWrapper) -> None:
@@ -28,7 +28,7 @@ class Lines:
         self.number = 0
         self.record: list[str] = []
 
-    def __iter__(self) -> "Lines":
+    def __iter__(self) -> "NumberedLines":
         return self
 
     def __next__(self) -> str:
@@ -65,7 +65,7 @@ class Lines:
         self.number -= count
 
 
-def csv_records(lines: Lines, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
+def csv_records(lines: NumberedLines, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
     """`(line, cells, problem)` of every record that is not blank.
 
     Python's parser is lenient: one quote that is never closed makes it swallow rows up to the next quote, or to
@@ -108,7 +108,7 @@ def _problem(error: str, lines: int) -> str:
     return TOO_LONG if "field larger" in error or TOO_LONG in error else STRAY_QUOTE
 
 
-def json_objects(lines: Lines, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+def json_objects(lines: NumberedLines, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """`(line, object)` of every line that is not blank.
 
     Raises:

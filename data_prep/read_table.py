@@ -1,8 +1,8 @@
-"""From one file to rows: what form it has, which column is which, and what is wrong with a row.
+"""Reads one file as a table: detects its format, maps its columns, and says what is wrong with a row.
 
 A file is CSV, TSV (comma, semicolon, tab or bar) or JSON Lines, in any common encoding, or Parquet. It is streamed, so
-its size does not matter. A line that cannot be read costs that one row, with a reason; a file that is no table at
-all raises a `UserError` which says what was found instead.
+its size does not matter. A line that cannot be read loses only that row, with a reason; a file that is not a table
+raises a `UserError` that says what was found instead.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from core.errors import UserError
 from data_prep.clean_text import clean
-from data_prep.read_lines import Lines, csv_records, json_objects
+from data_prep.read_lines import NumberedLines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
 
 TOO_MANY = "more cells than columns"
@@ -28,12 +28,12 @@ Names = Mapping[str, Sequence[str]] | None
 
 
 class Row(NamedTuple):
-    """One data row.
+    """A data row as it was read.
 
     Attributes:
         number: 1 for the first row below the header; blank lines are not counted.
         line: the line of the file on which it begins; of a Parquet file, its number.
-        cells: raw text by field of the task; "" for a column that the source lacks. None where `problem` is set.
+        cells: raw text of each field of the task; "" for a column that the source lacks. None if `problem` is set.
         problem: why the row cannot be used, or "".
     """
 
@@ -48,11 +48,11 @@ class Table:
     """An open source.
 
     Attributes:
-        form: what it is, for people: one of `FORMS`, JSON Lines or Parquet.
-        encoding: the Python codec it is read with; "" of Parquet, which is no text.
-        columns: the task's fields that it has, with the header of each as it stands in the file.
-        rows: the rows, read as they are asked for.
-        bytes_read: how far into the file the reading is, give or take a buffer.
+        form: the format as it is shown to people: one of `FORMS`, JSON Lines or Parquet.
+        encoding: the Python codec it is read with; "" for Parquet, which is binary.
+        columns: the task's fields that it has, with the header of each as written in the file.
+        rows: an iterator that reads on demand.
+        bytes_read: how far into the file reading has got, to within a buffer.
         close: to be called at the end.
     """
 
@@ -65,23 +65,23 @@ class Table:
 
 
 def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
-    """Open `path`, find its columns and make it ready to stream.
+    """Open `path`, detect its format from its contents, and map its columns.
 
     Args:
-        names: the headers that each field of the task goes by, best first; case, spaces and underscores do not matter.
+        names: accepted headers of each field, best first; case, spaces and underscores do not matter.
             None makes a field of every column.
-        required: the fields without which a row is of no use.
+        required: the fields that the source must have.
 
     Raises:
-        UserError: no such file, not a text file, empty, no header that the task knows, one that stands twice, a line
-            that is not JSON, a damaged Parquet file.
+        UserError: no such file, not a text file, empty, no header that the task knows, a header that occurs twice, a
+            line that is not JSON, a damaged Parquet file.
     """
     if path.is_file() and _begins_with(path, b"PAR1"):
         return _open_parquet(path, names, required)
     encoding, errors = encoding_of(path)
     file = path.open(encoding=encoding, errors=errors, newline="")
     try:
-        lines = Lines(file)
+        lines = NumberedLines(file)
         first = lines.first(path)
         if path.suffix.lower() in (".jsonl", ".json", ".ndjson") or first.lstrip().startswith('{"'):
             form = "JSON Lines"
@@ -149,9 +149,9 @@ def _check_columns(
 
 
 def _csv_rows(
-    lines: Lines, first: str, path: Path, names: Names, required: Sequence[str]
+    lines: NumberedLines, first: str, path: Path, names: Names, required: Sequence[str]
 ) -> tuple[str, dict[str, str], Iterator[Row]]:
-    # The delimiter is the one under which the header holds the most names that the task knows.
+    # The delimiter is the one that splits the header into the most names that the task knows.
     splits = {delimiter: first.split(delimiter) for delimiter in FORMS}
     delimiter = max(splits, key=lambda d: (len(_find_columns(splits[d], names)), len(splits[d])))
     records = csv_records(lines, delimiter)
@@ -171,19 +171,23 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
         if not problem and len(cells) != width:
             if any(cell.strip() for cell in cells[width:]):
                 problem = TOO_MANY
-            cells += [""] * (width - len(cells))  # by hand, people leave out the commas of empty cells at the end
+            cells += [""] * (
+                width - len(cells)
+            )  # people who write CSV by hand omit the commas of empty cells at the end
         if problem:
             yield Row(number, line, None, problem)
         else:
             yield Row(number, line, [cells[place] if place >= 0 else "" for place in places], "")
 
 
-# --- JSON Lines and Parquet -----------------------------------------------------------------------------------
+# --- JSON Lines and Parquet -------------------------------------------------------------------------------------
 
 
-def _json_rows(lines: Lines, path: Path, names: Names, required: Sequence[str]) -> tuple[dict[str, str], Iterator[Row]]:
+def _json_rows(
+    lines: NumberedLines, path: Path, names: Names, required: Sequence[str]
+) -> tuple[dict[str, str], Iterator[Row]]:
     objects = json_objects(lines, path)
-    first = list(islice(objects, 100))  # an object may leave out what others have
+    first = list(islice(objects, 100))  # an object may omit keys that others have
     headers = list(dict.fromkeys(key for _, item in first for key in item))
     found = _find_columns(headers, names)
     _check_columns(found, headers, path, names, required)
@@ -238,7 +242,7 @@ def _keyed_rows(items: Iterator[tuple[int, Mapping[str, object]]], headers: Sequ
 
 
 def _text_of(value: object) -> str | None:
-    """A cell's text; the messages of a dialogue, a list of objects, as JSON. None for what is no text."""
+    """A cell's text; a list of objects (the messages of a dialogue) as JSON. None if it is not text."""
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         try:
             return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""The rows on their way from the source to the splits, in a temporary SQLite file: a gigabyte of them fits any memory.
+"""Holds rows between the source and the splits in a temporary SQLite file, so that they need not fit in memory.
 
-Rows are kept by number, so they come out in the order of the source, with an index on the hash of their key, which
-is the split. What is dropped is noted beside them, one line each.
+Rows are stored by number, so they come out in the order of the source, with an index on the hash of their key, which
+decides the split. Dropped rows are recorded beside them.
 """
 
 import sqlite3
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 BATCH = 4096
-_CELLS = "\x1f"  # parts the cells of a row; cleaned text has no control characters
+_CELLS = "\x1f"  # separates the cells of a row; cleaned text has no control characters
 
 
-class Entry(NamedTuple):
-    """A row that stands: its number in the source, its key, its cleaned cells in the order of the task's columns."""
+class StoredRow(NamedTuple):
+    """A usable row: its number in the source, its key, and its cleaned cells in the order of the task's columns."""
 
     row: int
     key: str
@@ -22,9 +22,9 @@ class Entry(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """A row that does not, and why. `of` is the row it repeats; `line` is given where it could not be read.
+    """A dropped row. `of` is the row that it repeats; `line` is set if it could not be read.
 
-    Rows are counted by `reason`; `detail` is what it was in this one.
+    Drops are counted by `reason`; `detail` says more about this one.
     """
 
     row: int
@@ -36,7 +36,7 @@ class Drop(NamedTuple):
 
 
 class Unusable(Exception):
-    """A row cannot be used: `Unusable(reason, detail)`, as in `Drop`."""
+    """Raised for a row that cannot be used: `Unusable(reason, detail)`, as in `Drop`."""
 
 
 class RowStore:
@@ -44,7 +44,7 @@ class RowStore:
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None)
-        # The file is thrown away if anything goes wrong, so nothing is spent on its safety.
+        # The file is deleted if anything goes wrong, so it need not be durable.
         self._db.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;
@@ -58,15 +58,15 @@ class RowStore:
     def close(self) -> None:
         self._db.close()
 
-    def add(self, entries: Iterable[tuple[int, Entry]]) -> None:
-        """Keep `(hash of the key, row)` pairs."""
+    def add(self, entries: Iterable[tuple[int, StoredRow]]) -> None:
+        """Store `(hash of the key, row)` pairs."""
         self._db.executemany(
             "INSERT INTO rows VALUES (?, ?, ?, ?)",
             ((entry.row, hashed, entry.key, _CELLS.join(entry.cells)) for hashed, entry in entries),
         )
 
     def index(self) -> None:
-        """To be called once, between the last `add` and anything that asks by hash."""
+        """Build the index; call it once, after the last `add` and before any query by hash."""
         self._db.execute("CREATE INDEX by_hash ON rows (hash)")
 
     def drop(self, drops: Sequence[Drop]) -> None:
@@ -76,7 +76,7 @@ class RowStore:
     def remove(self, rows: Iterable[int]) -> None:
         self._db.executemany("DELETE FROM rows WHERE row = ?", ((row,) for row in rows))
 
-    def update(self, entry: Entry) -> None:
+    def update(self, entry: StoredRow) -> None:
         self._db.execute("UPDATE rows SET cells = ? WHERE row = ?", (_CELLS.join(entry.cells), entry.row))
 
     def count(self, first: int, end: int) -> int:
@@ -84,8 +84,8 @@ class RowStore:
         query = "SELECT count(*) FROM rows WHERE hash >= ? AND hash < ?"
         return int(self._db.execute(query, (first, end)).fetchone()[0])
 
-    def batches(self, first: int, end: int) -> Iterator[list[Entry]]:
-        """The rows with a hash in `[first, end)`, by number; those of a batch may be dropped while it is at hand."""
+    def batches(self, first: int, end: int) -> Iterator[list[StoredRow]]:
+        """The rows with a hash in `[first, end)`, by number; rows of the current batch may be dropped meanwhile."""
         query = (
             "SELECT row, key, cells FROM rows NOT INDEXED WHERE row > ? AND hash >= ? AND hash < ? ORDER BY row LIMIT ?"
         )
@@ -94,8 +94,8 @@ class RowStore:
             yield batch
             last = batch[-1].row
 
-    def repeated(self) -> Iterator[tuple[Entry, Iterator[list[Entry]]]]:
-        """For every key that stands more than once its first row and, in batches, the others; those may be dropped."""
+    def repeated(self) -> Iterator[tuple[StoredRow, Iterator[list[StoredRow]]]]:
+        """For every key that occurs more than once its first row and, in batches, the others, which may be dropped."""
         query = "SELECT hash FROM rows WHERE hash > ? GROUP BY hash HAVING count(*) > 1 ORDER BY hash LIMIT ?"
         last = -1
         while hashes := [hashed for (hashed,) in self._db.execute(query, (last, BATCH))]:
@@ -103,21 +103,21 @@ class RowStore:
                 [first] = self._entries("SELECT row, key, cells FROM rows WHERE hash = ? ORDER BY row LIMIT 1", (last,))
                 yield first, self._others(last, first)
 
-    def _others(self, hashed: int, first: Entry) -> Iterator[list[Entry]]:
+    def _others(self, hashed: int, first: StoredRow) -> Iterator[list[StoredRow]]:
         query = "SELECT row, key, cells FROM rows WHERE hash = ? AND row > ? ORDER BY row LIMIT ?"
         last = first.row
         while batch := self._entries(query, (hashed, last, BATCH)):
             last = batch[-1].row
-            # Two keys of one hash are not to be expected in a billion rows; they are not the same all the same.
+            # Two keys with one hash are not expected in a billion rows, but they would not be the same key.
             yield [entry for entry in batch if entry.key == first.key]
 
-    def beyond(self, first: int, end: int, most: int) -> Iterator[list[Entry]]:
-        """The rows of `[first, end)` after the `most` with the smallest hashes; drop each batch to get the next."""
+    def beyond(self, first: int, end: int, most: int) -> Iterator[list[StoredRow]]:
+        """The rows of `[first, end)` beyond the `most` smallest hashes; drop each batch to get the next."""
         query = "SELECT row, key, '' FROM rows WHERE hash >= ? AND hash < ? ORDER BY hash, row LIMIT ? OFFSET ?"
         while batch := self._entries(query, (first, end, BATCH, most)):
             yield batch
 
-    def get(self, rows: Sequence[int]) -> Iterator[Entry]:
+    def get(self, rows: Sequence[int]) -> Iterator[StoredRow]:
         for start in range(0, len(rows), BATCH):
             some = rows[start : start + BATCH]
             yield from self._entries(
@@ -130,8 +130,8 @@ class RowStore:
         )
 
     def drops(self) -> Iterator[Drop]:
-        """By row number."""
+        """All drops, by row number."""
         return map(Drop._make, self._db.execute("SELECT * FROM dropped ORDER BY row"))
 
-    def _entries(self, query: str, values: Sequence[int]) -> list[Entry]:
-        return [Entry(row, key, cells.split(_CELLS)) for row, key, cells in self._db.execute(query, values)]
+    def _entries(self, query: str, values: Sequence[int]) -> list[StoredRow]:
+        return [StoredRow(row, key, cells.split(_CELLS)) for row, key, cells in self._db.execute(query, values)]

@@ -1,4 +1,4 @@
-"""Rows that say the same: made one where they are of one key, kept out of two splits where they are near-duplicates."""
+"""Merges rows with the same key and meaning, and keeps near-duplicates out of different splits."""
 
 from collections.abc import Iterable
 
@@ -6,22 +6,22 @@ from rapidfuzz import fuzz
 
 from core.progress import Progress
 from data_prep.near_duplicates import SAME_TEXT, Candidates, Wording, are_near
-from data_prep.row_store import Drop, Entry, RowStore
+from data_prep.row_store import Drop, RowStore, StoredRow
 from data_prep.task import Task
 
 NEAR = "near-duplicate of a held-out row"
 
 
 def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
-    """One row per key: the first, with its gaps filled from those that say the same; how many went into others.
+    """Keep one row per key: the first, its gaps filled from rows that say the same. Returns how many were merged.
 
-    A row which gives the key another meaning is dropped, as its example and context are about that one. Where a task
-    requires nothing but the key, as dialogues do, unlike rows of one key stay; all are in one split.
+    A row that gives the key another meaning is dropped, as its example and context belong to that meaning. Where a task
+    requires only the key, as dialogues do, different rows of one key are kept; all are in one split.
     """
     other = f"repeated {task.data.key}, another {' or '.join(task.data.required[1:])}"
     places, merged, seen = task.meaning, 0, 0
 
-    def meaning(entry: Entry) -> str:
+    def meaning(entry: StoredRow) -> str:
         wording = Wording.of(entry.cells, entry.key, places)
         return wording.rest if places else wording.whole
 
@@ -45,10 +45,10 @@ def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
 
 
 def part_near_duplicates(task: Task, store: RowStore) -> None:
-    """Held-out wins: training rows near a held-out one, and validation rows near a test one, are dropped."""
+    """Drop training rows near a held-out row, and validation rows near a test row."""
     places = task.meaning
 
-    def wordings(entries: Iterable[Entry]) -> dict[int, Wording]:
+    def wordings(entries: Iterable[StoredRow]) -> dict[int, Wording]:
         return {entry.row: Wording.of(entry.cells, entry.key, places) for entry in entries}
 
     def texts(said: dict[int, Wording]) -> tuple[list[str], list[int]]:

@@ -1,4 +1,4 @@
-"""What a user should see before training: the counts of a data folder, and rows with what is learned of them marked."""
+"""Shows what a user should see before training: the counts of a data folder, and rows with their targets marked."""
 
 import json
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from data_prep.data_folder import read_manifest
 
 EXAMPLES = 2
 BOS = "<bos>"  # of every Gemma, as text
-LINES = 14  # shown of one piece of a row; of a longer one, its beginning and end
+LINES = 14  # shown of one piece of a row; a longer one is cut in the middle
 
 
 def show(folder: Path, prompt: Prompt, examples: int) -> None:
     """Print the counts of `folder`'s manifest and its first `examples` training rows.
 
-    Lines that a model learns have a bar at their left, and colour in a terminal. A text goes to training in just these
-    pieces (`Prompt.pieces`), each learned one with the end token after it, and BOS before all of them.
+    Target text (what the loss is computed on) has a bar at its left, and colour in a terminal. Training sees the same
+    pieces (`Prompt.pieces`): BOS first, and an end token after each target piece.
     """
     console = plain_console()
     manifest = read_manifest(folder)
@@ -44,7 +44,7 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
 
 
 def plain_console() -> Console:
-    """A console that leaves words as they are; 120 wide where there is no terminal, as a log file has no width."""
+    """A console that does not highlight; 120 columns wide without a terminal, as a log file has no width."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -66,7 +66,7 @@ def _splits(splits: dict[str, Any]) -> Table:
 
 
 def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str]]:
-    """How many of what was not taken as it is; after an empty line."""
+    """`(count, what)` of rows that were changed or left out, after an empty line."""
     if manifest["repaired"] or manifest["merged"] or manifest["dropped"]:
         yield 0, ""
     if manifest["repaired"]:
@@ -85,20 +85,20 @@ def _mark(console: Console) -> str:
 
 def _show_row(console: Console, row: dict[str, Any], prompt: Prompt) -> None:
     end = prompt.template.partition("{response}")[2] or EOS
-    column = 0  # where the line stands at which the next piece begins
+    column = 0  # at which the next piece begins
     for number, (text, learned) in enumerate(prompt.pieces(row)):
         text = text if number else BOS + text
         if column and text.startswith("\n"):
             text, column = text[1:], 0
         style = "green" if learned else "dim"
-        # A piece that begins within a line begins below the end of the piece before.
+        # A piece that begins in the middle of a line is indented to where the piece before it ended.
         shown = Text(" " * column) + Text(text, style=style)
         if learned:
             shown.append(end, style="bold green")
         lines = list(shown.wrap(console, console.width - 4, tab_size=4))
         column = min(len(lines[-1]), console.width // 2)
         if not column:
-            lines.pop()  # the piece ends in a line break, and the next one begins there
+            lines.pop()  # the piece ends in a line break, after which the next one begins
         if len(lines) > LINES:
             hidden = len(lines) - LINES + 1
             lines[LINES // 2 : LINES // 2 + hidden] = [Text(f"... {hidden} more lines", style="italic")]

@@ -1,11 +1,11 @@
-"""Where a table comes from: a file on this machine, or a data set of the Hugging Face hub.
+"""Where a table comes from: a file on this machine, or a dataset on the Hugging Face hub.
 
     SOURCE=reviews.csv
     SOURCE=hf:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 
-The parts of the second are those of `datasets.load_dataset(OWNER/NAME, CONFIG, revision=…, split=…)`; the split is
-`train` unless named. `datasets` says which files a split is made of and huggingface_hub fetches them, resumably, into
-its cache; then they are read as files of this machine are. The revision is first resolved to a commit, which is
+The parts of the second form are the arguments of `datasets.load_dataset(OWNER/NAME, CONFIG, revision=…, split=…)`; the
+split is `train` unless named. `datasets` determines the files of a split and huggingface_hub downloads them, resumably,
+into its cache, from which they are read like local files. The revision is resolved to a commit first, which is
 recorded. Code in a repository is never run.
 """
 
@@ -44,7 +44,7 @@ class LocalFile:
 
     @cached_property
     def version(self) -> str | None:
-        """What changes when the rows do: the sha256 of the file; None where there is none."""
+        """The sha256 of the file, which changes when its rows do; None if there is no such file."""
         return _hash([self.path]) if self.path.is_file() else None
 
     @property
@@ -58,7 +58,7 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class HubTable:
-    """A split of a data set of the Hugging Face hub; `config` and `revision` are "" where the user named none."""
+    """A split of a dataset on the Hugging Face hub; `config` and `revision` are "" if the user named none."""
 
     repository: str
     config: str
@@ -74,12 +74,12 @@ class HubTable:
         return str(self)
 
     def pinned(self) -> "HubTable":
-        """The same, at the commit that it is at now."""
+        """The same split at its current commit."""
         return replace(self, revision=self.version)
 
     @cached_property
     def version(self) -> str:
-        """The commit that `revision` stands for now."""
+        """The commit that `revision` refers to now."""
         if _COMMIT.fullmatch(self.revision):
             return self.revision  # needs no network
         from huggingface_hub import HfApi
@@ -91,10 +91,10 @@ class HubTable:
 
     @cached_property
     def _paths(self) -> list[str]:
-        """The paths, in the repository, of the split's files."""
+        """The paths of the split's files in the repository."""
         from datasets import load_dataset_builder
 
-        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a card without metadata is no matter
+        logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # a card without metadata does no harm
         try:
             builder = load_dataset_builder(
                 f"hf://datasets/{self.repository}", self.config or None, revision=self.version
@@ -110,7 +110,7 @@ class HubTable:
 
     @cached_property
     def files(self) -> list[Path]:
-        """The split's files in huggingface_hub's cache, fetched where they are not there yet."""
+        """The split's files in huggingface_hub's cache, downloaded if they are not there yet."""
         from huggingface_hub import hf_hub_download
 
         local = []
@@ -123,7 +123,7 @@ class HubTable:
         return local
 
     def record(self) -> dict[str, Any]:
-        """Its part of the manifest; `files` are paths in the repository, `sha256` is of all of them, one by one."""
+        """Its part of the manifest; `files` are paths in the repository, `sha256` is of their concatenation."""
         return {
             "name": self.name,
             "repository": self.repository,
@@ -136,8 +136,8 @@ class HubTable:
         }
 
     def _in_words(self, error: Exception) -> UserError:
-        """What went wrong between this machine and the hub, for a user; anything else is raised again."""
-        import httpx2  # what huggingface_hub speaks through
+        """A sentence for a user about what went wrong with the hub; any other error is raised again."""
+        import httpx2  # huggingface_hub's HTTP client
         from datasets.exceptions import DatasetNotFoundError, DatasetsError
         from huggingface_hub import errors, get_token
 
@@ -145,15 +145,15 @@ class HubTable:
         token = "a token is set" if get_token() else "no token is set: export HF_TOKEN=hf_..."
         if isinstance(error, errors.GatedRepoError) or "is a gated dataset" in str(error):
             return UserError(
-                f"{self.repository} is gated, and {token}. Accept its terms at {page} with your account, make a read "
+                f"{self.repository} is gated, and {token}. Accept its terms at {page} with your account, create a read "
                 f"token at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_..."
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return UserError(f"{self.repository} has no revision '{self.revision}'; see {page}/commits/main")
         if isinstance(error, (errors.RepositoryNotFoundError, DatasetNotFoundError)):
-            return UserError(f"{page} is not there, or is private ({token})")
+            return UserError(f"{page} does not exist, or is private ({token})")
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return UserError(f"{self} is on the Hugging Face hub, which HF_HUB_OFFLINE forbids to ask")
+            return UserError(f"{self} is on the Hugging Face hub, but HF_HUB_OFFLINE is set; unset it to download")
         unreachable = isinstance(error, errors.LocalEntryNotFoundError)
         kinds = (DatasetsError, FileNotFoundError, ValueError, RuntimeError)  # no files, many configs, a script
         if isinstance(error, kinds) and not unreachable:
@@ -163,9 +163,9 @@ class HubTable:
             return UserError(f"the hub answered {status} for {page} ({token}). Try again later")
         if isinstance(error, (OSError, httpx2.HTTPError)):
             return UserError(
-                f"{page} cannot be reached ({type(error).__name__}). What has arrived is kept: the same command goes "
-                f"on from there. Rows that are prepared need no network where SOURCE names their commit, the revision "
-                f"in manifest.json: hf:{self.repository}@COMMIT"
+                f"{page} cannot be reached ({type(error).__name__}). Run the same command again to resume the "
+                f"download. Data that was prepared before needs no network if SOURCE names its commit, the revision in "
+                f"manifest.json: hf:{self.repository}@COMMIT"
             )
         raise error
 
@@ -174,24 +174,24 @@ Source = LocalFile | HubTable
 
 
 def find_source(text: str) -> Source:
-    """What `SOURCE=text` names; nothing is opened or fetched yet.
+    """The source that `SOURCE=text` names; nothing is opened or downloaded yet.
 
     Raises:
-        UserError: it begins with `hf:` and does not go on as it must.
+        UserError: the text begins with `hf:` but does not follow the form above.
     """
     if not text.startswith("hf:"):
         return LocalFile(Path(text).expanduser())
     named = _HUB.fullmatch(text)
     if named is None:
         raise UserError(
-            f"{text} names no data set of the Hugging Face hub. Write hf:OWNER/NAME, and where it is needed the "
-            f"config, revision and split: hf:OWNER/NAME/CONFIG@REVISION:SPLIT"
+            f"{text} does not name a dataset on the Hugging Face hub. Write hf:OWNER/NAME, with config, revision "
+            f"and split if needed: hf:OWNER/NAME/CONFIG@REVISION:SPLIT"
         )
     return HubTable(named["repository"], named["config"] or "", named["revision"] or "", named["split"] or "train")
 
 
 def open_source(source: Source, names: Names, required: Sequence[str]) -> Table:
-    """As `open_table`, of all files of a source as if they were one."""
+    """Like `open_table`, with all files of a source read as one."""
     first, *others = source.files
     table = open_table(first, names, required)
     if not others:
@@ -216,7 +216,7 @@ def open_source(source: Source, names: Names, required: Sequence[str]) -> Table:
 
 
 def _hash(files: Sequence[Path]) -> str:
-    """The sha256 of a file, or of the bytes of several, one after the other."""
+    """The sha256 of a file, or of several files concatenated."""
     digest, done = hashlib.sha256(), 0
     with Progress(f"Hashing {files[0].name}", sum(file.stat().st_size for file in files)) as progress:
         for path in files:

@@ -1,19 +1,16 @@
 """What data preparation asks of a task's YAML (`nemo_configs/task/*.yaml`), checked before any row is read."""
 
-import difflib
 import operator
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any
-
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass
 
 from core.configuration import plain
 from core.errors import UserError
 from core.prompt import Prompt
+from core.schema import Config, DataConfig, PromptConfig
 from core.tasks import part_of
+from core.validation import did_you_mean
 from data_prep.split import ranges
 
 RESERVED = ("row", "messages", "self")  # what a row, or a call of the prompt, has under these names is something else
@@ -25,41 +22,6 @@ _COMPARE: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-
-
-@dataclass
-class Shares:
-    validation: float = MISSING
-    test: float = MISSING
-    seed: int = 0
-
-
-@dataclass
-class Reviews:
-    """What the module `reviews` asks of a task: the film's title, what it is, aspects of its own with their words."""
-
-    title: str = MISSING
-    kind: str = "film"
-    aspects: dict[str, list[str]] = field(default_factory=dict)
-
-
-@dataclass
-class Data:
-    """`task.data`, with the types that OmegaConf holds a user's overrides to; see task_defaults.yaml, slang.yaml."""
-
-    source: str = MISSING
-    module: str | None = None
-    reviews: Reviews | None = None  # what the module of that name asks for
-    columns: dict[str, list[str]] = MISSING
-    required: list[str] = MISSING
-    key: str = MISSING
-    filters: dict[str, str] = field(default_factory=dict)
-    split: Shares = MISSING
-    max_chars: int = MISSING
-    drop_explicit: bool = False
-    train_fields: list[str] | None = None
-    train_rows: int | None = None
-    max_tokens: int | None = None  # tasks/chat/rows.py cuts dialogues that are longer
 
 
 @dataclass(frozen=True)
@@ -98,7 +60,7 @@ class Task:
     """
 
     name: str
-    data: Data
+    data: DataConfig
     filters: dict[str, Filter]
     split: dict[str, tuple[int, int]]
     prompt: Prompt
@@ -110,72 +72,45 @@ class Task:
         return [place for place, name in enumerate(self.data.columns) if name in self.data.required[1:]]
 
     @classmethod
-    def of(cls, config: DictConfig) -> "Task":
+    def of(cls, config: Config) -> "Task":
         """Raises UserError: a field that is no column, shares that leave nothing to train on, a broken prompt."""
-        data = _read_data(config.task.data)
+        data = config.task.data
         train_fields = data.train_fields or list(data.columns)
-        data.required = list(dict.fromkeys([data.key, *data.required]))
+        data = data.model_copy(update={"required": list(dict.fromkeys([data.key, *data.required]))})
         for option, named in {"required": data.required, "train_fields": train_fields, "filters": data.filters}.items():
             _check_names(f"task.data.{option}", named, data.columns)
         if lacking := [name for name in data.required if name not in train_fields]:
             raise UserError(f"task.data.train_fields leaves out {', '.join(lacking)}, which every row needs")
         module = part_of(data.module, "rows", "task.data.module") if data.module else None
         shares = data.split.validation, data.split.test
-        if min(shares) <= 0 or sum(shares) >= 1:
-            raise UserError(f"task.data.split: validation and test must be above 0 and below 1 together, not {shares}")
-        if data.train_rows is not None and data.train_rows < 1:
-            raise UserError(f"task.data.train_rows must be 1 or more, not {data.train_rows}")
+        if sum(shares) >= 1:
+            raise UserError(f"task.data.split: validation and test must be below 1 together, not {shares}")
         filters = {}
         for name, rule in data.filters.items():
             try:
                 filters[name] = Filter(rule)
             except ValueError as error:
                 raise UserError(f"task.data.filters.{name}: {error}") from None
-        prompt = _read_prompt(plain(config.task.prompt))
+        prompt = _read_prompt(config.task.prompt)
         if not hasattr(module, "split_rows") and not hasattr(module, "make_rows"):  # the columns alone make a row
             _check_templates(prompt, data)
         return cls(config.task.name, data, filters, ranges(*shares), prompt, data.split.seed)
 
 
-def _read_data(given: DictConfig) -> Data:
-    _check_keys("task.data", given, Data)
+def _read_prompt(given: PromptConfig) -> Prompt:
     try:
-        data: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Data), given))
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        raise UserError(f"task.data.{error.full_key}: {what}") from None
-    assert isinstance(data, Data)
-    return data
-
-
-def _read_prompt(given: dict[str, Any]) -> Prompt:
-    _check_keys("task.prompt", given, Prompt)
-    if lacking := [name for name in ("template", "instruction", "response") if not isinstance(given.get(name), str)]:
-        raise UserError(f"task.prompt has no {' and no '.join(lacking)}")
-    for name, value in (given.get("fields") or {}).items():
-        if not isinstance(value, str):
-            raise UserError(f'task.prompt.fields.{name} is not text; write it in quotes: "{value}"')
-    try:
-        return Prompt(**given)
+        return Prompt(**plain(given))
     except ValueError as error:
         raise UserError(f"task.prompt: {error}") from None
 
 
-def _check_keys(section: str, given: Iterable[Any], kind: type) -> None:
-    known = [each.name for each in fields(kind)]
-    if unknown := [str(key) for key in given if key not in known]:
-        raise UserError(
-            f"{section} has no key {', '.join(unknown)}. Known: {', '.join(known)}{_did_you_mean(unknown, known)}"
-        )
-
-
 def _check_names(option: str, named: Iterable[str], columns: Iterable[str]) -> None:
     if unknown := [name for name in named if name not in columns]:
-        hint = _did_you_mean(unknown, columns)
+        hint = did_you_mean(unknown, columns)
         raise UserError(f"{option} names {', '.join(unknown)}; the columns are {', '.join(columns)}{hint}")
 
 
-def _check_templates(prompt: Prompt, data: Data) -> None:
+def _check_templates(prompt: Prompt, data: DataConfig) -> None:
     """A field that no row has would be empty in all of them, without a word."""
     for name in data.columns:
         if not re.fullmatch(r"\w+", name) or name in RESERVED:
@@ -187,17 +122,10 @@ def _check_templates(prompt: Prompt, data: Data) -> None:
     for option, template in {"instruction": prompt.instruction, "response": prompt.response}.items():
         for name in re.findall(r"\{([^{}]*)\}", template):
             # Braces around something that no field can be called, and that is not like one, are text.
-            if name not in known and (re.fullmatch(r"\w+", name) or _did_you_mean([name], known)):
+            if name not in known and (re.fullmatch(r"\w+", name) or did_you_mean([name], known)):
                 _check_names(f"task.prompt.{option}", [name], known)
     if not any(f"{{{name}}}" in prompt.response for name in known):
         raise UserError(
             f"task.prompt.response names no column, so every row would have the same answer; write one of "
             f"{', '.join(f'{{{name}}}' for name in data.columns)} into it"
         )
-
-
-def _did_you_mean(unknown: Iterable[str], known: Iterable[str]) -> str:
-    plainly = {re.sub(r"\W+", "_", name).strip("_").casefold(): name for name in known}
-    asked = [re.sub(r"\W+", "_", name).strip("_").casefold() for name in unknown]
-    close = [match for name in asked for match in difflib.get_close_matches(name, plainly, n=1)]
-    return f"; did you mean {', '.join(plainly[match] for match in close)}?" if close else ""

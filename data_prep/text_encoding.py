@@ -1,7 +1,7 @@
-"""In which encoding a file is written, or what it is if it is no text.
+"""Detects the encoding of a text file, or what the file is if it is not text.
 
-A byte order mark is believed; a file that is UTF-8 to its last byte is UTF-8; for the rest a sample around the first
-byte that is not is given to charset-normalizer.
+A byte order mark decides; a file that decodes as UTF-8 to its last byte is UTF-8; otherwise charset-normalizer is given
+a sample around the first byte that does not.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from core.errors import UserError
 
 SAMPLE = 65_536  # bytes
 
-# What people hand over in place of a table, by its first bytes.
+# Files that people mistake for tables, by their first bytes.
 _BINARY = {
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
@@ -34,10 +34,10 @@ _BOMS = {
 
 
 def encoding_of(path: Path) -> tuple[str, str]:
-    """The codec of a text file, and Python's name for what to do with bytes that do not fit it.
+    """The codec of a text file, and the name of the error handler for bytes that do not fit it.
 
     Raises:
-        UserError: no such file, a folder, nothing in it, not text.
+        UserError: there is no such file, it is a folder, empty, or not text.
     """
     if not path.exists():
         raise UserError(f"no such file: {path}")
@@ -69,7 +69,7 @@ def _first_byte_not_utf8(head: bytes, file: BufferedReader) -> int | None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, chunk = 0, head
     while chunk:
-        waiting = len(decoder.getstate()[0])  # the first bytes of a character cut by the chunk's end
+        waiting = len(decoder.getstate()[0])  # bytes of a character that the end of the chunk cut
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError as error:
@@ -90,7 +90,7 @@ def _guess(sample: bytes, path: Path) -> tuple[str, str]:
     best = found.best()
     if best is None:
         raise UserError(f"cannot tell the encoding of {path}. Save it as UTF-8")
-    # A few accents fit a dozen code pages equally well; of these, cp1252 is what Windows and Excel write.
+    # A few accents fit a dozen code pages equally well; cp1252 is the one that Windows and Excel write.
     clean = min(match.chaos for match in found)
     western = any(match.encoding == "cp1252" and match.chaos <= clean + 0.02 for match in found)
     return ("cp1252" if western else best.encoding), "replace"

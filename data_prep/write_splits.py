@@ -1,4 +1,4 @@
-"""From rows that stand to split files: each row is put into the task's words, hashed and counted as it is written."""
+"""Writes the split files: rows are worded by the task's prompt, hashed and counted as they are written."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.tasks import part_of
-from data_prep.row_store import BATCH, Entry
+from data_prep.row_store import BATCH, StoredRow
 from data_prep.task import Task
 
 COUNTED_ROWS = 20_000  # of each split, for the token counts: enough for a mean, and done in seconds
@@ -19,19 +19,19 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 class SplitWriter:
     """Writes rows as JSON Lines.
 
-    `task.data.module` names a folder of tasks/ for what columns alone cannot say, whose `rows.py` holds one of
+    `task.data.module` may name a folder of tasks/ for work that columns alone cannot express. Its `rows.py` has one of
 
         row_fields(columns, prompt) -> dict       the prompt's fields of a row, made from its columns
         split_rows(rows, split, task) -> rows     all rows of a split, made from all source rows of that split
         make_rows(sources, task, folder) -> dict  the rows of each split, made from the source rows of each; files of
                                                   the module's own may be written into `folder`
 
-    and, where cells are more than a line of text each, a `Reader` (see tasks/chat/rows.py).
+    and, if cells are more than one line of text each, a `Reader` (see tasks/chat/rows.py).
 
-    Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
+    Source rows have the form `{"row": number in the source, <column>: cleaned text}`.
 
     Args:
-        tokenizer_file: counts tokens where it is given.
+        tokenizer_file: a tokenizer.json to count tokens with; None leaves the counts out.
     """
 
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
@@ -44,8 +44,8 @@ class SplitWriter:
 
             self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
 
-    def begin(self, folder: Path, sources: Mapping[str, tuple[Iterable[list[Entry]], Iterable[str]]]) -> bool:
-        """Let the module make rows of all splits from `(batches, fields)` of each; whether it does."""
+    def begin(self, folder: Path, sources: Mapping[str, tuple[Iterable[list[StoredRow]], Iterable[str]]]) -> bool:
+        """Let the module make the rows of all splits from the `(batches, fields)` of each. Returns whether it does."""
         make_rows = getattr(self._module, "make_rows", None)
         if make_rows:
             rows = {
@@ -55,8 +55,8 @@ class SplitWriter:
             self._made = make_rows(rows, self._task, folder)
         return bool(make_rows)
 
-    def write(self, path: Path, batches: Iterable[list[Entry]], fields: Iterable[str]) -> dict[str, Any]:
-        """Write a split, each row from the columns `fields` alone.
+    def write(self, path: Path, batches: Iterable[list[StoredRow]], fields: Iterable[str]) -> dict[str, Any]:
+        """Write a split, using only the columns `fields` of each row.
 
         Returns:
             Its part of the manifest: rows, bytes, sha256 and, with a tokenizer, tokens.
@@ -82,7 +82,7 @@ class SplitWriter:
             split["tokens"] |= {"max": max(lengths, default=0), "counted_rows": len(lengths)}
         return split
 
-    def _rows(self, split: str, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def _rows(self, split: str, batches: Iterable[list[StoredRow]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
         """The rows of a split, in batches."""
         sources = self._sources(batches, kept)
         if split in self._made:
@@ -95,11 +95,11 @@ class SplitWriter:
         while batch := list(islice(rows, BATCH)):
             yield batch
 
-    def _sources(self, batches: Iterable[list[Entry]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def _sources(self, batches: Iterable[list[StoredRow]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:
         return ([self._columns(entry, kept) for entry in batch] for batch in batches)
 
-    def _columns(self, entry: Entry, kept: set[str]) -> dict[str, Any]:
-        """A row's columns, empty where not `kept`: the prompt's own context is for asking, not for rows without one."""
+    def _columns(self, entry: StoredRow, kept: set[str]) -> dict[str, Any]:
+        """A row's columns, "" unless `kept`: the prompt's default context is for asking, not for rows without one."""
         cells = zip(self._task.data.columns, entry.cells, strict=True)
         return {"row": entry.row, **{name: cell if name in kept else "" for name, cell in cells}}
 
@@ -111,7 +111,7 @@ class SplitWriter:
         return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
     def _count(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-        """Of each row its tokens and those learned: as training/batches.py makes them, with BOS and the end tokens."""
+        """All tokens and target tokens of each row as training/batches.py makes them, with BOS and end tokens."""
         pieces = [self._prompt.pieces(row) for row in rows]
         texts = [text for parts in pieces for text, _ in parts]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))

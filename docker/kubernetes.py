@@ -229,9 +229,8 @@ def make_cluster(namespace: str, overlay: str) -> int:
     layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
     layer["images"] = [image(kind, name) for kind, name in given.items()]
     if tasks := setting("TASKS").replace(",", " ").split():
-        args = "/spec/template/spec/initContainers/0/args/"  # python -m commands.prepare_serving --default slang ...
-        change: list[dict[str, Any]] = [{"op": "remove", "path": f"{args}{place}"} for place in (4, 3)]
-        change += [{"op": "add", "path": f"{args}3", "value": task} for task in reversed(tasks)]
+        served = "/spec/template/spec/initContainers/0/args/3"  # python -m commands.prepare_serving default=slang ...
+        change = [{"op": "replace", "path": served, "value": f"tasks={','.join(tasks)}"}]
         layer["patches"] = [{"target": {"kind": "Deployment"}, "patch": json.dumps(change)}]
     manifests = render(layer)
     if setting("DRY_RUN"):

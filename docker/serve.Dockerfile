@@ -47,7 +47,7 @@ import urllib.request as web; web.urlopen('http://127.0.0.1:8000/v2/models/gemma
 data=b'{\"text_input\": \"Hello\", \"parameters\": {\"max_tokens\": 1}}')"]
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
-CMD [".venv-serve/bin/python", "-m", "commands.serve", "--host", "0.0.0.0"]
+CMD [".venv-serve/bin/python", "-m", "commands.serve", "host=0.0.0.0"]
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="gemma-nemo serve" \

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(subprocess.run([*compose, *everything, "down"], cwd=ROOT).returncode)
     if chosen == "gpu":
         gpu_flags(engine)  # raises where something is missing for GPUs
-    os.environ["SERVED"] = " ".join(arguments[1:]) or "--default slang"
+    os.environ["SERVED"] = f"tasks={','.join(arguments[1:])}" if arguments[1:] else "default=slang"
     for folder in FOLDERS:
         (ROOT / folder).mkdir(exist_ok=True)  # docker would create it as root
     for kind in ("train", "serve"):

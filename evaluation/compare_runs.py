@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from core.errors import UserError
 from core.run_folder import Run, finished_runs, named_run
+from core.schema import Config
 from evaluation.gate import gain
 from evaluation.intervals import estimates, held_out
 from evaluation.report import cell
@@ -111,7 +111,7 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
         )
     others = [one.folder.name for one in members if one not in asked]
     if asked and others:
-        notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
+        notes.append(f"Answers not measured yet (make report ARGS=run=FOLDER): {', '.join(others)}.")
     if len(same) < len(asked):
         notes.append(
             f"Asked other questions, or sampled otherwise: "
@@ -120,7 +120,7 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
     return notes
 
 
-def choose(config: DictConfig, names: str) -> list[Run]:
+def choose(config: Config, names: str) -> list[Run]:
     """All finished runs of the task, or those of `names`, by name or folder, parted by spaces."""
     tasks = Path(config.runs_dir) / config.task.name
     folders = [named_run(tasks / name if (tasks / name).exists() else Path(name)) for name in names.split()]

@@ -11,19 +11,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from omegaconf import DictConfig
-
 from core.configuration import plain
 from core.files import Lines, read_lines, to_line, write_lines
 from core.progress import Progress
 from core.run_folder import Run, base_of
+from core.schema import Config
 from evaluation.questions import Question
 
 FILE = "generations.jsonl"
 BATCH = 16  # answers at a time: on one core with Gemma 3 270M they take no longer than one
 
 
-def generate(run: Run, config: DictConfig, questions: Sequence[Question]) -> Lines:
+def generate(run: Run, config: Config, questions: Sequence[Question]) -> Lines:
     """Every question with `task.evaluate.seeds` seeds, and every held-out row with one, to both models.
 
     Answers that are there already are kept, so that a stopped call goes on where it was; those that this call does not
@@ -63,7 +62,7 @@ def _line(side: str, question: Question, seed: int, sampling: Mapping[str, Any])
     return {key: value for key, value in line.items() if value not in (None, {})}
 
 
-def _ask(missing: Lines, run: Run, config: DictConfig, sampling: Mapping[str, Any]) -> None:
+def _ask(missing: Lines, run: Run, config: Config, sampling: Mapping[str, Any]) -> None:
     """Append the lines of `missing` with their answers, batch by batch."""
     print(f"Asking the base model and {run.folder.name} for {len(missing)} answers", flush=True)
     from converters.nemo_file import read_nemo

@@ -16,11 +16,11 @@ from typing import Any
 
 import httpx2
 import numpy as np
-from omegaconf import DictConfig
 
 from core.errors import UserError
 from core.files import Lines, read_lines, to_line, write_lines
 from core.progress import Progress
+from core.schema import Config
 from evaluation.intervals import interval, resample
 
 FILE = "judgements.jsonl"
@@ -34,7 +34,7 @@ INSTRUCTION = (
 )
 
 
-def judge(run_folder: Path, config: DictConfig, generations: Lines) -> dict[str, Any]:
+def judge(run_folder: Path, config: Config, generations: Lines) -> dict[str, Any]:
     """Ask the judge about every pair of answers that it has not seen. Without `judge.url`, what was judged before.
 
     Returns:
@@ -52,7 +52,8 @@ def judge(run_folder: Path, config: DictConfig, generations: Lines) -> dict[str,
     pairs = {f"{pair['before']['id']} {pair['after']['id']}": pair for pair in sides.values()}
     file = run_folder / FILE
     lines = read_lines(file)
-    if not config.judge.url:
+    url = config.judge.url or ""
+    if not url:
         model = lines[-1]["model"] if lines else ""
     elif config.judge.model:
         model = config.judge.model
@@ -60,15 +61,15 @@ def judge(run_folder: Path, config: DictConfig, generations: Lines) -> dict[str,
         raise UserError("judge.model: name the model that judges, as the endpoint knows it")
     judged = {line["pair"]: line for line in lines if line["model"] == model}
     missing = [pair for pair in pairs if pair not in judged]
-    if (missing and not config.judge.url) or not pairs:
+    if (missing and not url) or not pairs:
         return {}
     if missing:
-        print(f"Asking {model} at {config.judge.url} about {len(missing)} pairs of answers, in both orders", flush=True)
+        print(f"Asking {model} at {url} about {len(missing)} pairs of answers, in both orders", flush=True)
         write_lines(file, lines)  # without one that was cut, which the next would be added to
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         with (
-            httpx2.Client(base_url=config.judge.url, headers=headers, timeout=config.judge.timeout) as client,
+            httpx2.Client(base_url=url, headers=headers, timeout=config.judge.timeout) as client,
             Progress("Judging", len(missing)) as progress,
             file.open("a", encoding="utf-8") as out,
         ):

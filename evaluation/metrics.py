@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from core.files import Lines, read_json, read_lines
+from core.files import Lines, read_lines
 from core.prompt import Prompt
 from core.tasks import part_of
 from evaluation.intervals import estimates
@@ -30,22 +30,23 @@ class Evidence:
     """What answers are held against: the data folder that a run learned from, its base model's, and its configuration.
 
     Attributes:
+        folder: the data folder, where a task's own metrics find what its rows.py wrote besides.
         data: `task.data`.
     """
 
     def __init__(self, data_folder: Path, base_folder: Path, config: Mapping[str, Any]) -> None:
-        self._folder, self.base_folder = data_folder, base_folder
+        self.folder, self.base_folder = data_folder, base_folder
         self.data, self.prompt = config["task"]["data"], Prompt(**config["task"]["prompt"])
 
     @cached_property
     def training(self) -> Lines:
-        return read_lines(self._folder / "training.jsonl")
+        return read_lines(self.folder / "training.jsonl")
 
     @cached_property
     def rows(self) -> Lines:
         """Of all splits."""
         return [
-            row for split in ("validation", "test") for row in read_lines(self._folder / f"{split}.jsonl")
+            row for split in ("validation", "test") for row in read_lines(self.folder / f"{split}.jsonl")
         ] + self.training
 
     @cached_property
@@ -53,11 +54,6 @@ class Evidence:
         """What was learned of each training row: its answer, or all the model's turns."""
         rows = (self.prompt.pieces(row) for row in self.training)
         return ["\n".join(text for text, learned in pieces if learned) for pieces in rows]
-
-    @cached_property
-    def knowledge(self) -> dict[str, Any]:
-        """`knowledge.json`, of tasks that have one."""
-        return read_json(self._folder / "knowledge.json")
 
 
 @dataclass(frozen=True)

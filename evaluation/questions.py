@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from core.configuration import plain
 from core.errors import UserError
 from core.prompt import Prompt
+from core.schema import Config
 from core.tasks import part_of
 
 
@@ -36,17 +35,11 @@ class Question:
     row: int | None = None
 
 
-def check(config: DictConfig) -> dict[str, Any]:
-    """`task.evaluate` as a dictionary. Raises a UserError that names the key."""
+def check(config: Config) -> dict[str, Any]:
+    """`task.evaluate` as a dictionary. Raises a UserError: there are no metrics of that name."""
     settings = plain(config.task.evaluate)
-    for key, least in (("seeds", 1), ("held_out", 0)):
-        if not isinstance(settings[key], int) or settings[key] < least:
-            raise UserError(f"task.evaluate.{key} must be {least} or more, not {settings[key]}")
     if settings["metrics"] is not None:
         part_of(settings["metrics"], "metrics", "task.evaluate.metrics")
-    least = settings["min_gain"]
-    if least is not None and not (isinstance(least, (int, float)) and least < 1):
-        raise UserError(f"task.evaluate.min_gain is a share below 1, such as 0.05, not {least}")
     return settings
 
 

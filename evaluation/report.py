@@ -1,6 +1,6 @@
 """A run on one page: did it work, how did it learn, from which data, and everything needed to do it again.
 
-    python -m commands.report task=slang               (the newest finished run's; +run=FOLDER another's)
+    python -m commands.report task=slang               (the newest finished run's; run=FOLDER another's)
 
 Training writes the page with three questions. This command asks `task.evaluate`'s, of base and fine-tuned model, with
 several seeds (evaluation/generations.py), measures the answers (evaluation/metrics.py), lets a judge compare them where
@@ -22,13 +22,13 @@ from typing import Any
 import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
-from omegaconf import DictConfig
 
 from core.configuration import plain
 from core.errors import UserError
 from core.files import Lines, read_lines, write_json
 from core.prompt import Prompt
 from core.run_folder import Run, base_of
+from core.schema import Config
 from evaluation.gate import gain
 from evaluation.intervals import held_out
 from evaluation.metrics import Evidence, measure
@@ -38,7 +38,7 @@ from evaluation.questions import check, held_out_questions, listed_questions
 ALIKE = 0.5  # of the words of two answers: from here on their differences are marked
 
 
-def evaluate(finished: Run, config: DictConfig) -> None:
+def evaluate(finished: Run, config: Config) -> None:
     """Ask, measure and judge a run, into `generations.jsonl`, `metrics.json` and `judgements.jsonl` of its folder.
 
     Raises:

@@ -54,12 +54,8 @@ HEARTBEATS = [f"{model}.heartbeat" for model in triton_server.MODELS]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class StartError(UserError):
-    """The server cannot start."""
-
-
 @dataclass(frozen=True)
-class Options:
+class ServerOptions:
     """What to serve, and where; `commands.serve` has the meanings.
 
     Attributes:
@@ -84,7 +80,7 @@ class Supervisor:
         say: shows a line to the user.
     """
 
-    def __init__(self, options: Options, state: State, say: Callable[[str], None]) -> None:
+    def __init__(self, options: ServerOptions, state: State, say: Callable[[str], None]) -> None:
         self.options, self.state, self.say = options, state, say
         self.folder = state.folder.resolve()
         self.events = _event_log(self.folder / "events.jsonl")
@@ -150,7 +146,7 @@ class Supervisor:
         """Start everything, keep it running, and end it on SIGTERM or SIGINT.
 
         Raises:
-            StartError: a port is taken, Triton is not installed, or a process ended before everything was up.
+            UserError: a port is taken, Triton is not installed, or a process ended before everything was up.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._asked_to_end)
@@ -159,7 +155,7 @@ class Supervisor:
         try:
             triton_server.lay_out_backend(self.folder / "backends")
         except triton_server.NoTriton as error:
-            raise StartError(str(error)) from None
+            raise UserError(str(error)) from None
         self._end_leftovers()
         self._write_status()
         watchers = [self._receive_heartbeats, self._ask_triton, self._ask_gateway, self._probe]
@@ -187,7 +183,7 @@ class Supervisor:
     def _check_ports(self) -> None:
         """
         Raises:
-            StartError: two ports are equal, or one is taken.
+            UserError: two ports are equal, or one is taken.
         """
         options = self.options
         named = {
@@ -197,7 +193,7 @@ class Supervisor:
             "gateway_port": options.gateway_port,
         }
         if len(set(named.values())) < len(named):
-            raise StartError(f"every port must be different, not {', '.join(f'{k}={v}' for k, v in named.items())}")
+            raise UserError(f"every port must be different, not {', '.join(f'{k}={v}' for k, v in named.items())}")
         for name, port in named.items():
             with socket.socket() as trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -205,9 +201,9 @@ class Supervisor:
                     trial.bind((options.host, port))
                 except (OSError, OverflowError) as error:
                     reason = getattr(error, "strerror", None) or error
-                    raise StartError(
+                    raise UserError(
                         f"port {port} of {options.host} cannot be used ({reason}). Stop the program that uses it, or "
-                        f'choose another port: make serve ARGS="{name}=…"'
+                        f"choose another port: make serve ARGS={name}=PORT"
                     ) from None
 
     def _end_leftovers(self) -> None:
@@ -250,12 +246,12 @@ class Supervisor:
     async def _until_ready(self) -> None:
         """
         Raises:
-            StartError: a process has ended; the message has the last line of its log.
+            UserError: a process has ended; the message has the last line of its log.
         """
         while not self.is_up and not self.ending.is_set():
             for process in self.processes:
                 if not process.is_running:
-                    raise StartError(f"{process.why_it_ended()}. Its whole log is {process.log}")
+                    raise UserError(f"{process.why_it_ended()}. Its whole log is {process.log}")
             await asyncio.sleep(TICK)
 
     @property

@@ -3,14 +3,14 @@
 import csv
 import fcntl
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from omegaconf import DictConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
@@ -24,7 +24,9 @@ from transformers import (
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
 from core.base_model import ensure_base_model
-from core.configuration import load_config
+from core.configuration import check, load_config, names, plain
+from core.errors import UserError
+from core.schema import Config
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +152,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
+def needs_task(name: str) -> pytest.MarkDecorator:
+    """For a test of one task: skipped where the task has been deleted."""
+    return pytest.mark.skipif(name not in names("task"), reason=f"needs the task {name}")
+
+
+def fit_here(config: Config, base: Path, rows: Dataset, validation_rows: Dataset, folder: Path) -> None:
     """`training.fit.fit` into `folder`/slang.nemo, in this process."""
     from training.fit import fit
 
@@ -164,3 +171,31 @@ def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:
         check_shapes(found, path)
         found.tensors = checked(found.tensors, path)
     return found
+
+
+def typed(**sections: object) -> Config:
+    """The configuration `load_config()` gives, with other values: `typed(data_dir="d", task={"data": {...}})`.
+
+    Of a task's `data` and `prompt` nothing is left from the default task but what every task has.
+    """
+    tree = plain(load_config(["task=slang", "trainer=cpu"]))
+    data, prompt = tree["task"]["data"], tree["task"]["prompt"]
+    common = ("filters", "split", "max_chars", "drop_explicit", "train_fields", "train_rows")
+    tree["task"] |= {
+        "data": {"module": None, **{name: data[name] for name in common}},
+        "prompt": {"template": prompt["template"], "fields": {}},
+    }
+    config, problems = check(_over(tree, sections))
+    if problems:
+        raise UserError(*(problem.says for problem in problems))
+    assert config is not None
+    return config
+
+
+def _over(tree: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` with the values of `others`; sections are merged, but columns are not."""
+    merged = dict(tree)
+    for name, value in others.items():
+        both = name != "columns" and isinstance(value, Mapping) and isinstance(tree.get(name), dict)
+        merged[name] = _over(tree[name], value) if both else value
+    return merged

@@ -121,7 +121,7 @@ def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, m
     [
         (
             [sys.executable, "-m", "commands.train", "engine=nosuch"],
-            "unknown engine 'nosuch'. Known: lightning, automodel",
+            "engine=nosuch is unknown. Known: lightning, automodel",
         ),
         (["make", "train", "ENGINE=nosuch"], "ENGINE=nosuch is unknown. Known: lightning automodel"),
     ],

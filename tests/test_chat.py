@@ -29,6 +29,8 @@ from evaluation.dialogue import Dialogue
 from training.batches import Batches, learned_loss, tokenize
 from training.packing import use_packed_attention
 
+pytest.importorskip("tasks.chat.rows")
+
 Messages = list[dict[str, str]]
 
 SAMPLE = ROOT / "tasks" / "chat" / "chat.jsonl"

@@ -19,6 +19,8 @@ import pytest
 from conftest import ROOT
 from test_training import ENVIRONMENT, command, course, only_run, train
 
+from core.configuration import names
+
 sys.path.append(str(ROOT / "docker"))  # as for a program of that folder
 import container
 import image
@@ -91,7 +93,7 @@ def test_the_docker_sdk_and_this_project_do_not_hide_each_other(tmp_path: Path) 
         (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
         (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
         (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must name cpu or gpu, and may name monitoring"),
-        (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
+        (["up", "TASKS=poems"], f"TASKS=poems is unknown. Known: {' '.join(names('task'))}"),
         (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
         (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
         (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
@@ -378,7 +380,7 @@ def ask(port: str, path: str, body: dict[str, object] | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_the_stack_answers_through_triton_the_door_and_the_website(stack: dict[str, str]) -> None:
+def test_the_stack_answers_through_triton_the_gateway_and_the_website(stack: dict[str, str]) -> None:
     asked = {"text_input": "The sea is", "parameters": {"max_tokens": 4, "temperature": 0, "lora_name": "slang"}}
     answer = json.loads(ask(stack["HTTP_PORT"], "/v2/models/gemma/generate", asked))
     assert answer["text_output"].startswith("The sea is ")

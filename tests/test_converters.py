@@ -289,7 +289,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path:
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
         "from commands.convert import main; from core.errors import run; run(main)"
     )
-    words = [tiny_base, "--to", "hf", "--out", tmp_path / "exports/x"]
+    words = [f"source={tiny_base}", "to=hf", f"out={tmp_path}/exports/x"]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "could not be written to" in result.stderr and "GB are free" in result.stderr
     assert "Traceback" not in result.stderr and list((tmp_path / "exports").iterdir()) == []
@@ -571,7 +571,7 @@ def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
 def test_an_error_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.nemo").write_bytes(b"not a tar")
     result = subprocess.run(
-        [sys.executable, "-m", "commands.convert", tmp_path / "x.nemo", "--to", "adapter"],
+        [sys.executable, "-m", "commands.convert", f"source={tmp_path}/x.nemo", "to=adapter"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -666,8 +666,8 @@ def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folde
     ("to", "words", "message"),
     [
         ("merged", {}, "there is nothing to merge"),
-        ("adapter", {}, "which adapter does not hold; --to hf does"),
-        ("nemo", {"dtype": "q9"}, "--dtype q9 is unknown to nemo"),
+        ("adapter", {}, "which adapter does not hold; to=hf does"),
+        ("nemo", {"dtype": "q9"}, "dtype=q9 is unknown to nemo"),
     ],
 )
 def test_what_a_format_cannot_hold_is_told(

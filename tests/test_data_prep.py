@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from conftest import typed
 from rapidfuzz import fuzz, process
 from transformers import AutoTokenizer
 
 from core import progress
-from core.configuration import load_config
+from core.configuration import load_config, plain, write_config
 from core.errors import UserError
 from core.prompt import Prompt
+from core.schema import Config, DataConfig
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
 from data_prep.prepare import prepare
@@ -29,7 +30,7 @@ from data_prep.read_table import Row, open_table
 from data_prep.same_rows import NEAR
 from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
-from data_prep.task import Data, Task
+from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 from training.batches import tokenize
 
@@ -45,15 +46,12 @@ def real(name: str) -> Path:
     return REAL / name
 
 
-def config_for(folder: Path, source: Path, *options: str, seed: int = 0) -> DictConfig:
-    """The part of the configuration that data preparation uses; `options` as on the command line."""
-    task = {name: TASK[name] for name in ("name", "data", "prompt")}
-    base = OmegaConf.create({"task": task, "data_dir": str(folder)})
-    options = (f"source={source}", f"split.seed={seed}", *options)
-    given = OmegaConf.from_dotlist([f"task.data.{option}" for option in options])
-    config = OmegaConf.merge(base, given)
-    assert isinstance(config, DictConfig)
-    return config
+def config_for(folder: Path, source: Path, *options: str, seed: int = 0) -> Config:
+    """The slang task's configuration for another source; `options` as on the command line."""
+    given = (f"source={source}", f"split.seed={seed}", *options)
+    return load_config(
+        ["task=slang", "trainer=cpu", f"data_dir={folder}", *(f"task.data.{option}" for option in given)]
+    )
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[str]], header: Sequence[str] = HEADER) -> Path:
@@ -108,9 +106,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    columns = OmegaConf.to_container(TASK.data.columns)
-    assert isinstance(columns, dict)
-    table = open_table(path, columns, ["slang", "description"])
+    table = open_table(path, TASK.data.columns, ["slang", "description"])
     rows = list(table.rows)
     table.close()
     return rows
@@ -334,9 +330,9 @@ def test_a_larger_validation_share_takes_from_training_alone(make: Callable[...,
     assert small["validation"] < large["validation"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.95, -0.1])
-def test_shares_that_leave_a_split_empty_are_refused(make: Callable[..., Path], share: float) -> None:
-    with pytest.raises(UserError, match="above 0 and below 1 together"):
+@pytest.mark.parametrize(("share", "says"), [(0.0, "above 0"), (0.95, "below 1 together"), (-0.1, "above 0")])
+def test_shares_that_leave_a_split_empty_are_refused(make: Callable[..., Path], share: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
         make(made_up(50), f"split.validation={share}")
 
 
@@ -660,14 +656,14 @@ def test_a_column_to_filter_by_must_be_there(tmp_path: Path) -> None:
         ("instruction", "What of {Review}?", "task.prompt.instruction names Review; the columns are"),
         ("instruction", "What of {stars}?", "task.prompt.instruction names stars; the columns are review, answer"),
         ("response", "Yes.", "task.prompt.response names no column, so every row would have the same answer"),
-        ("response", None, "task.prompt has no response"),
+        ("response", None, "task.prompt.response must be text, not null"),
         (
             "respones",
             "{answer}",
-            "task.prompt has no key respones. Known: template, instruction, response, fields; did you",
+            "unknown key task.prompt.respones; did you mean task.prompt.response?",
         ),
         ("template", "{response}", "task.prompt: prompt template must hold {instruction} once"),
-        ("fields", {"answer": 7}, 'task.prompt.fields.answer is not text; write it in quotes: "7"'),
+        ("fields", {"answer": 7}, 'task.prompt.fields.answer must be text, not 7; write it in quotes: "7"'),
     ],
 )
 def test_a_template_that_does_not_fit_is_named(tmp_path: Path, option: str, template: object, message: str) -> None:
@@ -681,9 +677,9 @@ def test_a_template_that_does_not_fit_is_named(tmp_path: Path, option: str, temp
         "max_chars": 99,
         "split": {"validation": 0.1, "test": 0.1},
     }
-    Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": prompt}}))
+    Task.of(typed(task={"name": "own", "data": data, "prompt": prompt}))
     with pytest.raises(UserError) as error:
-        Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": {**prompt, option: template}}}))
+        Task.of(typed(task={"name": "own", "data": data, "prompt": {**prompt, option: template}}))
     assert message in str(error.value)
 
 
@@ -696,13 +692,13 @@ def test_a_template_that_does_not_fit_is_named(tmp_path: Path, option: str, temp
             "filters.contxt=en",
             "task.data.filters names contxt; the columns are slang, description, example, context; did",
         ),
-        ("filter.context=en", "task.data has no key filter. Known: "),
+        ("filter.context=en", "unknown key task.data.filter; did you mean task.data.filters?"),
         ("columns.row=[row]", "task.data.columns: a field cannot be called 'row'"),
         ("train_fields=[slang]", "train_fields leaves out description"),
         ("train_fields=[slang,description,tone]", "train_fields names tone; the columns are slang, description"),
         ("key=term", "task.data.required names term"),
         ("train_rows=0", "must be 1 or more"),
-        ("max_chars=many", "task.data.max_chars: Value 'many'"),
+        ("max_chars=many", "task.data.max_chars must be a whole number, not 'many'"),
     ],
 )
 def test_an_option_that_does_not_fit_is_named(make: Callable[..., Path], option: str, message: str) -> None:
@@ -729,7 +725,7 @@ def test_a_task_without_a_module_uses_its_columns_as_they_are(tmp_path: Path) ->
             "fields": {},
         },
     }
-    config = OmegaConf.create({"task": task, "seed": 0, "data_dir": str(tmp_path / "data")})
+    config = typed(task=task, data_dir=str(tmp_path / "data"))
     rows = read_split(prepare(config, None), "training")
     assert all(row["input"] == f"What is the capital of {row['country']}?" for row in rows)
     assert all(row["output"] == row["capital"] for row in rows)
@@ -752,7 +748,7 @@ def test_tokens_are_counted_of_what_the_model_will_read(tmp_path: Path, tokenize
     source = write_csv(tmp_path / "a.csv", made_up(80))
     folder = prepare(config_for(tmp_path / "data", source), tokenizer_file)
     manifest, tokenizer = manifest_of(folder), Tokenizer.from_file(str(tokenizer_file))
-    prompt = Prompt(**OmegaConf.to_container(TASK.prompt))  # type: ignore[arg-type]
+    prompt = Prompt(**plain(TASK.prompt))
     assert manifest["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
     for split, rows in read_all(folder).items():
         answers = [len(tokenizer.encode(row["output"]).ids) + 1 for row in rows]  # and the end token
@@ -784,8 +780,8 @@ def test_counts_and_shown_rows_are_those_of_training(
     rows, _ = tokenize(tmp_path / "training.jsonl", tokenizer, prompt, 512, tmp_path / "cache")
     ids, spans = rows[0]["input_ids"], rows[0]["learned"]
 
-    data = {"columns": {}, "module": None}
-    task = Task("shown", Data(**data), {}, {}, prompt, 0)  # type: ignore[arg-type]
+    data = DataConfig.model_construct(columns={}, module=None)
+    task = Task("shown", data, {}, {}, prompt, 0)
     counted = list(SplitWriter(task, tiny_base / "tokenizer.json")._count([row]))
     assert counted == [(len(ids), sum(end - first for first, end in spans))]
 
@@ -871,19 +867,19 @@ def test_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: p
 RUN = """
 import sys
 from pathlib import Path
-from omegaconf import OmegaConf
+from core.configuration import read_config
 from data_prep.prepare import prepare
 from core.errors import run
 def main(words):
-    prepare(OmegaConf.load(words[0]), None)
+    prepare(read_config(Path(words[0])), None)
     print(Path("/proc/self/status").read_text())
 run(main)
 """
 
 
-def start(config: DictConfig, folder: Path) -> subprocess.Popen[str]:
+def start(config: Config, folder: Path) -> subprocess.Popen[str]:
     """`prepare` in a process of its own, as the command line runs it."""
-    OmegaConf.save(config, folder / "config.yaml")
+    write_config(config, folder / "config.yaml")
     command = [sys.executable, "-c", RUN, str(folder / "config.yaml")]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 

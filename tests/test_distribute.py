@@ -356,8 +356,8 @@ def test_what_is_wrong_is_said_once_and_no_process_outlives_its_parent(words: li
     [
         ("trainer.strategy=zero3", "Known: auto, ddp, fsdp2, tp"),
         ("trainer.strategy=fsdp2", "trainer.devices=2 or more"),
-        ("trainer.devices=0", "whole number from 1"),
-        ("trainer.devices=two", "whole number from 1"),
+        ("trainer.devices=0", "must be 1 or more"),
+        ("trainer.devices=two", "must be a whole number"),
         ("trainer.num_nodes=2", "MASTER_ADDR, MASTER_PORT, NODE_RANK must be set"),
     ],
 )

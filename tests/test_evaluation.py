@@ -32,6 +32,7 @@ from core.errors import UserError
 from core.files import read_lines
 from core.prompt import Prompt
 from core.run_folder import Run
+from core.tasks import having
 from evaluation import compare_runs, judge, report
 from evaluation.gate import NOT_BETTER, pass_gate
 from evaluation.generations import generate
@@ -181,9 +182,9 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
     ("word", "says"),
     [
         ("task.evaluate.seeds=0", "seeds must be 1 or more"),
-        ("task.evaluate.held_out=-1", "held_out must be 0"),
-        ("task.evaluate.metrics=films", "films is unknown. Known: reviews, slang, null"),
-        ("task.evaluate.min_gain=5", "min_gain is a share"),
+        ("task.evaluate.held_out=-1", "held_out must be 0 or more"),
+        ("task.evaluate.metrics=films", f"films is unknown. Known: {', '.join(having('metrics'))}, null"),
+        ("task.evaluate.min_gain=5", "min_gain must be below 1, not 5"),
     ],
 )
 def test_a_wrong_setting_is_named(word: str, says: str) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import FAMILIES, fit_here, tiny_gemma
 from datasets import Dataset
-from omegaconf import OmegaConf
 from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +21,7 @@ from core.load_model import add_lora
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import Batches, learned_loss, tokenize
-from training.gemma_lora import GemmaLoRA
+from training.gemma_lora import GemmaLoRA, nemo_config
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template
@@ -143,7 +142,7 @@ def module(base: Path, **options: Any) -> GemmaLoRA:
     peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     peft["lora_dropout"] = 0.1
     return GemmaLoRA(
-        OmegaConf.create(
+        nemo_config(
             {
                 "base_folder": str(base),
                 "base": describe(base),

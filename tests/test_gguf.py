@@ -304,7 +304,7 @@ def test_without_a_tokenizer_or_its_base_the_error_says_so(folders: Any, tmp_pat
     found.files = {}
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         gguf.write(found, tmp_path / "model.gguf")
-    with pytest.raises(UserError, match="--base"):
+    with pytest.raises(UserError, match="base=FOLDER"):
         gguf.write(Adapter({"r": 1, "lora_alpha": 1}, {}), tmp_path / "adapter.gguf")
 
 

@@ -502,7 +502,7 @@ def test_settings_of_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_its_base_or_with_dora_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--base"):
+    with pytest.raises(UserError, match="base=FOLDER"):
         keras.write(Adapter({"r": 1, "lora_alpha": 1}, {}), tmp_path / "a.lora.h5")
     config = tiny("gemma").config.to_dict()
     with pytest.raises(UserError, match="DoRA"):

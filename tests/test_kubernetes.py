@@ -306,9 +306,9 @@ def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them(
         pod = one("Deployment", rendered("cluster", **settings))["spec"]["template"]["spec"]
         return pod["initContainers"][0]["args"][3:]
 
-    assert prepares() == ["--default", "slang"]
-    assert prepares(TASKS="slang, chat") == ["slang", "chat"]
-    assert prepares(OVERLAY="gpu", TASKS="chat") == ["chat", "--engine", "vllm"]
+    assert prepares() == ["default=slang"]
+    assert prepares(TASKS="slang, chat") == ["tasks=slang,chat"]
+    assert prepares(OVERLAY="gpu", TASKS="chat") == ["tasks=chat", "engine=vllm"]
 
 
 @pytest.mark.parametrize(

@@ -762,7 +762,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Llama3Config8B"):
         nemo2.read(tmp_path / "model")
     adapter, _ = trained_adapter("gemma")
-    with pytest.raises(UserError, match="--base"):
+    with pytest.raises(UserError, match="base=FOLDER"):
         nemo2.write(Adapter(adapter.peft, adapter.tensors), tmp_path / "x")
     with pytest.raises(UserError, match="modules_to_save"):
         nemo2.write(

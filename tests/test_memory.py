@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, tiny_gemma
+from conftest import FAMILIES, ROOT, needs_task, tiny_gemma
 
 from core.configuration import load_config, plain
 from core.load_model import add_lora, load_base
@@ -130,6 +130,7 @@ def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base
 
 
 @pytest.mark.slow
+@needs_task("squid_game")
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, tmp_path: Path) -> None:
     """Of a task whose packs differ in length: freed memory is then in pieces that do not fit the next."""
     result = run(tmp_path, f"model.path={base_folder}", "task=squid_game", "task.data.train_rows=40")

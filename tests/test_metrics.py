@@ -9,12 +9,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from core.configuration import load_config, plain
-from core.tasks import having
+from core.tasks import having, part_of
 from evaluation import metrics
 from evaluation.embeddings import Embedder
 from evaluation.intervals import RESAMPLES, estimates, held_out, resample
 from evaluation.metrics import Evidence, measure
-from tasks.reviews import metrics as reviews_metrics
 from tasks.slang import metrics as slang_metrics
 
 TRAINING = [
@@ -138,46 +137,6 @@ def test_embeddings_are_weighted_by_rarity_and_read_from_any_shard(tmp_path: Pat
     assert not common.any() and not nothing.any()  # what all texts have weighs nothing
 
 
-# --- reviews --------------------------------------------------------------------------------------------------
-
-KNOWLEDGE = {
-    "reviews": 40,
-    "aspects": [
-        {"name": "acting", "mentions": 12, "favourable": 9, "unfavourable": 1, "both": 0},
-        {"name": "ending", "mentions": 8, "favourable": 1, "unfavourable": 2, "both": 1},
-        {"name": "music", "mentions": 0, "favourable": 0, "unfavourable": 0, "both": 0},
-    ],
-}
-
-
-@pytest.fixture
-def reviews(tmp_path: Path, tiny_base: Path) -> Evidence:
-    rows = [{"input": "?", "output": 'Nine like the acting: "the cast is a joy to watch".'}]
-    found = evidence_of(tmp_path, tiny_base, rows)
-    (tmp_path / "knowledge.json").write_text(json.dumps(KNOWLEDGE))
-    found.data["reviews"] = {"title": "Some Film", "aspects": {}}
-    return found
-
-
-def test_what_no_review_says_is_without_support(reviews: Evidence) -> None:
-    texts = [
-        'Nine of 40 say "The cast is a joy to watch!"',
-        '"A masterpiece of our time", 73 % say',
-        'They call it "art" in "two words".',
-        "Of 7, as asked, 12.",
-    ]
-    lines = said(*texts)
-    lines[3]["text_in"] = "Which 7 reviews?"
-    assert reviews_metrics.unsupported(lines, reviews) == [0, 2, 0, 0]
-
-
-def test_aspects_and_judgements_are_held_against_the_reviews(reviews: Evidence) -> None:
-    texts = "The acting is wonderful, but the ending is terrible.", "Awful acting. Great music!", "It is a series."
-    assert reviews_metrics.aspects_named(said(*texts), reviews) == [2, 1, 0]
-    # Nine of ten praise the acting; three of four find something bad in the ending; nobody judges the music.
-    assert reviews_metrics.agreement(said(*texts), reviews) == pytest.approx([(9 / 10 + 3 / 4) / 2, 1 / 10, None])
-
-
 # --- intervals ------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +196,6 @@ def test_measured_are_questions_that_both_models_were_asked(evidence: Evidence) 
 
 
 def test_every_metric_says_what_it_is() -> None:
-    for metric in [*metrics.METRICS, *slang_metrics.METRICS, *reviews_metrics.METRICS]:
+    of_tasks = [metric for name in having("metrics") for metric in part_of(name, "metrics", "").METRICS]
+    for metric in [*metrics.METRICS, *of_tasks]:
         assert len(metric.explanation) > 40 and metric.better in ("higher", "lower", ""), metric.title
-    assert having("metrics") == ["reviews", "slang"]

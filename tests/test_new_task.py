@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
+from conftest import needs_task
 
 from commands.new_task import main, new_task
 from core import configuration as command_line
-from core.configuration import load_config, names
+from core.configuration import load_config
 from core.errors import UserError
+from core.schema import TaskConfig
+from data_prep import table_kind
 from data_prep.prepare import prepare
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -70,10 +72,8 @@ def rows_of(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     return prepared
 
 
-def task_of(name: str) -> DictConfig:
-    task = load_config([f"task={name}"]).task
-    assert isinstance(task, DictConfig)
-    return task
+def task_of(name: str) -> TaskConfig:
+    return load_config([f"task={name}"]).task
 
 
 # --- what kind of table ---------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: py
     )
     row = rows_of("recipes")
     assert (row["input"], row["output"]) == (row["dish_name"], row["how_to"])
-    assert "'Dish (name)' is taken for what is asked, 'How to' for the answer" in capsys.readouterr().out
+    assert "'Dish (name)' is taken as the question, 'How to' as the answer" in capsys.readouterr().out
 
 
 def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
@@ -154,6 +154,7 @@ def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Pat
     assert rows_of("jokes")["input"] in ("a joke please", "a riddle please")
 
 
+@needs_task("squid_game")
 @pytest.mark.parametrize(
     ("file", "title", "found"),
     [
@@ -170,19 +171,18 @@ def test_reviews_of_another_film(
     assert data.module == "reviews" and data.reviews.title == found
     assert data.columns.review == ["Review Text"] and data.columns.rating == ["Rating"]
     out = capsys.readouterr().out
-    assert (f"Reviews of {found}, as the file's name has it; or give TITLE=..." in out) == (not title)
+    assert (f"Reviews of {found}, going by the file's name; if that is wrong, give TITLE=..." in out) == (not title)
 
 
+@needs_task("squid_game")
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    pytest.importorskip("tasks.reviews.rows")
     new_task("dune", str(write(tmp_path / "dune_reviews.csv", ["Review Text", "Rating"], film_reviews(60))))
     row = rows_of("dune")
     assert row["input"] and row["output"]
 
 
+@needs_task("chat")
 def test_dialogues(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    if "chat" not in names("task"):
-        pytest.skip("needs the task chat")
     with (tmp_path / "talks.jsonl").open("w") as file:
         for question, answer in made_up(60, 5, 6):
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -196,7 +196,7 @@ def test_dialogues(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     [
         ("all_slangs.csv", None, {"slang": ["Slang"], "description": ["Description"], "example": ["Example"]}),
         ("genz_slang.csv", None, {"keyword": ["keyword"], "description": ["description"]}),
-        ("squid_game_reviews.csv", "reviews", {"review": ["review_text"]}),
+        pytest.param("squid_game_reviews.csv", "reviews", {"review": ["review_text"]}, marks=needs_task("squid_game")),
     ],
 )
 def test_real_tables(rows_of: Callable[..., Any], name: str, module: str | None, columns: dict[str, Any]) -> None:
@@ -262,10 +262,6 @@ USELESS = {
     "a column twice": (b"question,answer,Answer\n" + b"Why?,So.,No.\n" * 20, "more than one column called"),
     "an image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is a PNG image"),
     "noise": (random.Random(1).randbytes(5000), "looks like a binary file"),
-    "reviews": (
-        b"Review\n" + b"".join(b"A fine film number %d\n" % n for n in range(30)),
-        "Say what they are of: TITLE=",
-    ),
 }
 
 
@@ -280,6 +276,20 @@ def test_a_table_of_no_use_is_refused_in_words(tmp_path: Path, configs: Path, na
     assert sorted(configs.iterdir()) == before
 
 
+@needs_task("squid_game")
+def test_reviews_of_nobody_knows_what_are_refused(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.csv", ["Review"], [[f"A fine film number {n}"] for n in range(30)])
+    with pytest.raises(UserError, match=r"holds reviews. Say what they are of: TITLE="):
+        new_task("useless", str(source))
+
+
+def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_kind, "having", lambda part: [])
+    source = write(tmp_path / "a.csv", TABLE, made_up(40, 3, 5))
+    with pytest.raises(UserError, match=r'TITLE="Dune" is given, but none of the tasks here asks for a title'):
+        new_task("dune", str(source), "Dune")
+
+
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
@@ -287,8 +297,8 @@ def test_a_table_of_no_use_is_refused_in_words(tmp_path: Path, configs: Path, na
         ("my-films", "a.csv", "a task cannot be called 'my-films'. Use letters, digits and _"),
         ("../films", "a.csv", "a task cannot be called '../films'"),
         ("null", "a.csv", "a task cannot be called 'null'"),
-        ("", "a.csv", "what is the task to be called? Give it a name, such as NAME=films"),
-        ("films", "", "of which table? Give it as SOURCE=reviews.csv"),
+        ("", "a.csv", "the new task needs a name, such as NAME=films"),
+        ("films", "", "the new task needs a table, such as SOURCE=reviews.csv"),
         ("films", "/no/such.csv", "no such file: /no/such.csv"),
         ("films", "/", "/ is a folder; name a CSV, TSV, JSONL or Parquet file in it"),
         ("films", "hf:films", "Write hf:OWNER/NAME"),
@@ -297,7 +307,7 @@ def test_a_table_of_no_use_is_refused_in_words(tmp_path: Path, configs: Path, na
 def test_what_cannot_be_is_said_in_words(configs: Path, name: str, source: str, message: str) -> None:
     before = {file.name: file.read_bytes() for file in configs.iterdir()}
     with pytest.raises(UserError) as error:
-        main([f"--title={''}", "--", name, source])
+        main([f"name={name}", f"source={source}", "title="])
     assert message in str(error.value)
     assert {file.name: file.read_bytes() for file in configs.iterdir()} == before
 

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from bitsandbytes.optim import PagedAdamW32bit
-from conftest import FAMILIES, fit_here, tiny_gemma
+from conftest import FAMILIES, fit_here, needs_task, tiny_gemma
 from datasets import Dataset
 from nemo.core.optim.optimizers import get_optimizer
 from torch import nn
@@ -149,6 +149,7 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
             torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+@needs_task("squid_game")
 def test_every_setting_of_the_review_chatbot_is_at_work(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +199,7 @@ def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewh
     assert optimizer_here("paged_adamw_32bit", "cpu") == "adamw"
     assert "adamw with 32-bit state" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"sgdw is unknown\. Known: adamw, paged_adamw_32bit"):
-        optimizer_here("sgdw", "cpu")
+        load_config(["task.train.optimizer=sgdw"])
 
 
 @pytest.mark.parametrize("wrong", [{"load_in_4bit": "yes"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}])

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from commands import report as report_command
+from core.configuration import load_config
 from core.errors import UserError
 from core.run_folder import newest_run
 from evaluation import report
@@ -261,9 +261,9 @@ def test_the_newest_finished_run_is_found_or_the_one_named(tmp_path: Path) -> No
     old, new = write_run(runs / "slang" / "z-old", steps=1), write_run(runs / "slang" / "a-new", steps=1)
     (runs / "slang" / "unfinished").mkdir()
     os.utime(old / "evaluation.json", (1, 1))
-    config = {"runs_dir": str(runs), "task": {"name": "slang"}}
-    assert newest_run(OmegaConf.create(config)) == new
-    assert newest_run(OmegaConf.create({**config, "run": str(old)})) == old
+    words = ["task=slang", f"runs_dir={runs}"]
+    assert newest_run(load_config(words)) == new
+    assert newest_run(load_config([*words, f"run={old}"])) == old
 
 
 def test_without_a_finished_run_it_says_what_to_do(tmp_path: Path) -> None:

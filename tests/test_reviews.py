@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from omegaconf import DictConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from core.configuration import load_config
 from core.errors import UserError
+from core.schema import Config
 from data_prep.clean_text import clean
 from data_prep.prepare import prepare
+
+pytest.importorskip("tasks.reviews.rows")
 from tasks.reviews.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
 from tasks.reviews.rows import WORDS
 
@@ -33,7 +35,7 @@ def reader() -> ReviewReader:
     return ReviewReader("Squid Game", {"games": ["games", "marbles"]})
 
 
-def config_for(folder: Path, source: Path, *options: str) -> DictConfig:
+def config_for(folder: Path, source: Path, *options: str) -> Config:
     words = ["task=squid_game", "trainer=cpu", f"task.data.source={source}", f"data_dir={folder}"]
     return load_config([*words, *(f"task.data.{option}" for option in options)])
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.scaling import GPUS, Message, Sizes, Words, architecture_of, messages, plan, sizes_of
+from benchmarks.scaling import GPUS, Message, Options, Sizes, architecture_of, main, messages, plan, sizes_of
 from core.configuration import load_config
 from core.errors import UserError
 from training.batches import Batches
@@ -28,7 +28,7 @@ from training.distribute import AdapterParallel, shard_base, split_base
 from training.flops import flops_of
 from training.memory import estimate
 
-CASE = Words([8, 64, 512])
+CASE = Options()
 CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
 
 
@@ -208,7 +208,7 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
 )
 def test_a_wrong_word_is_answered(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Words.read(words)
+        main(words)
 
 
 def test_a_model_that_is_nowhere_is_answered_with_those_that_are(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ import pytest
 import torch
 import tritonclient.grpc as grpc_client
 import yaml
-from conftest import ROOT
+from conftest import ROOT, needs_task
 from peft import LoraConfig, get_peft_model
 from tiny_serving import ENDLESS, LONG, SERVING_PYTHON, WINDOW, Stack, free_ports, serve_tiny
 from transformers import AutoModelForCausalLM
@@ -192,7 +192,7 @@ def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack
 def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_path: Path) -> None:
     write_tiny_adapter(stack, "late", tmp_path)
     again = subprocess.run(
-        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder],
+        [SERVING_PYTHON, "-m", "commands.serve", f"folder={stack.folder}"],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -637,9 +637,9 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, t
 
 @contextmanager
 def serve_again(stack: Stack) -> Iterator[Stack]:
-    words = [word for name, port in stack.ports.items() for word in (f"--{name}-port", str(port))]
+    words = [f"{name}_port={port}" for name, port in stack.ports.items()]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder, "--threads", "1", *words],
+        [SERVING_PYTHON, "-m", "commands.serve", f"folder={stack.folder}", "threads=1", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -657,7 +657,7 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         started = subprocess.run(
-            [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, "--grpc-port", str(port)],
+            [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", f"grpc_port={port}"],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -674,8 +674,8 @@ def test_an_address_that_lets_others_in_comes_with_a_warning(tiny_base: Path, tm
     (tmp_path / "adapters").mkdir()
     with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
         port = taken.getsockname()[1]
-        words = ["--host", "0.0.0.0", "--grpc-port", str(port)]
-        started = subprocess.run([SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, *words],
+        words = ["host=0.0.0.0", f"grpc_port={port}"]
+        started = subprocess.run([SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", *words],
                                  cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
     assert started.returncode == 2
     assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
@@ -806,9 +806,9 @@ def test_the_real_base_alone_as_a_user_starts_it(
     prepare([], "slang", "gemma-3-270m", "embedded", tmp_path / "serve")
     assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
     ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
-    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    words = [f"{name}_port={port}" for name, port in ports.items()]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path / "serve", *words],
+        [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}/serve", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -859,6 +859,7 @@ PROMPTS = {
 }
 
 
+@needs_task("chat")
 @pytest.mark.usefixtures("one_thread")
 def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = work / "exports/serve"
@@ -890,12 +891,14 @@ def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> 
     assert 'backend: "vllm"' in (repository / "config.pbtxt").read_text()
 
 
+@needs_task("squid_game")
 def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"no finished run in runs/squid_game. Train first: make train TASK=squid_game"):
         prepare(["slang", "squid_game"], None, "gemma-3-270m", "embedded", work / "serve")
     assert not (work / "serve/repository").exists()
 
 
+@needs_task("chat")
 def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path, stack: Stack) -> None:
     shutil.copytree(tiny_base, work / "other-base")
     config = yaml.safe_load((work / "runs/chat/tiny-1/config.yaml").read_text())

@@ -16,9 +16,10 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from conftest import typed
 
 from core.errors import UserError
+from core.schema import Config
 from data_prep.prepare import prepare
 from data_prep.read_table import Row, open_table
 from data_prep.sources import HubTable, find_source, open_source
@@ -42,7 +43,7 @@ def parquet_of(rows: list[tuple[str, ...]]) -> bytes:
     return bytes(sink.getvalue())
 
 
-def config_for(source: object, folder: Path) -> DictConfig:
+def config_for(source: object, folder: Path) -> Config:
     split = {"validation": 0.2, "test": 0.2, "seed": 0}
     data = {
         "source": str(source),
@@ -58,7 +59,7 @@ def config_for(source: object, folder: Path) -> DictConfig:
         "response": "{answer}",
         "fields": {},
     }
-    return OmegaConf.create({"task": {"name": "bread", "data": data, "prompt": prompt}, "data_dir": str(folder)})
+    return typed(task={"name": "bread", "data": data, "prompt": prompt}, data_dir=str(folder))
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -1,15 +1,11 @@
-"""The website without a model: pages, their weight and speed, accessibility, what is refused, and the dictionary.
+"""The website without a model: all its pages, their weight and speed, accessibility, and what is refused.
 
-As a visitor sees it in Chromium, and as an attacker over plain HTTP. test_web_live.py has the model.
+As a visitor sees it in Chromium, and as an attacker over plain HTTP. What the page of one task does is tested in
+test_slang_page.py and test_reviews_page.py; test_web_live.py has the model.
 """
 
-import csv
-import json
-import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,64 +13,27 @@ import httpx
 import pytest
 from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
-from website import PAYLOADS, Site, expect, needs_serving, violations
+from website import Site, expect, needs_serving, violations
 
-from core.configuration import load_config
-from data_prep.prepare import prepare
 from serving.web.answers import _Shown
-from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
-from serving.web.evidence import Reviews
 from serving.web.guard import SignIn
-from serving.web.tasks import task_config
+from serving.web.page import find_pages
+from serving.web.settings import session_key
 
 pytest_plugins = ("website",)
 pytestmark = needs_serving
-PAGES = ("/", "/reviews", "/chat", "/runs", "/privacy")
+PAGES = ("/", *(f"/{page.name}" for page in find_pages()), "/runs", "/privacy")
+SCRIPTS = ("/static/site.js", *(f"/static/{page.name}/page.js" for page in find_pages()))
 PASSWORD = "correct horse"
-WORD = Entry(
-    "plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.", "A friend always wins."
-)
 
 
 @pytest.fixture(scope="module")
-def folder(house: Path) -> Path:
-    """A house with runs: a good one, and one whose report an attacker wrote."""
-    for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
-        run = house / "runs/slang" / name
-        run.mkdir(parents=True)
-        (run / "config.yaml").write_text(
-            "task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\npeft: {name: lora, r: 8}\nseed: 0\n"
-        )
-        found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
-        (run / "evaluation.json").write_text(json.dumps(found))
-        (run / "report.html").write_text(report)
-    (house / "runs/slang/half").mkdir()
-    (house / "runs/slang/half/report.html").write_text("of a run that is not finished")
-    (house / "secret.html").write_text("not for the internet")
-    return house
-
-
-@pytest.fixture(scope="module")
-def sites(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Site]]:
-    """Two without a model: an open one, and one with a password that keeps it clean."""
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A site with a password that refuses explicit terms."""
     nobody = f"127.0.0.1:{free_ports(1)[0]}"
-    sites = (
-        Site(folder, "--triton", nobody),
-        Site(tmp_path_factory.mktemp("guarded"), "--triton", nobody, "--clean", WEB_PASSWORD=PASSWORD),
-    )
-    yield sites[0].wait(), sites[1].wait()
-    for site in sites:
-        site.end()
-
-
-@pytest.fixture(scope="module")
-def site(sites: tuple[Site, Site]) -> Site:
-    return sites[0]
-
-
-@pytest.fixture(scope="module")
-def guarded(sites: tuple[Site, Site]) -> Site:
-    return sites[1]
+    site = Site(tmp_path_factory.mktemp("guarded"), f"triton={nobody}", "clean=true", WEB_PASSWORD=PASSWORD)
+    yield site.wait()
+    site.end()
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -94,7 +53,7 @@ def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Call
     assert {httpx.URL(response.url).host for response in received} == {"127.0.0.1"}
 
 
-@pytest.mark.parametrize("path", [*PAGES, "/health", "/robots.txt", "/static/slang.js", "/dictionary.csv", "/nothing"])
+@pytest.mark.parametrize("path", [*PAGES, "/health", "/robots.txt", "/static/site.js", "/nothing"])
 def test_head_tells_what_get_would_bring(site: Site, path: str) -> None:
     head, whole = site.ask("HEAD", path), site.ask("GET", path)
     assert head.status_code == whole.status_code == (404 if path == "/nothing" else 200)
@@ -130,19 +89,7 @@ def test_the_theme_follows_the_system_until_it_is_chosen(site: Site, open_page: 
     assert dark != light == page.evaluate(background)
 
 
-def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(site.address)
-    expect(page.locator("#status")).to_have_text("Model away")
-    page.get_by_label("Where are you?").fill("A quiet library.")
-    page.get_by_role("button", name="Coin a word").click()
-    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
-    assert page.get_by_label("Where are you?").input_value() == "A quiet library."
-    with page.expect_request("**/api/answer") as asked:
-        page.get_by_role("button", name="Try again").click()
-    assert asked.value.post_data_json["fields"]["context"] == "A quiet library."
-
-
-@pytest.mark.parametrize("path", [*PAGES, "/static/site.js", "/api/dictionary", "/nowhere"])
+@pytest.mark.parametrize("path", [*PAGES, *SCRIPTS, "/api/status", "/nowhere"])
 def test_every_response_has_a_strict_policy(site: Site, path: str) -> None:
     headers = site.ask("GET", path).headers
     policy = headers["content-security-policy"]
@@ -150,18 +97,10 @@ def test_every_response_has_a_strict_policy(site: Site, path: str) -> None:
     assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
 
 
-@pytest.mark.parametrize(
-    "method,path",
-    [
-        ("POST", "/api/answer"),
-        ("POST", "/api/dictionary"),
-        ("PUT", "/api/dictionary/1"),
-        ("DELETE", "/api/dictionary/1"),
-    ],
-)
 @pytest.mark.parametrize("origin", ["", "null", "https://evil.example", "http://127.0.0.1:1"])
-def test_a_change_that_comes_from_another_site_is_refused(site: Site, method: str, path: str, origin: str) -> None:
-    assert site.ask(method, path, headers={"origin": origin}, json={}).status_code == 403
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_a_change_that_comes_from_another_site_is_refused(site: Site, method: str, origin: str) -> None:
+    assert site.ask(method, "/api/answer", headers={"origin": origin}, json={}).status_code == 403
 
 
 def test_a_name_that_is_not_the_site_s_own_is_refused(site: Site) -> None:
@@ -188,8 +127,8 @@ def test_a_malformed_question_is_refused_without_repeating_it(site: Site, wrong:
 
 def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
     chunks = (b" " * 65536 for _ in range(200))  # without a length
-    assert site.ask("POST", "/api/evidence", content=b" " * 2**20).status_code == 413
-    assert site.ask("POST", "/api/evidence", content=chunks).status_code == 413
+    assert site.ask("POST", "/api/answer", content=b" " * 2**20).status_code == 413
+    assert site.ask("POST", "/api/answer", content=chunks).status_code == 413
 
 
 @pytest.mark.parametrize(
@@ -201,6 +140,11 @@ def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
         "/runs/%2e%2e/%2e%2e/report.html",
         "/static/..%2f..%2fapp.py",
         "/static/%2e%2e/app.py",
+        *(
+            f"/static/{page.name}/{path}"
+            for page in find_pages()
+            for path in ("page.py", "..%2fpage.py", "%2e%2e/page.py")
+        ),
         "/runs/slang/good/config.yaml",
         "/runs/slang/..%2f..%2fsecret.html",
         "/runs/slang/good%00/report.html",
@@ -219,153 +163,18 @@ def test_reports_are_shown_without_scripts(site: Site, open_page: Callable[..., 
     assert "sandbox" in site.ask("GET", "/runs/slang/good/report.html").headers["content-security-policy"]
 
 
-def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(site.address)
-    others = [Entry(f"word {number}", "A meaning.", "", "") for number in range(3)]
-    for entry in (*others, WORD):
-        page.request.post(
-            f"{site.address}/api/dictionary", data={"token": site.token(entry)}, headers={"origin": site.address}
-        )
-    page.reload()
-    entries = page.locator("#entries li")
-    expect(entries).to_have_count(4)
-    page.get_by_role("searchbox").fill("ARMOR exam")
-    expect(entries).to_have_count(1)
-    entries.get_by_role("button", name="Thumbs up").click()
-    expect(entries.get_by_role("button", name="Thumbs up")).to_have_attribute("aria-pressed", "true")
-    page.get_by_role("searchbox").fill("word 1")
-    expect(entries).to_contain_text(["word 1"])
-    entries.get_by_role("button", name="Thumbs down").click()
-    expect(entries).to_have_class(re.compile("down"))
-    page.get_by_role("searchbox").fill("word 2")
-    expect(entries).to_contain_text(["word 2"])
-    entries.get_by_role("button", name="Remove").click()
-    expect(entries).to_have_text(["Nothing of that kind is in it."])
-    with page.expect_download() as download:
-        page.get_by_role("link", name="CSV").click()
-    rows = list(csv.DictReader(download.value.path().open(encoding="utf-8", newline="")))
-    assert [row["Slang"] for row in rows] == ["word 0", "plot armor"]  # neither voted down nor removed
-    assert open_page(site.address).locator("#entries li").count() == 0  # another visitor's is empty
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_a_payload_in_the_dictionary_is_text(site: Site, open_page: Callable[..., Any], payload: str) -> None:
-    page = open_page(site.address)
-    page.request.post(
-        f"{site.address}/api/dictionary",
-        headers={"origin": site.address},
-        data={"token": site.token(Entry(payload, payload, payload, payload))},
-    )
-    page.reload()
-    expect(page.locator("#entries .term")).to_have_text([payload])
-    assert page.title() == "Slang · Own Gemma"
-
-
-def test_a_link_cannot_bring_markup_or_settings_that_do_not_exist(site: Site, open_page: Callable[..., Any]) -> None:
-    page = open_page(f"{site.address}/#seed=99999999999&context=never asked")
-    assert page.get_by_label("Where are you?").input_value() != "never asked"
-    link = httpx.QueryParams({"seed": 1, "creativity": 99, "context": PAYLOADS[2], "run": PAYLOADS[1]})
-    with page.expect_request("**/api/answer") as asked:
-        page.goto(f"{site.address}/#{link}")
-    assert asked.value.post_data_json["temperature"] == 1.5
-    assert page.get_by_label("Where are you?").input_value() == PAYLOADS[2]
-    assert page.title() == "Slang · Own Gemma"
-
-
-def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
-    token = site.token(WORD)
-    forged = ("A" if token[0] != "A" else "B") + token[1:]
-    for text in (forged, "", "é", "AAAA"):
-        assert site.ask("POST", "/api/dictionary", json={"token": text}).status_code == 400
-    kept = site.ask("POST", "/api/dictionary", json={"token": token})
-    assert kept.status_code == 200 and "HttpOnly; " in kept.headers["set-cookie"]
-    assert "SameSite=lax" in kept.headers["set-cookie"]
-    number = kept.json()["id"]  # of somebody else, for whoever has no cookie
-    assert site.ask("DELETE", f"/api/dictionary/{number}").status_code == 404
-    assert site.ask("PUT", f"/api/dictionary/{10**30}", json={"thumb": 1}).status_code == 422
-
-
-def test_exported_words_become_training_rows(tmp_path: Path) -> None:
-    """The loop: what visitors kept is what data preparation reads, cell by cell."""
-    with (ROOT / "tasks/slang/slang.csv").open(encoding="utf-8", newline="") as file:
-        kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
-    store = Dictionary(tmp_path / "d.sqlite3")
-    for entry in kept:
-        store.keep("a", entry, 0)
-    store.keep("b", kept[0], 1)  # somebody else kept it too
-    store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
-    out = tmp_path / "kept.csv"
-    said = subprocess.run(
-        [sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "60 rows" in said.stdout
-    config = load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"])
-    data = prepare(config, None)
-    learned = {
-        json.loads(line)["output"]
-        for split in ("training", "validation", "test")
-        for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    }
-    for entry in kept:
-        assert f"Slang: {entry.slang}\nDefinition: {entry.description}\nExample: {entry.example}" in learned
-    manifest = json.loads((data / "manifest.json").read_text())
-    assert (manifest["rows_in"], manifest["rows_out"], manifest["dropped"]) == (60, 60, {})
-
-
-def test_a_formula_in_the_csv_is_text_to_a_spreadsheet() -> None:
-    assert csv_of([Entry('=HYPERLINK("http://evil")', "+1", "-", "@a")]).splitlines()[1] == (
-        '"\'=HYPERLINK(""http://evil"")",\'+1,\'-,\'@a'
-    )
-
-
-def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(folder: Path) -> None:
-    reviews = Reviews(folder / "data/squid_game", task_config("squid_game")["data"]["reviews"])
-    real = reviews.knowledge["aspects"][0]["praise"][0]
-    found = reviews.behind("What about the acting?", f"One says: “{real['quote']}” Another: “I made this one up.”")
-    acting = next(aspect for aspect in reviews.knowledge["aspects"] if aspect["name"] == "acting")
-    assert [aspect["name"] for aspect in found["aspects"]] == ["acting"]
-    assert found["aspects"][0]["praised"] == acting["favourable"] + acting["both"]
-    assert {quote["review"] for quote in found["aspects"][0]["praise"]} <= set(found["aspects"][0]["reviews"])
-    assert found["quotes"] == [
-        {"quote": real["quote"], "reviews": [real["review"]]},
-        {"quote": "I made this one up.", "reviews": []},
-    ]
-    # Whatever a row of training quotes is found again, in reviews that the row names.
-    for line in (folder / "data/squid_game/training.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for quote in reviews.behind(row["input"], row["output"])["quotes"]:
-            assert set(quote["reviews"]) & set(row["quoted"]), quote
-    assert reviews.behind("Who wrote Hamlet?", "The reviews do not say.")["aspects"] == []
-
-
-def test_the_picture_of_aspects_and_bars_are_those_of_the_data(
-    site: Site, open_page: Callable[..., Any], folder: Path
-) -> None:
-    known = json.loads((folder / "data/squid_game/knowledge.json").read_text())["aspects"][0]
-    page = open_page(f"{site.address}/reviews")
-    said = page.locator(".aspect").first.get_attribute("aria-label")
-    assert said.startswith(f"{known['name']}: criticised by {known['unfavourable'] + known['both']}, ")
-    picture = site.ask("GET", "/reviews/aspects.svg")
-    assert picture.headers["content-type"].startswith("image/svg")
-    assert "sandbox" in picture.headers["content-security-policy"]
-
-
 def test_the_password_is_asked_everywhere_and_remembered(guarded: Site, open_page: Callable[..., Any]) -> None:
-    assert guarded.ask("GET", "/api/dictionary").status_code == 401
+    assert guarded.ask("GET", "/api/status").status_code == 401
     assert guarded.ask("GET", "/runs/slang/good/report.html").headers["location"].startswith("/sign-in")
     assert guarded.ask("GET", "/", headers={"cookie": "session=9999999999.00"}).status_code == 303
-    page = open_page(f"{guarded.address}/chat")
+    page = open_page(f"{guarded.address}/runs")
     page.get_by_label("Password").fill("wrong")
     page.get_by_role("button", name="Enter").click()
     expect(page.get_by_role("alert")).to_have_text("That is not the password.")
     assert violations(page) == []
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Enter").click()
-    page.wait_for_url("**/chat")
+    page.wait_for_url("**/runs")
     (cookie,) = [cookie for cookie in page.context.cookies() if cookie["name"] == "session"]
     assert cookie["httpOnly"] and cookie["sameSite"] == "Lax"
     assert PASSWORD not in guarded.log.read_text()
@@ -395,7 +204,7 @@ def test_explicit_questions_are_refused_where_the_operator_wants_it_clean(guarde
 
 def signed_in(site: Site) -> str:
     """The cookie of somebody who knows the password, made as the site makes it, which may have had enough for now."""
-    return SignIn(None, PASSWORD, Dictionary(site.database).key).cookie()
+    return SignIn(None, PASSWORD, session_key(site.storage)).cookie()
 
 
 def test_whoever_asks_too_often_waits(guarded: Site) -> None:
@@ -415,12 +224,12 @@ def test_whoever_asks_too_often_waits(guarded: Site) -> None:
 def test_nothing_that_was_typed_is_logged(site: Site) -> None:
     question = {"adapter": "slang", "fields": {"context": "hush hush scene"}, "seed": 1}
     site.ask("POST", "/api/answer", json=question, timeout=30)
-    site.ask("GET", "/api/dictionary?q=hush-search")
+    site.ask("GET", "/runs?q=hush-search")
     log = site.log.read_text()
-    assert "POST /api/answer 200" in log and "GET /api/dictionary 200" in log and "hush" not in log
+    assert "POST /api/answer 200" in log and "GET /runs 200" in log and "hush" not in log
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
-    words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
+    words = ["alone=true", f"port={site.port}", f"storage={tmp_path}"]
     other = subprocess.run([SERVING_PYTHON, "-m", "commands.web", *words], cwd=ROOT, capture_output=True, text=True)
-    assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr
+    assert other.returncode == 2 and "port=" in other.stderr and "Traceback" not in other.stderr

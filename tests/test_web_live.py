@@ -62,7 +62,7 @@ def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def live(stack: Stack, house: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    words = ["--data", str(house / "data"), "--triton", stack.grpc]
+    words = [f"data={house}/data", f"triton={stack.grpc}"]
     site = Site(tmp_path_factory.mktemp("live"), *words)
     yield site.wait()
     site.end()
@@ -224,8 +224,8 @@ def test_a_busy_model_is_told_in_words_and_asked_again(
     tiny_base: Path, tmp_path: Path, open_page: Callable[..., Any]
 ) -> None:
     room = 4 * WINDOW
-    with serve_tiny(tiny_base, tmp_path, "--max-waiting", "1", window=room) as stack, Client(stack.grpc) as client:
-        site = Site(tmp_path, "--triton", stack.grpc).wait()
+    with serve_tiny(tiny_base, tmp_path, "max_waiting=1", window=room) as stack, Client(stack.grpc) as client:
+        site = Site(tmp_path, f"triton={stack.grpc}").wait()
         page = open_page(f"{site.address}/chat")
         holding = []
         for waiting in (0, 1):  # one has the whole cache, and the other the only place in the queue
@@ -277,10 +277,10 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
 def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Path, tmp_path: Path) -> None:
     write_tiny_folder(tmp_path / "serve", tiny_base, tmp_path)
     ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
-    words = " ".join(f"--{name}-port {port}" for name, port in ports.items())
+    words = " ".join(f"{name}_port={port}" for name, port in ports.items())
     # The project's own Makefile would serve what was trained here, at ports that may be taken.
     (tmp_path / "Makefile").write_text(
-        f"serve:\n\t@{SERVING_PYTHON} -m commands.serve --folder {tmp_path}/serve {words}\n"
+        f"serve:\n\t@{SERVING_PYTHON} -m commands.serve folder={tmp_path}/serve {words}\n"
     )
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/make").write_text(f'#!/bin/sh\nexec {shutil.which("make")} -f {tmp_path}/Makefile "$@"\n')
@@ -290,9 +290,7 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
         found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
         return [" ".join(words) for words in found if any(str(tmp_path) in word for word in words)]
 
-    site = Site(
-        tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False, PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
-    )
+    site = Site(tmp_path, f"triton=127.0.0.1:{ports['grpc']}", alone=False, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     site.wait()
     wait_for(lambda: site.ask("GET", "/api/status").json()["ready"])
     assert len(ours()) > 5

@@ -152,7 +152,7 @@ def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -
     config = json.loads((patient / "config.json").read_text())
     (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
     write_tiny_folder(scratch / "serve", patient, scratch)
-    with serve(scratch / "serve", "--threads", "1", "--max-tokens-in-cache", str(4 * WINDOW), *options) as stack:
+    with serve(scratch / "serve", "threads=1", f"max_tokens_in_cache={4 * WINDOW}", *options) as stack:
         yield stack
 
 
@@ -162,9 +162,9 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
-    words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
+    words = [f"{name}_port={port}" for name, port in ports.items()]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "commands.serve", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
+        [SERVING_PYTHON, "-m", "commands.serve", f"folder={folder}", f"max_waiting={QUEUE}", *words, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

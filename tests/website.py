@@ -1,5 +1,6 @@
 """Sites in processes of their own, and Chromium to look at them: what the tests of the website share."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,9 +14,8 @@ import pytest
 from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
 
-from core.configuration import load_config
+from core.configuration import load_config, names
 from data_prep.prepare import prepare
-from serving.web.dictionary import Dictionary, Entry
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
@@ -36,11 +36,11 @@ class Site:
     def __init__(self, folder: Path, *words: str, alone: bool = True, **environment: str) -> None:
         (self.port,) = free_ports(1)
         self.address = f"http://127.0.0.1:{self.port}"
-        self.database, self.log = folder / "dictionary.sqlite3", folder / "log"
-        folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
+        self.storage, self.log = folder / "kept", folder / "log"
+        folders = [f"runs={folder}/runs", f"data={folder}/data", f"storage={self.storage}"]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
+            [SERVING_PYTHON, "-m", "commands.web", *["alone=true"] * alone, f"port={self.port}", *folders, *words],
             cwd=ROOT,
             stdout=self.log.open("wb"),
             stderr=subprocess.STDOUT,
@@ -62,10 +62,6 @@ class Site:
         self._client.cookies.update(options.pop("cookies", {}))
         return self._client.request(method, self.address + path, **{"headers": {"origin": self.address}, **options})
 
-    def token(self, entry: Entry) -> str:
-        """What the site signs when its model has said `entry`."""
-        return Dictionary(self.database).token_of(entry)
-
     def kill(self) -> None:
         self._client.close()
         self._process.kill()
@@ -79,10 +75,31 @@ class Site:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `data/squid_game` as `make data` leaves it."""
+    """A folder with what `make data` leaves for the pages, and runs: a good one, and one with an attacker's report."""
     folder = tmp_path_factory.mktemp("web")
-    prepare(load_config(["task=squid_game", "trainer=cpu", f"data_dir={folder}/data/squid_game"]), None)
+    if "squid_game" in names("task"):
+        prepare(load_config(["task=squid_game", "trainer=cpu", f"data_dir={folder}/data/squid_game"]), None)
+    for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
+        run = folder / "runs/slang" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(
+            "task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\npeft: {name: lora, r: 8}\nseed: 0\n"
+        )
+        found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
+        (run / "evaluation.json").write_text(json.dumps(found))
+        (run / "report.html").write_text(report)
+    (folder / "runs/slang/half").mkdir()
+    (folder / "runs/slang/half/report.html").write_text("of a run that is not finished")
+    (folder / "secret.html").write_text("not for the internet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def site(house: Path) -> Iterator[Site]:
+    """An open site without a model behind it."""
+    site = Site(house, f"triton=127.0.0.1:{free_ports(1)[0]}")
+    yield site.wait()
+    site.end()
 
 
 @pytest.fixture(scope="module")

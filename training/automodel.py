@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
 from core.configuration import plain
 from core.errors import UserError
+from core.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
@@ -48,7 +48,7 @@ COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 Metrics = list[dict[str, Any]]
 
 
-def check(config: DictConfig) -> None:
+def check(config: Config) -> None:
     """
     Raises:
         UserError: the environment is missing, or the recipe cannot do what the configuration asks for.
@@ -67,9 +67,9 @@ def check(config: DictConfig) -> None:
             f"engine=lightning can"
         )
     wanted = [
-        f"task.train.{key}={config.task.train[key]}"
+        f"task.train.{key}={getattr(config.task.train, key)}"
         for key, value in TRAIN_KEYS.items()
-        if config.task.train[key] != value
+        if getattr(config.task.train, key) != value
     ]
     if config.trainer.strategy != "auto":
         wanted.append(f"trainer.strategy={config.trainer.strategy}")
@@ -95,9 +95,7 @@ def versions() -> dict[str, str]:
     return {f"automodel engine: {name}": found[name] for name in sorted(found)}
 
 
-def fit(
-    config: DictConfig, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path
-) -> None:
+def fit(config: Config, base_folder: Path, rows: Any, validation_rows: Any, run_folder: Path, archive: Path) -> None:
     """Train by the recipe, or go on from its newest checkpoint, and write `archive`. As `training.fit.fit`.
 
     Raises:
@@ -150,7 +148,7 @@ def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
     write_whole(file, ({key: row[key] for key in ("input_ids", "learned")} for row in rows))
 
 
-def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:
+def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:
     """The YAML of NVIDIA's gemma_3_270m_squad_peft recipe with this run's task, model and LoRA settings.
 
     Args:
@@ -225,7 +223,7 @@ def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: l
     }
 
 
-def rows_at_once(config: DictConfig, longest: int) -> int:
+def rows_at_once(config: Config, longest: int) -> int:
     """Rows of a micro-batch: as many as divide the batch and fit a quarter of `trainer.micro_batch_tokens`.
 
     A quarter, since the recipe holds float32 logits over the whole vocabulary (1 MB a token), which our engine avoids.
@@ -301,24 +299,23 @@ def read_log(folder: Path) -> Metrics:
     return [lines[key] for key in sorted(lines)]
 
 
-def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path) -> None:
+def save(checkpoint: Path, config: Config, base_folder: Path, archive: Path) -> None:
     """The recipe's adapter as this project's `.nemo`: same names as peft's, made float32."""
-    from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
     from core.base_model import describe
-    from training.gemma_lora import GemmaLoRA, weights_dtype
+    from training.gemma_lora import GemmaLoRA, nemo_config, weights_dtype
 
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")
     peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     model = GemmaLoRA(
-        OmegaConf.create(
+        nemo_config(
             {
                 "base_folder": str(base_folder),
                 "base": describe(base_folder),
                 "dtype": str(weights_dtype()).removeprefix("torch."),
                 "peft": peft,
-                "prompt": config.task.prompt,
+                "prompt": plain(config.task.prompt),
                 "seed": config.seed,
             }
         )

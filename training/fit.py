@@ -11,17 +11,17 @@ from datasets import Dataset
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
-from omegaconf import DictConfig, OmegaConf
 
 from core.base_model import describe
 from core.configuration import plain
 from core.errors import UserError
 from core.load_model import load_tokenizer
 from core.prompt import Prompt
+from core.schema import Config, TrainConfig
 from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.distribute import AdapterParallel
-from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
+from training.gemma_lora import GemmaLoRA, nemo_config, optimizer_here, weights_dtype
 from training.identity import made_of, refuse_other
 from training.progress import RunProgress
 from training.stopping import Stopped, StopSignals
@@ -41,7 +41,7 @@ class AllEpochs:
             yield from self.batches
 
 
-def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
+def fit_folders(config: Config, run_folder: Path, base_folder: Path, data_folder: Path) -> None:
     """`fit` for one of several processes, which have nothing in memory yet."""
     tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
@@ -60,7 +60,7 @@ def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_fo
 
 
 def fit(
-    config: DictConfig,
+    config: Config,
     base_folder: Path,
     rows: Dataset,
     validation_rows: Dataset,
@@ -138,7 +138,7 @@ def fit(
     quantization = peft.pop("quantization")
     peft.pop("optimizer")  # task.train.optimizer says it
     model = GemmaLoRA(
-        OmegaConf.create(
+        nemo_config(
             {
                 "base_folder": str(base_folder),
                 "base": describe(base_folder),
@@ -146,7 +146,7 @@ def fit(
                 "peft": peft,
                 "quantization": quantization,
                 "gradient_checkpointing": settings.gradient_checkpointing,
-                "prompt": config.task.prompt,
+                "prompt": plain(config.task.prompt),
                 "seed": config.seed,
                 "clip": settings.clip,
                 "optim": {
@@ -179,7 +179,7 @@ def fit(
         partial.rename(archive)
 
 
-def steps_per_validation(settings: DictConfig, rows: Dataset, steps_per_epoch: int) -> int:
+def steps_per_validation(settings: TrainConfig, rows: Dataset, steps_per_epoch: int) -> int:
     """`evaluate_every` steps, or those that hold about `evaluate_every_tokens`, or those of an epoch."""
     if settings.evaluate_every and settings.evaluate_every_tokens:
         raise UserError("give one of task.train.evaluate_every and task.train.evaluate_every_tokens, not both")
@@ -188,7 +188,7 @@ def steps_per_validation(settings: DictConfig, rows: Dataset, steps_per_epoch: i
     return settings.evaluate_every or steps_per_epoch
 
 
-def wandb_settings(config: DictConfig, run_folder: Path) -> dict[str, Any]:
+def wandb_settings(config: Config, run_folder: Path) -> dict[str, Any]:
     """What exp_manager is told about Weights & Biases, which nothing is sent to unless `trainer.wandb=true`."""
     if not config.trainer.wandb:
         return {}

@@ -6,7 +6,7 @@ NeMo's own models. Its state is the adapter alone, under peft's names, in checkp
 
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.optim import PagedAdamW32bit
@@ -15,12 +15,12 @@ from nemo.core.classes import ModelPT
 from nemo.core.classes import common as nemo_classes
 from nemo.core.config.optimizers import AdamWParams
 from nemo.core.optim.optimizers import register_optimizer
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from core.base_model import describe
-from core.configuration import plain
+from core.configuration import escaped
 from core.errors import UserError
 from core.load_model import add_lora, load_base
 from core.prompt import Prompt
@@ -33,7 +33,6 @@ from training.packing import use_packed_attention
 # NeMo restores only classes of known packages; this one is ours.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
 register_optimizer("paged_adamw_32bit", PagedAdamW32bit, AdamWParams)
-OPTIMIZERS = ("adamw", "paged_adamw_32bit")
 
 
 def weights_dtype() -> torch.dtype:
@@ -43,10 +42,13 @@ def weights_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def nemo_config(settings: dict[str, Any]) -> DictConfig:
+    """`settings` as NeMo wants them, who keeps a model's in OmegaConf: a `${` in one of their texts stays text."""
+    return OmegaConf.create(escaped(settings))
+
+
 def optimizer_here(name: str, accelerator: str) -> str:
     """NeMo's name of the optimizer `task.train.optimizer` asks for, or of what takes its place on this machine."""
-    if name not in OPTIMIZERS:
-        raise UserError(f"task.train.optimizer={name} is unknown. Known: {', '.join(OPTIMIZERS)}")
     if name.startswith("paged") and accelerator == "cpu":
         print("Optimizer: adamw with 32-bit state; pages of paged_adamw_32bit are between a GPU and main memory")
         return "adamw"
@@ -76,18 +78,15 @@ class GemmaLoRA(ModelPT):
                 f"{found['name']} with weights {found['sha256'][:12]}. Give the right base: model.path=/its/folder"
             )
         torch.manual_seed(cfg.seed)
-        self.prompt = Prompt(**plain(cfg.prompt))
+        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        self.prompt = Prompt(**settings["prompt"])
         device = (
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
-        base = load_base(
-            folder, getattr(torch, cfg.dtype), plain(cfg.quantization) if cfg.get("quantization") else None, device
-        )
+        base = load_base(folder, getattr(torch, cfg.dtype), settings.get("quantization"), device)
         base.config.use_cache = False
         base.learned_loss = MethodType(learned_loss, base)  # a method: a sharded base is gathered around its own
-        lora = plain(cfg.peft)
-        lora.pop("name")
-        self.model = add_lora(base, lora)
+        self.model = add_lora(base, {key: value for key, value in settings["peft"].items() if key != "name"})
         if cfg.get("gradient_checkpointing"):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` leaves eval mode, and Lightning trains in the mode it finds
@@ -150,6 +149,11 @@ class GemmaLoRA(ModelPT):
         if strict and wanted != state_dict.keys():
             raise UserError(f"adapter weights do not fit: {sorted(wanted ^ state_dict.keys())[:3]} … differ")
         return set_peft_model_state_dict(self.model, state_dict)
+
+    def to_config_file(self, path2yaml_file: str) -> None:
+        """As NeMo's, but without resolving: a `${` in the prompt would be a reference when the file is read again."""
+        super().to_config_file(path2yaml_file)
+        OmegaConf.save(self._cfg, path2yaml_file)
 
     # Data comes as `Batches`, given to the trainer; ModelPT asks for these.
     def setup_training_data(self, train_data_config: Any) -> None:

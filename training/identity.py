@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
 
 from core.base_model import describe
 from core.configuration import plain
 from core.errors import UserError
+from core.schema import Config
 
 # Where files lie, how many processes share a step, how much memory it may take, who watches and what is asked
 # afterwards do not change the result, beyond rounding: a run that was stopped may go on with others.
@@ -22,12 +22,13 @@ WITHOUT_EFFECT = (
     "trainer.strategy",
     "trainer.micro_batch_tokens",
     "trainer.wandb",
+    "task.title",
     "task.train.log_every",
 )
 AFTERWARDS = ("task.evaluate.", "judge.")
 
 
-def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[str, Any]:
+def made_of(config: Config, base_folder: Path, data_folder: Path) -> dict[str, Any]:
     """All that decides the result of a run, flat: `{"task.train.epochs": 3, "base": <sha256>, "data.training": …}`.
 
     Raises:

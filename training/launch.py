@@ -23,15 +23,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from core.configuration import read_config
 from core.errors import UserError
+from core.schema import Config
 from training.stopping import LOST, Stopped
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-STRATEGIES = ("auto", "ddp", "fsdp2", "tp")
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to the workers, whose answer is passed on
 CTRL_C = 130  # the exit code of a program stopped by it
 GRACE = 10.0  # seconds the others have to end by themselves when one has died
@@ -44,18 +43,13 @@ class Lost(UserError):
     exit_code = LOST
 
 
-def check_processes(config: DictConfig) -> int:
+def check_processes(config: Config) -> int:
     """How many processes `config.trainer` asks for.
 
     Raises:
-        UserError: a number or name that means nothing, or that does not fit this machine or the PEFT method.
+        UserError: a number or strategy that does not fit the others or this machine.
     """
     trainer = config.trainer
-    for name in ("devices", "num_nodes"):
-        if not isinstance(trainer[name], int) or trainer[name] < 1:
-            raise UserError(f"trainer.{name}={trainer[name]} must be a whole number from 1")
-    if trainer.strategy not in STRATEGIES:
-        raise UserError(f"trainer.strategy={trainer.strategy} is unknown. Known: {', '.join(STRATEGIES)}")
     processes = trainer.devices * trainer.num_nodes
     if trainer.strategy != "auto" and processes == 1:
         raise UserError(f"trainer.strategy={trainer.strategy} is for several processes: set trainer.devices=2 or more")
@@ -78,7 +72,7 @@ def check_processes(config: DictConfig) -> int:
     return processes
 
 
-def check_heads(config: DictConfig, base_folder: Path) -> None:
+def check_heads(config: Config, base_folder: Path) -> None:
     """Raises a UserError where tensor parallelism cannot split the base in `base_folder` so."""
     if config.trainer.strategy != "tp":
         return
@@ -91,11 +85,11 @@ def check_heads(config: DictConfig, base_folder: Path) -> None:
         raise UserError(f"trainer.strategy=tp: {has}, so {can}. trainer.strategy=ddp and fsdp2 take any number")
 
 
-def node_rank(config: DictConfig) -> int:
+def node_rank(config: Config) -> int:
     return int(os.environ["NODE_RANK"]) if config.trainer.num_nodes > 1 else 0
 
 
-def open_store(config: DictConfig) -> "TCPStore":
+def open_store(config: Config) -> "TCPStore":
     """Where the processes of all machines find each other; the first machine's parent process holds it.
 
     On one machine it listens on 127.0.0.1 only.
@@ -123,7 +117,7 @@ def open_store(config: DictConfig) -> "TCPStore":
                 raise kind(f"{what} on MASTER_ADDR={address} MASTER_PORT={port}: {error}") from None
 
 
-def follow(config: DictConfig) -> None:
+def follow(config: Config) -> None:
     """Another machine than the first: lend it processes when it comes to the training."""
     print(f"Waiting for the first machine, {os.environ['MASTER_ADDR']}", flush=True)
     store = open_store(config)
@@ -142,14 +136,14 @@ def follow(config: DictConfig) -> None:
         watch(config, store, folders)
 
 
-def dismiss(config: DictConfig, store: "TCPStore | None") -> None:
+def dismiss(config: Config, store: "TCPStore | None") -> None:
     """Let the other machines go, where there was nothing to train."""
     if store and config.trainer.num_nodes > 1 and not store.check(["folders"]):
         store.set("folders", "[]")
         time.sleep(2)  # the store ends with this process; let them read it
 
 
-def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder: Path, data_folder: Path) -> float:
+def launch(config: Config, store: "TCPStore", run_folder: Path, base_folder: Path, data_folder: Path) -> float:
     """Train in `trainer.devices` new processes, and those of the other machines.
 
     Returns:
@@ -168,7 +162,7 @@ def launch(config: DictConfig, store: "TCPStore", run_folder: Path, base_folder:
     return max(float(store.get(f"memory/{rank}")) for rank in range(config.trainer.devices))
 
 
-def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
+def watch(config: Config, store: "TCPStore", folders: list[str]) -> None:
     """Start this machine's workers and stay until all have ended; when one fails, none is left behind."""
     devices, node = config.trainer.devices, node_rank(config)
     world = devices * config.trainer.num_nodes
@@ -269,8 +263,7 @@ def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), wait_for_workers=False)
     try:
-        config = OmegaConf.load(run_folder / "config.yaml")
-        assert isinstance(config, DictConfig)
+        config = read_config(run_folder / "config.yaml")
         if config.trainer.accelerator == "gpu":
             torch.cuda.set_device(local)
         backend = "nccl" if config.trainer.accelerator == "gpu" else "gloo"

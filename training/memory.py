@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from omegaconf import DictConfig
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from core.configuration import plain
 from core.errors import UserError
 from core.load_model import add_lora
+from core.schema import Config
 from training.batches import Batches
 from training.cross_entropy import BLOCK
 
@@ -56,7 +56,7 @@ class Estimate:
         return f"{self.total / GIB:.1f} GiB ({parts})"
 
 
-def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: torch.dtype) -> float:
+def check_memory(config: Config, base_folder: Path, rows: Dataset, dtype: torch.dtype) -> float:
     """Say what training will need, in GiB, and return it.
 
     Raises:
@@ -94,7 +94,7 @@ def largest_micro_batch(batches: Batches) -> tuple[int, int]:
     return max(part.input_ids.numel() for part in parts), max(len(part.targets) for part in parts)
 
 
-def estimate(config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: int, learned: int) -> Estimate:
+def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int, learned: int) -> Estimate:
     """
     Args:
         dtype: of the base model's weights.

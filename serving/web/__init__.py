@@ -1,1 +1,1 @@
-"""The website in front of Triton: slang, reviews, chat and the runs behind them. `make web` starts it."""
+"""The website in front of Triton: the pages of the tasks, and the runs behind them. `make web` starts it."""

@@ -1,12 +1,12 @@
-"""POST /api/answer: a question in, the model's answer out as server-sent events, the base model's beside it if wanted.
+"""POST /api/answer: streams the model's answer to a question as server-sent events, and the base model's on request.
 
 Events, each with a JSON object:
-    part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   fields: where answers have parts
-    waiting  {"seconds": n}                                   nothing came for a while; it is being waited for
-    done     {"side", "finish_reason", "tokens", "seconds", "keep", "forgotten"}
-             keep: the token by which dictionary.py keeps it, or null; forgotten: exchanges that were too old to be read
-    error    {"side", "message", "kind"}                      in words for a visitor; the other side goes on
-A stream that ends without `done` or `error` of a side was cut. Closing the connection cancels in the engine.
+    part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   of labelled responses
+    waiting  {"seconds": n}                                   nothing has arrived for a while; still waiting
+    done     {"side", "finish_reason", "tokens", "seconds", "forgotten", and what the page of its task adds}
+             forgotten: how many of the oldest exchanges did not fit in the model's window and were left out
+    error    {"side", "message", "kind"}                      a sentence for the visitor; the other side goes on
+A stream that ends without `done` or `error` for a side was cut off. Closing the connection cancels the generation.
 """
 
 import asyncio
@@ -33,50 +33,55 @@ from serving.client import (
     Unavailable,
     UnknownAdapter,
 )
-from serving.web.dictionary import Dictionary, Entry
+from serving.web.page import Page
+from serving.web.settings import Settings
 
-WAITING = 3.0  # seconds of silence after which a visitor is told that it goes on
-LONGEST_TERM = 6  # words, of the lists behind mask_explicit
+WAITING = 3.0  # seconds of silence after which the visitor is told that the model is still at work
+LONGEST_TERM = 6  # words, in the lists that mask_explicit uses
 SAYS = {
     Busy: "Many people are asking right now. Try again in a few seconds.",
-    Unavailable: "The model is not there at the moment: it is starting, or has just stopped. "
+    Unavailable: "The model is not available at the moment: it is starting, or has just stopped. "
     "What you typed is kept; try again in a few seconds.",
     UnknownAdapter: "This model is not being served at the moment. Choose another one.",
     DeadlineExceeded: "The model took too long to answer. Try again, or ask for less.",
-    TooLong: "This is more than the model can read at once. Make it shorter.",
+    TooLong: "This is more text than the model can read at once. Please shorten it.",
     InvalidRequest: "The model cannot take this: ",
-    ServingError: "Something went wrong on our side. It has been noted; try again.",
+    ServingError: "Something went wrong on our side and has been logged. Please try again.",
 }
 router = APIRouter()
 log = logging.getLogger(__name__)
 Text = Annotated[str, StringConstraints(max_length=4000)]
 
 
-class Message(BaseModel):
+class VisitorMessage(BaseModel):
     role: Literal["user", "assistant"]
     content: Text
 
 
-class Question(BaseModel):
-    """What is asked of an adapter: values of its prompt's fields, or a dialogue, which the base alone may be asked too.
+class AnswerRequest(BaseModel):
+    """A question to an adapter: values for its prompt's fields, or a dialogue, which can go to the base model, too.
 
     Attributes:
-        seed, temperature: with the same adapter and texts they give the same answer again.
-        compare: ask the base model the same.
+        seed, temperature: the same values with the same adapter and texts give the same answer.
+        compare: ask the base model as well.
     """
 
     adapter: str | None = Field(max_length=64)
     fields: dict[Annotated[str, StringConstraints(max_length=64)], Text] | None = Field(None, max_length=8)
-    messages: list[Message] | None = Field(None, min_length=1, max_length=60)
+    messages: list[VisitorMessage] | None = Field(None, min_length=1, max_length=60)
     seed: int = Field(ge=0, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     compare: bool = False
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> "Question":
+    def _one_of_both(self) -> "AnswerRequest":
         if (self.fields is None) == (self.messages is None) or (self.adapter is None and self.messages is None):
             raise ValueError("give either fields of an adapter or messages")
         return self
+
+    def filled_in(self) -> dict[str, str]:
+        """The fields that are not empty; an empty one takes the task's own value."""
+        return {name: value for name, value in (self.fields or {}).items() if value.strip()}
 
     def asked(self) -> str:
         """All that the visitor wrote."""
@@ -84,7 +89,7 @@ class Question(BaseModel):
 
 
 @router.post("/api/answer", response_class=EventSourceResponse)
-async def answer(question: Question, request: Request) -> AsyncIterator[ServerSentEvent]:
+async def answer(question: AnswerRequest, request: Request) -> AsyncIterator[ServerSentEvent]:
     client, settings = request.app.state.client, request.app.state.settings
     if settings.clean and is_explicit(question.asked()):
         yield _event(
@@ -93,10 +98,8 @@ async def answer(question: Question, request: Request) -> AsyncIterator[ServerSe
         return
     sides = ["after", "before"] if question.compare else ["after"]
     events: asyncio.Queue[ServerSentEvent] = asyncio.Queue()
-    dictionary = request.app.state.dictionary
-    tasks = [
-        asyncio.create_task(_one_side(client, dictionary, question, side, settings.clean, events)) for side in sides
-    ]
+    page = next((found.page for found in request.app.state.pages if found.page.task == question.adapter), None)
+    tasks = [asyncio.create_task(_one_side(client, settings, page, question, side, events)) for side in sides]
     began, going_on = time.monotonic(), len(sides)
     try:
         while going_on:
@@ -115,11 +118,16 @@ async def answer(question: Question, request: Request) -> AsyncIterator[ServerSe
 
 
 async def _one_side(
-    client: AsyncClient, dictionary: Dictionary, question: Question, side: str, clean: bool, events: asyncio.Queue
+    client: AsyncClient,
+    settings: Settings,
+    page: Page | None,
+    question: AnswerRequest,
+    side: str,
+    events: asyncio.Queue,
 ) -> None:
-    """Puts the events of one model's answer into `events`; every end of it is one of them."""
+    """Put the events of one model's answer into `events`; the last of them is `done` or `error`."""
     began = time.monotonic()
-    shown, fields = _Shown(clean), dict[str, str]()
+    shown, fields = _Shown(settings.clean), dict[str, str]()
     try:
         prompt = (await client.adapter(question.adapter)).prompt if question.adapter else None
 
@@ -133,12 +141,9 @@ async def _one_side(
                 show(shown.add(part))
             show(shown.rest())
             said: Answer = stream.answer
-        keep = None
-        if side == "after" and prompt and question.fields is not None and {"slang", "description"} <= fields.keys():
-            context = question.fields.get("context", "").strip() or prompt.fields.get("context", "")
-            keep = dictionary.token_of(
-                Entry(fields["slang"], fields["description"], fields.get("example", ""), context)
-            )
+        more = {}
+        if page and page.answered and side == "after" and prompt and question.fields is not None:
+            more = page.answered(settings, {**prompt.fields, **question.filled_in()}, fields)
         events.put_nowait(
             _event(
                 "done",
@@ -146,8 +151,8 @@ async def _one_side(
                 finish_reason=said.finish_reason,
                 tokens=said.output_tokens,
                 seconds=round(time.monotonic() - began, 2),
-                keep=keep,
                 forgotten=said.forgotten,
+                **more,
             )
         )
     except ServingError as error:
@@ -161,32 +166,30 @@ async def _one_side(
         events.put_nowait(_event("error", side=side, message=SAYS[ServingError], kind="internal"))
 
 
-def _ask(client: AsyncClient, question: Question, base: bool) -> AsyncStream:
+def _ask(client: AsyncClient, question: AnswerRequest, base: bool) -> AsyncStream:
     sampling: dict[str, Any] = {"seed": question.seed}
     if question.temperature is not None:
         sampling["temperature"] = question.temperature
     if question.messages is not None or question.adapter is None:
         messages = [message.model_dump() for message in question.messages or []]
         return client.chat(messages, adapter=question.adapter, base=base, forget=True, **sampling)
-    # An empty field is one that was not filled in: it takes the task's own value.
-    fields = {name: value for name, value in (question.fields or {}).items() if value.strip()}
-    return client.ask(question.adapter, fields, base=base, **sampling)
+    return client.ask(question.adapter, question.filled_in(), base=base, **sampling)
 
 
 class _Shown:
-    """What a visitor sees of a text that is still growing. With `clean`, explicit terms masked.
+    """The part of a growing text that a visitor sees. With `clean`, explicit terms are masked.
 
-    Then the last words are held back until it is known whether they are part of such a term.
+    The last words are then held back until it is clear whether they are part of such a term.
 
     Attributes:
-        text: all that has been shown.
+        text: everything shown so far.
     """
 
     def __init__(self, clean: bool) -> None:
         self._clean, self._whole, self.text = clean, "", ""
 
     def add(self, part: str) -> str:
-        """The text that is new to the visitor; "" while it is held back."""
+        """The newly visible text; "" while it is held back."""
         self._whole += part
         if not self._clean:
             return self._show(self._whole)

@@ -1,20 +1,19 @@
-"""The site as an ASGI application: its pages, what stands before them, and what they share."""
+"""The site as an ASGI application: the pages that tasks bring, those of its own, and the guards in front of all."""
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Form, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PrefixLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
@@ -24,68 +23,50 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.client import Adapter, AsyncClient, ServingError
 from serving.rate_limit import Rate, client_of
-from serving.web import answers, dictionary, evidence, runs
-from serving.web.evidence import reviews_of
-from serving.web.guard import SANDBOX, HeadAsGet, Limits, SameOrigin, SecurityHeaders, SignIn
+from serving.web import answers, runs
+from serving.web.guard import HeadAsGet, RequestLimits, SameOrigin, SecurityHeaders, SignIn
+from serving.web.page import FoundPage, find_pages
 from serving.web.runs import finished_runs
-from serving.web.tasks import suggestions, task_config
+from serving.web.settings import Settings, session_key
 
 HERE = Path(__file__).parent
-FILM = "squid_game"  # the task of the page of reviews
 LARGEST_BODY = 128 * 1024
 RATES = {
     "": Rate(per_minute=600, burst=200),
     "/api/answer": Rate(per_minute=30, burst=15),
-    "/api/dictionary": Rate(per_minute=30, burst=30),
     "/sign-in": Rate(per_minute=6, burst=5),
 }
-WATCH = 2  # seconds between two looks at what is served
+WATCH = 2  # seconds between two checks of what is served
 log = logging.getLogger("serving.web")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What an operator decides.
-
-    Attributes:
-        triton: where the model is, as serving.client takes it.
-        runs, data: folders of `make train` and `make data`.
-        hosts: names by which the site may be called; others are refused, so that no stranger's domain name reaches it.
-        password: asked of every visitor unless empty.
-        clean: explicit terms are refused in questions and masked in answers.
-        rates, at_once: see guard.Limits.
-    """
-
-    triton: str = "127.0.0.1:8001"
-    runs: Path = Path("runs")
-    data: Path = Path("data")
-    database: Path = dictionary.DATABASE
-    hosts: tuple[str, ...] = ("127.0.0.1", "localhost")
-    password: str = ""
-    clean: bool = False
-    at_once: int = 3
-    in_all: int = 64
 
 
 def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(reviews_of, settings.data, FILM)  # or the first visitor would wait for the reading
-        # Not there now is shown at once, not after a long patience: a visitor has a button to try again.
+        for found in pages:
+            if found.page.start:
+                await asyncio.to_thread(found.page.start, settings)
+        # An absent model is reported at once rather than after long retries: visitors have a button to try again.
         async with AsyncClient(settings.triton, first_token_deadline=45, token_deadline=10, retry_for=3) as client:
             app.state.client, app.state.served = client, None
             watch = asyncio.create_task(_watch(app))
             yield
             watch.cancel()
 
-    store = dictionary.Dictionary(settings.database)
+    pages = find_pages()
+    rates = RATES | {path: rate for found in pages for path, rate in found.page.rates.items()}
+    password_guard = []
+    if settings.password:
+        password_guard = [Middleware(SignIn, password=settings.password, key=session_key(settings.storage))]
     guards = [
         Middleware(RequestLog),
         Middleware(SecurityHeaders),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False),
-        Middleware(Limits, rates=RATES, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all),
+        Middleware(
+            RequestLimits, rates=rates, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all
+        ),
         Middleware(SameOrigin),
-        *([Middleware(SignIn, password=settings.password, key=store.key)] if settings.password else []),
+        *password_guard,
         Middleware(GZipMiddleware, minimum_size=1000),
         Middleware(HeadAsGet),
     ]
@@ -98,54 +79,44 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
     )
-    app.state.settings, app.state.dictionary = settings, store
+    app.state.settings, app.state.pages = settings, pages
     templates = Jinja2Templates(
         env=Environment(
-            loader=FileSystemLoader(HERE / "templates"),
+            loader=ChoiceLoader(
+                [
+                    FileSystemLoader(HERE / "templates"),
+                    PrefixLoader({found.name: FileSystemLoader(found.folder) for found in pages}),
+                ]
+            ),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
         )
     )
-    app.state.templates = templates
-    for router in (answers.router, dictionary.router, evidence.router, runs.router):
-        app.include_router(router)
+
+    def page(request: Request, name: str, status: int = 200, template: str = "", **values: Any) -> Response:
+        shared = {"page": name, "pages": pages, "has_password": bool(settings.password), "clean": settings.clean}
+        return templates.TemplateResponse(request, template or f"{name}.html", {**shared, **values}, status)
+
+    def page_of(found: FoundPage) -> Callable[[Request], Response]:
+        def show(request: Request) -> Response:
+            values = {"task": found.page.task, **found.page.values(settings)}
+            return page(request, found.name, template=f"{found.name}/page.html", **values)
+
+        return show
+
+    for router in (answers.router, runs.router, *(found.page.router for found in pages)):
+        if router:
+            app.include_router(router)
+    for found in pages:
+        for path in {found.path, f"/{found.name}"}:
+            app.add_api_route(path, page_of(found), response_class=HTMLResponse)
+        if (found.folder / "static").is_dir():
+            app.mount(f"/static/{found.name}", StaticFiles(directory=found.folder / "static"))
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
-
-    def page(request: Request, name: str, status: int = 200, **values: Any) -> Response:
-        shared = {"page": name, "has_password": bool(settings.password), "clean": settings.clean}
-        return templates.TemplateResponse(request, f"{name}.html", {**shared, **values}, status)
-
-    @app.get("/")
-    def slang(request: Request) -> Response:
-        return page(
-            request, "slang", fields=task_config("slang")["prompt"]["fields"], scenes=suggestions("slang", "context")
-        )
-
-    @app.get("/reviews")
-    def reviews(request: Request) -> Response:
-        film = task_config(FILM)["data"]["reviews"]
-        known = reviews_of(settings.data, FILM)
-        return page(
-            request,
-            "reviews",
-            task=FILM,
-            film=film,
-            questions=suggestions(FILM, "question"),
-            knowledge=known and known.knowledge,
-        )
-
-    @app.get("/reviews/aspects.svg")
-    def aspects() -> Response:
-        file = settings.data / FILM / "aspects.svg"
-        if not file.is_file():
-            raise HTTPException(404, "The picture is not there yet.")
-        return FileResponse(file, headers={"content-security-policy": SANDBOX})
-
-    @app.get("/chat")
-    def chat(request: Request) -> Response:
-        return page(request, "chat", starters=suggestions("chat", "message"))
+    if not pages:
+        app.add_api_route("/", lambda: RedirectResponse("/runs"), response_class=RedirectResponse)
 
     @app.get("/runs")
     async def runs_page(request: Request) -> Response:
@@ -166,7 +137,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/robots.txt")
     def robots() -> Response:
-        return PlainTextResponse("User-agent: *\nDisallow: /api/\nDisallow: /runs\nDisallow: /dictionary.csv\n")
+        return PlainTextResponse("User-agent: *\nDisallow: /api/\nDisallow: /runs\n")
 
     @app.get("/privacy")
     def privacy(request: Request) -> Response:
@@ -199,15 +170,15 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> Response:
-        # FastAPI's own answer repeats what was sent; this names only where it is wrong.
+        # FastAPI's own response repeats the input; this one only says where it is wrong.
         found = [f"{'.'.join(map(str, problem['loc'][1:]))}: {problem['msg']}" for problem in error.errors()[:3]]
-        return JSONResponse({"detail": "This request is not as it should be. " + "; ".join(found)}, 422)
+        return JSONResponse({"detail": "This request is malformed. " + "; ".join(found)}, 422)
 
     return app
 
 
 async def _watch(app: FastAPI) -> None:
-    """Keeps `app.state.served` at what Triton serves, None while it is not ready, so that no page waits for it."""
+    """Keep `app.state.served` equal to what Triton serves, None while it is not ready, so that no page waits for it."""
     while True:
         client: AsyncClient = app.state.client
         try:
@@ -219,12 +190,12 @@ async def _watch(app: FastAPI) -> None:
 
 
 def _own_path(path: str) -> str:
-    """`path` if it is one of this site, else its front page: nobody is sent elsewhere after the password."""
+    """`path` if it is on this site, else the front page: signing in never redirects to another site."""
     return path if path.startswith("/") and not path.startswith(("//", "/\\")) and path.isprintable() else "/"
 
 
 class RequestLog:
-    """One line a request: never what was asked, so neither body nor query."""
+    """Logs one line per request, without body and query, so never what was asked."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

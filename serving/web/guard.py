@@ -1,7 +1,7 @@
-"""What stands between the internet and the pages: security headers, limits, same-origin changes and the password.
+"""Middleware between the internet and the pages: security headers, request limits, CSRF protection and the password.
 
-Each class is an ASGI middleware of its own; app.py says in which order they stand. Bodies are bounded by FastAPI's
-max_body_size and hosts by Starlette's TrustedHostMiddleware.
+Each class is an ASGI middleware; app.py decides their order. FastAPI's max_body_size limits bodies, and Starlette's
+TrustedHostMiddleware host names.
 """
 
 import hmac
@@ -17,29 +17,29 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.rate_limit import Rate, RateLimiter, client_of
 
-# No inline script or style, nothing from elsewhere; trusted-types: no text becomes markup in a script of ours.
+# No inline script or style, nothing from other sites; trusted-types: none of our scripts can turn text into markup.
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# A file that another program wrote (a report, a picture): shown, in an origin of its own, with no script whatever.
+# For a file that another program wrote (a report, a picture): it gets an origin of its own and runs no scripts.
 SANDBOX = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'"
 HEADERS = {
     "content-security-policy": CONTENT_POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
-    "referrer-policy": "same-origin",  # "no-referrer" would take the origin from the sign-in form too
+    "referrer-policy": "same-origin",  # "no-referrer" would remove the origin of the sign-in form, too
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "cache-control": "private, no-cache",
 }
 SESSION = 7 * 24 * 3600  # seconds that a sign-in lasts
-OPEN = ("/sign-in", "/static/", "/robots.txt", "/health")  # without the password
+OPEN = ("/sign-in", "/static/", "/robots.txt", "/health")  # paths that need no password
 
 
 class SecurityHeaders:
-    """Adds `HEADERS` where a response does not say otherwise."""
+    """Adds those of `HEADERS` that a response does not set itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -55,13 +55,13 @@ class SecurityHeaders:
         await self._app(scope, receive, with_headers)
 
 
-class Limits:
-    """Refuses with 429 a client that asks too often, or for too many answers at once.
+class RequestLimits:
+    """Refuses, with 429, clients that send too many requests or have too many answers streaming.
 
     Args:
-        rates: path → its rate, for POST requests; "" is that of every request.
+        rates: path → its rate, for POST requests; "" applies to every request.
         streaming: the path whose requests count as answers.
-        at_once: answers that one client may have on their way; `in_all`: all clients together, else 503.
+        at_once: answers that may stream to one client at a time; `in_all`: to all clients together, else 503.
     """
 
     def __init__(self, app: ASGIApp, rates: dict[str, Rate], streaming: str, at_once: int, in_all: int) -> None:
@@ -77,12 +77,12 @@ class Limits:
         limits = [""] + [path] * (posted and path in self._rates)
         wait = max(self._limiter.take(f"{client} {limit}", self._rates[limit]) for limit in limits)
         if wait > 0:
-            said = f"That was a lot of requests. Try again in {_seconds(wait)}."
+            said = f"Too many requests. Try again in {_seconds(wait)}."
             return await refuse(scope, 429, said, wait)(scope, receive, send)
         if not posted or path != self._streaming:
             return await self._app(scope, receive, send)
         if self._running[client] >= self._at_once:
-            said = "Answers to you are still on their way. Stop one of them, or wait until it is done."
+            said = "Your earlier answers are still being written. Stop one of them, or wait until it is done."
             return await refuse(scope, 429, said, 2)(scope, receive, send)
         if self._running.total() >= self._in_all:
             said = "Many people are asking right now. Try again in a few seconds."
@@ -96,9 +96,9 @@ class Limits:
 
 
 class SameOrigin:
-    """Refuses with 403 what changes something and does not come from a page of this site (CSRF).
+    """Refuses, with 403, requests that change something and do not come from a page of this site (CSRF).
 
-    Browsers name the page's origin in every such request; programs that are no browser have to name it too.
+    Browsers send the page's origin with every such request; other programs have to send it, too.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -116,7 +116,7 @@ class SameOrigin:
 
 
 class HeadAsGet:
-    """Answers HEAD as the GET that the pages know; the server leaves the body out."""
+    """Handles HEAD like GET; the server omits the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -127,7 +127,7 @@ class HeadAsGet:
 
 
 class SignIn:
-    """Lets nobody past without the password. The cookie is signed with `key` and the password: a new one ends all."""
+    """Requires the password. The cookie is signed with `key` and the password, so a new password ends all sessions."""
 
     COOKIE = "session"
 
@@ -136,7 +136,7 @@ class SignIn:
         self._key = hmac.digest(key, b"session " + self._password, sha256)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The sign-in page asks whether the password is right, and for the cookie, through the scope.
+        # The sign-in page checks the password and gets the cookie through the scope.
         scope["sign_in"] = self
         path = scope.get("path", "")
         if scope["type"] != "http" or path.startswith(OPEN) or self._signed_in(scope):
@@ -170,7 +170,7 @@ def cookie_of(scope: Scope, name: str) -> str:
 
 
 def refuse(scope: Scope, status: int, sentence: str, wait: float = 0) -> Response:
-    """A refusal in words, as the site's scripts or a visitor read it."""
+    """A refusal in one sentence, in the form that the site's scripts or a visitor can read."""
     headers = {"retry-after": str(max(1, round(wait)))} if wait else None
     if scope["path"].startswith("/api/"):
         return JSONResponse({"detail": sentence}, status, headers)

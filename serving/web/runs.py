@@ -1,6 +1,6 @@
-"""The page of runs: what was trained, with which result, its report; and the card of what is being served.
+"""The page of runs: what was trained, its results and report, and the card of what is being served.
 
-Reports are opened by the names of folders that are there, never by a path that a visitor writes.
+Reports are opened by the names of existing folders, never by a path from a visitor.
 """
 
 import json
@@ -16,13 +16,13 @@ from fastapi.responses import FileResponse
 
 from serving.web.guard import SANDBOX
 
-MOST = 200  # runs on the page, the newest
+MOST = 200  # runs on the page, newest first
 router = APIRouter()
 
 
 @dataclass(frozen=True)
 class RunCard:
-    """A finished run, as a visitor sees it; what its files do not say is empty or None."""
+    """A finished run as a visitor sees it; values that its files lack are empty or None."""
 
     task: str
     name: str
@@ -41,7 +41,7 @@ class RunCard:
 
 
 def finished_runs(folder: Path) -> list[RunCard]:
-    """The newest first; a folder that cannot be read is left out."""
+    """Finished runs, newest first; a folder that cannot be read is left out."""
     cards = []
     for file in folder.glob("*/*/evaluation.json"):
         try:

@@ -1,22 +1,22 @@
-"""Dialogues of several turns: read in the forms they come in, cleaned, checked, and cut where they are too long.
+"""Multi-turn dialogues: parsed from their usual formats, cleaned, validated, and cut if they are too long.
 
-A row of the source holds, in the task's key column (`messages` in chat.yaml),
+A source row holds, in the task's key column (`messages` in chat.yaml), one of
 
     [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]    a system message may come first
-    [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]             the same in ShareGPT's words
+    [{"from": "human", "value": …}, {"from": "gpt", "value": …}, …]             the same in ShareGPT's format
     a text                                                                      with its answer in the column `answer`
 
-and becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, the user begins, and
-the assistant ends: a last message of the user, which nobody answered, is left out. A dialogue that breaks this is
-dropped with the number of the message.
+and becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, beginning with the
+user and ending with the assistant; a last user message without an answer is left out. A dialogue that breaks this rule
+is dropped, with the number of the offending message.
 
-A dialogue of more than `task.data.max_tokens` tokens becomes several rows. The first is the longest beginning of whole
-exchanges that fits; the next begins with the user's turn after it, under the same system text, as Vicuna's dialogues
-were cut. So the model learns from every answer, and meets in training what it meets in a chat that has outgrown its
-window, where commands/chat.py leaves out the oldest exchanges. An exchange that is too long by itself ends the
-dialogue, as what follows would speak of something that was never said.
+A dialogue of more than `task.data.max_tokens` tokens becomes several rows. The first has as many whole exchanges as
+fit; the next begins with the user's turn after them and repeats the system message, which is how Vicuna's dialogues
+were cut. So the model is trained on every answer, and sees what it will see in a chat that has outgrown its window, in
+which commands/chat.py leaves out the oldest exchanges. An exchange that is too long by itself ends the dialogue, as
+what follows would refer to something the model never saw.
 
-Dialogues are dealt to splits by their first message of the user, so all that begin alike are in one split.
+Dialogues are assigned to splits by their first user message, so all that begin alike are in one split.
 """
 
 import json
@@ -31,7 +31,7 @@ from data_prep.clean_text import clean
 from data_prep.row_store import Unusable
 from data_prep.task import Task
 
-Message = dict[str, str]
+ChatMessage = dict[str, str]
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # besides system, user and assistant
 
@@ -39,14 +39,14 @@ ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}  # besides s
 class Reader:
     """Turns a row's raw cells into `(text of the key, cells, how many messages were repaired)`.
 
-    The cell of the key then holds the rows to be made of the dialogue, each as `[system text, user, model, user, …]`,
-    in JSON; the others are empty.
+    The key's cell then holds, as JSON, the rows that the dialogue becomes, each as `[system text, user, model, user,
+    …]`; the other cells are empty.
 
     Attributes:
-        notes: what was done to dialogues that stay, and to how many.
+        notes: how many dialogues were cut or shortened, by what was done.
 
     Args:
-        tokenizer_file: the tokens of `task.data.max_tokens` are its own; None leaves dialogues whole.
+        tokenizer_file: counts the tokens for `task.data.max_tokens`; None leaves dialogues whole.
     """
 
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
@@ -62,7 +62,7 @@ class Reader:
     def __call__(self, raw: Sequence[str]) -> tuple[str, list[str], int]:
         """
         Raises:
-            Unusable: no dialogue, or one whose first exchange is too long.
+            Unusable: the row is not a dialogue, or its first exchange is too long.
         """
         answer = "" if self._answer_place is None else raw[self._answer_place]
         messages = _read(raw[self._place], answer)
@@ -85,7 +85,7 @@ class Reader:
         return turns[0], cells, repaired
 
     def _parts(self, system: list[str], turns: list[str]) -> list[list[str]]:
-        """`turns` cut so that each part has at most the tokens that it may have."""
+        """Cut `turns` so that each part has at most the allowed number of tokens."""
         if self._fits(system, turns):
             return [turns]
         parts, first = list[list[str]](), 0
@@ -108,7 +108,7 @@ class Reader:
         if self._tokenizer_file is None:
             return True
         pieces = self._pieces(system, turns)
-        # No token is less than a byte, so a short dialogue need not be tokenized.
+        # A token has at least one byte, so a short dialogue need not be tokenized.
         fewer = 1 + sum(len(text.encode()) + learned for text, learned in pieces) <= self._most
         return fewer or self._count(pieces) <= self._most
 
@@ -116,7 +116,7 @@ class Reader:
         return self._prompt.pieces({"messages": write_messages([*(system or [""]), *turns])})
 
     def _count(self, pieces: list[tuple[str, bool]]) -> int:
-        """Tokens with BOS before all and an end token after each turn of the model, as training/batches.py has them."""
+        """The number of tokens with BOS and an end token after each model turn, as in training/batches.py."""
         encodings = self._tokenizer.encode_batch([text for text, _ in pieces], add_special_tokens=False)
         return 1 + sum(len(encoding.ids) for encoding in encodings) + sum(learned for _, learned in pieces)
 
@@ -128,21 +128,21 @@ class Reader:
 
 
 def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Iterator[dict[str, Any]]:
-    """The rows of a split, from what `Reader` made of each dialogue."""
+    """The rows of a split, from what `Reader` stored for each dialogue."""
     for row in rows:
         for part in json.loads(row[task.data.key]):
             yield {"messages": write_messages(part), "row": row["row"]}
 
 
-def write_messages(part: Sequence[str]) -> list[Message]:
+def write_messages(part: Sequence[str]) -> list[ChatMessage]:
     """`[system text or "", user, model, user, …]` as messages."""
     system, *turns = part
     messages = [{"role": "system", "content": system}] if system else []
     return messages + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 
-def _read(cell: str, answer: str) -> list[Message]:
-    """The messages of a row, whatever their roles; "" where one has no text."""
+def _read(cell: str, answer: str) -> list[ChatMessage]:
+    """The messages of a row, with any roles; a message without text has the content ""."""
     if not cell.lstrip().startswith("["):
         return [{"role": "user", "content": cell}, {"role": "assistant", "content": answer}]
     try:
@@ -150,7 +150,7 @@ def _read(cell: str, answer: str) -> list[Message]:
     except ValueError:
         found = None
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-        if answer:  # a question may begin with a bracket
+        if answer:  # it is a question that begins with a bracket
             return [{"role": "user", "content": cell}, {"role": "assistant", "content": answer}]
         raise Unusable("no list of messages", "it begins with [ and is no JSON list of objects")
     messages = []
@@ -162,7 +162,7 @@ def _read(cell: str, answer: str) -> list[Message]:
 
 
 def _clean_lines(text: str) -> tuple[str, bool]:
-    """As `clean`, line by line: a list stays a list, and code keeps its indentation."""
+    """Like `clean`, but line by line: lists stay lists, and code keeps its indentation."""
     lines, repaired = [], False
     for line in text.splitlines():
         cleaned, changed = clean(line)

@@ -1,4 +1,4 @@
-"""The picture of what reviews say: for each aspect, how many reviews praise and how many criticise it."""
+"""Charts what reviews say: how many praise and how many criticise each aspect."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tasks.reviews.knowledge import Aspect
 
 MOST = 16  # aspects that get a bar
-PRAISE, CRITICISM, MUTED = "#2f6fb3", "#d9772b", "#666666"  # told apart by colour-blind eyes too
+PRAISE, CRITICISM, MUTED = "#2f6fb3", "#d9772b", "#666666"  # distinguishable for colour-blind readers
 STYLE: dict[Any, Any] = {"svg.hashsalt": "aspects", "svg.fonttype": "none", "text.parse_math": False, "font.size": 10}
 
 
@@ -19,7 +19,7 @@ def draw(file: Path, title: str, aspects: Sequence[Aspect]) -> None:
     """Diverging bars as SVG: criticism to the left, praise to the right, the most discussed aspect on top."""
     shown = [aspect for aspect in aspects if aspect.judged][:MOST][::-1]
     good, bad = ([len(aspect.praised_by) for aspect in shown], [len(aspect.criticised_by) for aspect in shown])
-    # Letters that Matplotlib's own font lacks are drawn by the reader's browser.
+    # Glyphs that Matplotlib's font lacks are left to the reader's browser.
     with matplotlib.rc_context(STYLE), warnings.catch_warnings(action="ignore", category=UserWarning):
         figure = Figure(figsize=(8, 1.2 + 0.32 * max(len(shown), 1)), layout="constrained")
         axes = figure.subplots()

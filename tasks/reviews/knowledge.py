@@ -1,10 +1,10 @@
-"""What reviewers say, from their reviews: which aspects they praise and criticise, how often, in which words.
+"""Extracts what reviewers say: which aspects they praise and criticise, how often, and in which words.
 
-Every count is of reviews and every quote is a piece of one, so whatever is said from this knowledge can be looked up.
-A review is cut into sentences and these into clauses, so that "great acting but an awful ending" praises one thing and
-criticises another. Words say which aspect a clause is about (film_words.yaml and the task) and VADER (Hutto and
-Gilbert, 2014; Gilbert's word list with that of film reviews) how. VADER knows English: of reviews in other languages
-only the rating is used. Everything runs from what lies in the packages, and the same reviews give the same knowledge.
+Every count is of reviews and every quote is an excerpt from one, so every statement based on it can be checked. A
+review is cut into sentences and these into clauses, so that "great acting but an awful ending" praises one thing and
+criticises another. Words decide which aspect a clause is about (film_words.yaml and the task), and VADER (Hutto and
+Gilbert, 2014; with additions for film reviews) its sentiment. VADER knows English only: of reviews in other languages
+just the rating is used. All data comes with the installed packages, and the same reviews give the same result.
 """
 
 import re
@@ -25,13 +25,13 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from data_prep.clean_text import is_explicit
 from tasks.reviews.aspect_words import FILM_WORDS, AspectWords
 
-OPINION = 0.2  # of VADER's -1 to 1, for a clause: one good word has 0.4, a weak one less
-STRONG = 2 * OPINION  # leaves no doubt, and is quoted rather than what is weaker
-SHARING = 4  # words, at most, of a part that shares the judgement of another: "The story, the acting and ..."
-TONE = -0.15, 0.15  # the mean of a review's sentences: negative up to the first, positive from the second
-RATING = 0.5, 0.7  # the same for ratings: two stars of five and four, five of ten and seven
-SURE = 0.5  # probability of a language; below it a review with a word of VADER's counts as English
-QUOTE = range(4, 31)  # words: less says nothing, more is an essay
+OPINION = 0.2  # VADER score, from -1 to 1, from which a clause is an opinion: one good word has 0.4, a weak one less
+STRONG = 2 * OPINION  # an unambiguous opinion, preferred for quotes
+SHARING = 4  # words at most in a part that shares the judgement of another: "The story, the acting and ..."
+TONE = -0.15, 0.15  # mean score of a review's sentences: negative up to the first, positive from the second
+RATING = 0.5, 0.7  # the same for ratings
+SURE = 0.5  # probability of a language; below it, a review with a word that VADER knows counts as English
+QUOTE = range(4, 31)  # words in a quote: fewer say nothing, more are too long to read
 REPRESENTATIVE, PHRASES = 30, 12
 LANGUAGES = {
     "en": "English",
@@ -69,7 +69,7 @@ LANGUAGES = {
 }
 UNKNOWN = "unknown"
 
-# Where a sentence may change its mind: what stands on both sides is judged apart.
+# Where the sentiment of a sentence may change: both sides are scored separately.
 _TURN = re.compile(
     r",?\s+(?=(?:but|however|although|though|yet|whereas|while|despite|except|unfortunately|sadly|until)\b)"
     r"|[;:]\s+|\s+[-–—]+\s+|…\s*|\.{2,}\s*",
@@ -84,12 +84,12 @@ _WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
 
 
 class Opinion(NamedTuple):
-    """What one review says of an aspect in one place.
+    """What a review says about an aspect in one place.
 
     Attributes:
-        review: the number of its row in the source.
+        review: its row number in the source.
         score: from -1 to 1, never 0.
-        quote: where it says so, as it stands in the review; "" where that does not read well alone.
+        quote: the excerpt that says so, verbatim; "" if it does not read well on its own.
     """
 
     review: int
@@ -100,16 +100,16 @@ class Opinion(NamedTuple):
 
 @dataclass(frozen=True)
 class Review:
-    """A review as it was understood.
+    """A review and what was extracted from it.
 
     Attributes:
         row: its number in the source.
         language: an ISO 639-1 code of `LANGUAGES`, or `UNKNOWN`.
-        tone: how positive its words are, from -1 to 1; None where none judges, or none is English.
+        tone: how positive its words are, from -1 to 1; None if none is judgemental, or it is not English.
         rating: from 0 to 1, None without one.
-        mentions: the aspects that it names, with a judgement or without.
-        sentences: those that can be quoted.
-        judgements: those of them that leave no doubt.
+        mentions: the aspects that it names, with or without an opinion.
+        sentences: sentences that can be quoted.
+        judgements: those of them with an unambiguous opinion.
     """
 
     row: int
@@ -124,7 +124,7 @@ class Review:
 
     @property
     def verdict(self) -> str | None:
-        """positive, mixed or negative: by the rating where there is one, else by the words; None without either."""
+        """positive, mixed or negative: by the rating if there is one, else by the words; None without either."""
         value, (low, high) = (self.tone, TONE) if self.rating is None else (self.rating, RATING)
         if value is None:
             return None
@@ -133,14 +133,14 @@ class Review:
 
 @dataclass
 class Aspect:
-    """What a set of reviews says of one aspect; review numbers, each in one of the first three lists at most."""
+    """What a set of reviews says about one aspect. A review number is in at most one of the first three lists."""
 
     name: str
     favourable: list[int] = field(default_factory=list)
     unfavourable: list[int] = field(default_factory=list)
     both: list[int] = field(default_factory=list)
     mentions: list[int] = field(default_factory=list)
-    praise: list[Opinion] = field(default_factory=list)  # that can be quoted, the strongest first
+    praise: list[Opinion] = field(default_factory=list)  # quotable opinions, the strongest first
     criticism: list[Opinion] = field(default_factory=list)
 
     @property
@@ -160,10 +160,10 @@ class Aspect:
 
 
 class ReviewReader:
-    """Understands reviews of the film `title`, with the usual aspects and those of the task.
+    """Reads reviews of the film `title`, with the usual aspects and those of the task.
 
     Args:
-        aspects: name → words, added to those of film_words.yaml or in their place; no words leave an aspect out.
+        aspects: name → words, which add to or replace those of film_words.yaml; an empty list removes an aspect.
     """
 
     def __init__(self, title: str, aspects: Mapping[str, Sequence[str]]) -> None:
@@ -208,7 +208,7 @@ class ReviewReader:
             return UNKNOWN
         language, probability = _identifier().classify(text)
         if probability < SURE:
-            # Names and slang mislead over a few words: "Craptacular" is no Romanian.
+            # Names and slang mislead the detector in short texts: "Craptacular" is not Romanian.
             known = language == "en" or any(word in self._vader.lexicon or word in self._words for word in words)
             return "en" if known else UNKNOWN
         return str(language)
@@ -220,12 +220,12 @@ class ReviewReader:
         for (clause, parts), scores in zip(clauses, scored, strict=True):
             for place, part in enumerate(parts):
                 named = self._words.find(part)
-                # "The story, the acting and the music are great": a short part without a judgement shares the next's.
+                # "The story, the acting and the music are great": a short part without an opinion takes the next.
                 near = [*scores[place:], *reversed(scores[:place])] if len(part.split()) <= SHARING else [scores[place]]
                 score = next((score for score in near if score), 0.0)
                 if not named or abs(score) < OPINION:
                     continue
-                # Quoted is what takes one side only: the sentence where all of it does, else the clause.
+                # The quote must take one side only: the whole sentence if it does, else the clause.
                 around = ((sentence, chain(*scored)), (clause, scores))
                 one_sided = [_JOINT.sub("", text) for text, tones in around if all(tone * score >= 0 for tone in tones)]
                 quote = next(filter(_reads_well, one_sided), "")
@@ -251,7 +251,7 @@ def _cut(text: str, where: re.Pattern[str]) -> list[str]:
 
 
 def _reads_well(text: str) -> bool:
-    """Whether a stranger could be shown it: a thought long enough, not shouted, not cut off, without explicit terms."""
+    """Whether a text can be quoted on its own: long enough, not all capitals, not cut off, without explicit terms."""
     words = _WORD.findall(text)
     return (
         len(words) in QUOTE
@@ -271,10 +271,10 @@ class Knowledge:
     """What a set of reviews says as a whole.
 
     Attributes:
-        aspects: those named at all, the most discussed first.
-        representative: (sentence, review): judgements nearest to all that are made, each unlike those before it.
-        phrases: (phrase, the reviews that hold it).
-        scale: the best rating there is, such as 5 stars.
+        aspects: all that are named, the most discussed first.
+        representative: (sentence, review): opinions closest to the average one, each unlike those before it.
+        phrases: (phrase, the reviews that contain it).
+        scale: the maximum rating, such as 5 stars.
     """
 
     reviews: list[Review]
@@ -307,7 +307,7 @@ class Knowledge:
         return cls(list(reviews), aspects, _representative(reviews), _phrases(reviews, title), scale)
 
     def verdicts(self) -> dict[str, list[int]]:
-        """positive, mixed and negative → reviews."""
+        """`positive`, `mixed` and `negative` → review numbers."""
         found: dict[str, list[int]] = {"positive": [], "mixed": [], "negative": []}
         for review in self.reviews:
             if review.verdict:
@@ -315,26 +315,26 @@ class Knowledge:
         return found
 
     def languages(self) -> dict[str, list[int]]:
-        """Language → reviews, the commonest first."""
+        """Language → review numbers, the most common first."""
         found: dict[str, list[int]] = defaultdict(list)
         for review in self.reviews:
             found[LANGUAGES.get(review.language, UNKNOWN)].append(review.row)
         return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
 
     def mean_rating(self) -> tuple[float, list[int]] | None:
-        """From 0 to 1, and the reviews that have one."""
+        """The mean rating, from 0 to 1, and the reviews that have a rating."""
         rated = {review.row: review.rating for review in self.reviews if review.rating is not None}
         return (sum(rated.values()) / len(rated), list(rated)) if rated else None
 
     def praised(self) -> list[Aspect]:
-        """The aspects with most and clearest praise first: n² / judged, for n reviews that praise."""
+        """Aspects ranked by amount and clarity of praise: n² / judged, for n reviews that praise."""
         return _ranked(self.aspects, lambda aspect: len(aspect.praised_by))
 
     def criticised(self) -> list[Aspect]:
         return _ranked(self.aspects, lambda aspect: len(aspect.criticised_by))
 
     def as_json(self, split_of: Mapping[int, str]) -> dict[str, Any]:
-        """What knowledge.json holds: the counts, and five quotes of each side with their review and its split."""
+        """The contents of knowledge.json: counts, and five quotes per side with their review and its split."""
 
         def quotes(opinions: Sequence[Opinion]) -> list[dict[str, Any]]:
             return [{"quote": o.quote, "review": o.review, "split": split_of[o.review]} for o in opinions[:5]]
@@ -372,7 +372,7 @@ def _ranked(aspects: Sequence[Aspect], count: Callable[[Aspect], int]) -> list[A
 
 
 def _representative(reviews: Sequence[Review]) -> list[tuple[str, int]]:
-    """Sentences near the centroid of all in TF-IDF, by maximal marginal relevance (Carbonell and Goldstein, 1998)."""
+    """Sentences near the TF-IDF centroid, chosen by maximal marginal relevance (Carbonell and Goldstein, 1998)."""
     said = [(sentence, review.row) for review in reviews for sentence in review.judgements]
     try:
         vectors = TfidfVectorizer(sublinear_tf=True, stop_words="english").fit_transform([text for text, _ in said])
@@ -390,7 +390,7 @@ def _representative(reviews: Sequence[Review]) -> list[tuple[str, int]]:
 
 
 def _phrases(reviews: Sequence[Review], title: str) -> list[tuple[str, list[int]]]:
-    """Two to four words, between words that say something, that at least three reviews have in common."""
+    """Phrases of two to four words, not beginning or ending in a stop word, that at least three reviews share."""
     english = [review for review in reviews if review.language == "en"]
     vectorizer = CountVectorizer(ngram_range=(2, 4), binary=True, token_pattern=r"(?u)\b\w[\w'-]*\b")
     try:

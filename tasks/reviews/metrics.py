@@ -1,9 +1,9 @@
-"""What a review chatbot has to do: say what the reviews say, as they say it, and nothing else."""
+"""Metrics of a review chatbot: whether it says what the reviews say, and nothing else."""
 
 import re
 from typing import Any
 
-from core.files import Lines
+from core.files import Lines, read_json
 from evaluation.metrics import Evidence, Metric, Scores, words
 
 QUOTE = re.compile(r'["“]([^"“”\n]+)["”]')
@@ -16,7 +16,7 @@ def aspects_named(generations: Lines, evidence: Evidence) -> Scores:
 
     By the words of tasks/reviews/film_words.yaml and `task.data.reviews.aspects`; an aspect counts once.
     """
-    known = {aspect["name"] for aspect in evidence.knowledge.get("aspects", []) if aspect["mentions"]}
+    known = {aspect["name"] for aspect in _knowledge(evidence).get("aspects", []) if aspect["mentions"]}
     return [float(len(known & review.mentions)) for review in _understood(generations, evidence)]
 
 
@@ -27,7 +27,7 @@ def agreement(generations: Lines, evidence: Evidence) -> Scores:
     Judgements are those of tasks/reviews/knowledge.py, in answers as in reviews. A review that finds both good and bad
     in an aspect agrees with either. An answer that judges nothing is left out.
     """
-    aspects = {aspect["name"]: aspect for aspect in evidence.knowledge.get("aspects", [])}
+    aspects = {aspect["name"]: aspect for aspect in _knowledge(evidence).get("aspects", [])}
 
     def share(name: str, favourable: bool) -> float | None:
         counts = aspects.get(name, {"favourable": 0, "unfavourable": 0, "both": 0})
@@ -50,8 +50,9 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
     word for word, and in knowledge.json; so is a number, which may be found there and still be another thing's.
     """
     rows = [str(row.get("output", "")) for row in evidence.rows]
-    said = f" {' '.join(words(' '.join([*rows, *_texts(evidence.knowledge)])))} "
-    counted = {number for text in [*rows, *_texts(evidence.knowledge)] for number in NUMBER.findall(text)}
+    known = [*rows, *_texts(_knowledge(evidence))]
+    said = f" {' '.join(words(' '.join(known)))} "
+    counted = {number for text in known for number in NUMBER.findall(text)}
 
     def count(line: dict[str, Any]) -> float:
         quotes = [quote for quote in map(words, QUOTE.findall(line["text"])) if len(quote) >= SHORTEST_QUOTE]
@@ -65,6 +66,11 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
     return [count(line) for line in generations]
 
 
+def _knowledge(evidence: Evidence) -> dict[str, Any]:
+    """What data preparation counted in all reviews, see tasks/reviews/rows.py."""
+    return read_json(evidence.folder / "knowledge.json")
+
+
 def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
     """Each answer read as a review is."""
     from tasks.reviews.knowledge import ReviewReader
@@ -75,7 +81,7 @@ def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
 
 
 def _texts(tree: Any) -> list[str]:
-    """Every text and number in a JSON tree."""
+    """All texts and numbers in a JSON tree."""
     if isinstance(tree, dict):
         return [text for value in tree.values() for text in _texts(value)]
     if isinstance(tree, list):

@@ -1,6 +1,6 @@
-"""What a chatbot answers about a film: counted facts and exact quotes of its reviews in whole sentences, nothing else.
+"""Writes answers about a film: counted facts and exact quotes from its reviews in whole sentences, nothing else.
 
-Quotes stand in “curly marks”, which cleaned reviews do not have, so that each can be found again word for word.
+Quotes are in “curly quotes”, which cleaned reviews do not contain, so that each can be looked up word for word.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from tasks.reviews.knowledge import STRONG, Aspect, Knowledge, Opinion
 
-MOSTLY = 0.7  # the share from which viewers "mostly" say something
+MOSTLY = 0.7  # share of viewers from which they "mostly" say something
 _AUDIENCE = re.compile(
     r"\bif you(?:'re| are| like| love| enjoy| want| can)\b|\b(?:fans|lovers) of\b|\bnot for\b|\brecommend"
     r"|\bfor (?:anyone|everyone|those|people|someone) (?:who|that|looking)\b",
@@ -23,20 +23,20 @@ Quote = tuple[str, int]  # the words, the review
 T = TypeVar("T")
 
 
-class Answer(NamedTuple):
-    """Attributes: `reviews`, the rows of the source behind it, counted or quoted; `quoted`, those quoted."""
+class ReviewAnswer(NamedTuple):
+    """An answer. `reviews`: the source rows that it counts or quotes; `quoted`: those that it quotes."""
 
     text: str
     reviews: list[int]
     quoted: list[int]
 
 
-class Answers:
-    """Answers from one set of reviews. The same question again brings other quotes in other words.
+class AnswerWriter:
+    """Words answers from one set of reviews. The same question asked again brings other quotes in other words.
 
     Args:
         noun: what the film is, such as "film" or "series".
-        chance: decides wordings and quotes; the same state gives the same answers.
+        chance: chooses wordings and quotes; the same state gives the same answers.
     """
 
     def __init__(self, knowledge: Knowledge, noun: str, chance: Random) -> None:
@@ -47,29 +47,29 @@ class Answers:
     def _begin(self) -> None:
         self._behind, self._quoted = set[int](), list[int]()
 
-    def _answer(self, *parts: str) -> Answer:
+    def _answer(self, *parts: str) -> ReviewAnswer:
         text = " ".join(part for part in parts if part).replace("\n ", "\n")
-        answer = Answer(text[:1].upper() + text[1:], sorted(self._behind), sorted(set(self._quoted)))
+        answer = ReviewAnswer(text[:1].upper() + text[1:], sorted(self._behind), sorted(set(self._quoted)))
         self._begin()
         return answer
 
     # --- the whole ---
 
-    def summary(self) -> Answer:
+    def summary(self) -> ReviewAnswer:
         return self._answer(self._verdicts(), self._talked_about(), self._cite(self._knowledge.representative, 2))
 
-    def explanation(self) -> Answer:
+    def explanation(self) -> ReviewAnswer:
         return self._answer(self._reasons())
 
-    def summary_and_explanation(self) -> Answer:
+    def summary_and_explanation(self) -> ReviewAnswer:
         return self._answer(
             "Summary:", self._verdicts(), self._talked_about(), "\n\nExplanation:", self._reasons(quotes=1)
         )
 
-    def overall(self) -> Answer:
+    def overall(self) -> ReviewAnswer:
         return self._answer(self._verdicts(), self._ratings(), self._cite(self._knowledge.representative, 1))
 
-    def phrases(self) -> Answer | None:
+    def phrases(self) -> ReviewAnswer | None:
         found = self._some(self._knowledge.phrases, 5)
         if len(found) < 2:
             return None
@@ -81,7 +81,7 @@ class Answers:
         )
         return self._answer(opening, f"{_listing(named)}.")
 
-    def languages(self) -> Answer:
+    def languages(self) -> ReviewAnswer:
         found = self._knowledge.languages()
         named = [f"{language} ({self._count(rows)})" for language, rows in found.items() if language != "unknown"]
         other = [
@@ -94,11 +94,11 @@ class Answers:
         left = f"Of {_reviews(unknown)} the language could not be told." if unknown else ""
         return self._answer(f"{opening} {_listing(named)}.", left, self._cite(other, 1))
 
-    def ratings(self) -> Answer | None:
+    def ratings(self) -> ReviewAnswer | None:
         said = self._ratings()
         return self._answer(said, self._verdicts()) if said else None
 
-    def audience(self) -> Answer:
+    def audience(self) -> ReviewAnswer:
         praised, criticised = self._knowledge.praised()[:3], self._knowledge.criticised()[:2]
         suits = self._some([aspect.name for aspect in praised], 2)
         self._count([row for aspect in [*praised, *criticised] for row in aspect.judged])
@@ -119,13 +119,13 @@ class Answers:
 
     # --- both sides ---
 
-    def positive(self) -> Answer:
+    def positive(self) -> ReviewAnswer:
         return self._answer(self._side(self._knowledge.praised(), good=True, quotes=3))
 
-    def negative(self) -> Answer:
+    def negative(self) -> ReviewAnswer:
         return self._answer(self._side(self._knowledge.criticised(), good=False, quotes=3))
 
-    def comparison(self) -> Answer:
+    def comparison(self) -> ReviewAnswer:
         labelled = self._chance.random() < 0.5
         return self._answer(
             "Positive aspects:" if labelled else "",
@@ -136,7 +136,7 @@ class Answers:
             self._side(self._knowledge.criticised(), good=False, quotes=2),
         )
 
-    def division(self) -> Answer:
+    def division(self) -> ReviewAnswer:
         split = [
             aspect for aspect in self._knowledge.aspects if min(len(aspect.favourable), len(aspect.unfavourable)) >= 2
         ]
@@ -159,7 +159,7 @@ class Answers:
 
     # --- one aspect ---
 
-    def about(self, aspect: Aspect) -> Answer | None:
+    def about(self, aspect: Aspect) -> ReviewAnswer | None:
         judged, good = len(aspect.judged), len(aspect.favourable)
         if not judged:
             rows = self._count(aspect.mentions)
@@ -196,18 +196,18 @@ class Answers:
             opening, self._numbers(aspect), self._both_sides(aspect, 2 if share >= 0.4 else 1, 2 if share < 0.6 else 1)
         )
 
-    def praise(self, aspect: Aspect) -> Answer:
+    def praise(self, aspect: Aspect) -> ReviewAnswer:
         return self._answer(self._one_side(aspect, good=True))
 
-    def criticism(self, aspect: Aspect) -> Answer:
+    def criticism(self, aspect: Aspect) -> ReviewAnswer:
         return self._answer(self._one_side(aspect, good=False))
 
-    def citation(self, aspect: Aspect) -> Answer | None:
+    def citation(self, aspect: Aspect) -> ReviewAnswer | None:
         said = _strong([*aspect.praise, *aspect.criticism])
         cited = self._cite(said, min(2, len(said)))
         return self._answer(cited) if cited else None
 
-    def silence(self, subject: str) -> Answer:
+    def silence(self, subject: str) -> ReviewAnswer:
         """For a `subject` that no review mentions."""
         aspects, searched = self._knowledge.aspects[:4], len(self._knowledge.reviews)
         self._count([row for aspect in aspects for row in aspect.mentions])

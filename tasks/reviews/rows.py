@@ -1,9 +1,9 @@
-"""From reviews of a film to the rows of a chatbot: questions in many wordings, answered from what the reviews say.
+"""Makes a chatbot's rows from reviews of a film: questions in many wordings, answered with what the reviews say.
 
-Each split's answers are made from the reviews of that split alone, and some wordings (review_questions.yaml) are asked
-in the test alone. So a test answer rests on reviews, and answers a question, that the model never saw. Every row names
-its `kind`, its `aspect` where it is about one, the source rows behind it (`reviews`) and those of them that it quotes
-(`quoted`). Beside the splits stand `knowledge.json`, all that was found in all reviews, and `aspects.svg`, its picture.
+The answers of a split are based on the reviews of that split alone, and some wordings (review_questions.yaml) occur in
+the test split only. So the test has reviews and questions that the model never saw. Every row names its `kind`, its
+`aspect` if it is about one, the source rows that it is based on (`reviews`) and those that it quotes (`quoted`). Beside
+the splits, `knowledge.json` holds everything found in all reviews, and `aspects.svg` charts it.
 """
 
 import json
@@ -24,13 +24,13 @@ from data_prep.split import seed_that_fills
 from data_prep.task import Task
 from tasks.reviews.aspect_chart import draw
 from tasks.reviews.knowledge import Aspect, Knowledge, Review, ReviewReader, languages_of
-from tasks.reviews.review_answers import Answer, Answers
+from tasks.reviews.review_answers import AnswerWriter, ReviewAnswer
 
-WORDS = 180  # of an answer at most
-TRIES = 5  # for an answer that was not given yet
-# Reviews (or opinions, for questions about one aspect) for each row of a kind, and rows of it at most.
+WORDS = 180  # in an answer at most
+TRIES = 5  # at an answer that has not been given yet
+# Reviews (for an aspect: opinions) needed per row of a kind, and how many rows of that kind at most.
 PER_ROW, MOST = 12, 20
-FEW = {"phrases": 5, "ratings": 5, "languages": 5}  # of these at most: there is little more to say
+FEW = {"phrases": 5, "ratings": 5, "languages": 5}  # the limit for kinds with little to say
 PER_ASPECT_ROW, MOST_OF_ASPECT = 3, 8
 SILENT = 2  # rows about each subject that no review mentions
 
@@ -38,12 +38,12 @@ SILENT = 2  # rows about each subject that no review mentions
 def make_rows(
     sources: Mapping[str, Iterable[dict[str, Any]]], task: Task, folder: Path
 ) -> dict[str, Iterator[dict[str, Any]]]:
-    """The rows of each split from its source rows; `knowledge.json` and `aspects.svg` of all of them into `folder`.
+    """The rows of each split from its source rows; writes `knowledge.json` and `aspects.svg` of all rows to `folder`.
 
     Raises:
-        UserError: no title, ratings that are none, or a split without one English review that says anything.
+        UserError: the title is missing, ratings are not numbers in range, or a split has no usable English review.
     """
-    about = task.data.reviews
+    about = task.data.options
     if about is None or not about.title.strip():
         raise UserError('task.data.module=reviews needs the film\'s title: task.data.reviews={title: "My Film"}')
     found = {split: list(rows) for split, rows in sources.items()}
@@ -87,7 +87,7 @@ def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
 
 
 def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, float], int]:
-    """Row → rating from 0 to 1, and the best rating there is: 5, 10 or 100, the first that none is above."""
+    """Row → rating from 0 to 1, and the scale's maximum: the first of 5, 10 and 100 that no rating exceeds."""
     plain: dict[int, float] = {}
     of_best: dict[int, float] = {}
     for row in rows:
@@ -112,19 +112,18 @@ def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, flo
 # --- questions and answers --------------------------------------------------------------------------------------
 
 
-class Question(NamedTuple):
-    """A question to be asked: its wordings in turn, how it is answered, and the names that its wordings hold."""
+class PlannedQuestion(NamedTuple):
+    """A question to ask: its wordings in turn, how it is answered, and the names to fill into its wordings."""
 
     kind: str
     wordings: Iterator[str]
-    answer: Callable[[], Answer | None]
+    answer: Callable[[], ReviewAnswer | None]
     names: dict[str, str]
 
 
 def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
-    about = task.data.reviews
-    assert about is not None
-    answers = Answers(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text: the same on every machine
+    about = task.data.options
+    answers = AnswerWriter(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text seeds alike on every machine
     given: set[str] = set()
     for kind, wordings, answer, names in _questions(
         knowledge, reader, answers, "test" if split == "test" else "learned"
@@ -144,8 +143,10 @@ def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) ->
             }
 
 
-def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, part: str) -> Iterator[Question]:
-    """Each as often as there is evidence to answer it anew; `part` is that of review_questions.yaml."""
+def _questions(
+    knowledge: Knowledge, reader: ReviewReader, answers: AnswerWriter, part: str
+) -> Iterator[PlannedQuestion]:
+    """Each question as often as there is evidence for another answer; `part` is a key of review_questions.yaml."""
     known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
     of_the_whole = {
         "comparison": answers.comparison,
@@ -164,8 +165,8 @@ def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, par
     for kind, wordings in known["of_the_whole"].items():
         asked = cycle(wordings[part])
         for _ in range(_how_many(len(knowledge.reviews), PER_ROW, FEW.get(kind, MOST))):
-            yield Question(kind, asked, of_the_whole[kind], {})
-    of_an_aspect: dict[str, tuple[Callable[[Aspect], Answer | None], Callable[[Aspect], int]]] = {
+            yield PlannedQuestion(kind, asked, of_the_whole[kind], {})
+    of_an_aspect: dict[str, tuple[Callable[[Aspect], ReviewAnswer | None], Callable[[Aspect], int]]] = {
         "aspect": (answers.about, lambda aspect: len(aspect.judged)),
         "praise of an aspect": (answers.praise, lambda aspect: len(aspect.praise)),
         "criticism of an aspect": (answers.criticism, lambda aspect: len(aspect.criticism)),
@@ -175,15 +176,15 @@ def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, par
         asked, (answer, evidence) = cycle(wordings[part]), of_an_aspect[kind]
         for aspect in knowledge.aspects:
             for _ in range(_how_many(evidence(aspect), PER_ASPECT_ROW, MOST_OF_ASPECT)):
-                yield Question(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
+                yield PlannedQuestion(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
     for kind, wordings in known["of_a_subject"].items():
         asked, mentioned = cycle(wordings[part]), {aspect.name for aspect in knowledge.aspects}
         unnamed = [f"the {name}" for name in reader.aspects if name not in mentioned]
         for subject in [*_not_mentioned(known["subjects"][part], knowledge), *unnamed]:
             for _ in range(SILENT):
-                yield Question(kind, asked, partial(answers.silence, subject), {"subject": subject})
+                yield PlannedQuestion(kind, asked, partial(answers.silence, subject), {"subject": subject})
         for question in _not_mentioned(known["elsewhere"][part], knowledge):
-            yield Question(kind, iter([question]), partial(answers.silence, "it"), {})
+            yield PlannedQuestion(kind, iter([question]), partial(answers.silence, "it"), {})
 
 
 def _how_many(evidence: int, per_row: int, most: int) -> int:
@@ -191,6 +192,6 @@ def _how_many(evidence: int, per_row: int, most: int) -> int:
 
 
 def _not_mentioned(words_of: Mapping[str, str], knowledge: Knowledge) -> list[str]:
-    """Those of `words_of` that none of the reviews mentions in any of their words."""
+    """The keys of `words_of` of which no review contains any of the words."""
     texts = "\n".join(review.text.casefold() for review in knowledge.reviews)
     return [subject for subject, words in words_of.items() if not re.search(rf"\b(?:{words})\b", texts)]

@@ -1,4 +1,4 @@
-"""What a slang generator has to do: coin a term that is new, and one that fits the scene."""
+"""Metrics of a slang generator: whether its term is new, and whether it fits the scene."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from evaluation.metrics import Evidence, Metric, Scores
 
 
 def new_term(generations: Lines, evidence: Evidence) -> Scores:
-    """Answers whose term is none of the training rows' and not a spelling of one. Without a term, there is no new one.
+    """Answers whose term is none of the training rows' and not a spelling of one. Answers without a term have none.
 
     Terms are compared as data preparation does: by `key_of`, without case, spaces and punctuation, and near from
     RapidFuzz's ratio of `SAME_KEY` on (LOL and LOLZ have 86, bussin and bussing 92).

@@ -1,10 +1,10 @@
-"""What only slang rows need to read well in a prompt: whole sentences, and no example asked for that is not given."""
+"""Words slang rows for the prompt: complete sentences, and no request for an example that the row does not have."""
 
 from collections.abc import Mapping
 
 from core.prompt import Prompt
 
-# The prompt's own condition asks for an example too; a model that is then shown none would learn to leave it out.
+# The prompt's default condition asks for an example, too; rows without one would teach the model to leave it out.
 NO_EXAMPLE = "You should suggest new slang and its definition."
 
 
@@ -12,11 +12,11 @@ def row_fields(fields: Mapping[str, str], prompt: Prompt) -> dict[str, str]:
     """The prompt's fields for a row.
 
     Args:
-        fields: cleaned text by column (slang, description, example, context); "" where there is none.
+        fields: cleaned text by column (slang, description, example, context); "" if empty.
 
     Returns:
-        `fields` with the description as a sentence and the context ended, as the prompt's condition follows it
-        directly; and `condition` where the row has no example.
+        `fields` with the description as a sentence and the context ending in a full stop, as the prompt's condition
+        follows it directly; plus `condition` if the row has no example.
     """
     description = fields["description"]
     written = {
@@ -28,7 +28,7 @@ def row_fields(fields: Mapping[str, str], prompt: Prompt) -> dict[str, str]:
 
 
 def _ended(text: str) -> str:
-    """With a full stop, unless it has its end or is empty; a closing quote or bracket may follow the end."""
+    """`text` with a full stop, unless it is empty or ends already; a closing quote or bracket may follow the end."""
     if not text or text.rstrip("\"')]").endswith((".", "!", "?", "…")):
         return text
     return text.rstrip(",;:- ") + "."

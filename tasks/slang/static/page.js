@@ -1,5 +1,5 @@
 // The slang page: a scene goes in, a dictionary entry streams out; roll again, share, keep.
-import { $, Answering, copy, json, newSeed, onStatus, Refused, scrollTo, toast } from "./site.js";
+import { $, Answering, copy, json, newSeed, onStatus, Refused, scrollTo, toast } from "../site.js";
 
 const form = $("ask"), dial = $("creativity"), words = $("creativity-word");
 const PARTS = ["slang", "description", "example"];
@@ -96,7 +96,7 @@ $("copy").addEventListener("click", () => copy(last.fields.slang ? asText(last.f
 
 $("share").addEventListener("click", async () => {
   const { fields, seed, temperature, compare } = last.question;
-  const link = new URL("/", location.href);
+  const link = new URL(location.pathname, location.href);
   link.hash = new URLSearchParams({
     context: fields.context, seed, creativity: temperature, ...(run && { run }), ...(compare && { compare: 1 }),
     ...(fields.condition !== form.condition.dataset.default && { condition: fields.condition }),

@@ -1,5 +1,5 @@
 // The chat: a dialogue that lives in this page alone, with any adapter that is served.
-import { $, Answering, composer, copy, newSeed, onStatus, scrollTo } from "./site.js";
+import { $, Answering, composer, copy, newSeed, onStatus, scrollTo } from "../site.js";
 
 const MOST = 21; // messages that the model is given; the oldest are left out, and the first is the visitor's
 let messages = [], bubbles = [], seed = 0;

@@ -1,9 +1,9 @@
-"""The slang that visitors kept: an SQLite file, a search, thumbs, and a CSV that `make data TASK=slang SOURCE=…` takes.
+"""Slang that visitors kept: an SQLite file with search and votes, and a CSV that `make data TASK=slang SOURCE=…` takes.
 
-    python -m serving.web.dictionary kept.csv      what all visitors kept and did not vote down, as training rows
+    python -m tasks.slang.dictionary kept.csv      what all visitors kept and did not vote down, as training rows
 
-Each visitor sees what they kept themselves; who that is, is a random cookie. Only what the model really said can be
-kept: an answer comes with a token that the site has signed, so that nobody writes training rows through the door.
+Visitors see only what they kept themselves; a random cookie identifies them. Only what the model really said can be
+kept: an answer comes with a token that the site has signed, so that nobody can write training rows through the site.
 """
 
 import base64
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,8 +28,9 @@ from fastapi import Path as InPath
 from pydantic import BaseModel, Field
 
 from serving.web.guard import cookie_of
+from serving.web.settings import Settings
 
-DATABASE = Path("data/web/dictionary.sqlite3")
+FILE_NAME = "dictionary.sqlite3"  # in the site's storage
 MOST = 500  # entries of one visitor
 MOST_IN_ALL = 50_000
 COLUMNS = ("Slang", "Description", "Example", "Context")  # the names that nemo_configs/task/slang.yaml knows
@@ -39,12 +41,12 @@ create table if not exists entry (
     thumb integer not null default 0, unique (visitor, slang, description, example, context));
 create table if not exists key (signs blob not null);
 """
-_RISKY = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins so for a formula
+_RISKY = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins with one of these for a formula
 router = APIRouter()
 
 
 @dataclass(frozen=True)
-class Entry:
+class DictionaryEntry:
     slang: str
     description: str
     example: str
@@ -52,7 +54,7 @@ class Entry:
 
 
 class Dictionary:
-    """The file. Methods open it anew, so they may be called from any thread."""
+    """The SQLite file. Every method opens it anew, so that any thread may call it."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -74,13 +76,13 @@ class Dictionary:
         finally:
             database.close()
 
-    def token_of(self, entry: Entry) -> str:
-        """What lets a visitor keep `entry`: its text, signed."""
+    def token_of(self, entry: DictionaryEntry) -> str:
+        """The token that lets a visitor keep `entry`: its text, signed."""
         text = json.dumps(asdict(entry)).encode()
         return base64.urlsafe_b64encode(hmac.digest(self.key, text, sha256) + text).decode()
 
-    def entry_of(self, token: str) -> Entry:
-        """The entry of a token of this site. Raises ValueError: it is none."""
+    def entry_of(self, token: str) -> DictionaryEntry:
+        """The entry in a token. Raises ValueError if this site did not sign it."""
         try:
             raw = base64.urlsafe_b64decode(token)
         except (binascii.Error, ValueError):
@@ -88,10 +90,10 @@ class Dictionary:
         signature, text = raw[:32], raw[32:]
         if not hmac.compare_digest(signature, hmac.digest(self.key, text, sha256)):
             raise ValueError("signed by somebody else")
-        return Entry(**json.loads(text))
+        return DictionaryEntry(**json.loads(text))
 
-    def keep(self, visitor: str, entry: Entry, thumb: int) -> int:
-        """The entry's number; one that is there already gets the thumb. OverflowError: no room."""
+    def keep(self, visitor: str, entry: DictionaryEntry, thumb: int) -> int:
+        """Store an entry, or the thumb of an existing one; return its number. Raises OverflowError if full."""
         with self._open() as database:
             mine, all_of_them = (
                 database.execute(f"select count(*) from entry {where}", values).fetchone()[0]
@@ -106,7 +108,7 @@ class Dictionary:
             ).fetchone()[0]
 
     def find(self, visitor: str, words: str = "") -> list[dict[str, Any]]:
-        """The visitor's entries that hold each of `words`, the newest first."""
+        """The visitor's entries that contain all of `words`, newest first."""
         query = "select id, kept, slang, description, example, context, thumb from entry where visitor = ?"
         values = [visitor]
         for word in words.split()[:8]:
@@ -116,7 +118,7 @@ class Dictionary:
             return [dict(row) for row in database.execute(f"{query} order by id desc", values)]
 
     def vote(self, visitor: str, number: int, thumb: int) -> bool:
-        """Whether there is such an entry."""
+        """Set an entry's thumb. Returns whether the visitor has such an entry."""
         with self._open() as database:
             done = database.execute("update entry set thumb = ? where id = ? and visitor = ?", (thumb, number, visitor))
             return done.rowcount > 0
@@ -125,8 +127,8 @@ class Dictionary:
         with self._open() as database:
             return database.execute("delete from entry where id = ? and visitor = ?", (number, visitor)).rowcount > 0
 
-    def rows(self, visitor: str | None = None) -> list[Entry]:
-        """What may be learned from: kept and not voted down, each once, oldest first. Of all visitors where None."""
+    def rows(self, visitor: str | None = None) -> list[DictionaryEntry]:
+        """Distinct entries that were kept and not voted down, oldest first; of all visitors if `visitor` is None."""
         with self._open() as database:
             found = database.execute(
                 "select slang, description, example, context from entry "
@@ -134,11 +136,11 @@ class Dictionary:
                 "group by slang, description, example, context order by min(id)",
                 (visitor,),
             )
-            return [Entry(*row) for row in found]
+            return [DictionaryEntry(*row) for row in found]
 
 
-def csv_of(entries: Iterable[Entry]) -> str:
-    """The rows as CSV. A cell that a spreadsheet would run as a formula begins with an apostrophe."""
+def csv_of(entries: Iterable[DictionaryEntry]) -> str:
+    """The entries as CSV. Cells that a spreadsheet would run as formulas are prefixed with an apostrophe."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -152,13 +154,13 @@ COOKIE, YEAR = "visitor", 365 * 24 * 3600
 
 
 def visitor(request: Request) -> str:
-    """Who asks, if they kept something before; "" otherwise."""
+    """The visitor's cookie, which they have if they kept something before; else ""."""
     name = cookie_of(request.scope, COOKIE)
     return name if len(name) == 32 and name.isalnum() else ""
 
 
 def new_visitor(request: Request, response: Response) -> str:
-    """Who asks; whoever keeps their first entry gets the cookie by which they find it again."""
+    """The visitor's cookie; it is set when they keep their first entry, so that they find it again."""
     name = visitor(request)
     if not name:
         name = secrets.token_hex(16)
@@ -166,11 +168,17 @@ def new_visitor(request: Request, response: Response) -> str:
     return name
 
 
-def dictionary(request: Request) -> Dictionary:
-    return request.app.state.dictionary
+@cache
+def dictionary_of(settings: Settings) -> Dictionary:
+    """The dictionary of a site; its file is created on first use."""
+    return Dictionary(settings.storage / FILE_NAME)
 
 
-Store = Annotated[Dictionary, Depends(dictionary)]
+def _store(request: Request) -> Dictionary:
+    return dictionary_of(request.app.state.settings)
+
+
+Store = Annotated[Dictionary, Depends(_store)]
 Visitor = Annotated[str, Depends(visitor)]
 Number = Annotated[int, InPath(ge=1, lt=2**63)]
 Thumb = Literal[-1, 0, 1]
@@ -215,13 +223,14 @@ def remove(store: Store, number: Number, who: Visitor) -> None:
 
 @router.get("/dictionary.csv")
 def export(store: Store, who: Visitor) -> Response:
-    headers = {"content-disposition": 'attachment; filename="my_slang.csv"'}
+    headers = {"content-disposition": 'attachment; filename="my_slang.csv"', "x-robots-tag": "noindex"}
     return Response(csv_of(store.rows(who)), media_type="text/csv; charset=utf-8", headers=headers)
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3) or not Path(database := (sys.argv[2:] or [str(DATABASE)])[0]).is_file():
-        sys.exit("usage: python -m serving.web.dictionary OUT.csv [DICTIONARY]: writes what visitors kept")
+    default = str(Settings.storage / FILE_NAME)
+    if len(sys.argv) not in (2, 3) or not Path(database := (sys.argv[2:] or [default])[0]).is_file():
+        sys.exit("usage: python -m tasks.slang.dictionary OUT.csv [DICTIONARY]: writes what visitors kept")
     entries = Dictionary(Path(database)).rows()
     partial = Path(f"{sys.argv[1]}.partial")
     partial.write_text(csv_of(entries), encoding="utf-8", newline="")

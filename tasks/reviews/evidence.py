@@ -1,7 +1,7 @@
-"""The reviews behind an answer, from what `make data` left in data/<task>: knowledge.json and the rows' metadata.
+"""Finds the reviews behind an answer in what `make data` wrote to data/<task>: knowledge.json and the rows' metadata.
 
-Nothing is guessed: an aspect is shown where the question, or else the answer, names it by the words that reviews were
-read with, and a quote of the answer is looked for, word for word, among those that the rows and knowledge.json hold.
+Nothing is guessed: an aspect is shown if the question, or else the answer, names it with one of the words that reviews
+were read with, and quotes in the answer are looked up word for word among those of the rows and knowledge.json.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, StringConstraints
 
-from serving.web.tasks import task_config
+from serving.web.page import task_config
 from tasks.reviews.aspect_words import AspectWords
 
 QUOTE = re.compile(r'["“]([^"“”\n]{4,})["”]')
@@ -24,8 +24,8 @@ router = APIRouter()
 Text = Annotated[str, StringConstraints(max_length=8000)]
 
 
-class Reviews:
-    """What is known of a film's reviews.
+class ReviewIndex:
+    """The reviews of a film, by aspect and by quote.
 
     Args:
         folder: data/<task>, with knowledge.json and the splits.
@@ -36,20 +36,20 @@ class Reviews:
         self.knowledge: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
         self._words = AspectWords(film["title"], film.get("aspects") or {})
         self._aspects = {aspect["name"]: aspect for aspect in self.knowledge["aspects"]}
-        self._behind: dict[str, set[int]] = {}  # aspect → the reviews that rows about it rest on
-        self._said_in: dict[str, set[int]] = {}  # words of a quote → the reviews that it can be of
+        self._behind: dict[str, set[int]] = {}  # aspect → the reviews that rows about it are based on
+        self._said_in: dict[str, set[int]] = {}  # words of a quote → the reviews it may be from
         for row in _rows(folder):
             if row["aspect"]:
                 self._behind.setdefault(row["aspect"], set()).update(row["reviews"])
             for quote in QUOTE.findall(row["output"]):
-                # A row names the reviews of all its quotes; what all rows with this one have in common is its own.
+                # A row lists the reviews of all its quotes; those common to all rows with this quote are its own.
                 candidates = self._said_in.setdefault(_plain(quote), set(row["quoted"]))
                 candidates &= set(row["quoted"])
         for known in self._known_quotes():
             self._said_in[_plain(known["quote"])] = {known["review"]}
 
     def behind(self, question: str, answer: str) -> dict[str, Any]:
-        """What to show beside `answer`: aspects with their counts, reviews and quotes, and its own quotes looked up."""
+        """What to show beside `answer`: aspects with counts, reviews and quotes, and the sources of its own quotes."""
         asked = self._aspects_in(question)
         aspects = asked or self._aspects_in(QUOTE.sub(" ", answer))
         return {
@@ -90,12 +90,12 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(quote: str) -> str:
-    """Without signs and capitals: a model may set them otherwise."""
+    """Without punctuation and capitals, in which a model may differ."""
     return " ".join(WORD.findall(quote.casefold().replace("’", "'")))
 
 
-def reviews_of(data: Path, task: str) -> Reviews | None:
-    """What `make data` found for `task`, read anew when it was made anew; None where it has not been made."""
+def reviews_of(data: Path, task: str) -> ReviewIndex | None:
+    """The reviews that `make data` prepared for `task`, reread when they change; None if they are not there."""
     file = data / task / "knowledge.json"
     try:
         return _read(file, file.stat().st_mtime_ns, task)
@@ -104,18 +104,18 @@ def reviews_of(data: Path, task: str) -> Reviews | None:
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, made: int, task: str) -> Reviews:
-    return Reviews(file.parent, task_config(task)["data"]["reviews"])
+def _read(file: Path, made: int, task: str) -> ReviewIndex:
+    return ReviewIndex(file.parent, task_config(task)["data"]["reviews"])
 
 
-class Asked(BaseModel):
+class EvidenceRequest(BaseModel):
     task: Annotated[str, StringConstraints(max_length=64, pattern=r"^\w+$")]
     question: Text
     answer: Text
 
 
 @router.post("/api/evidence")
-def evidence(asked: Asked, request: Request) -> dict[str, Any]:
+def evidence(asked: EvidenceRequest, request: Request) -> dict[str, Any]:
     reviews = reviews_of(request.app.state.settings.data, asked.task)
     if reviews is None:
         raise HTTPException(404, f"The reviews are not on this machine. Prepare them: make data TASK={asked.task}")

@@ -1,5 +1,5 @@
 // The page of reviews: a question, the answer as it streams, and beside it the reviews that it can be checked against.
-import { $, Answering, composer, json, newSeed, scrollTo } from "./site.js";
+import { $, Answering, composer, json, newSeed, scrollTo } from "../site.js";
 
 const task = document.querySelector(".reviews").dataset.task;
 const QUOTE = /(["“][^"“”\n]{4,}["”])/;

@@ -1,4 +1,4 @@
-"""What is in a table that nobody has described yet: its form, and of each column how full, how varied and how long."""
+"""Profiles a table that nobody has described yet: its format, and how full, varied and long each column is."""
 
 import re
 from collections import Counter
@@ -14,9 +14,9 @@ from data_prep.clean_text import clean
 from data_prep.read_table import plain_header
 from data_prep.sources import Source, open_source
 
-ROWS = 20_000  # looked at: enough for every figure here, and done in seconds
-FEW = 30  # different values, of a column that sorts rows rather than says something
-# Words of a header whose cells are about a row and not what it says.
+ROWS = 20_000  # profiled: enough for every figure here, and done in seconds
+FEW = 30  # distinct values at most, of a column of labels
+# Words in the headers of columns that identify or locate a row rather than describe it.
 ABOUT = {"id", "ids", "uid", "uuid", "index", "no", "nr", "url", "link", "date", "time", "timestamp", "unnamed"}
 
 
@@ -25,8 +25,8 @@ class Column:
     """A column.
 
     Attributes:
-        header: as it stands in the file.
-        cells: cleaned, "" where there is nothing.
+        header: as written in the file.
+        cells: cleaned text, "" if empty.
     """
 
     header: str
@@ -46,7 +46,7 @@ class Column:
 
     @cached_property
     def mean_length(self) -> float:
-        """Characters of a cell that is not empty."""
+        """Mean number of characters of the cells that are not empty."""
         return sum(map(len, self.filled)) / max(len(self.filled), 1)
 
     @cached_property
@@ -70,14 +70,14 @@ class Column:
 
 
 @dataclass
-class Look:
-    """What was seen of a table.
+class TableProfile:
+    """The profile of a table.
 
     Attributes:
         form: see `read_table.Table`.
-        rows: those that could be read, of the first `ROWS`.
-        unreadable: the reasons of those that could not, counted.
-        is_whole: whether these are all.
+        rows: how many of the first `ROWS` could be read.
+        unreadable: why the others could not, counted.
+        is_whole: whether the table has no more rows.
     """
 
     form: str
@@ -88,7 +88,7 @@ class Look:
     is_whole: bool
 
 
-def look_at(source: Source) -> Look:
+def profile_table(source: Source) -> TableProfile:
     """Raises UserError: see `open_table`."""
     table = open_source(source, None, ())
     rows, unreadable, is_whole = list[list[str]](), Counter[str](), True
@@ -106,32 +106,32 @@ def look_at(source: Source) -> Look:
     finally:
         table.close()
     columns = [Column(header, [row[place] for row in rows]) for place, header in enumerate(table.columns.values())]
-    return Look(table.form, table.encoding, columns, len(rows), unreadable, is_whole)
+    return TableProfile(table.form, table.encoding, columns, len(rows), unreadable, is_whole)
 
 
-def show(look: Look, source: Source, console: Console) -> None:
-    """Print it, a line a column."""
-    some = "" if look.is_whole else "the first "
-    encoding = look.encoding and f", {look.encoding.removesuffix('-sig').upper()}"
-    console.print(f"{source}: {look.form}{encoding}, {some}{look.rows:,} rows\n")
+def show_profile(profile: TableProfile, source: Source, console: Console) -> None:
+    """Print the profile, one line per column."""
+    some = "" if profile.is_whole else "the first "
+    encoding = profile.encoding and f", {profile.encoding.removesuffix('-sig').upper()}"
+    console.print(f"{source}: {profile.form}{encoding}, {some}{profile.rows:,} rows\n")
     table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold", expand=True)
     table.add_column("column", max_width=24, no_wrap=True)
     for title in ("filled", "different", "letters"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("holds", no_wrap=True)
     table.add_column("for example", no_wrap=True, ratio=1)
-    for column in look.columns:
+    for column in profile.columns:
         lengths = [len(cell) for cell in column.filled] or [0]
         example = column.filled[0] if column.filled else ""
         table.add_row(
             Text(column.header),
-            f"{len(column.filled) / max(look.rows, 1):.0%}",
+            f"{len(column.filled) / max(profile.rows, 1):.0%}",
             f"{column.different:,}",
             f"{min(lengths)}-{max(lengths)}",
             column.holds,
             Text(example[:200], style="dim"),
         )
     console.print(table)
-    for problem, count in look.unreadable.items():
+    for problem, count in profile.unreadable.items():
         console.print(f"   {count:,} rows cannot be read: {problem}")
     console.print()
