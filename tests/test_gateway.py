@@ -123,7 +123,7 @@ def settled(stack: Stack, seconds: float = 1.5) -> bool:
 # --- without a server -------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside() -> None:
+def test_each_kind_of_failure_has_openais_status_and_reveals_no_internals() -> None:
     statuses = {
         InvalidRequest: 400,
         TooLong: 400,
@@ -143,7 +143,7 @@ def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside
 
 
 @pytest.mark.slow
-def test_whoever_guesses_keys_is_not_listened_to_for_a_while(tmp_path: Path) -> None:
+def test_an_address_that_guesses_keys_is_blocked_for_a_while(tmp_path: Path) -> None:
     with (
         gateway("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded,
         httpx.Client(timeout=60) as client,
@@ -191,14 +191,14 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
         ({"model": None}, "model", "model: .* string"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(others: dict[str, Any], param: str, words: str) -> None:
+def test_unsupported_parameters_are_refused_by_name(others: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(ApiError) as refused:
         ChatCompletion.read(json.dumps(chat(**others)).encode())
     assert refused.value.status == 400 and refused.value.param == param
     assert re.search(words, refused.value.message)
 
 
-def test_what_would_change_nothing_is_let_through() -> None:
+def test_harmless_values_of_unsupported_parameters_are_accepted() -> None:
     harmless = {
         "n": 1,
         "logprobs": False,
@@ -211,13 +211,13 @@ def test_what_would_change_nothing_is_let_through() -> None:
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [], 3, None])
-def test_a_completion_takes_one_text(prompt: Any) -> None:
+def test_a_completion_takes_a_single_text(prompt: Any) -> None:
     with pytest.raises(ApiError, match="prompt: one text a request, and no numbers of tokens"):
         TextCompletion.read(json.dumps({"model": "gemma", "prompt": prompt}).encode())
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000])
-def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not JSON in UTF-8"):
         TextCompletion.read(body)
 
@@ -277,7 +277,7 @@ def test_a_chat_is_answered_with_the_prompt_the_adapter_was_trained_with(api: op
 
 
 @pytest.mark.slow
-def test_streams_say_what_whole_answers_say_sync_and_async(api: openai.OpenAI, stack: Stack) -> None:
+def test_streams_and_whole_answers_have_the_same_text_sync_and_async(api: openai.OpenAI, stack: Stack) -> None:
     whole = api.chat.completions.create(**chat())
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(api.chat.completions.create(**chat(**options)))
@@ -313,7 +313,7 @@ def test_a_seed_repeats_an_answer_and_a_stop_ends_it(api: openai.OpenAI) -> None
 
 
 @pytest.mark.slow
-def test_the_openai_package_raises_what_it_raises_for_openai(api: openai.OpenAI) -> None:
+def test_the_openai_package_raises_its_usual_exceptions(api: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nobody"):
         api.chat.completions.create(model="nobody", messages=HI)
     with pytest.raises(openai.BadRequestError) as refused:
@@ -343,7 +343,7 @@ def test_server_sent_events_end_with_done(web: httpx.Client) -> None:
 
 
 @pytest.mark.slow
-def test_health_generates_and_says_so_when_it_cannot(web: httpx.Client, stack: Stack) -> None:
+def test_health_generates_a_token_and_reports_failure_when_it_cannot(web: httpx.Client, stack: Stack) -> None:
     assert web.get("/health").json()["status"] == "ok"
     with stack.stopped("engine"):
         time.sleep(1.1)  # an answer may be a second old
@@ -357,7 +357,7 @@ def test_health_generates_and_says_so_when_it_cannot(web: httpx.Client, stack: S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bool) -> None:
+def test_a_client_that_disconnects_cancels_its_answer_in_the_engine(stack: Stack, stream: bool) -> None:
     body = json.dumps(chat(stream=stream, **ENDLESS)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = stack.cancelled()
@@ -419,9 +419,7 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_texts_are_logged_for_who_asks_for_it_and_a_gateway_that_is_terminated_lets_answers_finish(
-    stack: Stack, tmp_path: Path
-) -> None:
+def test_texts_are_logged_on_request_and_a_terminated_gateway_lets_answers_finish(stack: Stack, tmp_path: Path) -> None:
     with gateway(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as running:
         with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
             parts = response.iter_text()
@@ -481,7 +479,7 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
 
 
 @pytest.mark.slow
-def test_an_answer_that_breaks_off_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
+def test_an_interrupted_answer_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
     stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=15_000))
     next(stream)
     stack.managed("engine").kill()
