@@ -19,8 +19,7 @@ from rich.console import Console
 from core.arguments import Arguments, parse
 from core.errors import UserError, run
 from serving.state import State
-from serving.supervisor import Options as ServerOptions
-from serving.supervisor import StartError, Supervisor
+from serving.supervisor import ServerOptions, Supervisor
 
 ENGINE_OPTIONS = ("threads", "max_waiting", "max_tokens_in_cache", "dtype")
 PATIENCE = 15.0  # seconds for a running server to take a new adapter
@@ -61,15 +60,12 @@ def main(argv: list[str]) -> None:
         tuple(engine),
     )
     state, console = State(options.folder / "state"), Console(highlight=False, soft_wrap=True)
-    try:
-        if not (options.folder / "repository" / "gemma" / "1" / "model.py").exists():
-            raise StartError(f"{options.folder} holds nothing that this engine serves; make it: make serve TASK=…")
-        if not state.take():
-            joined(options.folder, state, console)
-        else:
-            asyncio.run(serve(options, state, console))
-    except StartError as error:
-        raise UserError(error) from None
+    if not (options.folder / "repository" / "gemma" / "1" / "model.py").exists():
+        raise UserError(f"{options.folder} holds nothing that this engine serves; make it: make serve TASK=…")
+    if not state.take():
+        joined(options.folder, state, console)
+    else:
+        asyncio.run(serve(options, state, console))
 
 
 async def serve(options: ServerOptions, state: State, console: Console) -> None:
@@ -79,7 +75,7 @@ async def serve(options: ServerOptions, state: State, console: Console) -> None:
     console.print(title)
     if options.host not in LOOPBACK:
         ports = f"{options.http_port}, {options.grpc_port} and {options.metrics_port}"
-        console.print(EXPOSED.format(ports=ports, gateway=options.door_port))
+        console.print(EXPOSED.format(ports=ports, gateway=options.gateway_port))
     supervisor = Supervisor(options, state, lambda line: console.print(line, markup=False))
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()
@@ -97,7 +93,7 @@ def joined(folder: Path, state: State, console: Console) -> None:
     """Wait until the running server has every adapter of `folder`, and say so.
 
     Raises:
-        StartError: it has not, after a while.
+        UserError: it has not, after a while.
     """
     status = state.read()
     wanted = sorted(path.name for path in (folder / "adapters").iterdir())
@@ -105,7 +101,7 @@ def joined(folder: Path, state: State, console: Console) -> None:
     while missing := [name for name in wanted if name not in (found := engine_of(state)).get("adapters", [])]:
         reason = found.get("broken", {}).get(missing[0])
         if reason or time.monotonic() > until:
-            raise StartError(
+            raise UserError(
                 f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
                 f"{reason or f'what it said is in {state.folder}'}"
             )
@@ -130,7 +126,7 @@ def addresses(status: dict[str, Any], adapters: list[str]) -> str:
     return (
         f"  gRPC     {host}:{status['grpc_port']}\n"
         f"  HTTP     http://{host}:{status['http_port']}/v2/models/gemma/generate\n"
-        f"  OpenAI   http://{host}:{status['door_port']}/v1\n"
+        f"  OpenAI   http://{host}:{status['gateway_port']}/v1\n"
         f"  metrics  http://{host}:{status['metrics_port']}/metrics\n"
         f"Try: curl http://{host}:{status['http_port']}/v2/models/gemma/generate -d '{asked}'"
     )

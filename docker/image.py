@@ -1,11 +1,11 @@
-"""Build an image with docker, podman or buildah, whichever is there.
+"""Build an image with docker, podman or buildah, whichever is installed.
 
-    make image                                  the training image: for GPUs where the machine has one, else for CPUs
-    make image KIND=serve VARIANT=cpu           BASE_IMAGE=... puts it on an image of your own
+    make image                                  the training image, for GPUs if the machine has one, otherwise for CPUs
+    make image KIND=serve VARIANT=cpu           BASE_IMAGE=... builds it on another image
     python3 docker/image.py serve cpu           the same
 
-An image takes the network settings of the machine that builds it, and keeps none of them: a CA file (SSL_CERT_FILE),
-pip's and uv's configuration (PIP_CONFIG_FILE, UV_CONFIG_FILE), a folder of wheels (PIP_FIND_LINKS).
+The build uses the network settings of this machine, and the image keeps none of them: a CA file (SSL_CERT_FILE), pip's
+and uv's configuration (PIP_CONFIG_FILE, UV_CONFIG_FILE), a folder of wheels (PIP_FIND_LINKS).
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -29,21 +29,29 @@ SECRETS = {"ca": "SSL_CERT_FILE", "pip_conf": "PIP_CONFIG_FILE", "uv_toml": "UV_
 
 @dataclass(frozen=True)
 class Engine:
-    command: str  # docker, podman or buildah
-    is_docker: bool  # not podman under docker's name
-    rootless: bool  # root in the container is the user outside
+    """A container engine.
+
+    Attributes:
+        command: docker, podman or buildah.
+        is_docker: False for podman under docker's name.
+        rootless: whether root in a container is the user outside.
+    """
+
+    command: str
+    is_docker: bool
+    rootless: bool
 
 
 def find_engine(names: Sequence[str] = ("docker", "podman", "buildah")) -> Engine:
-    """The first of `names` that answers; a docker client whose daemon cannot be reached does not.
+    """The first of `names` that works; a docker client that cannot reach its daemon does not.
 
     Raises:
-        UserError: none does; says why for each that is installed.
+        UserError: none works; the message has the reason for each that is installed.
     """
     reasons = []
     for name in names:
         if not shutil.which(name) or (name == "docker" and "podman" in os.environ.get("DOCKER_HOST", "")):
-            continue  # through podman's socket it is podman, with fewer words
+            continue  # through podman's socket it is podman, with fewer options
         asked = subprocess.run(
             [name, "info"] + ([] if name == "buildah" else ["--format", "{{json .}}"]), capture_output=True, text=True
         )
@@ -55,7 +63,8 @@ def find_engine(names: Sequence[str] = ("docker", "podman", "buildah")) -> Engin
         reasons.append(f"{name} is installed, but: {why}")
     known = " or ".join(names[:2])
     raise UserError(
-        "; ".join(reasons) or f"no container engine is here. Install {known}, for example: sudo apt-get install podman"
+        "; ".join(reasons)
+        or f"no container engine is installed. Install {known}, for example: sudo apt-get install podman"
     )
 
 
@@ -64,7 +73,7 @@ def has_gpu() -> bool:
 
 
 def variant() -> str:
-    """VARIANT, or what fits this machine."""
+    """VARIANT from the environment, or the one that fits this machine."""
     asked = os.environ.get("VARIANT") or ("gpu" if has_gpu() else "cpu")
     if asked not in VARIANTS:
         raise UserError(f"VARIANT={asked} is unknown. Known: {' '.join(VARIANTS)}")
@@ -76,17 +85,17 @@ def tag(kind: str, variant: str) -> str:
 
 
 def build_command(engine: Engine, kind: str, variant: str) -> list[str]:
-    """The engine's own command line; what is secret is named in it, not told."""
+    """The engine's command line. It names the files that hold secrets, never their contents."""
     command = [engine.command, "build", "--file", f"docker/{kind}.Dockerfile", "--tag", tag(kind, variant)]
     if not engine.is_docker:
-        command += ["--format", "docker"]  # OCI's knows no health check
+        command += ["--format", "docker"]  # the OCI format has no health check
         command += ["--layers"] if engine.command == "buildah" else []
     base = os.environ.get("BASE_IMAGE") or (CPU_BASE if variant == "cpu" else "")
     command += ["--build-arg", f"BASE_IMAGE={base}"] if base else []
     for name, variable in SECRETS.items():
         file = os.environ.get(variable, "")
         if file and not Path(file).is_file():
-            raise UserError(f"{variable}={file} is not a file: the build would go without it")
+            raise UserError(f"{variable}={file} is not a file")
         command += ["--secret", f"id={name},src={file}"] if file else []
     wheels = os.environ.get("PIP_FIND_LINKS", "")
     command += [f"--build-context=wheels={wheels}"] if wheels and Path(wheels).is_dir() else []
@@ -100,38 +109,38 @@ def build_command(engine: Engine, kind: str, variant: str) -> list[str]:
 
 
 def build(engine: Engine, kind: str, variant: str, quiet: bool = False) -> str:
-    """Build an image, mostly from cache where it was built before.
-
-    Returns:
-        Its tag.
+    """Build an image, mostly from cache where it was built before, and return its tag.
 
     Raises:
-        UserError: the engine cannot build this, or failed; what it said stands above.
+        UserError: the engine lacks what the build needs, or the build failed; its output is above.
     """
     command = build_command(engine, kind, variant)
     environment = {**os.environ, "DOCKER_BUILDKIT": "1"}
     knows = subprocess.run([engine.command, "build", "--help"], capture_output=True, text=True, env=environment).stdout
     if "--secret" not in knows:
-        raise UserError(f"{engine.command} builds without BuildKit here: sudo apt-get install docker-buildx")
+        raise UserError(f"{engine.command} has no BuildKit. Install it: sudo apt-get install docker-buildx")
     if "--build-context" not in knows:  # docker before 23
-        command = [word for word in command if not word.startswith("--build-context")]
+        command = [argument for argument in command if not argument.startswith("--build-context")]
     output = subprocess.DEVNULL if quiet else None
     if subprocess.run(command + (["--quiet"] if quiet else []), cwd=ROOT, stdout=output, env=environment).returncode:
         raise UserError(
-            f"{engine.command} could not build {tag(kind, variant)}: see above. Where the image it is built on "
-            "cannot be had, name one that can, with apt or Python 3.11 or 3.12 in it: BASE_IMAGE=..."
+            f"{engine.command} could not build {tag(kind, variant)}: see above. If its base image cannot be pulled, "
+            "name another one that has apt, or Python 3.11 or 3.12: BASE_IMAGE=..."
         )
     return tag(kind, variant)
 
 
-def main(words: Sequence[str]) -> None:
-    kind = words[0] if words else "train"
+def main(arguments: Sequence[str]) -> None:
+    kind = arguments[0] if arguments else "train"
     if kind not in KINDS:
         raise UserError(f"KIND={kind} is unknown. Known: {' '.join(KINDS)}")
-    if len(words) > 1:
-        os.environ["VARIANT"] = words[1]
+    if len(arguments) > 1:
+        os.environ["VARIANT"] = arguments[1]
     engine, chosen = find_engine(), variant()
-    print(f"Building {tag(kind, chosen)} with {engine.command}: minutes at first, then from its cache", flush=True)
+    print(
+        f"Building {tag(kind, chosen)} with {engine.command}: some minutes the first time, then from its cache",
+        flush=True,
+    )
     print(build(engine, kind, chosen))
 
 

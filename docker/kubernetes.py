@@ -1,15 +1,15 @@
-"""A training, or the place where models are kept and served, on Kubernetes.
+"""Train, and serve models, on Kubernetes.
 
 python3 docker/kubernetes.py commands.train task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
 python3 docker/kubernetes.py cluster                     make cluster RUNTIME=k8s OVERLAY=gpu
 
-The manifests are in docker/kubernetes/, for Kustomize; this file lays one more patch over them, has kubectl render and
-apply it, and follows a training's log until it ends. The same command finds the same Job: while that runs, it is
-followed again; once it has ended, it is made anew and goes on from the last checkpoint.
+The manifests are in docker/kubernetes/, for Kustomize; this program patches them, has kubectl render and apply them,
+and follows a training's log until it ends. The same command finds the same Job: it follows a running one, and replaces
+one that has ended, which then resumes from the last checkpoint.
 
-In the environment: NODES, GPUS_PER_NODE, OVERLAY (a folder of docker/kubernetes/overlays), NAMESPACE, IMAGE, JOB
-(indexed, trainjob or pytorchjob, the last two Kubeflow's), TASKS (to serve), TRAIN_IMAGE (that makes the adapters ready
-for serving), DRY_RUN=1 (print the manifests only).
+Environment variables: NODES, GPUS_PER_NODE, OVERLAY (a folder of docker/kubernetes/overlays), NAMESPACE, IMAGE, JOB
+(indexed, trainjob or pytorchjob, the last two Kubeflow's), TASKS (to serve), TRAIN_IMAGE (which prepares the adapters
+for serving), DRY_RUN=1 (only print the manifests).
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -31,7 +31,7 @@ from errors import UserError, run
 from image import tag
 
 MANIFESTS = Path(__file__).resolve().parent / "kubernetes"
-# What follows a training: the resource, its Pods, and those that are the first machine.
+# How a training is followed: its resource, the label of its Pods, and the label of the first machine's Pods.
 INDEXED = "batch.kubernetes.io/job-name={}", "batch.kubernetes.io/job-completion-index=0"
 JOBS = {
     "indexed": ("job.batch", *INDEXED),
@@ -42,10 +42,10 @@ JOBS = {
         "training.kubeflow.org/replica-type=master",
     ),
 }
-RETRIED = (75, 69)  # training/signals.py: told to stop; another process of the run has gone
+RETRIED = (75, 69)  # training/signals.py: told to stop; another process of the run has ended
 SOURCE_FOLDER = "/opt/gemma-nemo/source"
-LARGEST_SOURCE = 700_000  # bytes; a ConfigMap holds 1 MiB, as text or in base64
-PATIENCE = 20  # answers in a row that the cluster may fail to give, two seconds apart
+LARGEST_SOURCE = 700_000  # bytes; a ConfigMap holds 1 MiB of text or base64
+PATIENCE = 20  # requests in a row, two seconds apart, that the cluster may leave unanswered
 
 
 def setting(name: str, default: str = "") -> str:
@@ -55,27 +55,27 @@ def setting(name: str, default: str = "") -> str:
 def number(name: str, default: int, least: int) -> int:
     text = setting(name, str(default))
     if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{name}={text} must be a whole number from {least}")
+        raise UserError(f"{name}={text} must be a whole number of at least {least}")
     return int(text)
 
 
-def main(words: Sequence[str]) -> int:
-    """Exit code of the training; 0 once the cluster has taken everything."""
-    if not words or words[0] not in ("commands.train", "cluster"):
-        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: commands.train, cluster")
+def main(arguments: Sequence[str]) -> int:
+    """The exit code of the training; 0 for `cluster`, once everything has been applied."""
+    if not arguments or arguments[0] not in ("commands.train", "cluster"):
+        raise UserError(f"'{' '.join(arguments[:1])}' does not run on Kubernetes. Known: commands.train, cluster")
     namespace, overlay = setting("NAMESPACE", "gemma"), setting("OVERLAY", "gpu" if gpus() else "cpu")
     if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
-        raise UserError(f"NAMESPACE={namespace} is no name of a namespace: small letters, digits and '-', at most 63")
+        raise UserError(f"NAMESPACE={namespace} is not a valid name: use at most 63 lower-case letters, digits and '-'")
     known = sorted(folder.name for folder in (MANIFESTS / "overlays").iterdir() if folder.is_dir())
     if overlay not in known:
         raise UserError(f"OVERLAY={overlay} is unknown. Known: {', '.join(known)}")
-    if words[0] == "cluster":
+    if arguments[0] == "cluster":
         return make_cluster(namespace, overlay)
-    return train(list(words), namespace, overlay)
+    return train(list(arguments), namespace, overlay)
 
 
 def gpus() -> int:
-    """GPUs of each machine; 0: train on processors."""
+    """GPUs of each machine; 0: train on CPUs."""
     return number("GPUS_PER_NODE", 0, 0) or number("GPUS", 0, 0)
 
 
@@ -83,13 +83,17 @@ def gpus() -> int:
 
 
 def render(*layers: dict[str, Any], files: dict[str, bytes] | None = None) -> str:
-    """The manifests, as YAML, of Kustomize layers, each laid over the one before it.
+    """The manifests, as YAML, of Kustomize layers, each on top of the one before it.
 
-    `files` lie beside the first. The paths in a layer's `resources` and `components` are ours; Kustomize wants them
-    relative to the layer, whose kustomization.yaml is written as JSON, which is YAML.
+    Args:
+        layers: kustomization.yaml as a dictionary, with absolute paths in `resources` and `components`.
+        files: name and content of files to place beside the first layer.
+
+    Raises:
+        UserError: neither kubectl nor kustomize is installed, or the manifests are invalid.
     """
     tools = (["kubectl", "kustomize"], ["kustomize", "build"])
-    command = next((words for words in tools if shutil.which(words[0])), None)
+    command = next((tool for tool in tools if shutil.which(tool[0])), None)
     if command is None:
         raise UserError("neither kubectl nor kustomize is installed: see https://kubernetes.io/docs/tasks/tools/")
     with tempfile.TemporaryDirectory(prefix="gemma-kustomize-") as name:
@@ -111,35 +115,39 @@ def render(*layers: dict[str, Any], files: dict[str, bytes] | None = None) -> st
 
 
 def image(kind: str, given: str) -> dict[str, str]:
-    """Kustomize's words for: `given` (registry/name, with :tag or @digest) for the image of `kind`, train or serve."""
+    """Kustomize's entry for: `given` (registry/name, with :tag or @digest) for the image of `kind`, train or serve."""
     path, _, digest = given.partition("@")
     tag = path.rpartition(":")[2] if ":" in path.rpartition("/")[2] else ""
-    words = {"name": f"gemma-nemo/{kind}", "newName": path.removesuffix(f":{tag}") if tag else path}
-    return words | ({"digest": digest} if digest else {"newTag": tag} if tag else {})
+    entry = {"name": f"gemma-nemo/{kind}", "newName": path.removesuffix(f":{tag}") if tag else path}
+    return entry | ({"digest": digest} if digest else {"newTag": tag} if tag else {})
 
 
 def patch(kind: str, **content: Any) -> dict[str, Any]:
-    """Kustomize's words for: `content` merged into the one resource of `kind`, which gets the name in it, if any."""
+    """Kustomize's entry for: `content` merged into the one resource of `kind`, which gets the name in it, if any."""
     merged = {"apiVersion": "of/target", "kind": kind, "metadata": {"name": "of-target"}} | content
     changes = {"options": {"allowNameChange": True}} if "metadata" in content else {}
     return {"target": {"kind": kind}, "patch": json.dumps(merged), **changes}
 
 
-def training_manifests(words: list[str], namespace: str, overlay: str) -> tuple[str, str]:
-    """Name and manifests of the Job that runs `python -m WORDS` on NODES machines."""
+def training_manifests(arguments: list[str], namespace: str, overlay: str) -> tuple[str, str]:
+    """Name and manifests of the Job that runs `python -m ARGUMENTS` on NODES machines."""
     nodes, kind = number("NODES", 1, 1), setting("JOB", "indexed")
     if kind not in JOBS:
         raise UserError(f"JOB={kind} is unknown. Known: {', '.join(JOBS)}")
     given = setting("IMAGE", tag("train", "gpu" if gpus() else "cpu"))
-    words, files = take_source(words)
+    arguments, files = take_source(arguments)
     sizes = {"trainer": "gpu" if gpus() else "cpu", "trainer.devices": gpus() or 1, "trainer.num_nodes": nodes}
-    words += [f"{key}={size}" for key, size in sizes.items() if not any(word.startswith(f"{key}=") for word in words)]
-    same = [words, given, overlay, kind, *(hashlib.sha256(content).hexdigest() for content in files.values())]
+    arguments += [
+        f"{key}={size}"
+        for key, size in sizes.items()
+        if not any(argument.startswith(f"{key}=") for argument in arguments)
+    ]
+    same = [arguments, given, overlay, kind, *(hashlib.sha256(content).hexdigest() for content in files.values())]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
-    task = next((word[5:] for word in words if word.startswith("task=")), "slang")
+    task = next((argument[5:] for argument in arguments if argument.startswith("task=")), "slang")
     name = f"train-{re.sub('[^a-z0-9]+', '-', task.lower())[:40]}-{digest}"
 
-    container: dict[str, Any] = {"name": "train", "args": ["python", "-m", *words]}
+    container: dict[str, Any] = {"name": "train", "args": ["python", "-m", *arguments]}
     pod: dict[str, Any] = {"containers": [container]}
     if gpus():
         share = {"nvidia.com/gpu": str(gpus())}
@@ -161,40 +169,47 @@ def training_manifests(words: list[str], namespace: str, overlay: str) -> tuple[
     return name, render(*layers, {"namespace": namespace}, files=files)
 
 
-def take_source(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
-    """A table of this machine's travels as a ConfigMap: the words with its place there, and its name and content."""
-    for index, word in enumerate(words):
-        key, _, value = word.partition("=")
+def take_source(arguments: list[str]) -> tuple[list[str], dict[str, bytes]]:
+    """The arguments with a local table replaced by its place in a ConfigMap, and that file's name and content.
+
+    Raises:
+        UserError: the table is too large for a ConfigMap.
+    """
+    for index, argument in enumerate(arguments):
+        key, _, value = argument.partition("=")
         file = Path(value.strip("'\""))
         if key != "task.data.source" or not file.is_file():
             continue
         if file.stat().st_size > LARGEST_SOURCE:
-            size = f"{file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job"
             raise UserError(
-                f"{file} has {size}. Copy it to the claim `data` (docs/clusters.md) and name it as it is "
-                "called there: SOURCE=data/NAME"
+                f"{file} has {file.stat().st_size:,} bytes; at most {LARGEST_SOURCE:,} can be sent with a Job. "
+                "Copy it to the claim `data` (docs/clusters.md) and give its path there: SOURCE=data/NAME"
             )
         name = f"source{file.suffix.lower()}"
-        return [*words[:index], f"{key}={SOURCE_FOLDER}/{name}", *words[index + 1 :]], {name: file.read_bytes()}
-    return words, {}
+        return [*arguments[:index], f"{key}={SOURCE_FOLDER}/{name}", *arguments[index + 1 :]], {name: file.read_bytes()}
+    return arguments, {}
 
 
 # --- the cluster --------------------------------------------------------------------------------------------------
 
 
-def kubectl(*words: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+def kubectl(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     if not shutil.which("kubectl"):
         raise UserError(
             "kubectl is not installed: see https://kubernetes.io/docs/tasks/tools/. DRY_RUN=1 only prints the manifests"
         )
-    return subprocess.run(["kubectl", *words], input=text, capture_output=True, text=True)
+    return subprocess.run(["kubectl", *arguments], input=text, capture_output=True, text=True)
 
 
-def asked(*words: str, text: str | None = None) -> str:
-    """What kubectl says; ends the program with its error where there is one."""
-    result = kubectl(*words, text=text)
+def asked(*arguments: str, text: str | None = None) -> str:
+    """The output of a kubectl command.
+
+    Raises:
+        UserError: the command failed.
+    """
+    result = kubectl(*arguments, text=text)
     if result.returncode:
-        raise UserError(f"kubectl {' '.join(words[:2])}: {result.stderr.strip()}")
+        raise UserError(f"kubectl {' '.join(arguments[:2])}: {result.stderr.strip()}")
     return result.stdout
 
 
@@ -204,7 +219,7 @@ def check_cluster() -> None:
         context = kubectl("config", "current-context").stdout.strip() or "none"
         raise UserError(
             f"no cluster answers (kubectl's context: {context}). {result.stderr.strip().splitlines()[-1]}\n"
-            "kubectl config get-contexts lists those you have; DRY_RUN=1 only prints the manifests"
+            "kubectl config get-contexts lists the known ones; DRY_RUN=1 only prints the manifests"
         )
 
 
@@ -224,14 +239,14 @@ def make_cluster(namespace: str, overlay: str) -> int:
     check_cluster()
     print(asked("apply", "-f", "-", text=manifests), end="")
     print(
-        f"Train: make train RUNTIME=k8s NAMESPACE={namespace}. Serving takes the newest run when its Pods start: "
+        f"To train: make train RUNTIME=k8s NAMESPACE={namespace}. Serving uses the newest run; after a training: "
         f"kubectl rollout restart deployment/serve --namespace={namespace}"
     )
     return 0
 
 
-def train(words: list[str], namespace: str, overlay: str) -> int:
-    name, manifests = training_manifests(words, namespace, overlay)
+def train(arguments: list[str], namespace: str, overlay: str) -> int:
+    name, manifests = training_manifests(arguments, namespace, overlay)
     if setting("DRY_RUN"):
         print(manifests, end="")
         return 0
@@ -240,7 +255,7 @@ def train(words: list[str], namespace: str, overlay: str) -> int:
     here = f"--namespace={namespace}"
     if kubectl("get", "persistentvolumeclaim", "runs", here).returncode:
         raise UserError(
-            f"namespace {namespace} has no claim `runs`. Make it first: make cluster RUNTIME=k8s NAMESPACE={namespace}"
+            f"namespace {namespace} has no claim `runs`. Create it: make cluster RUNTIME=k8s NAMESPACE={namespace}"
         )
     before = json.loads(asked("get", resource, name, here, "--ignore-not-found", "--output=json") or "{}")
     if outcome(before):
@@ -260,17 +275,17 @@ def train(words: list[str], namespace: str, overlay: str) -> int:
 
 
 def outcome(job: dict[str, Any]) -> dict[str, Any] | None:
-    """The condition that ended a Job, TrainJob or PyTorchJob; None while it runs."""
+    """The condition in which a Job, TrainJob or PyTorchJob ended; None while it runs."""
     conditions = job.get("status", {}).get("conditions", [])
     ends = ("Complete", "Succeeded", "Failed")
     return next((one for one in conditions if one["type"] in ends and one["status"] == "True"), None)
 
 
 def follow(name: str, here: str) -> int:
-    """Print the log of the first machine's Pods, and why there is none, until the job ends; its exit code."""
+    """Print the log of the first machine's Pods, or why there is none yet, until the job ends; its exit code."""
     resource, selector, first = JOBS[setting("JOB", "indexed")]
     selector = selector.format(name)
-    printed: dict[tuple[str, int], str] = {}  # up to when
+    printed: dict[tuple[str, int], str] = {}  # Pod and restart: until when its log was printed
     said, silent = "", 0
     while True:
         answers = [
@@ -314,12 +329,12 @@ def restarts(pod: dict[str, Any]) -> int:
 
 
 def state(pod: dict[str, Any]) -> str:
-    """waiting, running or terminated: the training container's."""
+    """The training container's state: waiting, running or terminated."""
     return next((next(iter(container["state"]), "waiting") for container in containers(pod)), "waiting")
 
 
 def waiting(pod: dict[str, Any]) -> str:
-    """Why a Pod does not run yet, e.g. `train-slang-1-0: Unschedulable: 0/3 nodes are available`."""
+    """Why a Pod is not running yet, e.g. `train-slang-1-0: Unschedulable: 0/3 nodes are available`."""
     reasons = [
         one
         for one in pod["status"].get("conditions", [])
@@ -330,7 +345,7 @@ def waiting(pod: dict[str, Any]) -> str:
 
 
 def exit_code(pods: list[dict[str, Any]]) -> int:
-    """That of the Pod that ended the job: the last one to fail, but not for the sake of another."""
+    """The exit code of the Pod that failed the job: the last to fail that did not stop because another one had."""
     ends = [
         container["state"]["terminated"]
         for pod in pods

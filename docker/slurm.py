@@ -1,18 +1,18 @@
-"""A training as a Slurm job: writes the sbatch script, submits it, and shows its log until it ends.
+"""Train as a Slurm job: write the sbatch script, submit it, and show its log until it ends.
 
     NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 docker/slurm.py commands.train task=slang peft.r=16
                                          (what `make train TASK=slang RUNTIME=slurm NODES=2 … ARGS=peft.r=16` calls)
 
-From the environment: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, QOS, TIME; CONTAINER=image runs it in an
-image by pyxis; SWEEP="peft.r=4,8 seed=0,1" is an array of one job for each combination; DRY_RUN=1 prints the script.
-What else sbatch can do, it reads from variables of its own (SBATCH_CONSTRAINT, SBATCH_MEM_PER_NODE, …).
+Environment variables: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, QOS, TIME; CONTAINER=image runs it in an
+image with pyxis; SWEEP="peft.r=4,8 seed=0,1" submits an array with one job for each combination; DRY_RUN=1 prints the
+script. sbatch reads its other options from variables of its own (SBATCH_CONSTRAINT, SBATCH_MEM_PER_NODE, …).
 
-Script and log lie in runs/<task>/slurm/<job>.{sbatch,log}. What a job does stands in docker/train.sbatch. Its name has
-a hash of that: the same command given again follows a job that waits or runs, and submits another otherwise.
+Script and log are runs/<task>/slurm/<job>.{sbatch,log}. What a job does is in docker/train.sbatch. The job's name
+contains a hash of its script: the same command follows a job that is waiting or running, and otherwise submits another.
 
-Needs only Python 3.9 and Slurm's own commands, as a login node has them. Neither submitit (it starts a pickled Python
-function, ours is a command) nor NeMo-Run (500 MB of dependencies, its launcher is torchrun) would save a line of what
-is here: signals, requeue and the wait for the end are Slurm's.
+It needs only Python 3.9 and Slurm's own commands, which every login node has. Neither submitit (it starts a pickled
+Python function, ours is a command) nor NeMo-Run (500 MB of dependencies, its launcher is torchrun) would save a line:
+signals, requeueing and waiting for the end are Slurm's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 from errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent
-PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
+PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # arguments that name a file or folder
 ENDED = (
     "COMPLETED",
     "FAILED",
@@ -44,8 +44,8 @@ ENDED = (
     "DEADLINE",
     "BOOT_FAIL",
 )
-# Why a job waits that no waiting mends (too few nodes may be mended: some are down). Slurm says others in words,
-# "… use this partition (h100 allows lab)".
+# Reasons for which a pending job can never start. (Too few nodes is none: some may only be down.) Slurm spells others
+# out, such as "… use this partition (h100 allows lab)".
 HOPELESS = {
     "PartitionTimeLimit": "it asks for more time than its partition allows",
     "AccountNotAllowed": "its account may not use its partition",
@@ -53,26 +53,28 @@ HOPELESS = {
     "InvalidAccount": "its account does not exist",
     "InvalidQOS": "its QOS does not exist",
 }
-# Of docker/train.Dockerfile's image, or of another: enroot's hooks may replace an image's PATH.
+# In docker/train.Dockerfile's image or another one; enroot's hooks may replace an image's PATH.
 IMAGE_PYTHON = ["bash", "-c", 'PATH="/opt/gemma-nemo/.venv/bin:$PATH" exec python "$@"', "-"]
-CPUS = 4  # for each process, where CPUS_PER_NODE says nothing: the training, its checkpoints, the GPU's driver
+CPUS = 4  # for each process where CPUS_PER_NODE is not set: the training, its checkpoints, the GPU's driver
 
 
-def main(words: list[str]) -> int:
-    if words[:1] != ["commands.train"]:
-        raise UserError("RUNTIME=slurm is for `make train`; the rest runs here, or on a node you are logged in to")
-    words = words[1:]
-    runs = Path(value_of(words, "runs_dir") or "runs")
-    folder = (PROJECT / runs / (value_of(words, "task") or "slang") / "slurm").absolute()
-    elements = sweep(os.environ.get("SWEEP", ""), words)
-    name, script = write_script(words, elements, folder)
+def main(arguments: list[str]) -> int:
+    if arguments[:1] != ["commands.train"]:
+        raise UserError(
+            "RUNTIME=slurm works with `make train` only; run other commands here or on a node you are logged in to"
+        )
+    arguments = arguments[1:]
+    runs = Path(value_of(arguments, "runs_dir") or "runs")
+    folder = (PROJECT / runs / (value_of(arguments, "task") or "slang") / "slurm").absolute()
+    elements = sweep(os.environ.get("SWEEP", ""), arguments)
+    name, script = write_script(arguments, elements, folder)
     if os.environ.get("DRY_RUN"):
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
         raise UserError(
-            "there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
-            "shows the script that it would submit"
+            "there is no sbatch here: RUNTIME=slurm must be used on a login node of a Slurm cluster. DRY_RUN=1 "
+            "shows the script that would be submitted"
         )
     user = f"--user={getpass.getuser()}"
     if queued := ask("squeue", "--noheader", user, f"--name={name}", "--format=%F").split():
@@ -84,59 +86,70 @@ def main(words: list[str]) -> int:
     return follow(job, folder, elements)
 
 
-def value_of(words: list[str], key: str) -> str:
-    """What the last `key=…` of `words` says, or ''."""
-    return next((word[len(key) + 1 :] for word in reversed(words) if word.startswith(f"{key}=")), "")
+def value_of(arguments: list[str], key: str) -> str:
+    """The value of the last `key=…` in `arguments`, or ''."""
+    return next((argument[len(key) + 1 :] for argument in reversed(arguments) if argument.startswith(f"{key}=")), "")
 
 
 def number(name: str, default: int, least: int = 1) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{name}={text} must be a whole number from {least}")
+        raise UserError(f"{name}={text} must be a whole number of at least {least}")
     return int(text)
 
 
 # --- the script ---------------------------------------------------------------------------------------------------
 
 
-def sweep(text: str, words: list[str]) -> list[list[str]]:
+def sweep(text: str, arguments: list[str]) -> list[list[str]]:
     """`peft.r=4,8 seed=0,1` → `[["peft.r=4", "seed=0"], ["peft.r=4", "seed=1"], …]`; [] for no sweep.
 
-    What changes the rows, or how they are read, gets data folders of its own.
+    Combinations that change the rows, or how they are read, get data folders of their own.
+
+    Raises:
+        UserError: the text is not of this form.
     """
     axes = []
     for axis in shlex.split(text):
         key, assigned, values = axis.partition("=")
         listed = list(dict.fromkeys(re.split(r",(?![^\[]*\])", values)))  # a list in brackets is one value
         if not key or not assigned or not all(listed):
-            raise UserError(f"SWEEP: {axis} is not key=value,value. For example SWEEP='peft.r=4,8 seed=0,1'")
+            raise UserError(
+                f"SWEEP: {axis} is not of the form key=value,value; for example SWEEP='peft.r=4,8 seed=0,1'"
+            )
         if key in ("data_dir", "runs_dir"):
-            raise UserError(f"SWEEP: {key} is where the runs' own files lie: give it in ARGS, once for all")
+            raise UserError(f"SWEEP: {key} must be the same for all runs; set it in ARGS")
         axes.append([f"{key}={value}" for value in listed])
     elements = [list(chosen) for chosen in itertools.product(*axes)] if axes else []
-    data = value_of(words, "data_dir") or f"data/{value_of(words, 'task') or 'slang'}"
+    data = value_of(arguments, "data_dir") or f"data/{value_of(arguments, 'task') or 'slang'}"
     for element in elements:
-        own = [word for word in element if not word.startswith(("peft", "trainer.", "task.train.", "seed="))]
+        own = [
+            argument for argument in element if not argument.startswith(("peft", "trainer.", "task.train.", "seed="))
+        ]
         if own:
             element.append(f"data_dir={data}-" + re.sub(r"[^\w.=-]+", "_", "-".join(own)))
     return elements
 
 
-def write_script(words: list[str], elements: list[list[str]], folder: Path) -> tuple[str, str]:
-    """The name of a job that trains by `words`, and its sbatch script."""
+def write_script(arguments: list[str], elements: list[list[str]], folder: Path) -> tuple[str, str]:
+    """The name and the sbatch script of a job that trains with `arguments`.
+
+    Raises:
+        UserError: an environment variable or an argument is wrong.
+    """
     nodes, gpus = number("NODES", 1), number("GPUS_PER_NODE", number("GPUS", 0, least=0), least=0)
-    devices = value_of(words, "trainer.devices") or str(gpus or 1)
-    if gpus and value_of(words, "trainer.devices") not in ("", str(gpus)):
-        raise UserError(f"GPUS_PER_NODE={gpus} and trainer.devices={devices}: give the first alone")
+    devices = value_of(arguments, "trainer.devices") or str(gpus or 1)
+    if gpus and value_of(arguments, "trainer.devices") not in ("", str(gpus)):
+        raise UserError(f"GPUS_PER_NODE={gpus} and trainer.devices={devices} differ; set only the first")
     if not devices.isdecimal():
-        raise UserError(f"trainer.devices={devices} must be a whole number from 1")
-    words = [*words, f"trainer.num_nodes={nodes}"]
-    if not value_of(words, "trainer.devices"):
-        words.append(f"trainer.devices={devices}")
-    if gpus and not value_of(words, "trainer"):
-        words.append("trainer=gpu")  # a node whose driver is broken must not train on its CPU
+        raise UserError(f"trainer.devices={devices} must be a whole number of at least 1")
+    arguments = [*arguments, f"trainer.num_nodes={nodes}"]
+    if not value_of(arguments, "trainer.devices"):
+        arguments.append(f"trainer.devices={devices}")
+    if gpus and not value_of(arguments, "trainer"):
+        arguments.append("trainer=gpu")  # so that a node with a broken driver does not train on its CPU
     container = os.environ.get("CONTAINER", "")
-    stamps = [".venv-automodel/automodel.stamp"] if value_of(words, "engine") == "automodel" else []
+    stamps = [".venv-automodel/automodel.stamp"] if value_of(arguments, "engine") == "automodel" else []
     options = {
         "nodes": nodes,
         "ntasks-per-node": 1,
@@ -148,41 +161,41 @@ def write_script(words: list[str], elements: list[list[str]], folder: Path) -> t
         "time": os.environ.get("TIME"),
         "array": f"0-{len(elements) - 1}" if elements else "",
         "output": str(folder).replace("%", "%%") + ("/%A_%a.log" if elements else "/%j.log"),
-        "open-mode": "append",  # of one log, however often the job starts
-        "signal": "B:USR1@120",  # seconds before the end of its time, to write a checkpoint in
-        "export": "ALL",  # HF_TOKEN and the like, which stand in no file
+        "open-mode": "append",  # to one log, however often the job is restarted
+        "signal": "B:USR1@120",  # seconds before its time limit, to write a checkpoint in
+        "export": "ALL",  # HF_TOKEN and the like, which are in no file
     }
     for option, value in options.items():
         if "\n" in str(value):
-            raise UserError(f"--{option} has a line break in it: {value!r}")
+            raise UserError(f"--{option} contains a line break: {value!r}")
     python = IMAGE_PYTHON if container else [".venv/bin/python"]
     values = [
         f"project={shlex.quote(str(PROJECT))}",
         f"folder={shlex.quote(str(folder))}",
         f"runs={shlex.quote(str(folder.parent))}",
-        f"words=({shlex.join(words)})",
+        f"arguments=({shlex.join(arguments)})",
         f"python=({shlex.join(python)})",
-        f"container=({shlex.join(container_options(container, words)) if container else ''})",
+        f"container=({shlex.join(container_options(container, arguments)) if container else ''})",
         f"stamps=({'' if container else shlex.join(['.venv/train.stamp', *stamps])})",
     ]
     if elements:
-        choices = [f"    {n}) words+=({shlex.join(element)}) ;;" for n, element in enumerate(elements)]
+        choices = [f"    {n}) arguments+=({shlex.join(element)}) ;;" for n, element in enumerate(elements)]
         values += ["case $SLURM_ARRAY_TASK_ID in", *choices, "esac"]
     header = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value]
-    ours = "# shellcheck disable=SC2016,SC2054 # what follows are other programs' words"
+    ours = "# shellcheck disable=SC2016,SC2054 # what follows are other programs' arguments"
     body = ["#SBATCH --requeue", "", ours, *values, "", (PROJECT / "docker/train.sbatch").read_text()]
     text = "\n".join([*header, *body])
     name = f"{folder.parent.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name, f"#!/bin/bash\n#SBATCH --job-name={shlex.quote(name)}\n{text}"
 
 
-def container_options(image: str, words: list[str]) -> list[str]:
-    """pyxis's words: the image has Python and its packages, the project comes from here, at the same path as here."""
-    named = [PROJECT / value for value in (value_of(words, key) for key in PATHS) if value and "://" not in value]
-    named += [PROJECT / name for name in ("models", "data", "runs")]  # which may be links to a larger disk
+def container_options(image: str, arguments: list[str]) -> list[str]:
+    """pyxis's options: Python and its packages come from the image, the project from here, at the same path."""
+    named = [PROJECT / value for value in (value_of(arguments, key) for key in PATHS) if value and "://" not in value]
+    named += [PROJECT / name for name in ("models", "data", "runs")]  # which may be links to another disk
     mounts = {str(PROJECT)}
     for path in named:
-        # A file's folder; of a folder that is yet to be made, the one to make it in.
+        # The folder of a file; for a folder that does not exist yet, its nearest existing parent.
         place = next(place for place in (path.resolve(), *path.resolve().parents) if place.is_dir())
         if place != Path("/") and not place.is_relative_to(PROJECT):
             mounts.add(str(place))
@@ -197,7 +210,7 @@ def container_options(image: str, words: list[str]) -> list[str]:
 
 
 def ask(*command: str) -> str:
-    """What one of Slurm's commands prints; '' where it is missing or does not answer."""
+    """The output of a Slurm command; '' where it is missing or does not answer."""
     try:
         return subprocess.run(command, text=True, capture_output=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -205,7 +218,11 @@ def ask(*command: str) -> str:
 
 
 def submit(script: str, folder: Path) -> str:
-    """Hand `script` to Slurm, keep it as `folder`/<job>.sbatch, and return the job's number."""
+    """Submit `script`, keep it as `folder`/<job>.sbatch, and return the job's number.
+
+    Raises:
+        UserError: Slurm refuses the job, or does not answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f".submitting-{os.getpid()}.sbatch"
     file.write_text(script)
@@ -219,17 +236,17 @@ def submit(script: str, folder: Path) -> str:
         file.rename(folder / f"{job}.sbatch")
         return job
     except subprocess.TimeoutExpired:
-        raise UserError("Slurm has not answered sbatch for two minutes. `scontrol ping` says how it is") from None
+        raise UserError("Slurm has not answered sbatch for two minutes; `scontrol ping` shows its state") from None
     finally:
         file.unlink(missing_ok=True)
 
 
 def explain(answer: str) -> str:
-    """What sbatch complains about, in one sentence with what there is instead."""
+    """sbatch's error in one sentence, with the alternatives."""
     lines = answer.strip().splitlines() or ["no reason given"]
     said = re.sub(r"^(sbatch: )?((error|fatal): )?(Batch job submission failed: |allocation failure: )?", "", lines[-1])
     if "controller" in said or "configuration source" in said:
-        return f"Slurm does not answer: {said}. `scontrol ping` says more"
+        return f"Slurm does not answer: {said}; `scontrol ping` shows its state"
     # "Invalid account or account/partition combination" is about the account.
     named = [name for name in ("ACCOUNT", "QOS", "PARTITION", "TIME") if name.lower() in said.lower()]
     names = named[:1] or ["NODES", "GPUS_PER_NODE", "CPUS_PER_NODE", "PARTITION"]
@@ -243,19 +260,19 @@ def explain(answer: str) -> str:
 
 
 def partitions() -> str:
-    """What partitions the cluster has, of what nodes."""
+    """The cluster's partitions and their nodes."""
     lines = ask("sinfo", "--noheader", "--format=%R (%D nodes of %c CPUs, %G, up to %l)").splitlines()
     return ", ".join(dict.fromkeys(" ".join(line.split()) for line in lines))
 
 
 def states(job: str) -> list[dict[str, str]]:
-    """What Slurm knows of a job, or of each element of an array: `[{"JobState": "RUNNING", …}]`."""
+    """Slurm's record of a job, or of each element of an array: `[{"JobState": "RUNNING", …}]`."""
     records = ask("scontrol", "--oneliner", "show", "job", job).splitlines()
     return [dict(re.findall(r"(?:^|\s)(\w+)=(\S*)", record)) for record in records if "JobState=" in record]
 
 
 def exit_code(record: dict[str, str]) -> int:
-    """0 where a job has completed; else its exit code, never 0."""
+    """0 where a job has completed; otherwise its exit code, which is never 0."""
     if record["JobState"] == "COMPLETED":
         return 0
     code, _, number = record.get("ExitCode", "1:0").partition(":")
@@ -263,7 +280,7 @@ def exit_code(record: dict[str, str]) -> int:
 
 
 def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
-    """Show what becomes of a job until it has ended; its exit code, or the highest of an array's."""
+    """Show a job's state and log until it has ended; its exit code, or the highest of an array."""
     log = folder / (f"{job}_*.log" if elements else f"{job}.log")
     told: dict[str, str] = {}
     shown, changed, silent = 0, time.monotonic(), 0
@@ -285,10 +302,10 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                 if reason in HOPELESS or "use_this_partition" in reason:
                     ask("scancel", job)
                     why = HOPELESS.get(reason, reason.replace("_", " "))
-                    raise UserError(f"the job could never start, and is withdrawn: {why}. There are {partitions()}")
+                    raise UserError(f"the job could never start and was cancelled: {why}. There are {partitions()}")
             if records and all(record["JobState"] in ENDED for record in records):
                 break
-            # Every second while something happens, every half a minute in a long training: the cluster has other users.
+            # Every second while something happens, every 30 s in a long training: the controller has other users.
             until = time.monotonic() + min(30, 1 + (time.monotonic() - changed) / 10)
             while time.monotonic() < until:
                 time.sleep(0.5)
@@ -296,7 +313,7 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                     shown = copy(log, shown)
     except KeyboardInterrupt:
         print(
-            f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
+            f"\nDetached: job {job} keeps running. The same command follows it again; its log is {log}. To cancel it: "
             f"scancel {job}",
             file=sys.stderr,
         )
@@ -305,12 +322,12 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
         copy(folder / f"{job}.table", 0)
     code = max(exit_code(record) for record in records)
     if code and elements:
-        print(f"Not all have ended well: see {log}", file=sys.stderr)
+        print(f"Not all trainings succeeded: see {log}", file=sys.stderr)
     return code
 
 
 def tell(record: dict[str, str]) -> str:
-    """A job's state in words."""
+    """A job's state, as a sentence."""
     state, reason = record["JobState"], record.get("Reason", "None")
     again = f", start {int(record['Restarts']) + 1}" if record.get("Restarts", "0") != "0" else ""
     if state == "PENDING":
@@ -321,7 +338,7 @@ def tell(record: dict[str, str]) -> str:
 
 
 def copy(log: Path, shown: int) -> int:
-    """Print what `log` has beyond its first `shown` bytes; how many it has now. Opened anew, or NFS shows the old."""
+    """Print `log` from byte `shown` on; its new size. It is reopened each time, as NFS would show old contents."""
     try:
         with log.open("rb") as file:
             file.seek(shown)

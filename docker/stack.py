@@ -1,9 +1,9 @@
-"""Bring up Triton, the website, Prometheus and Grafana from docker/compose.yaml, and take them down.
+"""Start Triton, the website, Prometheus and Grafana from docker/compose.yaml, and stop them.
 
-make up [TASKS=slang,chat] [VARIANT=cpu]    with the newest runs; VARIANT=gpu (or ENGINE=vllm) is NVIDIA's Triton
+make up [TASKS=slang,chat] [VARIANT=cpu]    serve the newest runs; VARIANT=gpu (or ENGINE=vllm) uses NVIDIA's Triton
 make up PROFILES=cpu                        without Prometheus and Grafana
 make down
-python3 docker/stack.py up slang chat       the same; the words go to commands.prepare_serving
+python3 docker/stack.py up slang chat       the same
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -21,45 +21,50 @@ from container import FOLDERS, gpu_flags
 from errors import UserError, run
 from image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
 
-PATIENCE = 1800.0  # seconds: the first time a base may have to be fetched, and vLLM reads it for minutes
-PORTS = {"DOOR_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
+PATIENCE = 1800.0  # seconds: a base may have to be downloaded first, and vLLM loads it for minutes
+PORTS = {"GATEWAY_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
 
 
-def main(words: Sequence[str]) -> None:
-    if words[:1] not in (["up"], ["down"]):
-        raise UserError("say up, with the tasks to serve, or down")
+def main(arguments: Sequence[str]) -> None:
+    if arguments[:1] not in (["up"], ["down"]):
+        raise UserError("the first argument must be up, which the tasks to serve may follow, or down")
     engine = find_engine(("docker", "podman"))
     chosen = "gpu" if os.environ.get("ENGINE") == "vllm" else variant()
     profiles = (os.environ.get("PROFILES") or f"{chosen} monitoring").split()
     served = [name for name in profiles if name in VARIANTS]
     if len(served) != 1 or set(profiles) - {*VARIANTS, "monitoring"}:
-        raise UserError(f"PROFILES={' '.join(profiles)} must be cpu or gpu, and monitoring or not")
+        raise UserError(f"PROFILES={' '.join(profiles)} must name cpu or gpu, and may name monitoring")
     os.environ["VARIANT"] = chosen = served[0]
     os.environ.setdefault("OWNER", "0:0" if engine.rootless else f"{os.getuid()}:{os.getgid()}")
     compose = find_compose(engine)
-    if words[0] == "down":
+    if arguments[0] == "down":
         everything = [f"--profile={name}" for name in (*VARIANTS, "monitoring")]
         raise SystemExit(subprocess.run([*compose, *everything, "down"], cwd=ROOT).returncode)
     if chosen == "gpu":
-        gpu_flags(engine)  # or what is missing for it
-    os.environ["SERVED"] = f"tasks={','.join(words[1:])}" if words[1:] else "default=slang"
+        gpu_flags(engine)  # raises where something is missing for GPUs
+    os.environ["SERVED"] = f"tasks={','.join(arguments[1:])}" if arguments[1:] else "default=slang"
     for folder in FOLDERS:
-        (ROOT / folder).mkdir(exist_ok=True)  # docker would make it root's
+        (ROOT / folder).mkdir(exist_ok=True)  # docker would create it as root
     for kind in ("train", "serve"):
-        print(f"Building {tag(kind, chosen)} with {engine.command}: minutes at first, then from its cache", flush=True)
+        print(
+            f"Building {tag(kind, chosen)} with {engine.command}: some minutes the first time, then from its cache",
+            flush=True,
+        )
         build(engine, kind, chosen)
     if not up(compose, served):
-        raise UserError("it did not come up: see above")
+        raise UserError("the containers did not start: see above")
     wait(engine, compose, served)
-    about = {"DOOR_PORT": "OpenAI's interface, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
+    about = {"GATEWAY_PORT": "the OpenAI-compatible gateway, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
     if "monitoring" in profiles:
         if up(compose, ["monitoring"]):
             about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
-        else:  # their images come from Docker Hub, which a machine may not reach
-            print("Prometheus and Grafana did not come up, see above; PROMETHEUS_IMAGE and GRAFANA_IMAGE name others")
+        else:  # their images come from Docker Hub, which may be unreachable
+            print(
+                "Prometheus and Grafana did not start: see above. PROMETHEUS_IMAGE and GRAFANA_IMAGE name other images"
+            )
     for name, what in about.items():
         print(f"  http://127.0.0.1:{port(name)}  {what}")
-    print("make down ends it.")
+    print("To stop it: make down")
 
 
 def up(compose: list[str], profiles: list[str]) -> bool:
@@ -72,20 +77,20 @@ def port(name: str) -> int:
 
 
 def find_compose(engine: Engine) -> list[str]:
-    """The command of a compose that speaks with `engine`, and the project's file.
+    """The command line of a compose that works with `engine`, with the project's file.
 
     Raises:
-        UserError: none is installed, or podman's socket is not there for it.
+        UserError: no compose is installed, or podman's socket is missing.
     """
-    for words in (["docker", "compose"], ["docker-compose"], ["podman", "compose"]):
+    for command in (["docker", "compose"], ["docker-compose"], ["podman", "compose"]):
         try:
-            answer = subprocess.run([*words, "version"], capture_output=True)
+            answer = subprocess.run([*command, "version"], capture_output=True)
         except FileNotFoundError:
             continue
         if answer.returncode == 0:
             if not engine.is_docker and "DOCKER_HOST" not in os.environ:
                 os.environ["DOCKER_HOST"] = podman_socket()
-            return [*words, "--file", "docker/compose.yaml"]
+            return [*command, "--file", "docker/compose.yaml"]
     raise UserError("docker compose is missing. Install it: sudo apt-get install docker-compose-v2 (or docker-compose)")
 
 
@@ -95,21 +100,21 @@ def podman_socket() -> str:
         if os.access(socket, os.W_OK):
             return f"unix://{socket}"
     raise UserError(
-        "compose speaks to podman over its socket, which is not there. Start it: systemctl --user start "
-        "podman.socket, or podman system service --time=0, and name it in DOCKER_HOST"
+        "compose needs podman's socket, which does not exist. Start it: systemctl --user start "
+        "podman.socket, or podman system service --time=0, and set DOCKER_HOST to it"
     )
 
 
 def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
-    """Until the door's /health has generated a token.
+    """Wait until the gateway's /health has generated a token.
 
     Raises:
-        UserError: a container has ended with an error, or it takes too long.
+        UserError: a container has ended with an error, or there is no answer within `PATIENCE`.
     """
     began, shown = time.monotonic(), ""
     while time.monotonic() - began < PATIENCE:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port('DOOR_PORT')}/health", timeout=15):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port('GATEWAY_PORT')}/health", timeout=15):
                 print(f"Ready after {time.monotonic() - began:.0f} s")
                 return
         except (urllib.error.URLError, OSError):

@@ -1,13 +1,13 @@
-"""The OpenAI-compatible door: what speaks that API can use the served model at once.
+"""The gateway: an OpenAI-compatible HTTP server in front of Triton.
 
     python -m serving.gateway --triton 127.0.0.1:8001 --port 9000        (`make serve` starts it)
 
     OpenAI(base_url="http://127.0.0.1:9000/v1", api_key="-").chat.completions.create(model="slang", messages=[…])
 
-/v1/models, /v1/chat/completions, /v1/completions: see openai_api.py for what they take. /health generates a token,
-/metrics is for Prometheus. With SERVING_API_KEY in its environment (several, with commas between) /v1 asks for one of
-them. A line of JSON a request goes to standard error; with SERVING_LOG_TEXT=1 texts too. A caller that leaves ends its
-answer in the engine.
+It serves /v1/models, /v1/chat/completions and /v1/completions (openai_api.py), /health, which generates a token, and
+/metrics for Prometheus. If SERVING_API_KEY is set (several keys are separated by commas), /v1 requires one of them. It
+logs one line of JSON for each request to standard error; with SERVING_LOG_TEXT=1 prompts and answers too. When a caller
+disconnects, its answer is cancelled in the engine.
 """
 
 import argparse
@@ -36,50 +36,63 @@ from starlette.types import Receive, Scope, Send
 
 from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
 from serving.client.transport import connect
-from serving.gateway_records import NOBODY, Metrics, Record, log, log_to_stderr
+from serving.gateway_records import NOBODY, GatewayMetrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
 from serving.protocol import CANCELLED
 from serving.rate_limit import Rate, RateLimiter, client_of
 
-BODY_SECONDS = 30.0  # for a request to arrive in
-RETRY_SECONDS = 3.0  # while Triton is busy or away
-HEALTH_SECONDS = 1.0  # how old an answer of /health may be
+BODY_SECONDS = 30.0  # for a request's body to arrive in
+RETRY_SECONDS = 3.0  # while Triton is busy or unavailable
+HEALTH_SECONDS = 1.0  # for which an answer of /health is cached
 HEALTH_DEADLINE = 5.0
-DRAIN_SECONDS = 8  # that answers have to end after SIGTERM
-WRONG_KEYS = 10  # a minute from one address; then nothing from there is listened to, until some of it has passed
-GONE = 499  # nginx's status for a caller that has left
+DRAIN_SECONDS = 8  # for answers to finish after SIGTERM
+WRONG_KEYS = 10  # a minute from one address; more, and its requests are refused for a while, whatever their key
+GONE = 499  # nginx's status for a client that has disconnected
 
 
 @dataclass(frozen=True)
-class Limits:
-    """See `--help`. `per_minute` 0: none."""
+class RequestLimits:
+    """What is accepted.
+
+    Attributes:
+        body: bytes of a request.
+        per_minute: requests of one caller a minute; 0: any number.
+        concurrent: requests of all callers at once.
+    """
 
     body: int = 1 << 20
     per_minute: float = 0
     concurrent: int = 128
 
 
-class Door:
-    """What the routes share. `keys`: those that open the door; none leaves it open."""
+class Gateway:
+    """What the routes share.
+
+    Args:
+        client: sends the requests.
+        probe: sends those of /health.
+        keys: the accepted API keys; none: no key is required.
+        log_text: whether prompts and answers are logged.
+    """
 
     def __init__(
-        self, client: AsyncClient, probe: AsyncClient, limits: Limits, keys: list[str], log_text: bool
+        self, client: AsyncClient, probe: AsyncClient, limits: RequestLimits, keys: list[str], log_text: bool
     ) -> None:
-        self.client, self.metrics = client, Metrics()
+        self.client, self.metrics = client, GatewayMetrics()
         self._probe, self._limits, self._log_text = probe, limits, log_text
         self._keys = [key.encode() for key in keys]
         self._limiter = RateLimiter()
         self._open = 0
-        self._served = {BASE.name}  # models that have answered: their names may be labels
+        self._served = {BASE.name}  # models that have answered; only their names become labels of metrics
         self._health: tuple[float, int, dict[str, Any]] = (float("-inf"), 0, {})
         self._probing = asyncio.Lock()
         self._started = int(time.time())
 
     def caller(self, request: Request) -> str:
-        """Who asks: the number of a key, or an address where there are no keys.
+        """Who sent the request: the number of its key, or its address where no key is required.
 
         Raises:
-            ApiError: a key is needed and this is none, or too many from there were none.
+            ApiError: the key is missing or wrong, or too many wrong ones have come from this address.
         """
         address = client_of(request.scope)
         if not self._keys:
@@ -92,21 +105,24 @@ class Door:
             refusal="too many wrong API keys from this address",
         )
         guess(0)
-        word, _, given = request.headers.get("authorization", "").partition(" ")
-        # All are compared, each in the same time, so that time tells nothing of them.
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        # Compare with every key in constant time, so that the response time reveals nothing about them.
         right = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
-        if word.lower() != "bearer" or not any(right):
+        if scheme.lower() != "bearer" or not any(right):
             if given:
                 guess(1)
             raise ApiError(
-                401, "no such API key; give one of SERVING_API_KEY as Authorization: Bearer KEY", "invalid_api_key"
+                401,
+                "the API key is missing or wrong; send one of SERVING_API_KEY as Authorization: Bearer KEY",
+                "invalid_api_key",
             )
         return f"key {right.index(True) + 1}"
 
     def count(self, caller: str) -> None:
-        """
+        """Count a request of `caller`.
+
         Raises:
-            ApiError: `caller` has asked more often than it may.
+            ApiError: it has sent more requests than it may.
         """
         if rate := self._limits.per_minute:
             self._take(caller, 1, rate, max(1.0, rate / 6), f"more than {rate:g} requests a minute")
@@ -121,7 +137,7 @@ class Door:
             raise ApiError(429, refusal, "rate_limit_exceeded", retry_after=wait)
 
     async def complete(self, request: Request, kind: type[Completion]) -> Response:
-        """Answer one request of `kind`, whole or as server-sent events."""
+        """Answer one request of `kind`, as a whole or as server-sent events."""
         record = Record(self.metrics, request.url.path)
         try:
             record.caller = self.caller(request)
@@ -167,9 +183,9 @@ class Door:
         self._open += 1
 
         def close() -> int:
-            """The status of what was answered."""
+            """Release what the answer held; its HTTP status."""
             self._open -= 1
-            # The connection also reads as gone once the answer has been sent.
+            # A connection also counts as closed once its answer has been sent.
             has_left = leaving.done() and stream.answer.finish_reason == CANCELLED and not record.error
             leaving.cancel()
             stream.cancel()
@@ -181,7 +197,7 @@ class Door:
             return GONE if has_left else 200
 
         try:
-            first = await anext(stream, "")  # until here, what goes wrong has a status of its own
+            first = await anext(stream, "")  # errors up to here have an HTTP status of their own
             if stream.answer.output_tokens:
                 self._served.add(form.model)
                 record.model = form.model
@@ -198,14 +214,14 @@ class Door:
         return JSONResponse(reply.whole(stream.answer), status)
 
     async def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of /health: whether a token is generated now, or was a moment ago."""
+        """Status and body of /health: whether a token can be generated, at most `HEALTH_SECONDS` old."""
         async with self._probing:
             if time.monotonic() - self._health[0] > HEALTH_SECONDS:
                 begin = time.monotonic()
                 try:
                     await self._probe.generate("Hello", max_tokens=1, temperature=0)
                     found = 200, {"status": "ok", "seconds": round(time.monotonic() - begin, 4)}
-                except Busy:  # it generates, for others
+                except Busy:  # with the requests of others
                     found = 200, {"status": "busy"}
                 except ServingError as error:
                     found = 503, {"status": "failing", "error": ApiError.of(error).message}
@@ -213,13 +229,13 @@ class Door:
             return self._health[1:]
 
     async def models(self, request: Request) -> list[dict[str, Any]]:
-        """The entries of /v1/models, for who may see them."""
+        """The entries of /v1/models, for a caller that is allowed to see them."""
         self.count(self.caller(request))
         return models(await self.client.adapters(), self._started)
 
 
 class Events(StreamingResponse):
-    """Server-sent events; `end` is called when they are over, whatever way."""
+    """Server-sent events; `end` is called when they are over, however they end."""
 
     def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
@@ -254,45 +270,45 @@ def refusal(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers())
 
 
-def create_app(triton: str, ca_file: Path | None, limits: Limits, keys: list[str], log_text: bool) -> FastAPI:
+def create_app(triton: str, ca_file: Path | None, limits: RequestLimits, keys: list[str], log_text: bool) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         probe = AsyncClient(
             triton, ca_file=ca_file, first_token_deadline=HEALTH_DEADLINE, deadline=HEALTH_DEADLINE, retry_for=0
         )
         async with AsyncClient(triton, ca_file=ca_file, retry_for=RETRY_SECONDS) as client, probe:
-            app.state.door = Door(client, probe, limits, keys, log_text)
+            app.state.gateway = Gateway(client, probe, limits, keys, log_text)
             yield
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        return await app.state.door.complete(request, ChatCompletion)
+        return await app.state.gateway.complete(request, ChatCompletion)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await app.state.door.complete(request, TextCompletion)
+        return await app.state.gateway.complete(request, TextCompletion)
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await app.state.door.models(request)})
+        return JSONResponse({"object": "list", "data": await app.state.gateway.models(request)})
 
     @app.get("/v1/models/{name}")
     async def show_model(request: Request, name: str) -> Response:
-        for model in await app.state.door.models(request):
+        for model in await app.state.gateway.models(request):
             if model["id"] == name:
                 return JSONResponse(model)
         raise ApiError(404, f"no model '{name}' is served", "model_not_found", "model")
 
     @app.get("/health")
     async def health() -> Response:
-        status, body = await app.state.door.health()
+        status, body = await app.state.gateway.health()
         return JSONResponse(body, status)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(app.state.door.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(app.state.gateway.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -308,7 +324,7 @@ def create_app(triton: str, ca_file: Path | None, limits: Limits, keys: list[str
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        return refusal(ApiError(500, "the door failed at this request; its log says more", "internal"))
+        return refusal(ApiError(500, "the gateway failed at this request; its log has the details", "internal"))
 
     return app
 
@@ -318,49 +334,53 @@ def main() -> None:
         prog="python -m serving.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--triton", default=DEFAULT_URL, metavar="URL", help=f"default {DEFAULT_URL}")
-    parser.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed Triton's certificate, for grpcs://")
-    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    parser.add_argument(
+        "--ca-file", type=Path, metavar="PEM", help="the authority that signed Triton's certificate, for grpcs://"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine only"
+    )
     parser.add_argument("--port", type=int, default=9000, help="default 9000")
-    parser.add_argument("--max-body", type=int, default=Limits.body, metavar="BYTES", help="default 1 MiB")
+    parser.add_argument("--max-body", type=int, default=RequestLimits.body, metavar="BYTES", help="default 1 MiB")
     parser.add_argument(
         "--per-minute",
         type=float,
-        default=Limits.per_minute,
+        default=RequestLimits.per_minute,
         metavar="N",
-        help="requests of one key, or address, a minute; default: any number",
+        help="requests of one key, or one address, a minute; default: any number",
     )
     parser.add_argument(
         "--concurrent",
         type=int,
-        default=Limits.concurrent,
+        default=RequestLimits.concurrent,
         metavar="N",
-        help=f"requests at once, default {Limits.concurrent}",
+        help=f"concurrent requests, default {RequestLimits.concurrent}",
     )
     options = parser.parse_args()
     keys = [key.strip() for key in os.environ.get("SERVING_API_KEY", "").split(",") if key.strip()]
-    limits = Limits(options.max_body, options.per_minute, options.concurrent)
+    limits = RequestLimits(options.max_body, options.per_minute, options.concurrent)
     log_to_stderr()
     try:
-        # So that it is told before the door opens.
+        # Check the address before listening.
         connect(options.triton, {}, options.ca_file)
         listening = socket.create_server((options.host, options.port), backlog=512)
     except InvalidRequest as error:
         parser.error(f"--triton: {error}")
     except (OSError, OverflowError) as error:
         print(
-            f"error: the door cannot listen at {options.host}:{options.port} ({error}); give another --port",
+            f"error: the gateway cannot listen on {options.host}:{options.port} ({error}); choose another --port",
             file=sys.stderr,
         )
         sys.exit(2)
     if not keys and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
-        log.warning("anybody who reaches this port may use the model: SERVING_API_KEY is not set")
+        log.warning("SERVING_API_KEY is not set: everybody who can reach this port can use the model")
     app = create_app(options.triton, options.ca_file, limits, keys, os.environ.get("SERVING_LOG_TEXT") == "1")
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
         )
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which uvicorn raises again when it has drained
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises the signal again after draining
     log.info("listening", extra={"fields": {"url": f"http://{options.host}:{options.port}", "triton": options.triton}})
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listening])

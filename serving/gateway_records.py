@@ -1,4 +1,8 @@
-"""What is known of the door's requests afterwards: Prometheus metrics, and a line of JSON each in the log."""
+"""The records of the gateway's requests: Prometheus metrics, and one line of JSON each in the log.
+
+The metrics' names begin with door_, an earlier name of the gateway: they are a published interface, used by dashboards
+and alerts, and stay.
+"""
 
 import json
 import logging
@@ -8,28 +12,30 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-disable_created_metrics()  # a second series beside each counter
+disable_created_metrics()  # no second series beside each counter
 log = logging.getLogger("serving.gateway")
-# Seconds: from a quick first token on an idle machine to the last that the client waits for.
+# Seconds: from a quick first token on an idle machine to the client's deadline.
 BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 60.0, 120.0)
 NEXT_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.4, 0.8, 1.6)
-NOBODY = ""  # the model of a request that named none that is served: a label of its own for each would fill memory
+NOBODY = ""  # the label of requests for models that are not served: a label for each would fill memory
 
 
-class Metrics:
+class GatewayMetrics:
+    """The Prometheus metrics of one gateway."""
+
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         given: dict[str, Any] = {"registry": self.registry}
         times: dict[str, Any] = {"labelnames": ["model"], "buckets": BUCKETS, **given}
         self.requests = Counter("door_requests", "Requests", ["path", "model", "status"], **given)
         self.tokens = Counter("door_tokens", "Tokens; kind is input or output", ["model", "kind"], **given)
-        self.first_token = Histogram("door_first_token_seconds", "From a request to its first token", **times)
+        self.first_token = Histogram("door_first_token_seconds", "Seconds from a request to its first token", **times)
         self.next_token = Histogram(
             "door_next_token_seconds",
-            "From a token to the next one, on average of each answer",
+            "Mean seconds between the tokens of an answer",
             **times | {"buckets": NEXT_TOKEN_BUCKETS},
         )
-        self.seconds = Histogram("door_request_seconds", "From a request to its end", **times)
+        self.seconds = Histogram("door_request_seconds", "Seconds from a request to its end", **times)
         self.in_flight = Gauge("door_in_flight", "Requests being answered", **given)
 
     def text(self) -> bytes:
@@ -37,9 +43,14 @@ class Metrics:
 
 
 class Record:
-    """One request, from its arrival to its end. `texts` are logged as they are; `error` has nothing a caller wrote."""
+    """One request, from its arrival to its end.
 
-    def __init__(self, metrics: Metrics, path: str) -> None:
+    Attributes:
+        texts: prompt and answer, if they are to be logged.
+        error: why it failed, without anything that the caller wrote.
+    """
+
+    def __init__(self, metrics: GatewayMetrics, path: str) -> None:
         self._metrics, self._path = metrics, path
         self._begin = time.monotonic()
         self._first: float | None = None
@@ -82,8 +93,8 @@ class Record:
         log.info("request", extra={"fields": {name: value for name, value in line.items() if value not in (None, "")}})
 
 
-class JsonLines(logging.Formatter):
-    """A record of any logger as one line of JSON, with the `fields` it was given."""
+class GatewayLogFormatter(logging.Formatter):
+    """Formats a record of any logger as one line of JSON, with the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -99,7 +110,7 @@ class JsonLines(logging.Formatter):
 
 def log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
+    handler.setFormatter(GatewayLogFormatter())
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(logging.WARNING)

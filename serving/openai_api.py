@@ -1,11 +1,11 @@
-"""OpenAI's HTTP API as far as one Gemma with adapters can keep it: what is asked, what is answered, what is refused.
+"""OpenAI's HTTP API for one Gemma with adapters: requests, responses and errors.
 
-A model's name is an adapter's, or `gemma` for the base alone. `/v1/chat/completions` writes the prompt that the adapter
-was trained with (`Adapter.write_dialogue`): where a task has no turns, as slang's has none, the last message of the
-user is its free field, or several as a JSON object such as {"context": "…", "condition": "…"}. `/v1/completions`
-continues a text as it is. What is left out is sampled as the task is. Beside OpenAI's parameters those of vLLM are
-taken: top_k, min_p, repetition_penalty, min_tokens, ignore_eos. What would change an answer and cannot be done is
-refused by name; other keys are ignored, as clients send all kinds of them.
+The model is an adapter's name, or `gemma` for the base model alone. `/v1/chat/completions` uses the prompt that the
+adapter was trained with (`Adapter.write_dialogue`); for a task without turns, such as slang, the last message fills the
+prompt's main field, or several fields as a JSON object: {"context": "…", "condition": "…"}. `/v1/completions` continues
+a text as it is. Parameters that are left out take the task's values. Beside OpenAI's parameters, these of vLLM are
+accepted: top_k, min_p, repetition_penalty, min_tokens, ignore_eos. An unsupported parameter that would change the
+answer is refused by name; other unknown keys are ignored, as clients send many of them.
 """
 
 import json
@@ -47,7 +47,7 @@ SAMPLING = (
     "repetition_penalty",
     "ignore_eos",
 )
-# What an answer would have to be another for, unless it has one of these values.
+# Unsupported parameters that would change the answer, each with the values that are harmless.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -72,7 +72,13 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """A request that gets an error in OpenAI's format."""
+    """A request that is answered by an error in OpenAI's format.
+
+    Args:
+        status: the HTTP status.
+        code, param: as OpenAI has them.
+        retry_after: seconds for the header of that name; 0: none.
+    """
 
     def __init__(
         self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: float = 0
@@ -82,7 +88,7 @@ class ApiError(Exception):
 
     @classmethod
     def of(cls, error: ServingError) -> "ApiError":
-        """Of what the client of Triton says. Where the server lives and what ails it is nobody's business out there."""
+        """The error to answer with where the client of Triton raised `error`, without details of the server."""
         match error:
             case UnknownAdapter():
                 return cls(404, str(error), "model_not_found", "model")
@@ -96,7 +102,7 @@ class ApiError(Exception):
                 return cls(503, "the model is being started; try again shortly", "unavailable", retry_after=2)
             case DeadlineExceeded():
                 return cls(504, "the answer took too long; ask for fewer tokens, or try again later", "deadline")
-        return cls(500, "the server failed at this request; its log says more", "internal")
+        return cls(500, "the server failed at this request; its log has the details", "internal")
 
     def body(self) -> dict[str, Any]:
         kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
@@ -114,11 +120,16 @@ class StreamOptions(BaseModel):
 
 
 class Completion(BaseModel):
-    """What both kinds of request have in common."""
+    """What both kinds of request have in common.
+
+    Attributes:
+        kind: the `object` of its responses.
+        prefix: of its responses' ids.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    kind: ClassVar[str]  # the `object` of an answer
-    prefix: ClassVar[str]  # of its id
+    kind: ClassVar[str]
+    prefix: ClassVar[str]
 
     model: str
     stream: bool | None = None
@@ -129,7 +140,7 @@ class Completion(BaseModel):
     min_p: float | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: Any = None  # a text or several; the server says what is wrong with it
+    stop: Any = None  # a string or a list of them; the server checks it
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -138,9 +149,10 @@ class Completion(BaseModel):
 
     @classmethod
     def read(cls, body: bytes) -> Self:
-        """
+        """Parse the body of a request.
+
         Raises:
-            ApiError: what is wrong with the first thing that is.
+            ApiError: it is not JSON, or a parameter is wrong; the message names the first one.
         """
         try:
             form = cls.model_validate_json(body)
@@ -154,7 +166,7 @@ class Completion(BaseModel):
         for name, harmless in REFUSED.items():
             value = (form.model_extra or {}).get(name)
             if value is not None and value not in harmless:
-                raise ApiError(400, f"{name} is not supported here; leave it out", "unsupported_parameter", name)
+                raise ApiError(400, f"{name} is not supported; leave it out", "unsupported_parameter", name)
         return form
 
     @property
@@ -170,14 +182,15 @@ class Completion(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def send(self, client: AsyncClient) -> AsyncStream:
+        """Send the request; the answer as it is generated."""
         raise NotImplementedError
 
     def choice(self, text: str, reason: str | None, place: Literal["whole", "first", "part"]) -> dict[str, Any]:
-        """The text of an answer, or of a part of it, where OpenAI has it."""
+        """An entry of `choices`: a whole answer, or the first or a later part of one."""
         raise NotImplementedError
 
 
-class Message(BaseModel):
+class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str
 
@@ -188,7 +201,7 @@ class Message(BaseModel):
             return value
         for part in value:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError('each part must be {"type": "text", "text": "…"}; this model reads nothing else')
+                raise ValueError('each part must be {"type": "text", "text": "…"}; this model reads only text')
         return "\n".join(part["text"] for part in value)
 
     def as_dict(self) -> dict[str, str]:
@@ -198,7 +211,7 @@ class Message(BaseModel):
 class ChatCompletion(Completion):
     kind, prefix = "chat.completion", "chatcmpl-"
 
-    messages: list[Message]
+    messages: list[ChatMessage]
     max_completion_tokens: int | None = None
 
     @model_validator(mode="after")
@@ -235,7 +248,7 @@ class TextCompletion(Completion):
 
 
 class Reply:
-    """The answer to one request, whole or in chunks."""
+    """The response to one request, as a whole or in chunks."""
 
     def __init__(self, form: Completion) -> None:
         self._form = form
@@ -250,7 +263,7 @@ class Reply:
         return self._event([self._form.choice(text, None, "first" if first else "part")])
 
     def last(self, answer: Answer) -> str:
-        """The end of a stream that went well: why it ended, what it cost if that was asked for, and `[DONE]`."""
+        """The end of a complete stream: the finish reason, the usage if it was requested, and `[DONE]`."""
         end = self._event([self._form.choice("", answer.finish_reason, "part")])
         usage = _data(self._object([], ".chunk") | {"usage": _usage(answer)}) if self._form.wants_usage else ""
         return f"{end}{usage}data: [DONE]\n\n"
@@ -267,7 +280,7 @@ class Reply:
 
 
 def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
-    """The base and the adapters as entries of `/v1/models`."""
+    """The base model and the adapters as entries of `/v1/models`."""
     base = {"id": BASE.name, "object": "model", "created": created, "owned_by": "google"}
     if adapters:
         base["root"] = adapters[0].base
@@ -297,6 +310,6 @@ def _data(value: dict[str, Any]) -> str:
 
 
 def _named(message: str) -> str | None:
-    """The parameter that an error begins with, or names as unknown."""
+    """The parameter that an error message begins with; None where it begins with none."""
     found = re.match(r"(\w+)", message)
     return found[1] if found and found[1] in (*SAMPLING, "messages", "prompt") else None

@@ -1,4 +1,4 @@
-"""A part of the server as a process that does not outlive it: started, watched, ended with all its children."""
+"""A child process of the server: started, watched, killed with all its children, and never left behind."""
 
 import contextlib
 import ctypes
@@ -14,25 +14,27 @@ from pathlib import Path
 import psutil
 
 LOG_BYTES = 10 << 20
-DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a part that keeps dying
-STEADY = 2.0  # seconds a part must have answered to have its deaths forgotten
-COUNTED = 3  # deaths in a row, of one that had answered: it can start, and who waits has been promised ten seconds
-WORTH_A_LOOK = 0.5  # seconds of silence
+DELAYS = (0.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # seconds before the next start of a process that keeps dying
+STEADY = 2.0  # seconds that a process must have been up for its earlier deaths not to count
+COUNTED = 3  # deaths in a row at most, of a process that had answered: a restart must not take more than ten seconds
+WORTH_A_LOOK = 0.5  # seconds of silence after which its threads are looked at
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 OUT_OF_MEMORY = ("MemoryError", "can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 _libc = ctypes.CDLL(None)
 
 
 @dataclass
-class Part:
-    """A process of the server, started as often as it must be.
+class ManagedProcess:
+    """A process of the server that is restarted whenever it dies or hangs.
 
     Attributes:
-        is_up: whether it has answered since its last start; `up_at`: when it first did, on the monotonic clock.
-        silence: seconds since its last sign of life, of those that the supervisor itself has been awake.
-        stillness: of them, those in which it did nothing and did not want to: on a machine that is busy, a process may
-            be silent only because it has to wait for a processor.
-        deaths: how often it has died in a row; `start_at`: when it is started again.
+        expendable: the kernel kills it first where the machine runs out of memory.
+        is_up: whether it has answered since its last start; `up_at`: when it first did (monotonic clock).
+        silence: seconds since its last sign of life, counted only while the supervisor itself was running.
+        stillness: the part of `silence` in which it was idle: on a busy machine a process may be silent only because it
+            waits for a processor.
+        deaths: how many times in a row it has died; `start_at`: when it is started again (monotonic clock).
+        ended_for: why the supervisor killed it; "" where it ended by itself.
     """
 
     name: str
@@ -40,8 +42,8 @@ class Part:
     folder: Path  # its working directory
     log: Path
     environment: dict[str, str] = field(default_factory=dict)
-    expendable: bool = False  # the first to go where the machine's memory ends
-    process: subprocess.Popen | None = None
+    expendable: bool = False
+    popen: subprocess.Popen[bytes] | None = None
     is_up: bool = False
     up_at: float = 0.0
     silence: float = 0.0
@@ -53,7 +55,7 @@ class Part:
 
     def start(self) -> None:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.popen = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
                 env={**os.environ, **self.environment},
@@ -68,46 +70,46 @@ class Part:
 
     @property
     def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+        return self.popen is not None and self.popen.poll() is None
 
     def answered(self) -> None:
-        """It has shown that it lives."""
+        """Record a sign of life."""
         if not self.is_up:
             self.is_up, self.up_at = True, time.monotonic()
         self.silence = self.stillness = 0.0
 
     def time_passes(self, seconds: float) -> None:
-        """Without a sign of life, of which `answered` would tell."""
+        """Record that `seconds` have passed without a sign of life."""
         self.silence += seconds
         if self.silence < WORTH_A_LOOK or not any(map(wants_to_run, self.family)):
             self.stillness += seconds
 
     @property
     def family(self) -> list[int]:
-        """Its process and that process's children."""
+        """The ids of the process and of all its descendants."""
         return [self.pid, *(process.pid for process in descendants(self.pid))]
 
     @property
     def pid(self) -> int:
-        return self.process.pid if self.process else 0
+        return self.popen.pid if self.popen else 0
 
     def ask_to_end(self) -> None:
-        if self.is_running and self.process:
-            self.process.terminate()
+        if self.is_running and self.popen:
+            self.popen.terminate()
 
     def kill(self) -> None:
-        """End it and every process of its session at once, and wait until they are gone."""
-        if self.process is None:
+        """Kill it and every process of its session, and wait until they are gone."""
+        if self.popen is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self.process.wait()
+        self.popen.wait()
         with contextlib.suppress(ChildProcessError):
-            while True:  # its children are ours now, see `adopt_orphans`
+            while True:  # its children have become ours, see `adopt_orphans`
                 os.waitpid(-self.pid, 0)
 
-    def bury(self) -> str:
-        """Kill what is left of it, set when it starts again, and say why it ended."""
+    def reap(self) -> str:
+        """Kill what is left of it, schedule its next start, and return why it ended."""
         self.kill()
         steady = self.is_up and time.monotonic() - self.up_at > STEADY
         self.deaths = 1 if steady else min(self.deaths + 1, COUNTED) if self.is_up else self.deaths + 1
@@ -115,22 +117,22 @@ class Part:
         reason = self.why_it_ended()
         if delay:
             reason += f" ({self.deaths} times in a row; the next start is in {delay:.0f} s)"
-        self.process, self.is_up, self.start_at = None, False, time.monotonic() + delay
+        self.popen, self.is_up, self.start_at = None, False, time.monotonic() + delay
         return reason
 
     def why_it_ended(self) -> str:
-        code, words = self.process.returncode if self.process else None, self.last_words()
+        code, words = self.popen.returncode if self.popen else None, self.last_words()
         if self.ended_for:
-            return f"{self.name} was ended: {self.ended_for}"
+            return f"{self.name} was killed: {self.ended_for}"
         by_kernel = code == -signal.SIGKILL and kills_for_memory() > self._kills
         if by_kernel or any(sign in words for sign in OUT_OF_MEMORY):
-            return f"{self.name} ended for want of memory" + ("" if by_kernel else f": {words}")
+            return f"{self.name} ran out of memory" + ("" if by_kernel else f": {words}")
         if code is not None and code < 0:
-            return f"{self.name} was ended by {signal.Signals(-code).name}"
+            return f"{self.name} was killed by {signal.Signals(-code).name}"
         return f"{self.name} ended with code {code}: {words}"
 
     def last_words(self) -> str:
-        """The last line of its log that says something."""
+        """The last line of its log that is not empty, at most 300 characters."""
         if not self.log.exists():
             return ""
         with self.log.open("rb") as log:
@@ -139,19 +141,19 @@ class Part:
         return next((line for line in reversed(lines) if line), "")[:300]
 
     def shorten_log(self) -> None:
-        """Keep `LOG_BYTES` of it, twice. Its writer appends, so a file that is cut is written on from its new end."""
+        """Rotate the log at `LOG_BYTES`. It is opened for appending, so its writer goes on at the new end."""
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
             shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
             os.truncate(self.log, 0)
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of its descendants' orphans, so that `Part.kill` leaves no zombies."""
+    """Become the parent of orphaned descendants, so that `ManagedProcess.kill` leaves no zombies."""
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def wants_to_run(pid: int) -> bool:
-    """Whether a thread of it runs, waits for a processor or for a disk."""
+    """Whether one of its threads is running, or waits for a processor or a disk."""
     for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
         with contextlib.suppress(OSError):
             if thread.read_text().rpartition(")")[2].split()[0] in "RD":
@@ -180,7 +182,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def kills_for_memory() -> int:
-    """How many processes the kernel has killed for want of memory, on this machine or in this container."""
+    """How many processes the kernel has killed because memory ran out, on this machine or in this container."""
     total = 0
     for file in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events")):
         with contextlib.suppress(OSError):
@@ -189,12 +191,12 @@ def kills_for_memory() -> int:
 
 
 def end_with_us(number: int, expendable: bool = False) -> Callable[[], None]:
-    """For `preexec_fn`: the process gets signal `number` when this one ends, whatever way that is."""
+    """For `preexec_fn`: the child receives signal `number` when this process ends, however it ends."""
     parent = os.getpid()
 
     def between_fork_and_exec() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != parent:  # it died in between
+        if os.getppid() != parent:  # the parent died in between
             os._exit(1)
         if expendable:
             with contextlib.suppress(OSError):

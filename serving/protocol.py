@@ -1,21 +1,22 @@
-"""What Triton's stub and the engine say to each other: one JSON object a line over a Unix socket, UTF-8.
+"""The protocol between Triton's stub and the engine: one JSON object a line, in UTF-8, over a Unix socket.
 
-The stub imports this file too, so it needs nothing but the standard library. To the engine:
+A copy of this file lies beside the stub's model.py, so it needs only the standard library. To the engine:
 
     {"op": "generate", "id": 7, "prompt": "…", "sampling": {…}, "lora_name": "slang" or null, "stream": true}
     {"op": "cancel", "id": 7}
     {"op": "stats"}
 
-From the engine; ids are those of the connection, and a connection that closes cancels its requests:
+From the engine; an id belongs to its connection, and closing a connection cancels its requests:
 
     {"id": 7, "text": "new text", "tokens": 3}                                   only with stream
     {"id": 7, "done": true, "text": "…", "finish_reason": "stop", "input_tokens": 80, "output_tokens": 12,
-     "ttft": 0.11, "queued": 0.0}                                                text: what `stream` has not said yet
+     "ttft": 0.11, "queued": 0.0}                                                text: with stream, only its last piece
     {"id": 7, "error": "one sentence", "code": "busy"}
-    {"beat": {"running": 3, "waiting": 0, "kv_tokens": 412, "adapters": ["slang"], "tokens": {"slang": 96}, …}}
-    {"stats": {…}}                                                               what a beat holds, and more
+    {"heartbeat": {"running": 3, "waiting": 0, "kv_tokens": 412, "adapters": ["slang"], "tokens": {"slang": 96}, …}}
+    {"stats": {…}}                                                               what a heartbeat holds, and more
 
-A beat is sent to every connection four times a second, between steps, by the loop that generates: no beat, no engine.
+The generating loop sends a heartbeat to every connection four times a second, between steps: an engine that hangs sends
+none.
 """
 
 import json
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-BEAT_SECONDS = 0.25
+HEARTBEAT_SECONDS = 0.25
 MAX_LINE = 8 << 20  # bytes: a prompt of 1 MB, escaped
 MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1000
 
@@ -43,7 +44,12 @@ CANCELLED = "cancelled"
 
 
 class RequestError(Exception):
-    """A request that gets no answer: one sentence that says what is wrong, and its code."""
+    """A request that is refused.
+
+    Attributes:
+        sentence: what is wrong with it.
+        code: one of `CODES`.
+    """
 
     def __init__(self, sentence: str, code: str = INVALID) -> None:
         super().__init__(sentence)
@@ -86,8 +92,8 @@ class Generate:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Text of a stream, as soon as it cannot change any more; `tokens` are those generated so far."""
+class Delta:
+    """New text of a streamed answer, sent once it can no longer change; `tokens`: those generated so far."""
 
     id: int
     text: str
@@ -99,9 +105,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The end of an answer. `text`: the whole of it, or, of a stream, what no `Part` has said yet.
+    """The end of an answer.
 
-    `ttft` and `queued` are seconds from the request's arrival to its first token, and to its first step.
+    Attributes:
+        text: the whole answer; of a stream, what no `Delta` has carried yet.
+        ttft: seconds from the request's arrival to its first token.
+        queued: seconds from the request's arrival to its first step.
     """
 
     id: int
@@ -118,7 +127,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request that ends without an answer; `id` is None where the line could not be read."""
+    """A request that failed or was refused; `id` is None where the line could not be read."""
 
     id: int | None
     error: str
@@ -129,7 +138,7 @@ class Failed:
 
 
 def encode(message: Mapping[str, Any]) -> bytes:
-    """One line. Lone surrogates, which UTF-8 has no bytes for, travel escaped."""
+    """A message as one line. Lone surrogates, which UTF-8 cannot encode, are escaped."""
     try:
         return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     except UnicodeEncodeError:
@@ -137,9 +146,10 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def decode(line: bytes) -> dict[str, Any]:
-    """
+    """The message of one line.
+
     Raises:
-        RequestError: the line is not one JSON object in UTF-8.
+        RequestError: the line is not a JSON object in UTF-8.
     """
     try:
         message = json.loads(line)
@@ -150,16 +160,17 @@ def decode(line: bytes) -> dict[str, Any]:
     return message
 
 
-def read_answer(message: Mapping[str, Any]) -> Part | Done | Failed:
-    """The engine's message about one request, as its class. Beats and stats have no `id` and are not for this."""
-    kind = Failed if "error" in message else Done if message.get("done") else Part
+def read_answer(message: Mapping[str, Any]) -> Delta | Done | Failed:
+    """The engine's message about one request, as its class; not for heartbeats and statistics, which have no `id`."""
+    kind = Failed if "error" in message else Done if message.get("done") else Delta
     return kind(**{field.name: message[field.name] for field in fields(kind)})
 
 
 def read_generate(message: Mapping[str, Any]) -> Generate:
-    """
+    """The request in a message to the engine.
+
     Raises:
-        RequestError: what is wrong with the first field that is.
+        RequestError: a field is wrong; the message names the first one.
     """
     number, prompt, stream = message.get("id"), message.get("prompt"), message.get("stream", False)
     if not isinstance(number, int) or isinstance(number, bool):
@@ -176,9 +187,10 @@ def read_generate(message: Mapping[str, Any]) -> Generate:
 
 
 def check_prompt(prompt: str) -> str:
-    """
+    """`prompt` itself.
+
     Raises:
-        RequestError: the prompt is empty or holds half a character.
+        RequestError: the prompt is empty, or contains a lone surrogate.
     """
     if not prompt:
         raise RequestError("the prompt is empty")
@@ -190,13 +202,13 @@ def check_prompt(prompt: str) -> str:
 
 
 def read_sampling(given: str | bytes | Mapping[str, Any] | None) -> tuple[Sampling, str | None]:
-    """`sampling_parameters` as clients of NVIDIA's vLLM backend send them: a JSON object, its values or their texts.
+    """Parse `sampling_parameters` as NVIDIA's vLLM backend takes them: a JSON object whose values may be strings.
 
     Returns:
-        The parameters, and the name of the adapter (`lora_name`; None: the base).
+        The parameters, and the adapter's name (`lora_name`; None: the base model).
 
     Raises:
-        RequestError: a sentence about the first thing that is wrong, with its name.
+        RequestError: a parameter is unknown or out of range; the message names it.
     """
     if given is None or isinstance(given, str | bytes):
         try:
@@ -266,13 +278,13 @@ def _stops(name: str, value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _between(read: Any, low: float, high: float, words: str) -> Any:
-    """A reader that accepts what lies from `low` to `high`, both included."""
+def _between(read: Any, low: float, high: float, allowed: str) -> Any:
+    """A reader that accepts values from `low` to `high`, both included."""
 
     def reader(name: str, value: Any) -> Any:
         number = read(name, value)
         if not low <= number <= high:
-            raise RequestError(f"{name} is {_shown(number)}; it is {words}")
+            raise RequestError(f"{name} is {_shown(number)}; it is {allowed}")
         return number
 
     return reader
@@ -296,7 +308,7 @@ READERS = {
 
 
 def _shown(value: Any) -> str:
-    """Something of a value, for a sentence."""
+    """A value, shortened for an error message."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return "a number of over 20 digits"
     text = repr(value)

@@ -1,12 +1,12 @@
-"""Triton's model repository and the adapters beside it, `exports/serve`: the same for the embedded engine and for vLLM.
+"""Triton's model repository with the adapters beside it, `exports/serve`, for the embedded engine or for vLLM.
 
     repository/gemma/     config.pbtxt, 1/model.py and protocol.py; or, for NVIDIA's vLLM backend, 1/model.json and
                           1/multi_lora.json
     repository/adapters/  config.pbtxt, 1/model.py: the catalogue of what is served
-    adapters/<name>/      a PEFT folder with prompt.json and serving.json; it comes and goes while the server runs
-    base                  a link to the base's Hugging Face folder
+    adapters/<name>/      a PEFT folder with prompt.json and serving.json; comes and goes while the server runs
+    base                  a link to the base model's Hugging Face folder
 
-Everything gets its final name when it is complete.
+Everything gets its final name only once it is complete.
 """
 
 import json
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MOUNT = "/serve"  # where NVIDIA's container sees this folder
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as max_lora_rank
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
 
-# The inputs and outputs of NVIDIA's vLLM backend, without pictures and log-probabilities; these are refused by name.
+# The inputs and outputs of NVIDIA's vLLM backend, except images and log-probabilities.
 GEMMA = """\
 # {title}
 name: "gemma"
@@ -50,7 +50,7 @@ OPTIONAL = {
     "return_num_output_tokens": "BOOL",
 }
 VLLM = """\
-# The base and adapters of this folder with NVIDIA's vLLM backend, which adds its own inputs and outputs
+# The base and the adapters of this folder with NVIDIA's vLLM backend, which adds its inputs and outputs itself
 name: "gemma"
 backend: "vllm"
 model_transaction_policy { decoupled: true }
@@ -58,7 +58,7 @@ instance_group [ { count: 1 kind: KIND_MODEL } ]
 parameters { key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" } }
 """
 CATALOGUE = """\
-# What is served, and how it is asked
+# The catalogue of what is served
 name: "adapters"
 backend: "python"
 max_batch_size: 0
@@ -70,11 +70,11 @@ KEEPS_LOADED = 'parameters { key: "keeps_loaded" value: { string_value: "gemma" 
 
 
 def write_repository(folder: Path, base: Path) -> None:
-    """`folder`/repository for the embedded engine, and the link to its base."""
+    """Write `folder`/repository for the embedded engine, and the link to the base model."""
     inputs = ",\n".join(
         f'  {{ name: "{name}" data_type: TYPE_{kind} dims: [ 1 ] optional: true }}' for name, kind in OPTIONAL.items()
     )
-    title = "The base and adapters of this folder, by an engine in a process of its own"
+    title = "The base and the adapters of this folder, served by an engine in a process of its own"
     _write(
         folder,
         base,
@@ -89,14 +89,14 @@ def write_repository(folder: Path, base: Path) -> None:
 
 
 def write_vllm_repository(folder: Path, base: Path) -> None:
-    """`folder`/repository for NVIDIA's Triton container with the vLLM backend, which has this folder at `MOUNT`."""
+    """Write `folder`/repository for NVIDIA's Triton container with vLLM, where `folder` is mounted at `MOUNT`."""
     ranks = {path.name: _rank(path) for path in sorted((folder / "adapters").iterdir())}
     model: dict[str, Any] = {
         "model": f"{MOUNT}/base",
         "dtype": "bfloat16",
         "gpu_memory_utilization": 0.9,
-        "disable_log_stats": False,
-    }  # or vLLM counts nothing that could be reported
+        "disable_log_stats": False,  # otherwise vLLM has no metrics to report
+    }
     files: dict[str, str | Path] = {}
     if ranks:
         rank = next((known for known in RANKS if known >= max(ranks.values())), RANKS[-1])
@@ -117,7 +117,7 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
 
 
 def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
-    """Bring the PEFT folder `source` to `folder`/adapters, with `serving` as its serving.json. False: it is there."""
+    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there."""
     name = serving["name"]
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
 
 
 def remove_adapter(target: Path) -> None:
-    """Take an adapter's folder away at once, then its files."""
+    """Remove an adapter: its folder at once, by renaming it, then its files."""
     if target.exists():
         gone = target.parent.parent / f".{target.name}.gone"
         shutil.rmtree(gone, ignore_errors=True)

@@ -1,7 +1,8 @@
-"""The state folder of a server, `exports/serve/state`: who runs there, and what it leaves for others to see.
+"""The state folder of a server, `exports/serve/state`: who runs there, and what others may know of it.
 
-Whoever holds the lock of `lock` is the server; the kernel lets go of it whatever way a process ends. `status.json` says
-its addresses, its base and how often a part of it was started again. Logs, sockets and beats lie beside them.
+The process that holds the lock on `lock` is the server; the kernel releases the lock however the process ends.
+`status.json` has the server's addresses, its base model and how often each of its processes was restarted. Logs,
+sockets and heartbeat files lie beside it.
 """
 
 import fcntl
@@ -18,13 +19,15 @@ ENGINE_SOCKET = "engine.sock"
 
 
 class State:
+    """One server's state folder."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lock: int | None = None
         self._opened: int | None = None
 
     def take(self) -> bool:
-        """Become the server of this folder; False where another process is."""
+        """Become the server of this folder; False where another process is it already."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -36,7 +39,7 @@ class State:
         return True
 
     def is_taken(self) -> bool:
-        """Whether a server runs from this folder."""
+        """Whether a server is running from this folder."""
         if not (self.folder / "lock").exists() or not self.take():
             return (self.folder / "lock").exists()
         assert self._lock is not None
@@ -46,16 +49,16 @@ class State:
 
     @property
     def engine(self) -> str:
-        """The engine's socket, by a path that is short enough for a socket's wherever the folder lies."""
+        """The path of the engine's socket, short enough for the limit on socket paths wherever the folder lies."""
         if self._opened is None:
             self._opened = os.open(self.folder, os.O_PATH)
         return f"/proc/self/fd/{self._opened}/{ENGINE_SOCKET}"
 
     def ask_engine(self, seconds: float) -> dict[str, Any]:
-        """What the running engine says of itself.
+        """The statistics of the running engine.
 
         Raises:
-            OSError: there is none, or it does not answer.
+            OSError: no engine is running, or it does not answer within `seconds`.
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(seconds)
@@ -72,7 +75,7 @@ class State:
         partial.rename(self.folder / STATUS)
 
     def read(self) -> dict[str, Any]:
-        """What the server has written; {} where there is nothing yet."""
+        """The server's status; {} where nothing has been written yet."""
         try:
             return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
         except (OSError, ValueError):

@@ -1,11 +1,12 @@
-"""`model.py` of the Triton model `adapters`: what is served, and how it is asked. The standard library is all it needs.
+"""`model.py` of the Triton model `adapters`: the catalogue of what is served. It needs only the standard library.
 
-Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list, an adapter as its `serving.json` with its
-`prompt.json` as "prompt". The adapters' folders lie beside the model repository and are read at each request.
+Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list with an adapter's `serving.json` and, as
+"prompt", its `prompt.json` in each entry. The adapters' folders lie beside the model repository and are read at each
+request.
 
-Before the embedded engine it also keeps the gate: `gemma` unloads itself when its engine has ended, and is loaded again
-here as soon as another one answers. So Triton's own readiness is true at every moment, and nobody outside needs leave
-to load and unload models.
+With the embedded engine it also keeps the model `gemma` loaded: that unloads itself when its engine has ended, and is
+loaded again here as soon as the next one answers. So Triton's readiness is right at every moment, and nobody outside
+needs the permission to load and unload models.
 """
 
 import json
@@ -21,8 +22,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 ENGINE = "engine.sock"
-LOOK = 0.1  # seconds
-BEAT = 0.25
+POLL_SECONDS = 0.1
+HEARTBEAT_SECONDS = 0.25
 
 
 class TritonPythonModel:
@@ -35,14 +36,14 @@ class TritonPythonModel:
         if "keeps_loaded" in parameters:
             model = parameters["keeps_loaded"]["string_value"]
             self.keeper = threading.Thread(target=self._keep_loaded, args=(model,), daemon=True)
-            threading.Thread(target=self._beat, args=(args["model_name"],), daemon=True).start()
+            threading.Thread(target=self._heartbeat, args=(args["model_name"],), daemon=True).start()
 
     def finalize(self) -> None:
         self.closing = True
 
     def execute(self, requests: list[Any]) -> list[Any]:
         if self.keeper and not self.keeper.ident:
-            self.keeper.start()  # a question shows that Triton has started; before, it may not be asked about models
+            self.keeper.start()  # a request shows that Triton has started; its model control may not be used earlier
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -62,21 +63,21 @@ class TritonPythonModel:
 
     def _keep_loaded(self, model: str) -> None:
         while not self.closing:
-            time.sleep(LOOK)
+            time.sleep(POLL_SECONDS)
             try:
-                # Not before: while a model is being loaded nothing else of this process moves, catalogue and beat too.
+                # Only once the engine answers: loading a model blocks this whole process, catalogue and heartbeat too.
                 if not pb_utils.is_model_ready(model) and engine_answers():
                     pb_utils.load_model(model)
             except Exception as error:
                 pb_utils.Logger.log_error(f"{model} could not be loaded: {error}")
                 time.sleep(1)
 
-    def _beat(self, name: str) -> None:
+    def _heartbeat(self, name: str) -> None:
         while not self.closing:
             if os.getppid() != self.parent:
                 os._exit(1)
-            Path(f"{name}.beat").touch()
-            time.sleep(BEAT)
+            Path(f"{name}.heartbeat").touch()
+            time.sleep(HEARTBEAT_SECONDS)
 
 
 def engine_answers() -> bool:

@@ -1,16 +1,18 @@
 """`model.py` of the Triton model `gemma`: the inputs and outputs of NVIDIA's vLLM backend in front of the engine.
 
-It is copied into the repository beside `protocol.py` and runs in Triton's Python stub, a process that has neither torch
-nor weights: requests go to the engine over a Unix socket, and what it says goes back to whom it belongs. So this
-process may die and the weights stay loaded; and where the engine dies, everybody who waits is told so at once.
+It is copied into the model repository beside `protocol.py` and runs in Triton's Python stub, a process with neither
+torch nor weights: it forwards requests to the engine over a Unix socket and returns the engine's answers to their
+clients. So the weights stay loaded when this process dies; and when the engine dies, every waiting client gets an error
+at once.
 
-Two threads: Triton's own calls `execute`; the other hears the engine, answers, notices clients that have left, and
-touches `gemma.beat`, by which the supervisor sees that it lives. The working directory is its state folder.
+There are two threads. Triton's own calls `execute`. The other receives from the engine, answers, notices clients that
+have left, and touches `gemma.heartbeat`, by which the supervisor sees that it is alive. The working directory is the
+server's state folder.
 
-As in NVIDIA's backend, parts of a stream are what is new since the last one, `stream` = false makes one response that
-begins with the prompt unless `exclude_input_in_output`, and parameters come as `sampling_parameters` or as parameters
-of the request. Unlike there, a parameter that is unknown or out of range is an error. An error's text begins with its
-code (`protocol.CODES`).
+As in NVIDIA's backend, each response of a stream carries only new text; `stream` = false makes one response, which
+begins with the prompt unless `exclude_input_in_output`; and parameters come as `sampling_parameters` or as
+parameters of the request. Unlike there, an unknown or out-of-range parameter is an error. An error's text begins with
+its code (`protocol.CODES`).
 """
 
 import contextlib
@@ -39,10 +41,10 @@ ENGINE = "engine.sock"
 STATUS = "status.json"  # written by the supervisor
 LOG = "requests.jsonl"
 LOG_BYTES, LOG_FILES = 10 << 20, 3
-WRITE_SECONDS = 20.0  # that a busy engine has to take a line; one that hangs is ended before, which ends the wait
-TICK = 0.05  # seconds between two looks for clients that have left
-READ_BYTES = 1 << 14  # of the engine at once: some hundred parts of streams, between two looks
-PATIENCE = 0.25  # seconds between two attempts to reach the engine
+WRITE_SECONDS = 20.0  # for a busy engine to read a line; one that hangs is killed earlier, which ends the wait
+TICK = 0.05  # seconds between two checks for clients that have left
+READ_BYTES = 1 << 14  # read from the engine at once: some hundred deltas, between two checks
+RETRY_SECONDS = 0.25  # between two attempts to reach the engine
 TO_RETURN = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 REFUSED = ("return_cumulative_logprob", "return_logprobs")
 
@@ -55,13 +57,13 @@ class Waiting:
     client_id: str
     adapter: str
     stream: bool
-    before: str  # the prompt, where the answer begins with it
+    before: str  # the prompt, where the answer has to begin with it
     returns: tuple[str, ...]
     prompt: str
     begun: float = field(default_factory=time.monotonic)
-    tokens: int = 0  # that the client has been given
+    tokens: int = 0  # sent to the client so far
     sent: bool = False
-    cancelled: bool = False  # and the engine knows
+    cancelled: bool = False  # the engine has been told
     text: list[str] = field(default_factory=list)
 
 
@@ -71,16 +73,16 @@ class TritonPythonModel:
         self.name, self.parent = args["model_name"], os.getppid()
         _protect_shared_memory()
         self.waiting: dict[int, Waiting] = {}
-        self.lock = threading.Lock()  # of `waiting` and `engine`
-        self.writing = threading.Lock()  # to the engine, which may let a writer wait
+        self.lock = threading.Lock()  # guards `waiting` and `engine`
+        self.writing = threading.Lock()  # guards the socket's sending side, on which a writer may have to wait
         self.ids = itertools.count(1)
         self.closing = False
         self.log = _request_log()
-        self.metrics = Metrics(self.name)
+        self.metrics = ModelMetrics(self.name)
         self.log_text = os.environ.get("SERVING_LOG_TEXT") == "1"
-        # Until the engine answers this model is loading, and Triton says "not ready".
+        # Until the engine answers, this model is loading and Triton reports "not ready".
         self.engine: socket.socket | None = self._reach_engine()
-        self.thread = threading.Thread(target=self._hear_engine, daemon=True)
+        self.thread = threading.Thread(target=self._receive_from_engine, daemon=True)
         self.thread.start()
 
     def finalize(self) -> None:
@@ -95,15 +97,16 @@ class TritonPythonModel:
                 self._send_to_engine(*self._read(request, given))
             except protocol.RequestError as error:
                 self._refuse(given, error.sentence, error.code)
-            except UnicodeDecodeError as error:  # in the name or text of a parameter of the request
+            except UnicodeDecodeError as error:  # in the name or value of a request parameter
                 self._refuse(given, f"a parameter is not UTF-8: {error.reason}", protocol.INVALID)
-            except Exception as error:  # a request must not take the others with it
+            except Exception as error:  # one request must not fail the others
                 self._refuse(given, f"{type(error).__name__}: {error}", protocol.INTERNAL)
 
     def _read(self, request: Any, given: Waiting) -> tuple[protocol.Generate, Waiting]:
-        """
+        """A request for the engine, made from Triton's.
+
         Raises:
-            RequestError: what is wrong with the request.
+            RequestError: something is wrong with the request.
         """
         prompt = protocol.check_prompt(_text(request, "text_input") or "")
         parameters = _text(request, "sampling_parameters")
@@ -112,7 +115,7 @@ class TritonPythonModel:
         given.stream = _flag(request, "stream") or False
         excludes = _flag(request, "exclude_input_in_output")
         if given.stream and excludes is False:
-            raise protocol.RequestError("exclude_input_in_output is false, which a stream does not allow")
+            raise protocol.RequestError("exclude_input_in_output must not be false with stream")
         if not given.stream and not excludes:
             given.before = prompt
         if refused := [name for name in REFUSED if _flag(request, name)]:
@@ -123,7 +126,7 @@ class TritonPythonModel:
     def _send_to_engine(self, generate: protocol.Generate, given: Waiting) -> None:
         with self.lock:
             if self.engine is None:
-                raise protocol.RequestError("the engine has ended and is being started again", protocol.UNAVAILABLE)
+                raise protocol.RequestError("the engine has ended and is being restarted", protocol.UNAVAILABLE)
             self.waiting[generate.id] = given
         try:
             with self.writing:
@@ -132,13 +135,14 @@ class TritonPythonModel:
         except OSError:
             with self.lock:
                 unanswered = self.waiting.pop(generate.id, None)
-            if unanswered:  # else the other thread has answered it
+            if unanswered:  # otherwise the other thread has answered it
                 raise protocol.RequestError("the engine has ended", protocol.UNAVAILABLE) from None
 
     def _write(self, line: bytes) -> None:
-        """
+        """Send one line to the engine.
+
         Raises:
-            OSError: the engine has not taken it. Half a line may have gone, so nothing more goes this way.
+            OSError: it could not be sent. As half of it may have been, the connection is shut down.
         """
         engine = self.engine
         if engine is None:
@@ -150,7 +154,7 @@ class TritonPythonModel:
                 engine.shutdown(socket.SHUT_RDWR)
             raise
 
-    # --- the thread that hears the engine -----------------------------------------------------------------------------
+    # --- the thread that receives from the engine ---------------------------------------------------------------------
 
     def _reach_engine(self) -> socket.socket:
         while True:
@@ -160,20 +164,20 @@ class TritonPythonModel:
                 return connection
             except OSError:
                 connection.close()
-                self._live()
-                time.sleep(PATIENCE)
+                self._heartbeat()
+                time.sleep(RETRY_SECONDS)
 
-    def _hear_engine(self) -> None:
+    def _receive_from_engine(self) -> None:
         assert self.engine
         self.engine.settimeout(WRITE_SECONDS)
-        heard, look_at, beat_at = b"", 0.0, 0.0
+        received, look_at, heartbeat_at = b"", 0.0, 0.0
         while not self.closing:
             try:
                 if select.select([self.engine], [], [], TICK)[0]:
                     part = self.engine.recv(READ_BYTES)
                     if not part:
                         break
-                    *lines, heard = (heard + part).split(b"\n")
+                    *lines, received = (received + part).split(b"\n")
                     for line in lines:
                         self._take_safely(line)
             except OSError:
@@ -182,9 +186,9 @@ class TritonPythonModel:
             if now >= look_at:
                 self._look_for_leavers()
                 look_at = now + TICK
-            if now >= beat_at:
-                self._live()
-                beat_at = now + protocol.BEAT_SECONDS
+            if now >= heartbeat_at:
+                self._heartbeat()
+                heartbeat_at = now + protocol.HEARTBEAT_SECONDS
         with self.lock:
             self.engine.close()
             self.engine = None
@@ -192,13 +196,13 @@ class TritonPythonModel:
         for given in left.values():
             self._refuse(given, "the engine has ended", protocol.UNAVAILABLE)
         if not self.closing:
-            pb_utils.unload_model(self.name)  # not ready from now on; `adapters` loads it again
+            pb_utils.unload_model(self.name)  # "not ready" from now on; the model `adapters` loads it again
 
-    def _live(self) -> None:
-        """Tell the supervisor; and end with Triton, whose orphan would hold its shared memory."""
+    def _heartbeat(self) -> None:
+        """Touch the heartbeat file; and exit with Triton, as an orphan would keep its shared memory."""
         if os.getppid() != self.parent:
             os._exit(1)
-        Path(f"{self.name}.beat").touch()
+        Path(f"{self.name}.heartbeat").touch()
 
     def _look_for_leavers(self) -> None:
         with self.lock:
@@ -209,14 +213,14 @@ class TritonPythonModel:
                 given.cancelled = self._tell_to_cancel(number)
 
     def _tell_to_cancel(self, number: int) -> bool:
-        """Whether the engine has been told. This thread answers everybody, so it does not wait for an engine's ear."""
+        """Whether the engine was told. This thread answers all clients, so it never waits for the engine to read."""
         assert self.engine
         if not select.select([], [self.engine], [], 0)[1] or not self.writing.acquire(blocking=False):
             return False
         try:
             self._write(protocol.encode({"op": "cancel", "id": number}))
         except OSError:
-            return False  # it is gone, as the next look at the socket shows
+            return False  # the engine is gone, as the next read will show
         finally:
             self.writing.release()
         return True
@@ -224,16 +228,16 @@ class TritonPythonModel:
     def _take_safely(self, line: bytes) -> None:
         try:
             self._take(protocol.decode(line))
-        except Exception as error:  # one answer that could not be given is not the end of the others
+        except Exception as error:  # one answer that fails must not end the others
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "beat" in message:
-            return self.metrics.show(message["beat"])
+        if "heartbeat" in message:
+            return self.metrics.show(message["heartbeat"])
         if "id" not in message:
             return None
         answer = protocol.read_answer(message)
-        if isinstance(answer, protocol.Part):
+        if isinstance(answer, protocol.Delta):
             given = self.waiting.get(answer.id or 0)
             if given and not given.cancelled:
                 self._respond(given, answer.text, answer.tokens, None)
@@ -271,7 +275,7 @@ class TritonPythonModel:
         error = pb_utils.TritonError(f"{code}: {sentence}", _triton_code(code))
         given.sender.send(pb_utils.InferenceResponse(error=error), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         adapter = "" if code in (protocol.UNKNOWN_ADAPTER, protocol.INVALID) else given.adapter
-        self.metrics.count(adapter, code)  # whose names are a client's own would fill memory
+        self.metrics.count(adapter, code)  # names that clients invent would fill memory
         self._note(given, code, None, sentence)
 
     def _note(self, given: Waiting, outcome: str, done: "protocol.Done | None", error: str | None = None) -> None:
@@ -296,8 +300,11 @@ class TritonPythonModel:
         self.log.info(json.dumps(line, ensure_ascii=False))
 
 
-class Metrics:
-    """What `/metrics` shows beside Triton's own figures; counted since this process began."""
+class ModelMetrics:
+    """What `/metrics` shows beside Triton's own metrics, counted since this process started.
+
+    Their names and labels are a published interface: dashboards and alerts use them.
+    """
 
     def __init__(self, model: str) -> None:
         counter, gauge = pb_utils.MetricFamily.COUNTER, pb_utils.MetricFamily.GAUGE
@@ -305,19 +312,19 @@ class Metrics:
             "requests": (counter, "Requests by adapter and outcome: stop, length, cancelled, or an error's code"),
             "tokens": (counter, "Generated tokens by adapter"),
             "prompt_tokens": (counter, "Tokens of prompts by adapter"),
-            "ttft_seconds_sum": (counter, "Seconds from a request's arrival to its first token, added up, by adapter"),
+            "ttft_seconds_sum": (counter, "Sum of the seconds from a request's arrival to its first token, by adapter"),
             "ttft_seconds_count": (counter, "Requests in gemma_ttft_seconds_sum, by adapter"),
-            "running": (gauge, "Requests that the engine generates for"),
-            "queued": (gauge, "Requests that wait for a place in the engine"),
+            "running": (gauge, "Requests that the engine is generating for"),
+            "queued": (gauge, "Requests that wait in the engine's queue"),
             "kv_cache_tokens": (gauge, "Tokens in the engine's key-value cache"),
-            "restarts": (counter, "Parts that the supervisor has started again, by part"),
+            "restarts": (counter, "Restarts by the supervisor, by part: engine, triton or gateway"),
         }
         self.families = {
             name: pb_utils.MetricFamily(name=f"{model}_{name}", description=about, kind=kind)
             for name, (kind, about) in names.items()
         }
-        # One thread at a time: a Metric has one place in shared memory for what it asks of Triton, which follows the
-        # addresses that it finds there. Two threads at once ended Triton with SIGSEGV, once in some thousand requests.
+        # One thread at a time: a Metric has one slot in shared memory for its message to Triton, which follows the
+        # addresses that it finds there. Two threads at once crashed Triton (SIGSEGV), once in some thousand requests.
         self.lock = threading.Lock()
         self.metrics: dict[tuple[str, ...], Any] = {}
         self.shown: dict[str, float] = {}
@@ -325,7 +332,7 @@ class Metrics:
         restarts = json.loads(status.read_text())["restarts"] if status.exists() else {}
         for part, times in restarts.items():
             counted = self._of("restarts", part=part)
-            counted.increment(times - counted.value())  # Triton may have kept it from the stub before
+            counted.increment(times - counted.value())  # Triton may have kept it from an earlier stub
 
     def count(self, adapter: str, outcome: str, done: "protocol.Done | None" = None) -> None:
         with self.lock:
@@ -336,12 +343,12 @@ class Metrics:
                 self._of("ttft_seconds_sum", adapter=adapter).increment(done.ttft)
                 self._of("ttft_seconds_count", adapter=adapter).increment(1)
 
-    def show(self, beat: dict[str, Any]) -> None:
+    def show(self, heartbeat: dict[str, Any]) -> None:
         with self.lock:
             for name, key in (("running", "running"), ("queued", "waiting"), ("kv_cache_tokens", "kv_tokens")):
-                if self.shown.get(name) != beat[key]:
-                    self._of(name).set(beat[key])
-                    self.shown[name] = beat[key]
+                if self.shown.get(name) != heartbeat[key]:
+                    self._of(name).set(heartbeat[key])
+                    self.shown[name] = heartbeat[key]
 
     def _of(self, name: str, **labels: str) -> Any:
         key = (name, *labels.values())
@@ -351,7 +358,8 @@ class Metrics:
 
 
 def _text(request: Any, name: str) -> str | None:
-    """
+    """The text of an optional input; None where it was not given.
+
     Raises:
         RequestError: it is not UTF-8.
     """
@@ -371,7 +379,7 @@ def _flag(request: Any, name: str) -> bool | None:
 
 
 def _triton_code(code: str) -> int:
-    codes = pb_utils.TritonError  # is there only once Triton has read this file
+    codes = pb_utils.TritonError  # exists only once Triton has loaded this file
     return {
         protocol.INVALID: codes.INVALID_ARG,
         protocol.BUSY: codes.UNAVAILABLE,
@@ -382,7 +390,7 @@ def _triton_code(code: str) -> int:
 
 
 def _protect_shared_memory() -> None:
-    """Take the region that requests and answers pass through from other users: Triton makes it readable by everybody.
+    """Hide the shared memory of requests and answers from other users: Triton makes it readable for everybody.
 
     Its name is the second argument of this process. A umask does not help, as Triton sets the mode itself.
     """

@@ -1,4 +1,4 @@
-"""The real tritonserver of nvidia-pytriton's wheel, run as what it is: a server on an ordinary model repository."""
+"""The real tritonserver from nvidia-pytriton's wheel, run directly on an ordinary model repository."""
 
 import contextlib
 import os
@@ -11,39 +11,40 @@ from pathlib import Path
 import psutil
 
 MODELS = ("gemma", "adapters")
-# Whoever would change models, shared memory, traces or logs from outside must send this header, which nobody can: no
-# header's name has a line break.
+# The APIs that change models, shared memory, traces or logs require this header. Nobody can send it, since no header's
+# name may contain a line break.
 LOCKED = "model-repository,shared-memory,trace,logging:nobody's\nkey=locked\nfor good"
 
 
 class NoTriton(Exception):
-    """It is not installed for this Python."""
+    """Triton is not installed for this version of Python."""
 
 
 def lay_out_backend(folder: Path) -> None:
-    """`folder`/python: Triton's Python backend with, beside it where Triton looks for it, the stub for this Python.
+    """Copy Triton's Python backend to `folder`/python, together with the stub for this version of Python.
 
     Raises:
-        NoTriton
+        NoTriton: nvidia-pytriton is not installed, or has no stub for this version.
     """
     stub = _server() / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}"
     if not stub.is_dir():
-        raise NoTriton(f"there is no {stub}; nvidia-pytriton brings it: make serve-env")
+        raise NoTriton(f"{stub} does not exist; nvidia-pytriton installs it: make serve-env")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "python").mkdir(parents=True)
     for file in (*(_server() / "backends" / "python").iterdir(), *stub.iterdir()):
-        if file.is_file():  # where everything was compiled, as in an image, __pycache__ lies there too
+        if file.is_file():  # __pycache__ may lie there too, as in an image
             shutil.copy2(file, folder / "python")
 
 
 def command(
     repository: Path, backends: Path, host: str, ports: Mapping[str, int], drain: int, shared_memory: str
 ) -> list[str]:
-    """
+    """The command line that starts Triton.
+
     Args:
         ports: of "http", "grpc" and "metrics".
-        drain: seconds that requests in flight have after SIGTERM.
-        shared_memory: how the names of its regions in /dev/shm begin.
+        drain: seconds that requests in flight have to finish after SIGTERM.
+        shared_memory: prefix of the names of its regions in /dev/shm.
     """
     return [
         str(_server() / "bin" / "tritonserver"),
@@ -64,11 +65,11 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """What Triton finds its libraries by, and the stub this very Python; and what it must not be told."""
+    """The environment variables by which Triton finds its libraries and the stub finds this Python."""
     libraries = [sysconfig.get_config_var("LIBDIR"), str(_site() / "nvidia_pytriton.libs")]
     return {
-        # On Vertex AI this says PREDICTION. Triton 2.51 then closes HTTP and gRPC and opens a frontend on all addresses
-        # that passes requests on to the APIs of LOCKED without asking for their header.
+        # Vertex AI sets this to PREDICTION. Triton 2.51 then closes HTTP and gRPC and opens a frontend on all addresses
+        # that forwards requests to the APIs of LOCKED without requiring their header.
         "AIP_MODE": "",
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
@@ -76,7 +77,7 @@ def environment() -> dict[str, str]:
 
 
 def clean_up() -> None:
-    """Remove the empty folders in /tmp that killed Tritons have left, unless one is alive, which needs its own."""
+    """Remove the empty folders that killed Tritons left in /tmp, unless a Triton is running, which needs its own."""
     if any(process.info["name"] == "tritonserver" for process in psutil.process_iter(["name"])):
         return
     for folder in Path("/tmp").glob("python_env_*"):
@@ -86,7 +87,7 @@ def clean_up() -> None:
 
 
 def model_of(command_line: list[str]) -> str:
-    """Which model a stub runs: `…/repository/<model>/1/model.py` in its command; "" where it is no stub."""
+    """The model that a stub runs, from `…/repository/<model>/1/model.py` in its command; "" if it is not a stub."""
     found = next((Path(word) for word in command_line if word.endswith("/1/model.py")), None)
     return found.parent.parent.name if found else ""
 

@@ -87,7 +87,7 @@ def test_a_question_fills_the_field_that_the_catalogue_names() -> None:
     assert adapter("slang").write({"condition": "Long."}) == prompt.wrap(prompt.write_instruction(condition="Long."))
 
 
-def test_a_dialogue_is_given_whole_to_a_prompt_with_turns_and_its_last_message_to_one_without() -> None:
+def test_a_prompt_with_turns_gets_the_whole_dialogue_and_one_without_its_last_message() -> None:
     assert adapter("chat").write_dialogue(DIALOGUE) == PROMPTS["chat"].wrap_dialogue(DIALOGUE)
     instruction = PROMPTS["slang"].write_instruction(context="How are you?")
     asked = [DIALOGUE[0], {"role": "user", "content": instruction}]
@@ -95,7 +95,7 @@ def test_a_dialogue_is_given_whole_to_a_prompt_with_turns_and_its_last_message_t
     assert adapter("slang").write_dialogue(DIALOGUE[1:]) == PROMPTS["slang"].wrap_dialogue(asked[1:])
 
 
-def test_a_json_object_fills_several_fields_of_a_prompt_without_turns_alone() -> None:
+def test_a_json_object_fills_several_fields_only_in_a_prompt_without_turns() -> None:
     fields = {"context": "A. ", "condition": "B."}
     said = [{"role": "user", "content": json.dumps(fields)}]
     prompt = PROMPTS["slang"]
@@ -126,12 +126,12 @@ def test_control_tokens_of_a_message_stay_text() -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["chat", "slang"])
-def test_what_is_no_dialogue_is_refused_by_a_sentence(messages: list[Any], name: str) -> None:
+def test_messages_that_are_not_a_dialogue_are_refused(messages: list[Any], name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^messages: "):
         adapter(name).write_dialogue(messages)
 
 
-def test_unknown_fields_and_values_that_are_no_text_are_named() -> None:
+def test_unknown_fields_and_values_that_are_not_strings_are_named() -> None:
     with pytest.raises(InvalidRequest, match="no field 'colour'; the fields of its prompt are tag, context, con"):
         adapter("slang").write({"colour": "red"})
     with pytest.raises(InvalidRequest, match="field 'context' of 'slang' must be a string, not int"):
@@ -142,7 +142,7 @@ def test_unknown_fields_and_values_that_are_no_text_are_named() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["", "http://"])
-def test_where_nothing_answers_the_client_tries_for_as_long_as_it_was_told(scheme: str) -> None:
+def test_the_client_retries_for_the_given_time_where_no_server_answers(scheme: str) -> None:
     address = f"{scheme}127.0.0.1:{free_ports(1)[0]}"
     with Client(address, retry_for=0.6) as client:
         begin = time.monotonic()
@@ -153,7 +153,7 @@ def test_where_nothing_answers_the_client_tries_for_as_long_as_it_was_told(schem
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "ftp://a:1", "http://", "a:b", "grpc://a:99999", ":8001"])
-def test_what_is_no_address_is_refused_at_once(address: str) -> None:
+def test_an_invalid_address_is_refused_at_once(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not a server's address: give HOST:PORT"):
         Client(address)
 
@@ -174,7 +174,7 @@ def test_a_closed_client_says_so_and_leaves_no_thread() -> None:
     assert threading.active_count() == before
 
 
-def test_an_error_of_the_model_is_told_by_its_code() -> None:
+def test_an_error_code_of_the_server_becomes_an_exception_class() -> None:
     kinds = {
         "invalid": InvalidRequest,
         "unknown_adapter": UnknownAdapter,
@@ -189,7 +189,7 @@ def test_an_error_of_the_model_is_told_by_its_code() -> None:
     assert type(error_of(vllm, "there")) is TooLong
 
 
-def test_headers_reach_a_grpc_server_and_its_refusal_is_the_callers_to_mend() -> None:
+def test_headers_reach_a_grpc_server_and_its_refusal_is_an_invalid_request() -> None:
     seen: list[Any] = []
 
     def refuse(requests: Any, context: grpc.ServicerContext) -> None:
@@ -211,7 +211,7 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_the_callers_to_mend() ->
     assert ("authorization", "Bearer of good news") in seen
 
 
-def test_the_command_line_leaves_with_a_code_for_each_kind_of_failure(tmp_path: Path) -> None:
+def test_the_command_line_has_an_exit_code_for_each_kind_of_failure(tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
     gone = command("ask", "slang", "Hi", "--url", nowhere, "--deadline", 3)
     assert gone.returncode == 3 and gone.stderr.startswith(f"error: nothing answers at {nowhere}")
@@ -264,7 +264,7 @@ def test_every_way_to_ask_gives_the_same_answer(url: str) -> None:
 
 
 @pytest.mark.slow
-def test_many_threads_share_one_client_and_those_told_busy_are_answered_in_the_end(url: str) -> None:
+def test_many_threads_share_one_client_and_busy_requests_are_answered_in_the_end(url: str) -> None:
     with Client(url, retry_for=60) as client:
         alone = [client.ask("slang", f"Scene {number}. ", **GREEDY).text for number in range(4)]
         with ThreadPoolExecutor(40) as threads:
@@ -275,7 +275,7 @@ def test_many_threads_share_one_client_and_those_told_busy_are_answered_in_the_e
 
 
 @pytest.mark.slow
-def test_a_full_queue_is_busy_to_who_does_not_wait(stack: Stack) -> None:
+def test_a_full_queue_raises_busy_without_retries(stack: Stack) -> None:
     async def crowd() -> list[Any]:
         async with AsyncClient(stack.grpc, retry_for=0) as client:
             streams = [client.generate("Hi", **ENDLESS) for _ in range(200)]
@@ -317,7 +317,7 @@ def test_bad_input_is_refused_by_name(url: str, text: str, sampling: dict[str, A
 
 
 @pytest.mark.slow
-def test_hundreds_of_random_requests_get_an_answer_or_a_sentence(url: str) -> None:
+def test_hundreds_of_random_requests_get_an_answer_or_an_error_message(url: str) -> None:
     dice = random.Random(0)
     values = [-1, 0, 1, 0.5, 2.0, 10**30, "", "1", "x", None, True, [], ["a"], {}, [1], "\0", 1e-9]
     names = [
@@ -358,7 +358,7 @@ def test_hundreds_of_random_requests_get_an_answer_or_a_sentence(url: str) -> No
 
 
 @pytest.mark.slow
-def test_the_oldest_exchanges_are_forgotten_where_a_dialogue_does_not_fit(stack: Stack) -> None:
+def test_the_oldest_exchanges_are_left_out_where_a_dialogue_does_not_fit(stack: Stack) -> None:
     long = [DIALOGUE[0]]
     for number in range(30):
         question = f"Question {number}? " + "Why? " * 300
@@ -375,7 +375,7 @@ def test_the_oldest_exchanges_are_forgotten_where_a_dialogue_does_not_fit(stack:
 
 
 @pytest.mark.slow
-def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stack, url: str) -> None:
+def test_a_request_is_cancelled_in_the_engine_however_its_client_leaves(stack: Stack, url: str) -> None:
     def begun(client: Client) -> Stream:
         stream = client.stream("Hi", **ENDLESS)
         assert next(stream)
@@ -434,7 +434,7 @@ def test_whatever_way_a_client_leaves_its_request_ends_in_the_engine(stack: Stac
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["triton", "engine"])
-def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stack, url: str, part: str) -> None:
+def test_a_server_that_hangs_raises_deadline_exceeded(stack: Stack, url: str, part: str) -> None:
     patient = {"first_token_deadline": PATIENCE, "token_deadline": 1, "deadline": PATIENCE, "retry_for": 0}
     with Client(url, **patient) as client, client.stream("Hi", **ENDLESS) as stream:
         next(stream)
@@ -456,19 +456,19 @@ def test_a_server_that_hangs_is_a_deadline_exceeded_and_never_a_wait(stack: Stac
 
 
 @pytest.mark.slow
-def test_a_request_to_a_server_that_comes_back_is_answered_and_one_that_was_begun_is_not_repeated(stack: Stack) -> None:
+def test_a_request_survives_a_restart_of_the_server_but_a_started_answer_is_not_repeated(stack: Stack) -> None:
     with Client(stack.grpc, retry_for=60, first_token_deadline=60) as client:
         expected = client.ask("slang", context="In the rain. ", **GREEDY).text
         with client.stream("Hi", **ENDLESS) as stream:
             next(stream)
-            stack.part("engine").kill()
+            stack.managed("engine").kill()
             with pytest.raises(Unavailable):
                 list(stream)
         assert client.ask("slang", context="In the rain. ", **GREEDY).text == expected
 
 
 @pytest.mark.slow
-def test_clients_come_and_go_without_a_trace(url: str) -> None:
+def test_closed_clients_leave_no_threads_and_no_open_files(url: str) -> None:
     def once() -> None:
         with Client(url) as client, client.stream("Hi", **GREEDY) as stream:
             next(stream)

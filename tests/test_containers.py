@@ -19,13 +19,13 @@ import pytest
 from conftest import PATIENCE, ROOT, until
 from test_training import ENVIRONMENT, command, course, only_run, train
 
+from core.configuration import names
+
 sys.path.append(str(ROOT / "docker"))  # as for a program of that folder
 import container
 import image
 from errors import UserError
 from image import Engine
-
-from core.configuration import names
 
 DOCKER, PODMAN = Engine("docker", True, False), Engine("podman", False, False)
 SECRET = "hf_not_to_be_seen_by_anybody"
@@ -51,7 +51,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 @pytest.mark.skipif(image.has_gpu(), reason="this machine has an NVIDIA GPU")
-def test_auto_trains_here_without_a_gpu_and_says_why() -> None:
+def test_runtime_auto_trains_locally_without_a_gpu_and_says_why() -> None:
     said = make("-n", "train").stdout
     assert "RUNTIME=auto: local, as there is no NVIDIA GPU" in said
     assert ".venv/bin/python -m commands.train task=slang" in said
@@ -65,7 +65,7 @@ def test_auto_trains_here_without_a_gpu_and_says_why() -> None:
         ("k8s", "docker/kubernetes.py"),
     ],
 )
-def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
+def test_each_runtime_gets_the_same_arguments(runtime: str, launcher: str) -> None:
     here = make("-n", "train", "RUNTIME=local", "GPUS=8", "ARGS=seed=1").stdout.splitlines()[-1].split()
     there = make("-n", "train", f"RUNTIME={runtime}", "GPUS=8", "ARGS=seed=1").stdout.split()
     assert "trainer.devices=8" in here and "seed=1" in here
@@ -92,14 +92,14 @@ def test_the_docker_sdk_and_this_project_do_not_hide_each_other(tmp_path: Path) 
     [
         (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
         (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
-        (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
+        (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must name cpu or gpu, and may name monitoring"),
         (["up", "TASKS=poems"], f"TASKS=poems is unknown. Known: {' '.join(names('task'))}"),
         (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
         (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
         (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says: str, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_anything_is_built(words: list[str], says: str, tmp_path: Path) -> None:
     program(tmp_path, "podman", f"echo '{{\"host\": {{}}}}'; [ $1 = info ] || echo $@ >> {tmp_path}/done")
     result = make(*words, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable, IMAGE="there")
     assert result.returncode == 2
@@ -107,10 +107,10 @@ def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says:
     assert not (tmp_path / "done").exists()
 
 
-def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_working_container_engine_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DOCKER_HOST", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"no container engine is here\. Install docker or podman"):
+    with pytest.raises(UserError, match=r"no container engine is installed\. Install docker or podman"):
         image.find_engine()
     program(tmp_path, "docker", 'echo \'{"ServerErrors": ["Cannot connect to the daemon"]}\'')
     with pytest.raises(UserError, match="docker is installed, but: Cannot connect to the daemon"):
@@ -121,7 +121,7 @@ def test_an_engine_is_one_that_answers(tmp_path: Path, monkeypatch: pytest.Monke
     assert image.find_engine() == Engine("docker", True, True)
 
 
-def test_without_the_containers_toolkit_a_gpu_stays_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_needs_nvidias_container_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path, "docker", "echo '{}'")
     monkeypatch.delenv("DOCKER_HOST", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -130,7 +130,7 @@ def test_without_the_containers_toolkit_a_gpu_stays_here(tmp_path: Path, monkeyp
     assert container.why_not() == ""
 
 
-def test_gpus_limits_and_the_user_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_limits_and_the_user_are_passed_to_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No GPU is here: what would be said to docker and podman, where NVIDIA's toolkit is installed."""
     program(tmp_path, "nvidia-ctk", "")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -150,7 +150,7 @@ def test_gpus_limits_and_the_user_are_passed_on(tmp_path: Path, monkeypatch: pyt
     assert "--gpus=all" not in container.run_command(DOCKER, "image", ["commands.train"])
 
 
-def test_what_the_words_name_is_mounted(tmp_path: Path) -> None:
+def test_files_named_by_arguments_are_mounted(tmp_path: Path) -> None:
     (tmp_path / "my rows.csv").touch()
     found = container.mounts(
         [
@@ -169,7 +169,9 @@ def test_what_the_words_name_is_mounted(tmp_path: Path) -> None:
     ]
 
 
-def test_network_settings_are_named_to_the_build_but_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_build_command_names_network_settings_without_their_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "pip.conf").write_text(SECRET)
     monkeypatch.setenv("PIP_CONFIG_FILE", f"{tmp_path}/pip.conf")
     monkeypatch.setenv("BASE_IMAGE", "mine")
@@ -182,7 +184,7 @@ def test_network_settings_are_named_to_the_build_but_not_told(tmp_path: Path, mo
         image.build_command(PODMAN, "serve", "gpu")
 
 
-def test_the_dashboard_asks_prometheus_and_its_panels_do_not_overlap() -> None:
+def test_the_dashboard_queries_prometheus_and_its_panels_do_not_overlap() -> None:
     board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
     source = (ROOT / "docker/grafana/datasources/prometheus.yaml").read_text()
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
@@ -194,7 +196,7 @@ def test_the_dashboard_asks_prometheus_and_its_panels_do_not_overlap() -> None:
 
 
 @pytest.mark.slow
-def test_gpus_are_processes_of_one_training(source: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_each_gpu_is_a_process_of_one_training(source: Path, tiny_base: Path, tmp_path: Path) -> None:
     words = command(source, tiny_base, tmp_path, "task.train.epochs=1")[3:]
     result = make("train", "RUNTIME=local", "GPUS=2", f"ARGS={' '.join(words)}")
     assert result.returncode == 0, result.stderr
@@ -222,7 +224,7 @@ def inside(engine: Engine, kind: str, script: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", image.KINDS)
-def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) -> None:
+def test_rebuilding_an_image_uses_the_cache(engine: Engine, kind: str) -> None:
     first = image.build(engine, kind, "cpu", quiet=True)
     identity = [engine.command, "image", "inspect", "--format", "{{.Id}}", first]
     before = subprocess.run(identity, capture_output=True, text=True, check=True).stdout
@@ -232,7 +234,7 @@ def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", image.KINDS)
-def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kind: str) -> None:
+def test_an_image_holds_no_secrets_caches_or_stray_files(engine: Engine, kind: str) -> None:
     found = inside(
         engine,
         kind,
@@ -266,7 +268,7 @@ def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", image.KINDS)
-def test_what_the_build_was_told_is_not_in_the_image(engine: Engine, kind: str) -> None:
+def test_build_secrets_are_not_in_the_image(engine: Engine, kind: str) -> None:
     told = Path(os.environ.get("PIP_CONFIG_FILE", ""))
     if not told.is_file():
         pytest.skip("PIP_CONFIG_FILE named nothing to the build: bash .ci/containers writes one")
@@ -280,7 +282,7 @@ def test_what_the_build_was_told_is_not_in_the_image(engine: Engine, kind: str) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", image.KINDS)
-def test_an_image_says_what_it_is_and_how_it_is_well(engine: Engine, kind: str) -> None:
+def test_an_image_has_labels_and_a_health_check(engine: Engine, kind: str) -> None:
     asked = subprocess.run(
         [engine.command, "image", "inspect", image.tag(kind, "cpu")], capture_output=True, check=True
     )
@@ -345,7 +347,7 @@ def test_a_stopped_container_leaves_a_checkpoint(
     assert list((only_run(tmp_path) / "checkpoints").glob("step=*.ckpt"))
 
 
-PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "DOOR_PORT", "WEB_PORT", "PROMETHEUS_PORT")
+PORTS = ("HTTP_PORT", "GRPC_PORT", "METRICS_PORT", "GATEWAY_PORT", "WEB_PORT", "PROMETHEUS_PORT")
 
 
 @pytest.fixture(scope="session")
@@ -378,19 +380,19 @@ def ask(port: str, path: str, body: dict[str, object] | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_the_stack_answers_through_triton_the_door_and_the_website(stack: dict[str, str]) -> None:
+def test_the_stack_answers_through_triton_the_gateway_and_the_website(stack: dict[str, str]) -> None:
     asked = {"text_input": "The sea is", "parameters": {"max_tokens": 4, "temperature": 0, "lora_name": "slang"}}
     answer = json.loads(ask(stack["HTTP_PORT"], "/v2/models/gemma/generate", asked))
     assert answer["text_output"].startswith("The sea is ")
-    models = json.loads(ask(stack["DOOR_PORT"], "/v1/models"))
+    models = json.loads(ask(stack["GATEWAY_PORT"], "/v1/models"))
     assert "slang" in [model["id"] for model in models["data"]]
     assert "slang" in ask(stack["WEB_PORT"], "/").lower()
 
 
 @pytest.mark.slow
-def test_every_metric_of_the_dashboard_is_told_by_a_running_stack(stack: dict[str, str]) -> None:
-    ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
-    told = ask(stack["METRICS_PORT"], "/metrics") + ask(stack["DOOR_PORT"], "/metrics")
+def test_a_running_stack_exports_every_metric_of_the_dashboard(stack: dict[str, str]) -> None:
+    ask(stack["GATEWAY_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+    told = ask(stack["METRICS_PORT"], "/metrics") + ask(stack["GATEWAY_PORT"], "/metrics")
     families = set(re.findall(r"^# TYPE (\S+)", told, re.MULTILINE)) | set(re.findall(r"^(\w+)", told, re.MULTILINE))
     board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
@@ -400,10 +402,10 @@ def test_every_metric_of_the_dashboard_is_told_by_a_running_stack(stack: dict[st
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="no Prometheus: bash .ci/containers brings Debian's")
-def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str], tmp_path: Path) -> None:
+def test_prometheus_scrapes_the_stack_and_answers_every_query(stack: dict[str, str], tmp_path: Path) -> None:
     """A Prometheus of Debian's, outside of the containers: the addresses are the published ones."""
     settings = (ROOT / "docker/prometheus/prometheus.yml").read_text()
-    for there, port in (("triton:8002", "METRICS_PORT"), ("door:9000", "DOOR_PORT")):
+    for there, port in (("triton:8002", "METRICS_PORT"), ("gateway:9000", "GATEWAY_PORT")):
         assert there in settings
         settings = settings.replace(there, f"127.0.0.1:{stack[port]}")
     (tmp_path / "prometheus.yml").write_text(settings.replace("scrape_interval: 5s", "scrape_interval: 1s"))
@@ -422,7 +424,7 @@ def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str],
             empty = [query for query in queries if "failure" not in query and "restarts" not in query]
 
             def all_have_series() -> bool:
-                ask(stack["DOOR_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
+                ask(stack["GATEWAY_PORT"], "/v1/completions", {"model": "slang", "prompt": "The sea", "max_tokens": 2})
                 with contextlib.suppress(ConnectionError, urllib.error.URLError):  # it is starting
                     empty[:] = [query for query in empty if not found(stack["PROMETHEUS_PORT"], query)]
                 return not empty
@@ -442,7 +444,7 @@ def found(port: str, query: str) -> list[object]:
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "monitoring"])
-def test_compose_understands_its_file(profile: str) -> None:
+def test_the_compose_file_is_valid(profile: str) -> None:
     if not shutil.which("docker-compose"):
         pytest.skip("docker-compose is not installed: bash .ci/containers brings it")
     words = ["docker-compose", "--file", "docker/compose.yaml", "--profile", profile, "config", "--format", "json"]
@@ -454,7 +456,7 @@ def test_compose_understands_its_file(profile: str) -> None:
 
 
 @pytest.mark.parametrize("kind", image.KINDS)
-def test_dockerfiles_are_clean(kind: str) -> None:
+def test_hadolint_accepts_the_dockerfiles(kind: str) -> None:
     if not shutil.which("hadolint"):
         pytest.skip("hadolint is not installed: bash .ci/containers brings it")
     result = subprocess.run(["hadolint", f"docker/{kind}.Dockerfile"], cwd=ROOT, capture_output=True, text=True)

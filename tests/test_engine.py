@@ -38,7 +38,7 @@ from serving.engine.kv_cache import BLOCK
 from serving.engine.sampling import Sampler
 from serving.engine.scheduler import ScheduledRequest, Scheduler
 from serving.engine.step import BEST, LOGITS, Chunk, Model
-from serving.protocol import Done, Failed, Generate, Part, RequestError, Sampling, read_generate, read_sampling
+from serving.protocol import Delta, Done, Failed, Generate, RequestError, Sampling, read_generate, read_sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORAS: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ class Engine:
         self.scheduler = Scheduler(
             model, self.tokenizer, eos_token_ids(base, self.tokenizer), self.folder.adapters, blocks, max_waiting
         )
-        self.sent: dict[int, list[Part | Done | Failed]] = {}
+        self.sent: dict[int, list[Delta | Done | Failed]] = {}
 
     def submit(self, prompt: str, lora: str | None = None, *, stream: bool = False, **sampling: Any) -> int:
         number = len(self.sent)
@@ -578,10 +578,10 @@ class Line:
         self.socket.sendall(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
 
     def hear(self, kind: str = "") -> dict[str, Any]:
-        """The next message that is no beat, or the next with `kind`."""
+        """The next message that is no heartbeat, or the next with `kind`."""
         while line := self.file.readline():
             message: dict[str, Any] = json.loads(line)
-            if (kind and kind in message) or (not kind and "beat" not in message):
+            if (kind and kind in message) or (not kind and "heartbeat" not in message):
                 return message
         raise ConnectionError("the engine has closed the connection")
 
@@ -628,12 +628,12 @@ def engine_socket(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     assert not (folder / "s").exists()
 
 
-def test_the_socket_is_its_owners_and_beats(engine_socket: Path) -> None:
+def test_the_socket_is_its_owners_and_heartbeats(engine_socket: Path) -> None:
     assert stat.S_IMODE(engine_socket.stat().st_mode) == 0o600
     line = Line(engine_socket)
-    line.hear("beat")
-    beat = line.hear("beat")["beat"]
-    assert beat["adapters"] == sorted(LORAS) and {"running", "waiting", "kv_tokens", "tokens"} <= beat.keys()
+    line.hear("heartbeat")
+    heartbeat = line.hear("heartbeat")["heartbeat"]
+    assert heartbeat["adapters"] == sorted(LORAS) and {"running", "waiting", "kv_tokens", "tokens"} <= heartbeat.keys()
     line.say({"op": "stats"})
     assert line.hear()["stats"]["base"]
     line.close()
@@ -698,7 +698,7 @@ def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Pat
         assert "MiB" in line.hear()["error"]
     line.close()
     other = Line(engine_socket)
-    assert other.hear("beat")
+    assert other.hear("heartbeat")
     other.close()
 
 
@@ -720,9 +720,9 @@ def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> N
         pass
     assert (message["id"], message["finish_reason"]) == (0, "cancelled")
     line.close()
-    until(lambda: not (beat := watcher.hear("beat")["beat"])["running"] + beat["waiting"])
-    beat = watcher.hear("beat")["beat"]
-    assert (beat["running"], beat["kv_tokens"]) == (0, 0)
+    until(lambda: not (beat := watcher.hear("heartbeat")["heartbeat"])["running"] + beat["waiting"])
+    heartbeat = watcher.hear("heartbeat")["heartbeat"]
+    assert (heartbeat["running"], heartbeat["kv_tokens"]) == (0, 0)
     watcher.close()
 
 

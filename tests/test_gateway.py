@@ -1,4 +1,4 @@
-"""The OpenAI-compatible door: the `openai` package, raw requests, what it refuses, what it counts and what it logs."""
+"""The OpenAI-compatible gateway: the `openai` package, raw requests, refusals, metrics and logs."""
 
 import asyncio
 import json
@@ -57,18 +57,18 @@ def stack(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def api(stack: Stack) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{stack.door}/v1", api_key="-", max_retries=2)
+    return openai.OpenAI(base_url=f"{stack.gateway}/v1", api_key="-", max_retries=2)
 
 
 @pytest.fixture
 def web(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.door, timeout=PATIENCE) as client:
+    with httpx.Client(base_url=stack.gateway, timeout=PATIENCE) as client:
         yield client
 
 
 @dataclass
-class Door:
-    """A door of our own before a stack, or before nothing."""
+class Gateway:
+    """A gateway of our own, in front of a stack or of nothing."""
 
     process: "subprocess.Popen[str]"
     url: str
@@ -79,7 +79,7 @@ class Door:
 
 
 @contextmanager
-def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Door]:
+def gateway(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Gateway]:
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     port = free_ports(1)[0]
@@ -95,7 +95,7 @@ def door(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Do
         while "listening" not in log.read_text():
             assert process.poll() is None, log.read_text()
             time.sleep(0.05)
-        yield Door(process, f"http://127.0.0.1:{port}", log)
+        yield Gateway(process, f"http://127.0.0.1:{port}", log)
     finally:
         process.terminate()
         process.wait(PATIENCE)
@@ -112,7 +112,7 @@ def events(response: httpx.Response) -> list[str]:
 # --- without a server -------------------------------------------------------------------------------------------------
 
 
-def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside() -> None:
+def test_each_kind_of_failure_has_openais_status_and_reveals_no_internals() -> None:
     statuses = {
         InvalidRequest: 400,
         TooLong: 400,
@@ -132,9 +132,9 @@ def test_each_kind_of_failure_has_openais_status_and_tells_nothing_of_the_inside
 
 
 @pytest.mark.slow
-def test_whoever_guesses_keys_is_not_listened_to_for_a_while(tmp_path: Path) -> None:
+def test_an_address_that_guesses_keys_is_blocked_for_a_while(tmp_path: Path) -> None:
     with (
-        door("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded,
+        gateway("127.0.0.1:9", tmp_path / "log", SERVING_API_KEY="right") as guarded,
         httpx.Client(timeout=PATIENCE) as client,
     ):
 
@@ -180,14 +180,14 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
         ({"model": None}, "model", "model: .* string"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_name(others: dict[str, Any], param: str, words: str) -> None:
+def test_unsupported_parameters_are_refused_by_name(others: dict[str, Any], param: str, words: str) -> None:
     with pytest.raises(ApiError) as refused:
         ChatCompletion.read(json.dumps(chat(**others)).encode())
     assert refused.value.status == 400 and refused.value.param == param
     assert re.search(words, refused.value.message)
 
 
-def test_what_would_change_nothing_is_let_through() -> None:
+def test_harmless_values_of_unsupported_parameters_are_accepted() -> None:
     harmless = {
         "n": 1,
         "logprobs": False,
@@ -200,20 +200,22 @@ def test_what_would_change_nothing_is_let_through() -> None:
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [], 3, None])
-def test_a_completion_takes_one_text(prompt: Any) -> None:
+def test_a_completion_takes_a_single_text(prompt: Any) -> None:
     with pytest.raises(ApiError, match="prompt: one text a request, and no numbers of tokens"):
         TextCompletion.read(json.dumps({"model": "gemma", "prompt": prompt}).encode())
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b'{"model": "\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000])
-def test_what_is_no_json_is_said_to_be_none(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not JSON in UTF-8"):
         TextCompletion.read(body)
 
 
 @pytest.mark.slow
-def test_a_door_before_nothing_says_so_and_counts_its_callers_and_a_taken_port_is_a_sentence(tmp_path: Path) -> None:
-    with door(f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "1", SERVING_API_KEY="a,b,c") as alone:
+def test_a_gateway_without_a_server_says_so_limits_its_callers_and_refuses_a_taken_port(tmp_path: Path) -> None:
+    with gateway(
+        f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "log", "--per-minute", "1", SERVING_API_KEY="a,b,c"
+    ) as alone:
         for path in ("/health", "/v1/models"):
             found = httpx.get(alone.url + path, headers={"authorization": "Bearer a"}, timeout=PATIENCE)
             assert found.status_code == 503, found.text
@@ -232,7 +234,7 @@ def test_a_door_before_nothing_says_so_and_counts_its_callers_and_a_taken_port_i
         again = subprocess.run(
             [SERVING_PYTHON, "-m", "serving.gateway", "--port", port], cwd=ROOT, capture_output=True, text=True
         )
-    assert again.returncode == 2 and again.stderr.startswith(f"error: the door cannot listen at 127.0.0.1:{port}")
+    assert again.returncode == 2 and again.stderr.startswith(f"error: the gateway cannot listen on 127.0.0.1:{port}")
     assert alone.process.returncode == 0
 
 
@@ -266,7 +268,7 @@ def test_a_chat_is_answered_with_the_prompt_the_adapter_was_trained_with(api: op
 
 
 @pytest.mark.slow
-def test_streams_say_what_whole_answers_say_sync_and_async(api: openai.OpenAI, stack: Stack) -> None:
+def test_streams_and_whole_answers_have_the_same_text_sync_and_async(api: openai.OpenAI, stack: Stack) -> None:
     whole = api.chat.completions.create(**chat())
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(api.chat.completions.create(**chat(**options)))
@@ -279,7 +281,7 @@ def test_streams_say_what_whole_answers_say_sync_and_async(api: openai.OpenAI, s
     assert chunks[-1].usage == whole.usage and not chunks[-1].choices
 
     async def asynchronously() -> tuple[str, str]:
-        async with openai.AsyncOpenAI(base_url=f"{stack.door}/v1", api_key="-") as others:
+        async with openai.AsyncOpenAI(base_url=f"{stack.gateway}/v1", api_key="-") as others:
             answer = await others.completions.create(model="slang", prompt="Once upon", **GREEDY)
             stream = await others.completions.create(model="slang", prompt="Once upon", stream=True, **GREEDY)
             parts = [chunk.choices[0].text async for chunk in stream]
@@ -302,7 +304,7 @@ def test_a_seed_repeats_an_answer_and_a_stop_ends_it(api: openai.OpenAI) -> None
 
 
 @pytest.mark.slow
-def test_the_openai_package_raises_what_it_raises_for_openai(api: openai.OpenAI) -> None:
+def test_the_openai_package_raises_its_usual_exceptions(api: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="nobody"):
         api.chat.completions.create(model="nobody", messages=HI)
     with pytest.raises(openai.BadRequestError) as refused:
@@ -332,7 +334,7 @@ def test_server_sent_events_end_with_done(web: httpx.Client) -> None:
 
 
 @pytest.mark.slow
-def test_health_generates_and_says_so_when_it_cannot(web: httpx.Client, stack: Stack) -> None:
+def test_health_generates_a_token_and_reports_failure_when_it_cannot(web: httpx.Client, stack: Stack) -> None:
     assert web.get("/health").json()["status"] == "ok"
     with stack.stopped("engine"):
         until(lambda: web.get("/health").status_code == 503)  # an answer may be a second old
@@ -342,7 +344,7 @@ def test_health_generates_and_says_so_when_it_cannot(web: httpx.Client, stack: S
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bool) -> None:
+def test_a_client_that_disconnects_cancels_its_answer_in_the_engine(stack: Stack, stream: bool) -> None:
     body = json.dumps(chat(stream=stream, **ENDLESS)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     before = stack.cancelled()
@@ -354,7 +356,7 @@ def test_whoever_hangs_up_ends_the_answer_in_the_engine(stack: Stack, stream: bo
 
 @pytest.mark.slow
 def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
-    with door(
+    with gateway(
         stack.grpc, tmp_path / "log", "--max-body", "5000", "--concurrent", "2", SERVING_API_KEY="first, second"
     ) as guarded:
         url = f"{guarded.url}/v1/chat/completions"
@@ -400,18 +402,16 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_texts_are_logged_for_who_asks_for_it_and_a_door_that_is_told_to_end_lets_answers_end(
-    stack: Stack, tmp_path: Path
-) -> None:
-    with door(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as open_door:
-        with httpx.stream("POST", f"{open_door.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
+def test_texts_are_logged_on_request_and_a_terminated_gateway_lets_answers_finish(stack: Stack, tmp_path: Path) -> None:
+    with gateway(stack.grpc, tmp_path / "log", SERVING_LOG_TEXT="1") as running:
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=chat(stream=True, **LONG)) as response:
             parts = response.iter_text()
             text = next(parts)
-            open_door.process.send_signal(signal.SIGTERM)
+            running.process.send_signal(signal.SIGTERM)
             text += "".join(parts)
         assert text.endswith("data: [DONE]\n\n")
-        assert open_door.process.wait(PATIENCE) == 0
-    (line,) = (line for line in open_door.lines() if line["message"] == "request")
+        assert running.process.wait(PATIENCE) == 0
+    (line,) = (line for line in running.lines() if line["message"] == "request")
     assert line["request"]["messages"] == HI and line["answer"] and line["status"] == 200
 
 
@@ -463,10 +463,10 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
 
 
 @pytest.mark.slow
-def test_an_answer_that_breaks_off_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
+def test_an_interrupted_answer_ends_its_stream_with_an_error(api: openai.OpenAI, stack: Stack) -> None:
     stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=15_000))
     next(stream)
-    stack.part("engine").kill()
+    stack.managed("engine").kill()
     with pytest.raises(openai.APIError, match="the model is being started"):
         list(stream)
 

@@ -90,7 +90,7 @@ def validate(document: Document) -> None:
 
 @CLUSTER
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_serves_is_valid(clusters: dict[str, list[Document]], overlay: str) -> None:
+def test_the_manifests_for_serving_are_valid(clusters: dict[str, list[Document]], overlay: str) -> None:
     kinds = [document["kind"] for document in clusters[overlay]]
     assert {
         "Namespace",
@@ -108,7 +108,9 @@ def test_what_serves_is_valid(clusters: dict[str, list[Document]], overlay: str)
 @CLUSTER
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_what_trains_is_valid(trainings: dict[tuple[str, str], list[Document]], overlay: str, job: str) -> None:
+def test_the_manifests_for_training_are_valid(
+    trainings: dict[tuple[str, str], list[Document]], overlay: str, job: str
+) -> None:
     """Kubeflow's resources through the Job and the Pods inside them."""
     documents = trainings[overlay, job]
     for document in documents:
@@ -193,7 +195,7 @@ def test_pods_keep_the_restricted_pod_security_standard(
 
 @CLUSTER
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_names_that_refer_to_others_find_them(
+def test_references_between_resources_resolve(
     clusters: dict[str, list[Document]], trainings: dict[tuple[str, str], list[Document]], overlay: str
 ) -> None:
     claims = {document["metadata"]["name"] for document in clusters[overlay] if "Claim" in document["kind"]}
@@ -228,10 +230,14 @@ def test_names_that_refer_to_others_find_them(
 
 @CLUSTER
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
+def test_a_server_is_ready_once_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
     containers = one("Deployment", clusters[overlay])["spec"]["template"]["spec"]["containers"]
-    door = containers[-1]  # /health of the door has Triton generate a token: serving/gateway.py
-    assert door["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"} == door["startupProbe"]["httpGet"]
+    gateway = containers[-1]  # /health of the gateway has Triton generate a token: serving/gateway.py
+    assert (
+        gateway["readinessProbe"]["httpGet"]
+        == {"path": "/health", "port": "openai"}
+        == gateway["startupProbe"]["httpGet"]
+    )
     alive = containers[0]["livenessProbe"]
     assert (
         alive.get("httpGet", {}).get("path") == "/health" or "/v2/models/gemma/generate" in alive["exec"]["command"][2]
@@ -239,7 +245,9 @@ def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Doc
 
 
 @CLUSTER
-def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple[str, str], list[Document]]) -> None:
+def test_the_exit_code_of_a_training_decides_whether_it_is_retried(
+    trainings: dict[tuple[str, str], list[Document]],
+) -> None:
     job = one("Job", trainings["gpu", "indexed"])["spec"]
     disrupted, *codes = job["podFailurePolicy"]["rules"]
     assert disrupted == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
@@ -253,7 +261,7 @@ def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple
 
 
 @CLUSTER
-def test_the_command_and_its_size_arrive_as_they_are() -> None:
+def test_the_command_and_the_number_of_machines_reach_the_job() -> None:
     image = "registry.example:5000/me/train@sha256:" + 64 * "0"
     words = ("commands.train", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
     job = one("Job", rendered(*words, NODES=3, GPUS_PER_NODE=4, NAMESPACE="lab-1", IMAGE=image))
@@ -275,7 +283,7 @@ def test_the_command_and_its_size_arrive_as_they_are() -> None:
 
 
 @CLUSTER
-def test_a_table_of_this_machine_travels_and_names_the_job(tmp_path: Path) -> None:
+def test_a_local_table_is_sent_with_the_job_and_changes_its_name(tmp_path: Path) -> None:
     table = tmp_path / "my, slang's.CSV"
     text = 'Slang,Description\nlumami,"To dor a ""vex"""\nÄhm,été\n'
     table.write_text(text, encoding="utf-8")
@@ -310,22 +318,22 @@ def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"NODES": "two"}, "NODES=two must be a whole number from 1"),
-        ({"NODES": 0}, "NODES=0 must be a whole number from 1"),
-        ({"GPUS_PER_NODE": -1}, "GPUS_PER_NODE=-1 must be a whole number from 0"),
+        ({"NODES": "two"}, "NODES=two must be a whole number of at least 1"),
+        ({"NODES": 0}, "NODES=0 must be a whole number of at least 1"),
+        ({"GPUS_PER_NODE": -1}, "GPUS_PER_NODE=-1 must be a whole number of at least 0"),
         ({"OVERLAY": "tpu"}, "OVERLAY=tpu is unknown. Known: cpu, gpu"),
         ({"JOB": "cron"}, "JOB=cron is unknown. Known: indexed, trainjob, pytorchjob"),
-        ({"NAMESPACE": "My Lab"}, "NAMESPACE=My Lab is no name of a namespace"),
+        ({"NAMESPACE": "My Lab"}, "NAMESPACE=My Lab is not a valid name"),
         ({"path": "/nonexistent"}, "neither kubectl nor kustomize is installed"),
     ],
 )
-def test_a_mistake_is_answered_in_a_sentence(settings: dict[str, Any], says: str) -> None:
+def test_a_mistake_gets_one_sentence(settings: dict[str, Any], says: str) -> None:
     result = command("commands.train", "task=slang", **settings)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: bash .ci/kubernetes")
-def test_without_a_cluster_it_says_so_and_how_to_look() -> None:
+def test_a_missing_cluster_is_reported_with_advice() -> None:
     for words in (("cluster",), ("commands.train", "task=slang")):
         result = command(*words)
         assert result.returncode == 2 and "no cluster answers" in result.stderr and "DRY_RUN=1" in result.stderr
@@ -394,7 +402,7 @@ FAILED = {
 }
 
 
-def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) -> None:
+def test_a_job_is_followed_across_its_pods_to_its_exit_code(tmp_path: Path) -> None:
     unscheduled = pod("a-10", 0, {})
     why = {"reason": "Unschedulable", "message": "0/3 nodes are available"}
     unscheduled["status"] = {"conditions": [{"type": "PodScheduled", "status": "False", **why}]}
@@ -407,7 +415,7 @@ def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) ->
     assert "matching FailJob rule" in result.stderr
 
 
-def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_path: Path) -> None:
+def test_the_same_command_follows_a_running_job_and_replaces_one_that_has_ended(tmp_path: Path) -> None:
     complete = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
     for name, before, made in (
         ("new", {}, ["apply"]),
@@ -429,7 +437,7 @@ def podman(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path: Path) -> Iterator[str]:
-    """The Pod of overlays/cpu as podman runs it, with folders of this machine for claims; the address of its door."""
+    """The Pod of overlays/cpu run by podman, with folders of this machine for claims; its gateway's address."""
     for kind in ("train", "serve"):
         if not shutil.which("podman") or podman("image", "exists", f"localhost/gemma-nemo/{kind}:cpu").returncode:
             pytest.skip(f"podman has no gemma-nemo/{kind}:cpu: source .ci/containers-env, make image KIND={kind}")

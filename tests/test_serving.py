@@ -46,7 +46,7 @@ from converters.checkpoint import Adapter
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
-from serving.processes import Part, lives
+from serving.processes import ManagedProcess, lives
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
 from serving.state import State
 
@@ -84,14 +84,14 @@ def protocol(request: pytest.FixtureRequest) -> str:
 # --- the contract -------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_follows_its_prompt_unless_it_is_left_out(either: Server, protocol: str) -> None:
+def test_an_answer_begins_with_its_prompt_unless_that_is_excluded(either: Server, protocol: str) -> None:
     (whole,) = either.ask(protocol, "Hello there", GREEDY)
     (answer,) = either.ask(protocol, "Hello there", GREEDY, exclude_input_in_output=True)
     assert whole["text_output"] == "Hello there" + answer["text_output"]
     assert len(answer["text_output"]) > 0
 
 
-def test_parts_of_a_stream_are_what_is_new(either: Server, protocol: str) -> None:
+def test_each_response_of_a_stream_carries_only_new_text(either: Server, protocol: str) -> None:
     returns = {"return_finish_reason": True, "return_num_output_tokens": True, "return_num_input_tokens": True}
     sampling = {"max_tokens": 40, "seed": 3, "ignore_eos": True}  # the tiny base says one thing only unless it is drawn
     (whole,) = either.ask(protocol, "Hello there", sampling, exclude_input_in_output=True, **returns)
@@ -103,17 +103,17 @@ def test_parts_of_a_stream_are_what_is_new(either: Server, protocol: str) -> Non
     assert parts[-1]["num_input_tokens"] == whole["num_input_tokens"] > 2
 
 
-def test_nothing_is_returned_that_was_not_asked_for(either: Server, protocol: str) -> None:
+def test_only_requested_outputs_are_returned(either: Server, protocol: str) -> None:
     (answer,) = either.ask(protocol, "Hello there", GREEDY)
     assert answer.keys() - {"model_name", "model_version"} == {"text_output"}
 
 
-def test_a_stream_has_no_prompt_to_begin_with(either: Server, protocol: str) -> None:
+def test_a_stream_cannot_include_its_prompt(either: Server, protocol: str) -> None:
     with pytest.raises(Refused, match="exclude_input_in_output"):
         either.ask(protocol, "Hello there", GREEDY, stream=True, exclude_input_in_output=False)
 
 
-def test_parameters_of_the_request_count_where_there_are_no_sampling_parameters(either: Server) -> None:
+def test_request_parameters_are_used_where_sampling_parameters_are_missing(either: Server) -> None:
     (expected,) = either.ask("http", "Hello there", {"temperature": 0, "max_tokens": 5})
     body = {"text_input": "Hello there", "parameters": {"temperature": 0, "max_tokens": 5}}
     answer = httpx.post(f"{either.http}/v2/models/gemma/generate", json=body, timeout=PATIENCE).json()
@@ -141,7 +141,7 @@ def test_an_unknown_adapter_is_refused(either: Server, protocol: str) -> None:
 # --- ours alone ---------------------------------------------------------------------------------------------------
 
 
-def test_many_streams_at_once_keep_apart(server: Server) -> None:
+def test_concurrent_streams_do_not_mix(server: Server) -> None:
     texts = [f"Number {n} says" for n in range(8)]
     alone = [server.ask("http", text, GREEDY, exclude_input_in_output=True)[0]["text_output"] for text in texts]
     with ThreadPoolExecutor(8) as pool:
@@ -149,13 +149,13 @@ def test_many_streams_at_once_keep_apart(server: Server) -> None:
     assert ["".join(part["text_output"] for part in parts) for parts in together] == alone
 
 
-def test_values_may_be_texts(server: Server) -> None:
+def test_parameter_values_may_be_strings(server: Server) -> None:
     texts = {"temperature": "0", "max_tokens": "12", "ignore_eos": "true", "lora_name": "slang"}
     assert server.ask("http", "Hi", texts) == server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, protocol: str) -> None:
+def test_a_client_that_disconnects_cancels_its_generation(server: Server, stack: Stack, protocol: str) -> None:
     def cancelled() -> int:
         return (stack.folder / "state/requests.jsonl").read_text().count('"outcome": "cancelled"')
 
@@ -167,7 +167,7 @@ def test_a_client_that_leaves_ends_its_generation(server: Server, stack: Stack, 
     assert stack.stats()["running"] == 0
 
 
-def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack) -> None:
+def test_the_catalogue_has_each_adapters_prompt_and_sampling(server: Server, stack: Stack) -> None:
     client = grpc_client.InferenceServerClient(server.grpc)
     answer = client.infer(
         "adapters", tensors({"name": "slang"}), outputs=[grpc_client.InferRequestedOutput("catalogue")]
@@ -216,7 +216,7 @@ def write_tiny_adapter(stack: Stack, name: str, scratch: Path, weights: bytes = 
     put_adapter(stack.folder, scratch / name, {"name": name, "task": name, "sampling": {}})
 
 
-def test_a_broken_adapter_hurts_nobody_else(server: Server, stack: Stack, tmp_path: Path) -> None:
+def test_a_broken_adapter_does_not_affect_the_others(server: Server, stack: Stack, tmp_path: Path) -> None:
     write_tiny_adapter(stack, "broken", tmp_path, b"nothing")
     try:
         until(lambda: "broken" in State(stack.folder / "state").ask_engine(PATIENCE)["broken"])
@@ -248,7 +248,7 @@ def test_metrics_count_by_adapter_and_outcome(server: Server, stack: Stack) -> N
     assert figure('ttft_seconds_sum{adapter="slang"}') > 0
 
 
-def test_the_log_tells_of_requests_and_not_what_they_say(server: Server, stack: Stack) -> None:
+def test_the_log_records_requests_without_their_texts(server: Server, stack: Stack) -> None:
     log = stack.folder / "state/requests.jsonl"
     before = len(log.read_text())
     server.ask("grpc", "My secret wish", {**GREEDY, "lora_name": "chat"})
@@ -314,7 +314,7 @@ def test_bad_http_is_refused_with_a_reason(server: Server) -> None:
         "cudasharedmemory/region/x/register",
     ],
 )
-def test_the_server_is_not_governed_from_outside(server: Server, path: str) -> None:
+def test_the_server_cannot_be_controlled_over_http(server: Server, path: str) -> None:
     ask = httpx.get if path.endswith("status") else httpx.post
     body = {} if ask is httpx.get else {"json": {}}
     assert ask(f"{server.http}/v2/{path}", timeout=PATIENCE, **body).status_code == 403
@@ -340,7 +340,7 @@ def test_the_server_is_not_governed_from_outside(server: Server, path: str) -> N
         "get_system_shared_memory_status",
     ],
 )
-def test_nor_over_grpc(server: Server, call: str) -> None:
+def test_the_server_cannot_be_controlled_over_grpc(server: Server, call: str) -> None:
     client = grpc_client.InferenceServerClient(server.grpc)
     with pytest.raises(InferenceServerException, match="restricted"):
         getattr(client, call)(*(["gemma"] if call in ("load_model", "unload_model") else []))
@@ -369,13 +369,13 @@ def test_variables_of_vertex_ai_open_no_other_frontend(
     for name, value in {"AIP_MODE": "PREDICTION", "AIP_HTTP_PORT": str(free_ports(1)[0])}.items():
         monkeypatch.setenv(name, value)
     with serve_tiny(tiny_base, tmp_path) as running:
-        listening = [one.laddr for one in running.part("triton").net_connections() if one.status == "LISTEN"]
+        listening = [one.laddr for one in running.managed("triton").net_connections() if one.status == "LISTEN"]
         assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
         assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
-def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None:
+def test_random_requests_do_no_harm(server: Server, stack: Stack) -> None:
     """Each is answered or refused with a reason, and afterwards it says what it said before."""
     (expected,) = server.ask("http", "The zoo is", GREEDY)
     engine = victim(stack, "engine").pid
@@ -487,14 +487,14 @@ def over_grpc(server: Server, fields: dict[str, Any]) -> str:
 IN_COMMAND = {
     "engine": "serving.engine",
     "triton": "bin/tritonserver",
-    "door": "serving.gateway",
+    "gateway": "serving.gateway",
     "gemma": "/gemma/1/model.py",
     "adapters": "/adapters/1/model.py",
 }
 
 
 def victim(stack: Stack, name: str) -> psutil.Process:
-    """The process of a part, or the stub of a model.
+    """A process of the server, or the stub of a model.
 
     Raises:
         LookupError: it is not there just now.
@@ -506,14 +506,14 @@ def victim(stack: Stack, name: str) -> psutil.Process:
     raise LookupError(name)
 
 
-def test_whoever_waits_for_a_killed_engine_is_told_and_it_comes_back(server: Server, stack: Stack) -> None:
+def test_clients_of_a_killed_engine_get_an_error_and_it_is_restarted(server: Server, stack: Stack) -> None:
     strike(server, stack, "engine", signal.SIGKILL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 @pytest.mark.parametrize("name", ["engine", "gemma", "triton", "adapters"])
-def test_any_part_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
+def test_any_process_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
     strike(server, stack, name, number)
 
 
@@ -548,37 +548,39 @@ def answers(server: Server) -> bool:
     return False
 
 
-def test_an_end_by_memory_is_called_so(tmp_path: Path) -> None:
+def test_running_out_of_memory_is_reported_as_such(tmp_path: Path) -> None:
     memory = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28)); bytes(2**30)"
-    part = Part("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
-    part.start()
-    until(lambda: not part.is_running)
-    assert part.bury() == "engine ended for want of memory: MemoryError"
+    process = ManagedProcess("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
+    process.start()
+    until(lambda: not process.is_running)
+    assert process.reap() == "engine ran out of memory: MemoryError"
 
 
-def test_a_part_that_keeps_dying_is_started_less_and_less_often(tmp_path: Path) -> None:
-    part = Part("engine", [sys.executable, "-c", "print('no such base'); exit(3)"], tmp_path, tmp_path / "log")
+def test_a_process_that_keeps_dying_is_restarted_less_and_less_often(tmp_path: Path) -> None:
+    process = ManagedProcess(
+        "engine", [sys.executable, "-c", "print('no such base'); exit(3)"], tmp_path, tmp_path / "log"
+    )
     for delay in (0, 0, 1, 2):
-        part.start()
-        until(lambda: not part.is_running)
-        reason = bury(part, delay)
+        process.start()
+        until(lambda: not process.is_running)
+        reason = reap(process, delay)
     assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
-def test_a_part_that_had_answered_is_back_soon_however_often_it_dies(tmp_path: Path) -> None:
-    part = Part("engine", ["true"], tmp_path, tmp_path / "log")
+def test_a_process_that_had_answered_is_restarted_soon_however_often_it_dies(tmp_path: Path) -> None:
+    process = ManagedProcess("engine", ["true"], tmp_path, tmp_path / "log")
     for delay in (0, 0, 1, 1, 1, 1, 1, 1, 1):
-        part.start()
-        until(lambda: not part.is_running)
-        part.answered()
-        bury(part, delay)
+        process.start()
+        until(lambda: not process.is_running)
+        process.answered()
+        reap(process, delay)
 
 
-def bury(part: Part, delay: float) -> str:
+def reap(process: ManagedProcess, delay: float) -> str:
     """Why it ended; its next start is `delay` seconds from a moment within the call."""
     before = time.monotonic()
-    reason = part.bury()
-    assert before + delay <= part.start_at <= time.monotonic() + delay
+    reason = process.reap()
+    assert before + delay <= process.start_at <= time.monotonic() + delay
     return reason
 
 
@@ -595,7 +597,7 @@ def leftovers(stack: Stack) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_requests_end_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_requests_finish_and_leaves_nothing_behind(tiny_base: Path, tmp_path: Path) -> None:
     with serve_tiny(tiny_base, tmp_path) as stack:
         server = Server(stack.http, stack.grpc)
         parts = {
@@ -613,7 +615,7 @@ def test_sigterm_lets_requests_end_and_leaves_nothing(tiny_base: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, tmp_path: Path) -> None:
+def test_all_processes_end_with_a_killed_supervisor(tiny_base: Path, tmp_path: Path) -> None:
     with serve_tiny(tiny_base, tmp_path) as stack:
         victim(stack, "gemma").suspend()  # which then cannot see that Triton has ended
         stack.process.kill()
@@ -652,12 +654,12 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
             timeout=PATIENCE,
         )
     assert started.returncode == 2
-    assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
+    assert f"port {port} of 127.0.0.1 cannot be used (Address already in use)" in started.stderr
     assert "grpc_port=" in started.stderr
     assert "warning" not in started.stdout
 
 
-def test_an_address_that_lets_others_in_comes_with_a_warning(tiny_base: Path, tmp_path: Path) -> None:
+def test_listening_on_other_addresses_than_loopback_warns(tiny_base: Path, tmp_path: Path) -> None:
     write_repository(tmp_path, tiny_base)
     (tmp_path / "adapters").mkdir()
     with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
@@ -721,10 +723,10 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
         while time.monotonic() < end - 5:
             time.sleep(draw.uniform(2, 10))
             name, number = (
-                draw.choice(["engine", "gemma", "triton", "adapters", "door"]),
+                draw.choice(["engine", "gemma", "triton", "adapters", "gateway"]),
                 draw.choice([9, signal.SIGSTOP]),
             )
-            if name == "door":
+            if name == "gateway":
                 number = 9
             with suppress(LookupError, psutil.NoSuchProcess):  # it is being started just now
                 victim(stack, name).send_signal(number)
@@ -785,7 +787,7 @@ def usage(stack: Stack) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_the_real_base_alone_as_a_user_starts_it(
+def test_a_user_starts_a_server_with_the_real_base_alone(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -879,7 +881,7 @@ def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> 
 
 
 @needs_task("squid_game")
-def test_a_task_that_was_named_must_be_trained(work: Path, tiny_base: Path) -> None:
+def test_a_named_task_must_have_been_trained(work: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"no finished run in runs/squid_game. Train first: make train TASK=squid_game"):
         prepare(["slang", "squid_game"], None, "gemma-3-270m", "embedded", work / "serve")
     assert not (work / "serve/repository").exists()
@@ -898,6 +900,6 @@ def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path,
 
 
 @pytest.mark.usefixtures("work")
-def test_the_repository_of_a_running_server_is_not_written_anew(stack: Stack) -> None:
+def test_the_repository_of_a_running_server_is_not_overwritten(stack: Stack) -> None:
     with pytest.raises(UserError, match=r"a server is running from .*; stop it first"):
         prepare(["slang"], None, "gemma-3-270m", "vllm", stack.folder)

@@ -58,7 +58,7 @@ def values(script: str, name: str, element: int = 0) -> list[str]:
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
-def test_nodes_gpus_and_whose_they_are_reach_slurm_and_the_training() -> None:
+def test_nodes_gpus_and_account_reach_slurm_and_the_training() -> None:
     script = write(
         "task=slang", NODES="4", GPUS_PER_NODE="8", PARTITION="h100", ACCOUNT="lab", QOS="high", TIME="2:00:00"
     )
@@ -66,32 +66,32 @@ def test_nodes_gpus_and_whose_they_are_reach_slurm_and_the_training() -> None:
     assert (asked["nodes"], asked["gres"], asked["ntasks-per-node"]) == ("4", "gpu:8", "1")
     assert asked["signal"] == "B:USR1@120"
     assert (asked["partition"], asked["account"], asked["qos"], asked["time"]) == ("h100", "lab", "high", "2:00:00")
-    words = values(script, "words")
-    assert {"task=slang", "trainer.num_nodes=4", "trainer.devices=8", "trainer=gpu"} <= set(words)
+    arguments = values(script, "arguments")
+    assert {"task=slang", "trainer.num_nodes=4", "trainer.devices=8", "trainer=gpu"} <= set(arguments)
     assert "hf_secret" not in script and "requeue" in asked and asked["open-mode"] == "append"
 
     plain = options(write())
     assert not {"gres", "partition", "account", "qos", "time", "array"} & plain.keys()
 
 
-def test_words_reach_the_training_as_they_were_given() -> None:
+def test_arguments_reach_the_training_unchanged() -> None:
     odd = ["task.data.source=/a b/it's; rm -rf $HOME.csv", 'task.prompt.fields.tag="*"', "peft.target_modules=[q_proj]"]
-    assert values(write(*odd), "words")[:3] == odd
+    assert values(write(*odd), "arguments")[:3] == odd
 
 
-def test_a_sweep_is_every_combination_and_other_rows_have_their_own_folder() -> None:
+def test_a_sweep_has_every_combination_and_a_data_folder_for_each_set_of_rows() -> None:
     script = write("task=slang", SWEEP="peft.r=4,8,16 task.train.learning_rate=1e-4,3e-4")
     assert options(script)["array"] == "0-5"
-    chosen = [tuple(values(script, "words", n)[-2:]) for n in range(6)]
+    chosen = [tuple(values(script, "arguments", n)[-2:]) for n in range(6)]
     assert chosen[0] == ("peft.r=4", "task.train.learning_rate=1e-4") and len(set(chosen)) == 6
 
     rows = write("task=slang", SWEEP="task.data.train_rows=10,20 peft.target_modules=[q_proj,k_proj],[v_proj]")
-    folders = {values(rows, "words", n)[-1] for n in range(4)}
+    folders = {values(rows, "arguments", n)[-1] for n in range(4)}
     assert len(folders) == 2 and all(folder.startswith("data_dir=data/slang-") for folder in folders)
-    assert "peft.target_modules=[q_proj,k_proj]" in values(rows, "words", 0)
+    assert "peft.target_modules=[q_proj,k_proj]" in values(rows, "arguments", 0)
 
 
-def test_a_container_gets_the_project_and_whatever_lies_elsewhere(tmp_path: Path) -> None:
+def test_a_container_mounts_the_project_and_files_outside_of_it(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").touch()
     (tmp_path / "scratch").mkdir()
     script = write(
@@ -107,7 +107,7 @@ def test_a_container_gets_the_project_and_whatever_lies_elsewhere(tmp_path: Path
     assert values(write(), "container") == [""]
 
 
-def test_the_script_is_sound_bash() -> None:
+def test_shellcheck_accepts_the_script() -> None:
     for environment in ({}, {"SWEEP": "seed=0,1"}, {"CONTAINER": "image", "NODES": "2"}):
         script = write("task=slang", **environment)
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -118,18 +118,18 @@ def test_the_script_is_sound_bash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "words", "says"),
+    ("environment", "arguments", "says"),
     [
-        ({"NODES": "two", "DRY_RUN": "1"}, (), "NODES=two must be a whole number from 1"),
-        ({"GPUS_PER_NODE": "8", "DRY_RUN": "1"}, ("trainer.devices=4",), "give the first alone"),
-        ({"SWEEP": "peft.r", "DRY_RUN": "1"}, (), "peft.r is not key=value,value"),
-        ({"PARTITION": "a\n#SBATCH --uid=0", "DRY_RUN": "1"}, (), "--partition has a line break"),
+        ({"NODES": "two", "DRY_RUN": "1"}, (), "NODES=two must be a whole number of at least 1"),
+        ({"GPUS_PER_NODE": "8", "DRY_RUN": "1"}, ("trainer.devices=4",), "set only the first"),
+        ({"SWEEP": "peft.r", "DRY_RUN": "1"}, (), "peft.r is not of the form key=value,value"),
+        ({"PARTITION": "a\n#SBATCH --uid=0", "DRY_RUN": "1"}, (), "--partition contains a line break"),
         ({"PATH": ""}, (), "there is no sbatch here"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(environment: dict[str, str], words: tuple[str, ...], says: str) -> None:
+def test_a_mistake_gets_one_sentence(environment: dict[str, str], arguments: tuple[str, ...], says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "docker/slurm.py", "commands.train", *words],
+        [sys.executable, "docker/slurm.py", "commands.train", *arguments],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -264,7 +264,7 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_alone(
+def test_a_job_that_is_preempted_out_of_time_and_loses_a_node_ends_like_an_uninterrupted_run(
     cluster: Cluster, undisturbed: Path, words: list[str], tmp_path: Path
 ) -> None:
     """To the last bit: two processes on each of two nodes, and four on one."""
@@ -313,7 +313,9 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+def test_a_sweep_produces_a_run_for_each_combination_and_one_table(
+    cluster: Cluster, words: list[str], tmp_path: Path
+) -> None:
     sweep = Submitted(cluster, tmp_path, [*words, "task.train.epochs=1"], SWEEP="peft.r=2,4")
     assert sweep.end() == 0, sweep.said
     runs = sorted(file.parent for file in tmp_path.glob("runs/slang/*/slang.nemo"))
@@ -333,7 +335,7 @@ def test_a_sweep_leaves_a_run_for_each_and_one_table(cluster: Cluster, words: li
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
+def test_a_failed_job_reports_its_reason_and_exit_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
     assert job.end() == 2
     assert "Could not override 'task.train.epoch'" in job.said and "ended with code 2" in job.said
@@ -352,10 +354,10 @@ def test_a_job_that_fails_says_why_and_gives_its_code(cluster: Cluster, words: l
         ({"GPUS_PER_NODE": "9", "NODES": "2"}, "Slurm refuses NODES=2 GPUS_PER_NODE=9"),
         ({"PARTITION": "lab", "ACCOUNT": "other"}, "use this partition (lab allows lab"),
         ({"TIME": "soon"}, "Slurm refuses TIME=soon"),
-        ({"TIME": "3-0"}, "withdrawn: it asks for more time than its partition allows"),
+        ({"TIME": "3-0"}, "cancelled: it asks for more time than its partition allows"),
     ],
 )
-def test_what_the_cluster_cannot_give_is_one_sentence(
+def test_a_request_that_the_cluster_cannot_meet_gets_one_sentence(
     cluster: Cluster, words: list[str], tmp_path: Path, environment: dict[str, str], says: str
 ) -> None:
     job = Submitted(cluster, tmp_path, words, **environment)
@@ -376,7 +378,7 @@ def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, wo
     job.wait_for(lambda: "waits in the queue" in job.said)
     job.process.send_signal(signal.SIGINT)
     assert job.end() == 130
-    assert f"job {job.number} goes on" in job.said and f"scancel {job.number}" in job.said
+    assert f"job {job.number} keeps running" in job.said and f"scancel {job.number}" in job.said
 
     again = Submitted(cluster, tmp_path, words)
     again.wait_for(lambda: f"Job {job.number} does this already" in again.said)
@@ -388,7 +390,7 @@ def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, wo
 
 
 @pytest.mark.slow
-def test_nothing_of_the_cluster_is_left(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_cluster_leaves_no_processes_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
     if reason := slurm_cluster.missing():
         pytest.skip(f"no Slurm to try: {reason}")
     folder = tmp_path_factory.mktemp("short")

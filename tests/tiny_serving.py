@@ -60,19 +60,19 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['http']}"
 
     @property
-    def door(self) -> str:
+    def gateway(self) -> str:
         return f"http://127.0.0.1:{self.ports['gateway']}"
 
-    def part(self, name: str) -> psutil.Process:
-        """The process of the engine, of tritonserver or of the door."""
-        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.gateway"}[name]
+    def managed(self, name: str) -> psutil.Process:
+        """The process of the engine, of tritonserver or of the gateway."""
+        word = {"engine": "serving.engine", "triton": "tritonserver", "gateway": "serving.gateway"}[name]
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if any(word in argument for argument in child.cmdline()))
 
     @contextmanager
     def stopped(self, name: str) -> Iterator[None]:
         """A part that hangs: it is there and does nothing. The supervisor sleeps too, or it would put an end to it."""
-        processes = [psutil.Process(self.process.pid), self.part(name)]
+        processes = [psutil.Process(self.process.pid), self.managed(name)]
         for process in processes:
             process.suspend()
         try:
@@ -93,8 +93,8 @@ class Stack:
             connection.connect(os.path.relpath(self.folder / "state/engine.sock"))
             connection.settimeout(PATIENCE)
             for line in connection.makefile(encoding="utf-8"):
-                if beat := json.loads(line).get("beat"):
-                    return dict(beat)
+                if heartbeat := json.loads(line).get("heartbeat"):
+                    return dict(heartbeat)
         raise AssertionError("the engine has ended")
 
 

@@ -29,7 +29,7 @@ CONNECT_SECONDS = 5.0  # a host that does not exist never answers
 LARGEST = 64 << 20  # bytes of a message; the server's own limits are lower
 
 
-class Chunk(NamedTuple):
+class AnswerChunk(NamedTuple):
     """A piece of a streamed answer.
 
     Attributes:
@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
 class Transport(Protocol):
     """One connection to a server, for any number of concurrent requests in one event loop."""
 
-    def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
+    def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
         """The answer to one request. Closing the iterator early cancels the request in the engine.
 
         Args:
@@ -116,7 +116,7 @@ class Grpc:
             self._where, ssl=self._secure, root_certificates=self._ca_file and str(self._ca_file), channel_args=options
         )
 
-    async def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
         inputs = [_bytes("text_input", text), _bytes("sampling_parameters", sampling)]
         inputs += [_bool(name, value) for name, value in FLAGS.items()]
 
@@ -128,7 +128,7 @@ class Grpc:
             async for result, error in responses:
                 if error is not None:
                     raise error_of(error.message(), self._where)
-                yield Chunk(
+                yield AnswerChunk(
                     b"".join(result.as_numpy("text_output")).decode(errors="replace"),
                     _reason(result.as_numpy("finish_reason")),
                     int(_number(result.as_numpy("num_input_tokens"))),
@@ -210,7 +210,7 @@ class Http:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         )
 
-    async def stream(self, text: str, sampling: str) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
         body = {"text_input": text, "sampling_parameters": sampling, **FLAGS}
         try:
             async with self._client.stream("POST", f"/v2/models/{MODEL}/generate_stream", json=body) as response:
@@ -219,7 +219,7 @@ class Http:
                 async for event in _events(response.aiter_bytes()):
                     if "error" in event:
                         raise error_of(event["error"], self._where)
-                    yield Chunk(
+                    yield AnswerChunk(
                         event.get("text_output", ""),
                         _reason([event.get("finish_reason")]),
                         int(event.get("num_input_tokens", 0)),

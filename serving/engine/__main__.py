@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
 def serve(options: argparse.Namespace) -> None:
     """Load the model, open the socket, and generate until a signal ends it."""
     from serving.engine.connections import Connections, Inbox
-    from serving.protocol import BEAT_SECONDS
+    from serving.protocol import HEARTBEAT_SECONDS
 
     started = time.monotonic()
     stopping = threading.Event()
@@ -128,7 +128,7 @@ def serve(options: argparse.Namespace) -> None:
         _run_calls(inbox, 0.0 if scheduler.busy else max(0.0, heartbeat_due - time.monotonic()))
         if time.monotonic() >= heartbeat_due:
             connections.send_heartbeat(scheduler.stats())
-            heartbeat_due = time.monotonic() + BEAT_SECONDS
+            heartbeat_due = time.monotonic() + HEARTBEAT_SECONDS
         if scheduler.busy:
             scheduler.step()
         connections.flush()

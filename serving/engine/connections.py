@@ -82,7 +82,7 @@ class Connections:
     def send_heartbeat(self, stats: dict[str, Any]) -> None:
         """Send `stats` (`Scheduler.stats`) to every client."""
         for connection in list(self.connections):
-            connection.send({"beat": stats})
+            connection.send({"heartbeat": stats})
 
     def close(self) -> None:
         """Remove the socket and write what is pending, for at most a second."""

@@ -25,17 +25,17 @@ from serving.protocol import (
     STOP,
     UNAVAILABLE,
     UNKNOWN_ADAPTER,
+    Delta,
     Done,
     Failed,
     Generate,
-    Part,
 )
 
 log = logging.getLogger(__name__)
 MAX_RUNNING = 64  # requests in a step
 STEP_SECONDS = 0.12  # target time of a step with prompts in it
 MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # prompt tokens of a step, however long they take
-Send = Callable[[Part | Done | Failed], None]
+Send = Callable[[Delta | Done | Failed], None]
 
 
 @dataclass(eq=False)
@@ -273,7 +273,7 @@ class Scheduler:
         elif full:
             self._finish(request, LENGTH)
         elif request.generate.stream and (text := request.text.new_text()):
-            request.send(Part(request.generate.id, text, generated))
+            request.send(Delta(request.generate.id, text, generated))
 
     def _finish(self, request: ScheduledRequest, reason: str) -> None:
         now = time.monotonic()
