@@ -20,7 +20,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.hf import read_json, read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
 from core.errors import UserError
@@ -33,7 +33,7 @@ CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "c
 HUB = "https://huggingface.co/"
 PREFIX = "base_model.model."
 # A layer's place, and which of its parts.
-PART = re.compile(
+LORA_TENSOR = re.compile(
     r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
 # Settings that say what a LoRA computes ...
@@ -77,7 +77,7 @@ def read(path: Path) -> Adapter:
     settings = read_json(path / CONFIG)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
-    tensors = {our_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
+    tensors = {peft_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
     base: Any = _base_of(settings)
     dtype = quantization = None
     if (path / RECORD).exists():  # ours: it has the base's hash too
@@ -87,7 +87,7 @@ def read(path: Path) -> Adapter:
         if not known or not all(isinstance(text, str) for text in base.values()):
             raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
     return Adapter(
-        plain_lora(settings, tensors, path / CONFIG),
+        lora_settings(settings, tensors, path / CONFIG),
         tensors,
         base,
         None,
@@ -100,7 +100,7 @@ def read(path: Path) -> Adapter:
 def write(content: Checkpoint | Adapter, target: Path) -> None:
     assert isinstance(content, Adapter)
     target.mkdir()
-    tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
+    tensors = {name: in_memory(tensor) for name, tensor in content.tensors.items()}
     write_tensors(target / WEIGHTS, tensors)
     config = LoraConfig(task_type="CAUSAL_LM", **content.peft)
     source = content.base.get("source", "")
@@ -125,7 +125,7 @@ def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
     return {**base, "revision": revision} if isinstance(revision, str) else base
 
 
-def our_name(name: str) -> str:
+def peft_name(name: str) -> str:
     """peft's name of a tensor, from what other tools call it."""
     name = (
         name.replace(".default.", ".").removesuffix(".default").replace("model.language_model.layers.", "model.layers.")
@@ -135,7 +135,7 @@ def our_name(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
-def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
     """The keys of `settings` that say what the LoRA of `tensors` computes, with its layers as `target_modules`.
 
     Raises:
@@ -169,19 +169,19 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
-        if not PART.fullmatch(name):
+        if not LORA_TENSOR.fullmatch(name):
             raise UserError(
                 f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
                 f"cannot be folded into its base or converted"
             )
-    return {**peft, "target_modules": targets(PART.sub(r"\1", name) for name in tensors)}
+    return {**peft, "target_modules": target_modules(LORA_TENSOR.sub(r"\1", name) for name in tensors)}
 
 
 def _shown(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float) else type(value).__name__
 
 
-def targets(layers: Iterable[str]) -> list[str]:
+def target_modules(layers: Iterable[str]) -> list[str]:
     """`target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where every layer has them."""
     places: dict[str, set[str]] = {}
     full = set(layers)

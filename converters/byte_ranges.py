@@ -16,7 +16,7 @@ from core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """`length` bytes of the file `path` from `start` on; `name` is what to call them in a message."""
 
     name: str
@@ -39,19 +39,19 @@ class Span:
         with self.open() as file:
             return file.read()
 
-    def part(self, start: int, length: int) -> "Span":
+    def part(self, start: int, length: int) -> "ByteRange":
         """
         Raises:
-            UserError: it reaches beyond this span, as in a file that was cut off.
+            UserError: it reaches beyond this byte_range, as in a file that was cut off.
         """
         if start < 0 or length < 0 or start + length > self.length:
             raise UserError(f"{self.name} is cut off: it has {self.length:,} bytes, {start + length:,} are needed")
-        return Span(self.name, self.path, self.start + start, length)
+        return ByteRange(self.name, self.path, self.start + start, length)
 
 
 class _Window(io.RawIOBase):
-    def __init__(self, span: Span):
-        self._file, self._span, self._at = span.path.open("rb"), span, 0
+    def __init__(self, byte_range: ByteRange):
+        self._file, self._span, self._at = byte_range.path.open("rb"), byte_range, 0
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         self._file.seek(self._span.start + self._at)
@@ -78,7 +78,7 @@ class _Window(io.RawIOBase):
 
 
 @contextmanager
-def damaged(name: str) -> Iterator[None]:
+def parsing(name: str) -> Iterator[None]:
     """Whatever a parser raises on damaged bytes becomes one sentence: there is no end to what that may be.
 
     Raises:
@@ -95,17 +95,17 @@ def damaged(name: str) -> Iterator[None]:
         raise UserError(f"{name} is damaged or not what its name says ({type(error).__name__}: {reason})") from None
 
 
-def whole(path: Path) -> Span:
+def whole_file(path: Path) -> ByteRange:
     """
     Raises:
         UserError: there is no such file.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    return Span(f"{path}", path, 0, path.stat().st_size)
+    return ByteRange(f"{path}", path, 0, path.stat().st_size)
 
 
-def members(path: Path) -> dict[str, Span]:
+def members(path: Path) -> dict[str, ByteRange]:
     """The files of a folder, or of an uncompressed tar: name within it → its bytes.
 
     Raises:
@@ -113,10 +113,10 @@ def members(path: Path) -> dict[str, Span]:
             device, a sparse file.
     """
     if path.is_dir():
-        return {f"{file.relative_to(path)}": whole(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    found: dict[str, Span] = {}
-    size = whole(path).length
-    with damaged(f"{path}"), path.open("rb") as file:
+        return {f"{file.relative_to(path)}": whole_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    found: dict[str, ByteRange] = {}
+    size = whole_file(path).length
+    with parsing(f"{path}"), path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is compressed; unpack it (gunzip < {path.name} > plain.nemo) and name that file")
         file.seek(0)
@@ -135,11 +135,13 @@ def members(path: Path) -> dict[str, Span]:
                     raise UserError(f"{path} holds {member.name!r} twice: not a checkpoint to trust")
                 if member.offset_data + member.size > size:
                     raise UserError(f"{path} is cut off within {member.name}: copy or download it again")
-                found[f"{name}"] = Span(f"{path}:{name}", path, member.offset_data, member.size)
+                found[f"{name}"] = ByteRange(f"{path}:{name}", path, member.offset_data, member.size)
     return found
 
 
-def below(parts: Mapping[str, Span], folder: str) -> dict[str, Span]:
+def files_below(parts: Mapping[str, ByteRange], folder: str) -> dict[str, ByteRange]:
     """Those of `parts` that lie in `folder`, under their names there."""
-    inside = {PurePosixPath(name): span for name, span in parts.items()}
-    return {f"{name.relative_to(folder)}": span for name, span in inside.items() if name.is_relative_to(folder)}
+    inside = {PurePosixPath(name): byte_range for name, byte_range in parts.items()}
+    return {
+        f"{name.relative_to(folder)}": byte_range for name, byte_range in inside.items() if name.is_relative_to(folder)
+    }

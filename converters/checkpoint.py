@@ -16,7 +16,7 @@ from core.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Lazy:
+class LazyTensor:
     """A tensor that is still in its file.
 
     Attributes:
@@ -34,9 +34,9 @@ class Lazy:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def of_memory(tensor: Tensor) -> Lazy:
+def in_memory(tensor: Tensor) -> LazyTensor:
     """A tensor that is in memory already."""
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Checkpoint:
     """
 
     config: dict[str, Any]
-    tensors: Mapping[str, Lazy]
+    tensors: Mapping[str, LazyTensor]
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     prompt: Prompt | None = None
     origin: dict[str, str] = field(default_factory=dict)

@@ -42,12 +42,12 @@ def convert(
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with --out")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.conversion import fill
+    from converters.conversion import write_proven
 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        proof = fill(partial, source, to, base, dtype)
+        proof = write_proven(partial, source, to, base, dtype)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:

@@ -43,13 +43,13 @@ from gguf import (
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from converters.adapter import targets
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.adapter import target_modules
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
-from converters.hf import as_prompt
+from converters.hf import parse_prompt
 from converters.layerwise_forward import empty_model
-from converters.merge_lora import updates
-from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
+from converters.merge_lora import lora_updates
+from converters.vocabulary import add_to_gguf, read_vocabulary, tokenizer_from_gguf
 from core.errors import UserError
 from core.progress import Progress
 from core.prompt import Prompt
@@ -133,14 +133,14 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
         config["tie_word_embeddings"] = False
     names = {llama: name for name, llama in _names(family, config["num_hidden_layers"]).items()}
     dtype = getattr(torch, config["dtype"])
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for llama, tensor in stored.items():
         name = names.get(llama.removesuffix(".weight"))
         if name is None:
             raise UserError(f"{file} has a tensor {llama}, which no {family} of so many layers has")
         shape = tuple(reversed(tensor.shape.tolist()))
         read_it = partial(_read_tensor, file, tensor, shape, dtype, name.endswith("norm"))
-        tensors[f"{name}.weight"] = Lazy(shape, dtype, read_it)
+        tensors[f"{name}.weight"] = LazyTensor(shape, dtype, read_it)
     # An instruction-tuned model ends its turn with another token than a text.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
@@ -150,7 +150,7 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
     return Checkpoint(
         config=config,
         tensors=tensors,
-        files=of_gguf(file) | {"generation_config.json": generation.to_json_string().encode()},
+        files=tokenizer_from_gguf(file) | {"generation_config.json": generation.to_json_string().encode()},
         prompt=_read_prompt(file, fields),
         origin=_read_origin(file, fields)
         or {"name": str(fields.get(Keys.General.NAME, file.stem)), "source": file.name},
@@ -207,7 +207,7 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "bias": "none",
-        "target_modules": targets(by_layer),
+        "target_modules": target_modules(by_layer),
     }
     # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
     if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
@@ -240,7 +240,7 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
     tensors = {}
     for name, lazy in content.tensors.items():
         if name.endswith("norm.weight"):
-            lazy = Lazy(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
+            lazy = LazyTensor(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
         tensors[f"{names[name.removesuffix('.weight')]}.weight"] = lazy
     _write_tensors(writer, tensors, {name: kind for name, lazy in tensors.items() if len(lazy.shape) == 2})
 
@@ -266,15 +266,15 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
         raise UserError("an adapter in GGUF names the family of its base; give the folder of that Gemma with --base")
     if adapter.peft.get("use_dora"):
         raise UserError("llama.cpp has no DoRA: convert --to merged, and that folder --to gguf")
-    found = updates(adapter, target)
+    found = lora_updates(adapter, target)
     names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
     # One alpha for the whole file: where layers differ in alpha, their B takes the difference.
     alpha = max(update.scale * len(update.lora_a) for update in found.values())
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for layer, update in found.items():
         ratio = update.scale * len(update.lora_a) / alpha
         for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
-            tensors[f"{names[layer]}.weight.lora_{factor}"] = of_memory(tensor)
+            tensors[f"{names[layer]}.weight.lora_{factor}"] = in_memory(tensor)
     kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
     file_type = FILE_TYPES[kinds[f"{names[next(iter(found))]}.weight.lora_a"]]
     writer = _writer(target, family, GGUFType.ADAPTER, file_type, adapter.prompt, adapter.base)
@@ -283,7 +283,9 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
     _write_tensors(writer, tensors, kinds)
 
 
-def _write_tensors(writer: GGUFWriter, tensors: Mapping[str, Lazy], kinds: Mapping[str, GGMLQuantizationType]) -> None:
+def _write_tensors(
+    writer: GGUFWriter, tensors: Mapping[str, LazyTensor], kinds: Mapping[str, GGMLQuantizationType]
+) -> None:
     """Fill the writer's file, one tensor in memory at a time. Those without a kind are stored in float32."""
     kinds = {name: kinds.get(name, GGMLQuantizationType.F32) for name in tensors}
     for name, lazy in tensors.items():
@@ -341,7 +343,7 @@ def _names(family: str, layers: int) -> dict[str, str]:
 
 
 def _read_prompt(file: Path, fields: Mapping[str, Any]) -> Prompt | None:
-    return as_prompt(_json_field(file, fields, PROMPT), file) if PROMPT in fields else None
+    return parse_prompt(_json_field(file, fields, PROMPT), file) if PROMPT in fields else None
 
 
 def _read_origin(file: Path, fields: Mapping[str, Any]) -> dict[str, str]:

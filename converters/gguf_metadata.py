@@ -57,7 +57,7 @@ TOKENS = {
     "eos_token_id": Keys.Tokenizer.EOS_ID,
     "pad_token_id": Keys.Tokenizer.PAD_ID,
 }
-LONGEST = 1 << 22  # strings in a list: sixteen times Gemma's vocabulary
+MAX_STRINGS = 1 << 22  # strings in a list: sixteen times Gemma's vocabulary
 
 
 class Header(GGUFReader):
@@ -76,7 +76,7 @@ class Header(GGUFReader):
         if number is not None:
             values = self._get(orig_offs + 12, number, length[0])
             return 12 + values.nbytes, [kind, length, values], [2], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
-        if kind[0] != GGUFValueType.STRING or length[0] > LONGEST:
+        if kind[0] != GGUFValueType.STRING or length[0] > MAX_STRINGS:
             raise ValueError(f"a list of {length[0]} entries of type {kind[0]}")
         return super()._get_field_parts(orig_offs, raw_type)
 

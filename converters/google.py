@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.byte_ranges import whole
-from converters.checkpoint import Checkpoint, Lazy
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Checkpoint, LazyTensor
 from converters.hf import read_json
 from converters.keras_config import published, read_config
 from converters.torch_file import MAX_PICKLE, read_tensors
-from converters.vocabulary import of_sentencepiece
+from converters.vocabulary import tokenizer_from_sentencepiece
 from core.errors import UserError
 
 TITLE = "Google's PyTorch checkpoint (gemma_pytorch)"
@@ -57,9 +57,9 @@ def read(path: Path) -> Checkpoint:
     Raises:
         UserError: damaged, hostile, quantized, or no Gemma of a size that Google published.
     """
-    found: dict[str, Lazy] = {}
+    found: dict[str, LazyTensor] = {}
     for file in _files(path):
-        tensors = read_tensors(whole(file))
+        tensors = read_tensors(whole_file(file))
         nested = {name.removeprefix(STATE): lazy for name, lazy in tensors.items() if name.startswith(STATE)}
         found |= nested or tensors
     if any(name.endswith("weight_scaler") for name in found):
@@ -81,7 +81,7 @@ def read(path: Path) -> Checkpoint:
     family = _family(tensors)
     config = read_config(published(family, tensors, heads, path), family, tensors, path)
     tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
-    files = of_sentencepiece(tokenizer.read_bytes(), tokenizer) if tokenizer.is_file() else {}
+    files = tokenizer_from_sentencepiece(tokenizer.read_bytes(), tokenizer) if tokenizer.is_file() else {}
     return Checkpoint(config, tensors, {**files}, origin={"name": path.stem})
 
 
@@ -94,7 +94,7 @@ def _files(path: Path) -> list[Path]:
     return [path / name for name in sorted(names)]
 
 
-def _head_counts(fused: Tensor | Lazy, out: Lazy | None, size: int, where: str) -> tuple[int, int, int]:
+def _head_counts(fused: Tensor | LazyTensor, out: LazyTensor | None, size: int, where: str) -> tuple[int, int, int]:
     """Heads of queries, keys and values: the output layer tells the first, the fused rows the others."""
     if out is None or len(fused.shape) != 2 or len(out.shape) != 2:
         raise UserError(f"{where} has no o_proj beside it, or is no matrix")
@@ -104,14 +104,14 @@ def _head_counts(fused: Tensor | Lazy, out: Lazy | None, size: int, where: str) 
     return queries, others // 2, others // 2
 
 
-def _split(name: str, fused: Lazy, rows: list[int]) -> dict[str, Lazy]:
+def _split(name: str, fused: LazyTensor, rows: list[int]) -> dict[str, LazyTensor]:
     found, begin = {}, 0
     for part, count in zip("qkv", rows, strict=True):
 
         def read(begin: int = begin, count: int = count) -> Tensor:
             return fused.read()[begin : begin + count].clone()
 
-        found[name.replace("qkv_proj", f"{part}_proj")] = Lazy((count, fused.shape[1]), fused.dtype, read)
+        found[name.replace("qkv_proj", f"{part}_proj")] = LazyTensor((count, fused.shape[1]), fused.dtype, read)
         begin += count
     return found
 

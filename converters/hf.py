@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.safetensors_file import read_tensors, write_tensors
 from core.base_model import text_name
 from core.errors import UserError
@@ -54,7 +54,7 @@ def read(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     if "quantization_config" in config:
         raise UserError(f"{path} is quantized; convert the whole model, and quantize the result")
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for shard in _shards(path):
         for name, tensor in read_tensors(shard).items():
             if name in tensors:
@@ -118,10 +118,10 @@ def read_prompt(folder: Path) -> Prompt | None:
     """The project's `prompt.json` of an exported folder, or None where there is none."""
     if not (folder / PROMPT_FILE).exists():
         return None
-    return as_prompt(read_json(folder / PROMPT_FILE), folder / PROMPT_FILE)
+    return parse_prompt(read_json(folder / PROMPT_FILE), folder / PROMPT_FILE)
 
 
-def as_prompt(values: Any, where: Path) -> Prompt:
+def parse_prompt(values: Any, where: Path) -> Prompt:
     """
     Raises:
         UserError: `values` are not those of a Prompt.

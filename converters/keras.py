@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from converters import keras_lora
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.hf import read_json, read_prompt, write_json
 from converters.keras_config import CLASSES, published, read_config, settings_of
-from converters.keras_h5 import SIGNATURE, dataset, dtype_of, opened, tensor_of, write_tensor
-from converters.vocabulary import of_sentencepiece, read_vocabulary, to_sentencepiece
+from converters.keras_h5 import SIGNATURE, dataset, dtype_of, open_h5, tensor_of, write_tensor
+from converters.vocabulary import read_vocabulary, to_sentencepiece, tokenizer_from_sentencepiece
 from core.errors import UserError
 from core.progress import Progress
 
@@ -102,7 +102,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     """
     if path.is_dir():
         return _read_preset(path)
-    with opened(path) as file:
+    with open_h5(path) as file:
         of_lora = "lora" in file
     if of_lora:
         return keras_lora.read(path)
@@ -121,7 +121,7 @@ def _read_preset(folder: Path) -> Checkpoint:
         file.name: file for file in sorted((folder / COMPANIONS).glob("*")) if file.is_file()
     }
     if not files and (folder / SENTENCEPIECE).is_file():
-        files = {**of_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
+        files = {**tokenizer_from_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
     return Checkpoint(config, tensors, files, read_prompt(folder), {"name": folder.resolve().name})
 
 
@@ -139,12 +139,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str, dict[str, tuple[int, ...]]]:
+def _read_weights(files: list[Path]) -> tuple[dict[str, LazyTensor], str, dict[str, tuple[int, ...]]]:
     """The tensors under transformers' names and in their shapes, their family, and KerasHub's shapes in layer 0."""
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     first: dict[str, tuple[int, ...]] = {}
     for path in files:
-        with opened(path) as file:
+        with open_h5(path) as file:
             root = next((root for root in ROOTS if isinstance(file.get(f"{root}layers"), h5py.Group)), None)
             if root is None:
                 raise UserError(f"{path} holds no layers of a Gemma of KerasHub")
@@ -172,7 +172,7 @@ def _places(layers: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _lazy(path: Path, found: h5py.Dataset, name: str) -> Lazy:
+def _lazy(path: Path, found: h5py.Dataset, name: str) -> LazyTensor:
     layout, place, shape = LAYOUTS.get(name.split(".")[-2]), found.name.strip("/"), found.shape
     if layout is not None:
         if len(shape) != layout.dimensions:
@@ -180,13 +180,13 @@ def _lazy(path: Path, found: h5py.Dataset, name: str) -> Lazy:
         shape = tuple(layout.to_ours(torch.empty(shape, device="meta")).shape)
 
     def read() -> Tensor:
-        with opened(path) as file:
+        with open_h5(path) as file:
             found = dataset(file, place)
             assert found is not None  # it was there
             tensor = tensor_of(found)
         return layout.to_ours(tensor).contiguous() if layout else tensor
 
-    return Lazy(shape, dtype_of(found), read)
+    return LazyTensor(shape, dtype_of(found), read)
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from converters.checkpoint import Lazy
+from converters.checkpoint import LazyTensor
 from converters.gguf_metadata import CLASSES as ARCHITECTURES
 from converters.gguf_metadata import GELU
 from core.errors import UserError
@@ -43,7 +43,7 @@ CONTEXT = {18: 32_768, 26: 32_768}  # of Gemma 3 270M and 1B; the longest text o
 
 
 def published(
-    family: str, tensors: Mapping[str, Lazy], heads: Mapping[str, tuple[int, ...]], path: Path
+    family: str, tensors: Mapping[str, LazyTensor], heads: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, Any]:
     """The settings of a file without any, in KerasHub's words: sizes by its tensors, the rest as Google published."""
     layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
@@ -71,7 +71,7 @@ def published(
     return sizes | PUBLISHED[family] | OF_LAYERS[family][layers]
 
 
-def read_config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: Path) -> dict[str, Any]:
+def read_config(settings: Any, family: str, tensors: Mapping[str, LazyTensor], where: Path) -> dict[str, Any]:
     """`config.json` of transformers from the `settings` of a backbone of KerasHub."""
     try:
         layers, heads, head_dim = settings["num_layers"], settings["num_query_heads"], settings["head_dim"]

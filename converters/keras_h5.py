@@ -16,11 +16,11 @@ from core.errors import UserError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DTYPES = {"<f4": torch.float32, "<f2": torch.float16}
-LONGEST = 1 << 20  # entries of a group; the largest Gemma has a hundred
+MAX_ENTRIES = 1 << 20  # entries of a group; the largest Gemma has a hundred
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
+def open_h5(path: Path) -> Iterator[h5py.File]:
     """
     Raises:
         UserError: the file is missing or damaged, also where that shows later, while it is read.

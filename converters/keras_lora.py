@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from converters.adapter import PREFIX, targets
+from converters.adapter import PREFIX, target_modules
 from converters.checkpoint import Adapter
-from converters.keras_h5 import dataset, opened, tensor_of, write_tensor
-from converters.merge_lora import updates
+from converters.keras_h5 import dataset, open_h5, tensor_of, write_tensor
+from converters.merge_lora import lora_updates
 from core.errors import UserError
 
 # What Keras walks over in a layer, last made first; None has no LoRA. Before layer 0 comes the embedding.
@@ -52,7 +52,7 @@ def read(path: Path) -> Adapter:
     Raises:
         UserError: damaged, or not the LoRA of a text Gemma.
     """
-    with opened(path) as file:
+    with open_h5(path) as file:
         pairs = {place: (_kernel(file, place, "a"), _kernel(file, place, "b")) for place in _places(file, path)}
     fitting = [family for family in WALK if _fits(family, pairs)]
     if len(fitting) != 1:
@@ -145,7 +145,7 @@ def _settings(ranks: Mapping[str, int]) -> dict[str, Any]:
     # By a short name where all layers of that name are alike.
     if all(by_name.get(layer.rsplit(".", 1)[1], rank) == found for layer, found in ranks.items()):
         others = by_name
-    settings = {"r": rank, "lora_alpha": rank, "bias": "none", "target_modules": targets(ranks)}
+    settings = {"r": rank, "lora_alpha": rank, "bias": "none", "target_modules": target_modules(ranks)}
     return settings | ({"rank_pattern": others, "alpha_pattern": dict(others)} if others else {})
 
 
@@ -161,7 +161,7 @@ def write(adapter: Adapter, target: Path) -> None:
         raise UserError("KerasHub has no DoRA: convert --to merged, and that folder --to keras")
     walk = WALK[config["model_type"]]
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, update in updates(adapter, target).items():
+    for layer, update in lora_updates(adapter, target).items():
         _, _, number, name = layer.split(".", 3)
         lora_b = update.lora_b if update.scale == 1 else update.lora_b.float() * update.scale
         found[1 + int(number) * len(walk) + walk.index(name)] = _from_peft(name, update.lora_a, lora_b, config)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from converters.adapter import PREFIX
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 BLOCK = 16_384  # rows of the output layer at a time: 350 MB of float32 for the widest Gemma
@@ -42,7 +42,7 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     if adapter:
         settings = LoraConfig(task_type="CAUSAL_LM", **adapter.peft)
         get_peft_model(model, settings, low_cpu_mem_usage=True)  # wraps the layers in place
-        tensors |= {name.removeprefix(PREFIX): of_memory(tensor) for name, tensor in adapter.tensors.items()}
+        tensors |= {name.removeprefix(PREFIX): in_memory(tensor) for name, tensor in adapter.tensors.items()}
     for number, layer in enumerate(body.layers):
         _load_when_it_computes(layer, tensors, f"model.layers.{number}.")
     body.norm.weight = nn.Parameter(tensors["model.norm.weight"].read().float())
@@ -56,7 +56,7 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     return _output(ends, checkpoint, getattr(config, "final_logit_softcapping", None))
 
 
-def _load_when_it_computes(layer: nn.Module, tensors: Mapping[str, Lazy], prefix: str) -> None:
+def _load_when_it_computes(layer: nn.Module, tensors: Mapping[str, LazyTensor], prefix: str) -> None:
     names = {}
     for name, _ in layer.named_parameters():
         theirs = prefix + name.replace("base_layer.", "").replace(".default", "")

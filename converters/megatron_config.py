@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from converters.byte_ranges import Span, damaged
-from converters.megatron import FAMILIES, known
+from converters.byte_ranges import ByteRange, parsing
+from converters.megatron import FAMILIES, full_config
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -21,7 +21,7 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: another family, or a mechanism that NeMo's Gemmas do not have.
     """
-    text = known(config)
+    text = full_config(config)
     rope = text.rope_parameters
     divisor = math.gcd(text.vocab_size, 128)  # so that nothing is padded
     fields = {
@@ -125,7 +125,9 @@ def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def config_of(family: str, fields: Mapping[str, Any], files: Mapping[str, Span], rows: int | None) -> dict[str, Any]:
+def config_of(
+    family: str, fields: Mapping[str, Any], files: Mapping[str, ByteRange], rows: int | None
+) -> dict[str, Any]:
     """`config.json` of a checkpoint: the one that it brought along if it says what `fields` say, else made of them.
 
     Args:
@@ -142,10 +144,10 @@ def config_of(family: str, fields: Mapping[str, Any], files: Mapping[str, Span],
         return config
 
 
-def _json(files: Mapping[str, Span], name: str) -> dict[str, Any]:
+def _json(files: Mapping[str, ByteRange], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
-    with damaged(files[name].name):
+    with parsing(files[name].name):
         return dict(json.loads(files[name].read()))
 
 
@@ -153,16 +155,16 @@ def _vocabulary(tokenizer: Mapping[str, Any]) -> int | None:
     """How many tokens there are in a `tokenizer.json`."""
     if not tokenizer:
         return None
-    with damaged("tokenizer.json"):
+    with parsing("tokenizer.json"):
         ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
         return int(max(ids)) + 1
 
 
-def read_prompt(span: Span | None) -> Prompt | None:
-    if span is None:
+def read_prompt(byte_range: ByteRange | None) -> Prompt | None:
+    if byte_range is None:
         return None
-    with damaged(span.name):
-        return Prompt(**json.loads(span.read()))
+    with parsing(byte_range.name):
+        return Prompt(**json.loads(byte_range.read()))
 
 
 def _whole(number: float) -> float | int:

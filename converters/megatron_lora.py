@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Lazy
-from converters.megatron import JOINED, Sizes, bare, join, split
+from converters.checkpoint import Adapter, LazyTensor
+from converters.megatron import JOINED, Sizes, join, split, strip_wrappers
 from core.errors import UserError
 
 PEFT = re.compile(
@@ -66,7 +66,7 @@ Layers = dict[int, dict[str, Kinds]]  # number of a layer → linear layer in it
 
 
 def from_megatron_lora(
-    tensors: Mapping[str, Lazy], config: Mapping[str, Any], alpha: float | None, dropout: float = 0.0
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], alpha: float | None, dropout: float = 0.0
 ) -> Adapter:
     """
     Args:
@@ -81,9 +81,9 @@ def from_megatron_lora(
     found: Layers = defaultdict(dict)
     named = {theirs: ours for ours, theirs in KINDS.items()}
     for name, lazy in tensors.items():
-        if name.endswith("_extra_state") or not bare(name):
+        if name.endswith("_extra_state") or not strip_wrappers(name):
             continue
-        match = MEGATRON.fullmatch(bare(name))
+        match = MEGATRON.fullmatch(strip_wrappers(name))
         layer = f"{match[2]}" if match else ""
         if match and match[3]:  # canonical: adapter_q of linear_qkv is q_proj's
             layer = next((part for part in JOINED.get(layer, ()) if part.endswith(f".{match[3]}_proj")), "")

@@ -14,8 +14,8 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from converters.adapter import PART
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.adapter import LORA_TENSOR
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from core.errors import UserError
 
 
@@ -36,7 +36,7 @@ def merge(base: Checkpoint, adapter: Adapter, where: Path) -> Checkpoint:
         UserError: the adapter was trained on another base, by its hash, or does not fit into this one.
     """
     refuse_other_base(adapter, base, where)
-    found = updates(adapter, where)
+    found = lora_updates(adapter, where)
     refuse_misfit(found, base, where)
     tensors = dict(base.tensors)
     for layer, update in found.items():
@@ -66,7 +66,7 @@ def refuse_misfit(found: Mapping[str, Update], base: Checkpoint, where: Path) ->
             )
 
 
-def updates(adapter: Adapter, where: Path) -> dict[str, Update]:
+def lora_updates(adapter: Adapter, where: Path) -> dict[str, Update]:
     """Layer (`model.layers.0.self_attn.q_proj`) → its update.
 
     Raises:
@@ -74,7 +74,7 @@ def updates(adapter: Adapter, where: Path) -> dict[str, Update]:
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in adapter.tensors.items():
-        part = PART.fullmatch(name)
+        part = LORA_TENSOR.fullmatch(name)
         if part is None:
             raise UserError(f"{where}: {name} is not part of a LoRA on a linear layer of Gemma")
         if not tensor.dtype.is_floating_point or not torch.isfinite(tensor).all():
@@ -104,7 +104,7 @@ def _value(peft: Mapping[str, Any], pattern: str, layer: str, default: Any) -> A
     return values.get(get_pattern_key(values.keys(), layer), default)
 
 
-def _read_folded(weight: Lazy, update: Update) -> Tensor:
+def _read_folded(weight: LazyTensor, update: Update) -> Tensor:
     return fold(weight.read(), update)
 
 

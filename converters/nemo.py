@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import yaml
 
-from converters.adapter import plain_lora
-from converters.byte_ranges import Span, below, members
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
-from converters.hf import COMPANIONS, as_prompt
+from converters.adapter import lora_settings
+from converters.byte_ranges import ByteRange, files_below, members
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.hf import COMPANIONS, parse_prompt
 from converters.torch_file import read_tensors, write_tensors
 from core.errors import UserError
 
@@ -50,15 +50,15 @@ def read(path: Path) -> Checkpoint | Adapter:
     config = _config(parts, path)
     if WEIGHTS not in parts:
         raise UserError(f"{path} is not a whole .nemo of this project: it has no {WEIGHTS}")
-    prompt = as_prompt(config["prompt"], path) if config.get("prompt") is not None else None
+    prompt = parse_prompt(config["prompt"], path) if config.get("prompt") is not None else None
     tensors = read_tensors(parts[WEIGHTS])
     if "config" in config:
         values = _section(config, "config", path)
-        companions = below(parts, FILES)
+        companions = files_below(parts, FILES)
         for name in companions:
             if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or Path(name).name != name:
                 raise UserError(f"{path}: {FILES}{name} is none of the files that belong to a model beside its weights")
-        files = {name: span.read() for name, span in companions.items()}
+        files = {name: byte_range.read() for name, byte_range in companions.items()}
         return Checkpoint(values, tensors, files, prompt, _texts(config.get("origin") or {}, "origin", path))
     if missing := {"base", "peft", "dtype"} - config.keys():
         raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
@@ -69,7 +69,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     settings = {key: value for key, value in _section(config, "peft", path).items() if key != "name"}
     adapter = {name: tensor.read() for name, tensor in tensors.items()}
     return Adapter(
-        plain_lora(settings, adapter, path),
+        lora_settings(settings, adapter, path),
         adapter,
         _texts(config["base"], "base", path),
         None,
@@ -82,13 +82,13 @@ def read(path: Path) -> Checkpoint | Adapter:
 def write(content: Checkpoint | Adapter, target: Path) -> None:
     prompt = vars(content.prompt) if content.prompt else None
     files: Mapping[str, bytes | Path] = {}
-    tensors: Mapping[str, Lazy]
+    tensors: Mapping[str, LazyTensor]
     config: dict[str, Any]
     if isinstance(content, Checkpoint):
         config = {"config": content.config, "origin": content.origin, "prompt": prompt}
         tensors, files = content.tensors, content.files
     else:
-        tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
+        tensors = {name: in_memory(tensor) for name, tensor in content.tensors.items()}
         base = {key: content.base.get(key, "") for key in ("name", "source", "revision", "sha256")}
         config = {
             "base_folder": content.base.get("folder", ""),
@@ -118,7 +118,7 @@ def _dtype(config: Mapping[str, Any]) -> str:
 # --- the archive ------------------------------------------------------------------------------------------------
 
 
-def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
+def _config(parts: Mapping[str, ByteRange], path: Path) -> dict[str, Any]:
     if len(parts) > MAX_MEMBERS:
         raise UserError(
             f"{path} is not a whole .nemo of this project: it has {len(parts)} members, of which none "

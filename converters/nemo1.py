@@ -26,10 +26,10 @@ from typing import Any, BinaryIO, cast
 import torch
 import yaml
 
-from converters.byte_ranges import Span, below, damaged, members
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.byte_ranges import ByteRange, files_below, members, parsing
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed, write_distributed
-from converters.megatron import from_megatron, merge_ranks, rows_of, to_megatron
+from converters.megatron import embedding_rows, from_megatron, merge_ranks, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.torch_file import read_tensors
@@ -127,7 +127,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     if CONFIG not in parts:
         raise UserError(f"{path} has no {CONFIG}: it is no whole .nemo")
     where = parts[CONFIG].name
-    with damaged(where):
+    with parsing(where):
         config = yaml.safe_load(parts[CONFIG].read())
         custom = config.get("mcore_customization_config") or {}
         family = (
@@ -138,43 +138,45 @@ def read(path: Path) -> Checkpoint | Adapter:
         fields = {key: config[key] for key in SAME if key in config}
         fields |= {key: custom[key] for key in CUSTOM if key in custom} | {"seq_length": config["encoder_seq_length"]}
         lora = (config.get("peft") or {}).get("lora_tuning") or {}
-    tokenizer = below(parts, TOKENIZER)
+    tokenizer = files_below(parts, TOKENIZER)
     tensors = _tensors(parts, f"{path}")
-    with damaged(where):
-        hf = config_of(family, fields, tokenizer, rows_of(tensors))
+    with parsing(where):
+        hf = config_of(family, fields, tokenizer, embedding_rows(tensors))
     prompt = read_prompt(parts.get(PROMPT_FILE))
     adapters = {name: lazy for name, lazy in tensors.items() if ".adapter." in name}
     if adapters:
-        with damaged(where):
+        with parsing(where):
             alpha, dropout = lora.get("alpha"), float(lora.get("adapter_dropout") or 0.0)
             base = lora.get("base") or {}
         adapter = from_megatron_lora(adapters, hf, alpha, dropout)
         adapter.base, adapter.prompt = base, prompt
         return adapter
-    files = {name: span.read() for name, span in tokenizer.items() if name != "config.json" and "/" not in name}
-    for name, span in parts.items():
+    files = {
+        name: byte_range.read() for name, byte_range in tokenizer.items() if name != "config.json" and "/" not in name
+    }
+    for name, byte_range in parts.items():
         if name.endswith("tokenizer.model") and "/" not in name:  # NeMo puts a hash before it
-            files["tokenizer.model"] = span.read()
+            files["tokenizer.model"] = byte_range.read()
     zero_centered = bool(fields.get("layernorm_zero_centered_gamma"))
     return Checkpoint(hf, from_megatron(tensors, hf, zero_centered), files, prompt)
 
 
-def _tensors(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
+def _tensors(parts: Mapping[str, ByteRange], name: str) -> dict[str, LazyTensor]:
     """The whole model's tensors, layers numbered through, adapters under NeMo 2's names."""
-    ranks: dict[int, dict[int, dict[str, Lazy]]] = defaultdict(dict)  # pipeline rank → tensor rank → its tensors
+    ranks: dict[int, dict[int, dict[str, LazyTensor]]] = defaultdict(dict)  # pipeline rank → tensor rank → its tensors
     if f"{WEIGHTS}.ckpt" in parts:
         ranks[0][0] = read_tensors(parts[f"{WEIGHTS}.ckpt"])
     elif any(part.startswith(f"{WEIGHTS}/") for part in parts):
-        ranks[0][0] = read_distributed(below(parts, WEIGHTS), f"{name}: {WEIGHTS}")
-    for part, span in parts.items():
+        ranks[0][0] = read_distributed(files_below(parts, WEIGHTS), f"{name}: {WEIGHTS}")
+    for part, byte_range in parts.items():
         if match := RANK.fullmatch(part):
-            ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(span)
+            ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(byte_range)
     width = max((len(stage) for stage in ranks.values()), default=0)
     if not width or set(ranks) != set(range(len(ranks))) or any(set(s) != set(range(width)) for s in ranks.values()):
         raise UserError(
             f"{name} has not the weights of all ranks: of model_weights.ckpt, mp_rank_00/… it needs every one"
         )
-    found: dict[str, Lazy] = {}
+    found: dict[str, LazyTensor] = {}
     layers = 0
     for stage in range(len(ranks)):
         merged = merge_ranks(

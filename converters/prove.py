@@ -1,8 +1,8 @@
 """The proof of a conversion: what was written is read again, and must say what the source says.
 
 Every tensor is compared with the source's, bit by bit, unless the conversion rounds: a merge does, once, and a format
-that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and what they
-predict is compared. An adapter is run on its base, by peft.
+that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and
+what they predict is compared. An adapter is run on its base, by peft.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from converters.adapter import PART
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.adapter import LORA_TENSOR
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.layerwise_forward import logits
-from converters.merge_lora import updates
+from converters.merge_lora import lora_updates
 from core.errors import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
@@ -57,7 +57,7 @@ def prove(
     merged = isinstance(source, Adapter) and isinstance(target, Checkpoint)
     names, differing = _compare(base if merged and base else source, target)
     if merged:
-        changed = {PART.sub(r"\1.weight", name) for name in source.tensors}
+        changed = {LORA_TENSOR.sub(r"\1.weight", name) for name in source.tensors}
         unexpected = [name for name in differing if name not in changed]
     else:
         unexpected = differing if tolerance is None else []
@@ -131,19 +131,19 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def _tensors(side: Checkpoint | Adapter) -> Mapping[str, Lazy]:
+def _tensors(side: Checkpoint | Adapter) -> Mapping[str, LazyTensor]:
     if isinstance(side, Checkpoint):
         return side.tensors
-    return {name: of_memory(tensor) for name, tensor in side.tensors.items()}
+    return {name: in_memory(tensor) for name, tensor in side.tensors.items()}
 
 
-def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, Lazy]:
+def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, LazyTensor]:
     """An adapter's B with the scale in it, where `other` has another scale: a format without alpha keeps it there."""
     if not isinstance(side, Adapter) or not isinstance(other, Adapter):
         return {}
-    mine, theirs = (updates(adapter, Path("the adapter")) for adapter in (side, other))
+    mine, theirs = (lora_updates(adapter, Path("the adapter")) for adapter in (side, other))
     return {
-        f"base_model.model.{layer}.lora_B.weight": of_memory(update.lora_b.float() * update.scale)
+        f"base_model.model.{layer}.lora_B.weight": in_memory(update.lora_b.float() * update.scale)
         for layer, update in mine.items()
         if layer in theirs and update.scale != theirs[layer].scale
     }

@@ -15,14 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from converters.checkpoint import Lazy
+from converters.checkpoint import LazyTensor
 from core.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read_tensors(path: Path) -> dict[str, Lazy]:
+def read_tensors(path: Path) -> dict[str, LazyTensor]:
     """
     Raises:
         UserError: the file is damaged, or holds tensors that are not of 16 or 32-bit floats.
@@ -36,7 +36,7 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
                     f"{path}: {name} is of {part.get_dtype()}; only whole models in {', '.join(DTYPES)} are converted"
                 )
             dtype = DTYPES[part.get_dtype()]
-            tensors[name] = Lazy(tuple(part.get_shape()), dtype, partial(_read_one, path, name))
+            tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, partial(_read_one, path, name))
     return tensors
 
 
@@ -57,14 +57,14 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path} is damaged ({error}). Copy or download it again") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     with path.open("wb") as file:
         file.write(header(tensors))
         for name in _order(tensors):
             file.write(as_bytes(tensors[name].read()))
 
 
-def header(tensors: Mapping[str, Lazy | Tensor]) -> bytes:
+def header(tensors: Mapping[str, LazyTensor | Tensor]) -> bytes:
     """What stands before the bytes of `tensors`."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -76,7 +76,7 @@ def header(tensors: Mapping[str, Lazy | Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
+def _order(tensors: Mapping[str, LazyTensor | Tensor]) -> list[str]:
     """As the library orders them: wide types first, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 

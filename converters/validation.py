@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.checkpoint import Checkpoint, Lazy
+from converters.checkpoint import Checkpoint, LazyTensor
 from converters.layerwise_forward import FAMILIES, empty_model
 from converters.safetensors_file import NAMES
 from core.errors import UserError
@@ -53,9 +53,9 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
             raise UserError(f"{where}: {name} is of {found[name].dtype}, which is no whole weight of 16 or 32 bits")
 
 
-def checked(
-    tensors: Mapping[str, Lazy], where: Path, seen: Callable[[int], object] = lambda size: None
-) -> dict[str, Lazy]:
+def validated(
+    tensors: Mapping[str, LazyTensor], where: Path, seen: Callable[[int], object] = lambda size: None
+) -> dict[str, LazyTensor]:
     """`tensors` of the file `where`, each looked at as it is read; `seen` is told its size in bytes.
 
     Reading raises a UserError where the file fails, or the values are not finite.
@@ -63,7 +63,7 @@ def checked(
     return {name: _checked(name, tensor, where, seen) for name, tensor in tensors.items()}
 
 
-def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]) -> Lazy:
+def _checked(name: str, tensor: LazyTensor, where: Path, seen: Callable[[int], object]) -> LazyTensor:
     def read() -> Tensor:
         try:
             values = tensor.read()
@@ -79,4 +79,4 @@ def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]
         seen(tensor.nbytes)
         return values
 
-    return Lazy(tensor.shape, tensor.dtype, read)
+    return LazyTensor(tensor.shape, tensor.dtype, read)

@@ -152,7 +152,7 @@ def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
     return model.SerializeToString()
 
 
-def of_gguf(file: Path) -> dict[str, bytes]:
+def tokenizer_from_gguf(file: Path) -> dict[str, bytes]:
     """File name → content of the tokenizer in the GGUF `file`, as transformers saves it.
 
     Raises:
@@ -168,7 +168,7 @@ def of_gguf(file: Path) -> dict[str, bytes]:
             raise UserError(f"{file}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None
 
 
-def of_sentencepiece(model: bytes, where: Path) -> dict[str, bytes]:
+def tokenizer_from_sentencepiece(model: bytes, where: Path) -> dict[str, bytes]:
     """The same of a SentencePiece model, which goes along as `tokenizer.model`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(model)

@@ -78,7 +78,9 @@ def test_every_epoch_has_every_row_once_in_another_order(rows) -> None:  # type:
 
 def test_a_resumed_epoch_goes_on_where_it_stopped(rows) -> None:  # type: ignore[no-untyped-def]
     whole = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0)]
-    rest = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: 4)]
+    rest = [
+        step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: 4)
+    ]
     assert rest == whole[4:]
 
 

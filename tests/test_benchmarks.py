@@ -76,7 +76,9 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
     for _ in range(24):
         length = int(torch.randint(8, 60, (), generator=generator))
         ids = [2, *torch.randint(3, 40, (length - 1,), generator=generator).tolist()]
-        rows.append({"input_ids": ids, "target_ranges": [[int(torch.randint(1, length, (), generator=generator)), length]]})
+        rows.append(
+            {"input_ids": ids, "target_ranges": [[int(torch.randint(1, length, (), generator=generator)), length]]}
+        )
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     base = tmp_path / "base"  # as it is on disk, float32 for both
     AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).save_pretrained(base)

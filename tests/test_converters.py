@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
-from converters.byte_ranges import whole
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
-from converters.conversion import fetched
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.conversion import resolve_source
 from converters.convert import convert, table
 from converters.layerwise_forward import logits
 from converters.nemo_file import read_nemo
@@ -118,7 +118,7 @@ def test_the_forward_pass_a_layer_at_a_time_is_that_of_transformers_and_peft(
     for settings in KINDS.values():
         model = adapted(bases[family], **settings)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-        tensors = {adapter_folder.our_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {adapter_folder.peft_name(name): tensor for name, tensor in tensors.items()}
         lora = Adapter({"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings}, tensors)
         torch.testing.assert_close(logits(checkpoint, [IDS], lora), say(model), atol=5e-5, rtol=0)
         assert (say(model) - say(plain)).abs().max() > 0.1
@@ -243,14 +243,14 @@ def test_a_difference_of_one_bit_or_one_shape_is_found(tiny_base: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     changed = source.tensors[name].read().clone()
     changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(9.0, dtype=torch.bfloat16))
-    target.tensors = {**target.tensors, name: of_memory(changed)}
+    target.tensors = {**target.tensors, name: in_memory(changed)}
     with pytest.raises(UserError, match=f"not faithful: {name} has other values"):
         prove(source, target, None, None)
     assert (
         prove(source, target, None, {"mean_kl_divergence": 1e-3})["tensors_with_the_same_bits"]
         == len(source.tensors) - 1
     )
-    target.tensors = {**target.tensors, name: of_memory(torch.zeros_like(changed))}
+    target.tensors = {**target.tensors, name: in_memory(torch.zeros_like(changed))}
     with pytest.raises(UserError, match="not faithful: mean_kl_divergence is"):
         prove(source, target, None, {"mean_kl_divergence": 1e-3})
     del target.tensors[name]
@@ -492,14 +492,14 @@ def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says:
         for name, whole_record in records.items():
             archive.writestr(name, content if name == f"weights/{record}" else whole_record)
     with pytest.raises(UserError, match=says):
-        read_tensors(whole(path))
+        read_tensors(whole_file(path))
 
 
 @pytest.mark.parametrize("state", [{"a": torch.eye(3).to_sparse()}, {"a": 3}, [torch.ones(2)]])
 def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.ckpt")
     with pytest.raises(UserError, match=r"sparse|something else than tensors"):
-        read_tensors(whole(tmp_path / "weights.ckpt"))
+        read_tensors(whole_file(tmp_path / "weights.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
-    return {name: t.read() if isinstance(t, Lazy) else t for name, t in content.tensors.items()}
+    return {name: t.read() if isinstance(t, LazyTensor) else t for name, t in content.tensors.items()}
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
@@ -604,8 +604,8 @@ def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
 def test_damaged_files_by_the_thousand_are_sentences(
     kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from converters.merge_lora import updates
-    from converters.validation import check_shapes, checked
+    from converters.merge_lora import lora_updates
+    from converters.validation import check_shapes, validated
 
     if kind == "adapter":
         source = tmp_path / "peft"
@@ -629,9 +629,9 @@ def test_damaged_files_by_the_thousand_are_sentences(
                 found = module.read(source)
                 if isinstance(found, Checkpoint):
                     check_shapes(found, source)
-                    found.tensors = checked(found.tensors, source)
+                    found.tensors = validated(found.tensors, source)
                 else:
-                    updates(found, source)
+                    lora_updates(found, source)
                 values = values_of(found)
             except UserError as error:
                 assert str(source) in str(error) and len(str(error)) < 600, error
@@ -657,7 +657,7 @@ def test_help_shows_what_the_formats_say_of_themselves() -> None:
 
 
 def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:
-    assert fetched("google/gemma-3-270m").resolve() == base_folder
+    assert resolve_source("google/gemma-3-270m").resolve() == base_folder
     with pytest.raises(UserError, match=r"there is no runs/slang\.nemo|there is no .*nope"):
         convert(tmp_path / "nope", "nemo", tmp_path / "out")
 

@@ -150,7 +150,7 @@ def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
     base = tiny_gemma("gemma2", vocab_size=600)
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)
     for divide in (shard_base, split_base):
-        with pytest.raises(UserError, match="strategy=ddp copies it"):
+        with pytest.raises(UserError, match="strategy=ddp, which copies it"):
             divide(base, None)
 
 

@@ -443,7 +443,7 @@ def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Calla
     engine.scheduler.submit(request)
     while len(request.tokens) - request.prompt_tokens < 3:
         engine.scheduler.step()
-    engine.scheduler._answer(request, end, time.monotonic())
+    engine.scheduler._append_token(request, end, time.monotonic())
     assert engine.answer(99).finish_reason == "stop"
     text = engine.tokenizer.decode(request.tokens[request.prompt_tokens : -1])
     assert (engine.answer(99).text, engine.answer(99).output_tokens) == (text, 4)
@@ -484,7 +484,7 @@ def test_adapters_come_change_and_go(bases: dict[str, Path], engine_of: Callable
     ("change", "words"),
     [
         ({"use_dora": True}, "use_dora is not supported"),
-        ({"peft_type": "IA3"}, "not that of a LoRA"),
+        ({"peft_type": "IA3"}, "does not describe a LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
     ],
 )

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -311,7 +311,7 @@ def test_without_a_tokenizer_or_its_base_the_error_says_so(folders: Any, tmp_pat
 def test_values_beyond_float16_are_refused(folders: Any, tmp_path: Path) -> None:
     found = checkpoint(folders["gemma", torch.bfloat16])
     large = found.tensors["model.embed_tokens.weight"].read() * 1e6
-    found.tensors = {**found.tensors, "model.embed_tokens.weight": of_memory(large)}
+    found.tensors = {**found.tensors, "model.embed_tokens.weight": in_memory(large)}
     with pytest.raises(UserError, match="F16 cannot hold"):
         gguf.write(found, tmp_path / "model.gguf", "f16")
 
@@ -334,7 +334,7 @@ def test_damaged_files_end_in_one_sentence(
     trials: int, small: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tokenizer is read by a library, whose errors are caught whole; by itself it takes most of the time.
-    monkeypatch.setattr(gguf, "of_gguf", lambda file: {})
+    monkeypatch.setattr(gguf, "tokenizer_from_gguf", lambda file: {})
     chance, path = random.Random(0), tmp_path / "model.gguf"
     header = small.index(b"blk.2.") + 2_000
     refused = 0

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import hf, keras
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.convert import convert
 from core.errors import UserError
 from core.prompt import Prompt
@@ -511,7 +511,7 @@ def test_an_adapter_without_its_base_or_with_dora_is_refused(tmp_path: Path) -> 
 
 def test_an_output_layer_of_its_own_is_refused(tmp_path: Path) -> None:
     found = read(preset(tiny("gemma"), tmp_path / "preset"))
-    found.tensors = {**found.tensors, "lm_head.weight": of_memory(torch.zeros(4, 4))}
+    found.tensors = {**found.tensors, "lm_head.weight": in_memory(torch.zeros(4, 4))}
     with pytest.raises(UserError, match="output layer"):
         keras.write(found, tmp_path / "keras")
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from converters import nemo1, nemo2
 from converters.byte_ranges import members
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed
 from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
@@ -44,8 +44,8 @@ NEMO1 = ("gemma", "gemma2")
 EDGES = [(nemo2, family) for family in FAMILIES] + [(nemo1, family) for family in NEMO1]
 
 
-def lazies(tensors: dict[str, Tensor]) -> dict[str, Lazy]:
-    return {name: Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+def lazies(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
+    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
 
 
 def gemma(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
@@ -68,7 +68,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def read(lazy: dict[str, Lazy]) -> dict[str, Tensor]:
+def read(lazy: dict[str, LazyTensor]) -> dict[str, Tensor]:
     found = {name: content.read() for name, content in lazy.items()}
     assert all(tuple(found[name].shape) == lazy[name].shape and found[name].dtype == lazy[name].dtype for name in lazy)
     return found
@@ -440,7 +440,8 @@ def test_nothing_but_a_tensor_at_a_time_is_in_memory(format_: Any, tmp_path: Pat
         return fresh
 
     source = Checkpoint(
-        model.config.to_dict(), {name: Lazy(tuple(t.shape), t.dtype, watched(t)) for name, t in weights(model).items()}
+        model.config.to_dict(),
+        {name: LazyTensor(tuple(t.shape), t.dtype, watched(t)) for name, t in weights(model).items()},
     )
     format_.write(source, tmp_path / "target")
     largest = max(lazy.nbytes for lazy in source.tensors.values())
