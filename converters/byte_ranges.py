@@ -1,7 +1,7 @@
-"""Where the bytes of a checkpoint's files lie: in a folder, or inside a tar that is never unpacked.
+"""The files of a checkpoint as byte ranges, in a folder or inside a tar archive that is never unpacked.
 
-A `.nemo` of NeMo 1 may be larger than the disk has room for twice, and an archive from elsewhere may name paths outside
-its folder. Here a file is a stretch of bytes of one that exists, read where it is.
+A `.nemo` of NeMo 1 may be too large for the disk to hold twice, and an untrusted archive may name paths outside its
+folder. Here a file is a byte range of an existing one, and is read in place.
 """
 
 import io
@@ -17,7 +17,7 @@ from core.errors import UserError
 
 @dataclass(frozen=True)
 class ByteRange:
-    """`length` bytes of the file `path` from `start` on; `name` is what to call them in a message."""
+    """`length` bytes of the file `path` from `start` on; `name` is for error messages."""
 
     name: str
     path: Path
@@ -25,11 +25,11 @@ class ByteRange:
     length: int
 
     def open(self) -> io.BufferedReader:
-        """The bytes as a seekable file of their own."""
+        """The bytes as a seekable file."""
         return io.BufferedReader(_Window(self))
 
     def read(self, limit: int = 1 << 28) -> bytes:
-        """All of a small file.
+        """The content of a small file.
 
         Raises:
             UserError: it is larger than `limit` bytes.
@@ -40,9 +40,10 @@ class ByteRange:
             return file.read()
 
     def part(self, start: int, length: int) -> "ByteRange":
-        """
+        """The `length` bytes from `start` on.
+
         Raises:
-            UserError: it reaches beyond this byte_range, as in a file that was cut off.
+            UserError: it reaches beyond this range, as in a truncated file.
         """
         if start < 0 or length < 0 or start + length > self.length:
             raise UserError(f"{self.name} is cut off: it has {self.length:,} bytes, {start + length:,} are needed")
@@ -79,16 +80,16 @@ class _Window(io.RawIOBase):
 
 @contextmanager
 def parsing(name: str) -> Iterator[None]:
-    """Whatever a parser raises on damaged bytes becomes one sentence: there is no end to what that may be.
+    """Turn whatever a parser raises on damaged bytes into one sentence; parsers raise almost anything.
 
     Raises:
-        UserError: in place of any error.
+        UserError: in place of any other error.
     """
     try:
         yield
     except UserError:
         raise
-    except MemoryError:  # most often a length that was damaged
+    except MemoryError:  # most often caused by a damaged length
         raise UserError(f"{name} is damaged, or needs more memory than there is") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -106,11 +107,11 @@ def whole_file(path: Path) -> ByteRange:
 
 
 def members(path: Path) -> dict[str, ByteRange]:
-    """The files of a folder, or of an uncompressed tar: name within it → its bytes.
+    """The files of a folder or of an uncompressed tar: relative name → byte range.
 
     Raises:
-        UserError: no such file; compressed, damaged or cut off; a name that leads outside or stands twice, a link, a
-            device, a sparse file.
+        UserError: no such file; compressed, damaged or truncated; a name that leads outside or occurs twice, a link,
+            a device, a sparse file.
     """
     if path.is_dir():
         return {f"{file.relative_to(path)}": whole_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
@@ -140,7 +141,7 @@ def members(path: Path) -> dict[str, ByteRange]:
 
 
 def files_below(parts: Mapping[str, ByteRange], folder: str) -> dict[str, ByteRange]:
-    """Those of `parts` that lie in `folder`, under their names there."""
+    """The files of `parts` inside `folder`, by their names relative to it."""
     inside = {PurePosixPath(name): byte_range for name, byte_range in parts.items()}
     return {
         f"{name.relative_to(folder)}": byte_range for name, byte_range in inside.items() if name.is_relative_to(folder)

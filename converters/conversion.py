@@ -1,4 +1,4 @@
-"""One conversion from its source to a folder with its proof: read, checked, written, read again, compared, recorded."""
+"""One conversion: read the source, validate it, write the target, read that again, compare, and record the proof."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
 from converters.formats import MERGED, detect, module_of
-from converters.merge_lora import lora_updates, merge, refuse_misfit, refuse_other_base
+from converters.merge_lora import check_base, check_fit, lora_updates, merge
 from converters.prove import MERGED_LIMITS, prove
 from converters.validation import check_shapes, validated
 from core.base_model import describe, ensure_base_model
@@ -29,15 +29,18 @@ from core.progress import Progress
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
-PASSES = 8  # over the weights: read and written, hashed, compared, run, on both sides
+PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare and run, on both sides
 
 
 def write_proven(
     folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
 ) -> dict[str, Any]:
-    """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
+    """Create `folder` with the converted model, the licence notice and `conversion.json`.
 
-    See `commands.convert.convert`.
+    Arguments and errors are those of `convert.convert`.
+
+    Returns:
+        The proof, as `prove.prove` returns it.
     """
     begun = time.monotonic()
     path = resolve_source(source_name)
@@ -48,8 +51,8 @@ def write_proven(
         to = MERGED
     base = read_base(source, base_name) if isinstance(source, Adapter) else None
     if isinstance(source, Adapter) and base:
-        refuse_other_base(source, base, path)
-        refuse_misfit(lora_updates(source, path), base, path)
+        check_base(source, base, path)
+        check_fit(lora_updates(source, path), base, path)
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
@@ -117,7 +120,7 @@ def write_proven(
 
 
 def resolve_source(name: Path | str) -> Path:
-    """The path of a source: `name` itself, or the folder of the hub's model of that name, downloaded on first use."""
+    """The path of a source: `name` itself, or the folder of the hub model of that name, downloaded on first use."""
     path = Path(name)
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(name)):
         return path
@@ -138,20 +141,25 @@ def resolve_source(name: Path | str) -> Path:
 
 
 def read_source(format_name: str, path: Path) -> Checkpoint | Adapter:
-    """
+    """Read `path` in the format `format_name`, and validate its shapes.
+
     Raises:
-        UserError: it is damaged, or no Gemma.
+        UserError: it is damaged, or not a Gemma.
     """
     content: Checkpoint | Adapter = module_of(format_name).read(path)
     if isinstance(content, Checkpoint):
         check_shapes(content, path)
-    if content.prompt is None:  # a file may have it beside it
+    if content.prompt is None:  # a file may have its prompt.json beside it
         content.prompt = hf.read_prompt(path.parent if path.is_file() else path)
     return content
 
 
 def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
-    """The base of `adapter`, with its hash and folder in `origin`."""
+    """The base of `adapter`, from `name` or from what the adapter says; its hash and folder are in `origin`.
+
+    Raises:
+        UserError: it is not there, or the adapter does not name it.
+    """
     known = Path(adapter.base.get("name") or "").name
     folder = resolve_source(name) if name else Path("models") / known
     if not name and not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
@@ -167,6 +175,11 @@ def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence with the free space.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -183,7 +196,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def digest(path: Path, seen: Callable[[int], None]) -> str:
-    """SHA-256 of a file; of a folder, of the lines `hash  name` of its files, as `sha256sum` prints them."""
+    """SHA-256 of a file; of a folder, that of the lines `hash  name` of its files, as `sha256sum` prints them."""
     total = hashlib.sha256()
     if path.is_dir():
         for file in files_of(path):
