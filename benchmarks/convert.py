@@ -1,11 +1,11 @@
-"""Memory and speed of merging an adapter into its base: this project beside `cp` and beside transformers with peft.
+"""Memory and speed of merging an adapter into its base: this project, `cp`, and transformers with peft.
 
     python -m benchmarks.convert                    (the base model of the default configuration)
     python -m benchmarks.convert layers=2,6         (how many of Gemma 3 27B's 62 layers the synthetic models have)
 
-The synthetic models have Gemma 3 27B's widths and zeros for weights, in sparse files; the merged ones are as large as
-they say, so that layers=62 needs 55 GB of disk. Peak memory is the kernel's figure for the whole process, asked for by
-its parent. Writes docs/converters.md.
+The synthetic models have Gemma 3 27B's sizes and zeros for weights, in sparse files; the merged ones have their full
+size, so that layers=62 needs 55 GB of disk. Peak memory is the kernel's value for the whole process (wait4). Writes
+docs/converters.md.
 """
 
 import os
@@ -56,29 +56,29 @@ AutoTokenizer.from_pretrained(base).save_pretrained(target)
 """
 HEADER = """# Converters
 
-What can be converted to what, as `python -m commands.convert --help` prints it:
+The conversions, as `python -m commands.convert --help` prints them:
 
 {table}
 
 ## Memory and speed
 
-`python -m benchmarks.convert {words}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
-base. Ours also opens what it wrote, compares every tensor and runs both sides; `until written` is the time before that.
-`× cp` is of processor seconds, which other work on the machine does not lengthen as it does those by the clock. {note}
+`python -m benchmarks.convert {arguments}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
+base. Ours also reads the result again, compares every tensor and runs both models; `until written` is the time before
+that. `× cp` compares CPU time, which other load on the machine affects less than wall-clock time. {note}
 
-| model | by | GB | seconds | until written | processor seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
+| model | by | GB | seconds | until written | CPU seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
 |---|---|---|---|---|---|---|---|---|
 """
-NOTE = """`gemma-3-27b, n of 62 layers` has that model's widths, and zeros for weights: memory depends on its largest
-tensor, and not on how many there are."""
+NOTE = """`gemma-3-27b, n of 62 layers` has that model's sizes, and zeros for weights: memory depends on the largest
+tensor, not on the number of tensors."""
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     layers = [2, 6]
-    for word in words:
-        name, _, value = word.partition("=")
+    for argument in argv:
+        name, _, value = argument.partition("=")
         if name != "layers" or not all(number.isdigit() and 0 < int(number) <= 62 for number in value.split(",")):
-            raise UserError(f"{word} is unknown. Known: layers=2,6 with numbers from 1 to 62")
+            raise UserError(f"{argument} is unknown. Known: layers=2,6 with numbers from 1 to 62")
         layers = [int(number) for number in value.split(",")]
     real = ensure_base_model(load_config().model).resolve()
     lines = []
@@ -94,7 +94,7 @@ def main(words: list[str]) -> None:
     machine = describe_environment()
     text = HEADER.format(
         table=table(),
-        words=" ".join(words),
+        arguments=" ".join(argv),
         machine=f"{machine['cpu']}, {machine['cores']} cores",
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         note=NOTE,
@@ -104,7 +104,7 @@ def main(words: list[str]) -> None:
 
 
 def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
-    """Lines of the table. Each system reads the base anew; what it wrote is removed before the next."""
+    """Rows of the table. The output of each system is removed before the next runs."""
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
         "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
@@ -133,7 +133,7 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
         copied = copied or busy
         record = target / "conversion.json"
         until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
-        # A process begins with its parent's peak in its books, so that cp's would be this one's.
+        # A process starts with its parent's peak in ru_maxrss, so that cp's would be this process's.
         memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
         lines.append(
             f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
@@ -145,17 +145,17 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
 
 
 def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
-    """Seconds by the clock and of processors, and GiB of memory at the peak."""
+    """Wall-clock seconds, CPU seconds, and peak memory in GiB of `command`."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise UserError(f"{' '.join(map(str, command[:3]))} … failed; its words are above")
+        raise UserError(f"{' '.join(map(str, command[:3]))} … failed; see its output above")
     return time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def write_sparse(folder: Path, layers: int) -> Path:
-    """A model of `layers` of Gemma 3 27B's, in a file whose zeros take no room."""
+    """A model with `layers` of Gemma 3 27B's layers, all zeros, in a sparse file."""
     from converters.safetensors_file import header
 
     config = {**GEMMA_3_27B, "num_hidden_layers": layers}
@@ -170,18 +170,18 @@ def write_sparse(folder: Path, layers: int) -> Path:
 
 
 def write_adapter(base: Path, folder: Path) -> None:
-    """Random, of rank 8, on every linear layer of `base`."""
+    """A random adapter of rank 8 on every linear layer of `base`."""
     folder.mkdir()
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in hf.read(base).tensors.items():
         layer = name.removesuffix(".weight")
         if layer.endswith(tuple(TARGETS)):
             tensors[f"base_model.model.{layer}.lora_A.weight"] = (
-                torch.randn(8, weight.shape[1], generator=chance) * 0.02
+                torch.randn(8, weight.shape[1], generator=generator) * 0.02
             )
             tensors[f"base_model.model.{layer}.lora_B.weight"] = (
-                torch.randn(weight.shape[0], 8, generator=chance) * 0.02
+                torch.randn(weight.shape[0], 8, generator=generator) * 0.02
             )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {

@@ -1,10 +1,10 @@
-"""What training says that it will need, beside what it then takes.
+"""The memory that training estimates, compared with the memory that it takes.
 
     python -m benchmarks.memory                       (about 20 minutes on two cores)
     python -m benchmarks.memory runs=slang,rank-64
 
-Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
-stops growing within its steps. Writes docs/memory.md.
+Every run is `python -m commands.train` on the data of this repository, shortened to one epoch and short generations;
+memory stops growing within its steps. Writes docs/memory.md.
 """
 
 import json
@@ -36,21 +36,21 @@ RUNS = {
 SHORT = ["task.train.epochs=1", "task.generate.max_new_tokens=8", "task.evaluate.questions=[]"]
 HEADER = """# Memory of training
 
-`{command}` on {machine}, {date}: what `make train` says before it starts, and the most that the
-process then held (`VmHWM`, or the GPU's reserved memory). Base: {model}.
+`{command}` on {machine}, {date}: the estimate of `make train` before it starts, and the peak memory of the
+process (`VmHWM`, or the GPU's reserved memory). Base: {model}.
 
-| run | words | expected, GiB | measured, GiB | expected / measured |
+| run | overrides | estimated, GiB | measured, GiB | estimated / measured |
 |---|---|---|---|---|
 """
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     chosen = list(RUNS)
-    for word in words:
-        name, _, value = word.partition("=")
+    for argument in argv:
+        name, _, value = argument.partition("=")
         if name != "runs" or (unknown := [one for one in value.split(",") if one not in RUNS]):
             raise UserError(
-                f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. Known: runs={','.join(RUNS)}"
+                f"{argument}: {', '.join(unknown) if name == 'runs' else name} is unknown. Known: runs={','.join(RUNS)}"
             )
         chosen = value.split(",")
     model = load_config([]).model
@@ -59,13 +59,13 @@ def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         for name in chosen:
             expected, measured = measure(name, Path(scratch) / name)
-            print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
+            print(f"{name}: {expected:.2f} GiB estimated, {measured:.2f} measured", flush=True)
             table.append(
                 f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |\n"
             )
     environment = describe_environment()
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
-    command = " ".join(["python -m benchmarks.memory", *words])
+    command = " ".join(["python -m benchmarks.memory", *argv])
     text = HEADER.format(command=command, machine=machine, date=datetime.now(UTC).date(), model=model.name)
     partial = DOCS.with_suffix(".partial")
     partial.write_text(text + "".join(table))
@@ -74,23 +74,23 @@ def main(words: list[str]) -> None:
 
 
 def measure(name: str, folder: Path) -> tuple[float, float]:
-    """Memory in GiB that a run of `name` says it will need, and that it took."""
+    """The estimated and the measured peak memory of the run `name`, in GiB."""
     folder.mkdir()
-    words = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    overrides = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     if name == "long-rows":
-        words.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
+        overrides.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
     result = subprocess.run(
-        [sys.executable, "-m", "commands.train", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "commands.train", *overrides], capture_output=True, text=True, check=False
     )
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")
-    figures = json.loads(file.read_text())
-    return figures["memory_estimate_gib"], figures["peak_memory_gib"]
+    evaluation = json.loads(file.read_text())
+    return evaluation["memory_estimate_gib"], evaluation["peak_memory_gib"]
 
 
 def long_dialogues(file: Path) -> Path:
-    """The sample's dialogues, five at a time made one: rows of some 800 to 2,000 tokens."""
+    """The shipped dialogues, joined five at a time to samples of about 800 to 2,000 tokens."""
     dialogues = [json.loads(line)["messages"] for line in CHAT.read_text().splitlines()]
     dialogues = [messages for messages in dialogues if messages[0]["role"] == "user"]
     joined = (chain.from_iterable(dialogues[first : first + 5]) for first in range(0, len(dialogues), 5))

@@ -20,7 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.scaling import GPUS, Message, Sizes, Words, architecture_of, messages, plan, sizes_of
+from benchmarks.scaling_model import (
+    GPUS,
+    Collective,
+    ModelBytes,
+    Options,
+    architecture_of,
+    collectives,
+    model_bytes,
+    plan,
+)
 from core.configuration import load_config
 from core.errors import UserError
 from training.batches import Batches
@@ -28,7 +37,7 @@ from training.distribute import AdapterParallel, shard_base, split_base
 from training.flops import flops_of
 from training.memory import estimate
 
-CASE = Words([8, 64, 512])
+CASE = Options([8, 64, 512])
 CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
 
 
@@ -97,8 +106,8 @@ def watch_a_step(rank: int, folder: str) -> None:
             loss.backward()
             strategy.sum_step(adapters(model), loss.detach())
         # In float32 here, where the plan counts bfloat16.
-        sizes = Sizes(layers, in_layers / layers, whole - in_layers, adapter, 2 * hidden)
-        planned = messages(kind, sizes, 2, 2, micro_batch.input_ids.numel(), checkpointing)
+        sizes = ModelBytes(layers, in_layers / layers, whole - in_layers, adapter, 2 * hidden)
+        planned = collectives(kind, sizes, 2, 2, micro_batch.input_ids.numel(), checkpointing)
         for wanted in ("all_reduce", "all_gather"):
             sent = [size for name, size in traffic.seen if name == wanted]
             assert len(sent) == sum(message.count for message in planned if message.kind == wanted), (
@@ -169,12 +178,12 @@ def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool)
 
 def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
     gpu = GPUS["H100"]
-    eight = Message("all_reduce", 1, 8e9, 8)
+    eight = Collective("all_reduce", 1, 8e9, 8)
     assert eight.sent == 2 * 8e9 * 7 / 8
     assert eight.seconds(gpu, 8) == pytest.approx(14e9 / (0.8 * 450e9), rel=1e-2)
-    across = Message("all_reduce", 1, 8e9, 64)
+    across = Collective("all_reduce", 1, 8e9, 64)
     assert across.seconds(gpu, 8) == pytest.approx(across.sent / (0.8 * 8 * 50e9), rel=1e-2)
-    small = Message("all_gather", 10, 512, 512)
+    small = Collective("all_gather", 10, 512, 512)
     assert small.seconds(gpu, 8) == pytest.approx(10 * 511 * 5e-6, rel=1e-2)
 
 
@@ -183,7 +192,7 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
         (gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora")
         for gpus, kind in ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))
     }
-    sizes = sizes_of(architecture_of(load_config(["model=gemma-2-27b"])), 0)
+    sizes = model_bytes(architecture_of(load_config(["model=gemma-2-27b"])), 0)
     whole = sizes.layers * sizes.layer + sizes.rest
     assert plans[512, "ddp"].sent < 2 * whole / 100, "adapters' gradients are a small part of all gradients"
     assert plans[8, "fsdp2"].efficiency > 0.95 > plans[512, "fsdp2"].efficiency
@@ -203,12 +212,12 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
         (["gpus=8,x"], "gpus is a whole number above 0"),
         (["gpus=12"], "gpus=12 is no multiple of per_node=8"),
         (["gpu=B9000"], "Known: H100"),
-        (["gpus=512", "step_tokens=1024"], "less than a row of 512"),
+        (["gpus=512", "step_tokens=1024"], "less than a sample of 512"),
     ],
 )
 def test_a_wrong_word_is_answered(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Words.read(words)
+        Options.parse(words)
 
 
 def test_a_model_that_is_nowhere_is_answered_with_those_that_are(tmp_path: Path) -> None:
