@@ -62,9 +62,9 @@ The conversions, as `python -m commands.convert --help` prints them:
 
 ## Memory and speed
 
-`python -m benchmarks.convert {arguments}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into its
-base. Ours also reads the result again, compares every tensor and runs both models; `until written` is the time before
-that. `× cp` compares CPU time, which other load on the machine affects less than wall-clock time. {note}
+`python -m benchmarks.convert {arguments}` on {machine}, {date}: an adapter of rank 8 on every linear layer, merged into
+its base. Ours also reads the result again, compares every tensor and runs both models; `until written` is the time
+before that. `× cp` compares CPU time, which other load on the machine affects less than wall-clock time. {note}
 
 | model | by | GB | seconds | until written | CPU seconds | × cp | peak memory, GiB | 2 × largest tensor + 1 GiB |
 |---|---|---|---|---|---|---|---|---|

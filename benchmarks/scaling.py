@@ -51,8 +51,8 @@ def facts(options: Options, config: Any, sizes: ModelBytes, plans: list[Plan]) -
     found = [
         f"{config.model.name}: {whole / 2 / 1e9:.1f} billion weights, {whole / 1e9:.1f} GB in bfloat16; LoRA of rank "
         f"{config.peft.r}; {options.gpu} with {GPUS[options.gpu].memory:.0f} GiB, {options.per_node} in a machine; "
-        f"{options.step_tokens:,} tokens per step, in samples of {options.length}, half of their tokens targets; gradient "
-        f"checkpointing {'on' if config.task.train.gradient_checkpointing else 'off'}."
+        f"{options.step_tokens:,} tokens per step, in samples of {options.length}, half of their tokens targets; "
+        f"gradient checkpointing {'on' if config.task.train.gradient_checkpointing else 'off'}."
     ]
     if plans:
         adapter = plans[0].memory["adapter"] / 3 * 2**30

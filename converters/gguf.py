@@ -1,18 +1,18 @@
-"""GGUF, the file of llama.cpp: whole Gemmas in F32, F16, BF16 or Q8_0, and LoRA adapters, both ways.
+"""GGUF, llama.cpp's format: models in F32, F16, BF16 or Q8_0, and LoRA adapters, read and written.
 
-Reads, into bfloat16, every type of block that the `gguf` package can dequantize: Q4_0 … Q8_0, K-quants, I-quants.
+Every quantization that the `gguf` package can dequantize is read, into bfloat16: Q4_0 … Q8_0, K-quants, I-quants.
 
-The layout, beside transformers' (see `hf`):
+The layout compared with transformers' (see `hf`):
 
 - Names are llama.cpp's: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`, see `gguf.TensorNameMap`.
-  Shapes, row order and the heads' order are the same.
+  Shapes, row order and head order are the same.
 - Norms hold w + 1, in float32, since llama.cpp multiplies by the weight itself. That sum is exact for the weights of
-  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 bits behind the point.
-- The output layer is the embedding and is not stored twice. The embedding has a row for every token that is listed.
-- A LoRA's two factors stand as `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
-  the whole file, and the update is weighed by alpha / r, r being that of each tensor.
+  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 fractional bits.
+- The output layer is the embedding and is not stored twice. The embedding has a row for every listed token.
+- A LoRA's two factors are `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
+  the whole file, and each update is scaled by alpha / r with the tensor's own r.
 
-What llama.cpp has no field for, the prompt and the origin, stands as JSON under keys of this project.
+The prompt and the origin, for which llama.cpp has no field, are stored as JSON under keys of this project.
 """
 
 import json
@@ -60,7 +60,7 @@ WRITES = {Checkpoint: ".gguf", Adapter: ".gguf"}
 DTYPES = ("source", "f32", "f16", "bf16", "q8_0")
 TOLERANCE = {"mean_kl_divergence": 0.005}  # Q8_0 rounds; see above for norms in float32
 
-# How matrices are stored, as `--dtype` or the source says, and the number that llama.cpp shows for it.
+# How matrices are stored, by `--dtype` or the source's dtype, and the file type that llama.cpp shows for it.
 KINDS = {
     "f32": GGMLQuantizationType.F32,
     torch.float32: GGMLQuantizationType.F32,
@@ -103,13 +103,13 @@ def read(path: Path) -> Checkpoint | Adapter:
     """
     file = _file(path)
     if file is None:
-        raise UserError(f"{path} is no GGUF file, nor a folder with one")
+        raise UserError(f"{path} is neither a GGUF file nor a folder with one")
     try:
         header = Header(file)
         fields = {key: field.contents() for key, field in header.fields.items()}
-    # The reader has no errors of its own: what is damaged ends in whichever of Python's or numpy's it runs into.
+    # The reader has no exceptions of its own: damage raises whichever of Python's or numpy's it causes.
     except Exception as error:
-        raise UserError(f"{file} is not a whole GGUF file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file} is not a complete GGUF file ({type(error).__name__}: {error})") from None
     if header.byte_order != "I" or fields.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) != 1:
         raise UserError(f"{file} is big-endian or one of several parts; join the parts with llama.cpp's gguf-split")
     families = {MODEL_ARCH_NAMES[arch]: family for family, arch in FAMILIES.items()}
@@ -141,7 +141,7 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
         shape = tuple(reversed(tensor.shape.tolist()))
         read_it = partial(_read_tensor, file, tensor, shape, dtype, name.endswith("norm"))
         tensors[f"{name}.weight"] = LazyTensor(shape, dtype, read_it)
-    # An instruction-tuned model ends its turn with another token than a text.
+    # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
         stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID]})
@@ -209,7 +209,7 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
         "bias": "none",
         "target_modules": target_modules(by_layer),
     }
-    # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
+    # Each update is scaled by alpha / r with its own r, so that only ranks differ between layers.
     if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
         peft["rank_pattern"] = smaller
     return Adapter(peft, tensors, base=_read_origin(file, fields), prompt=_read_prompt(file, fields))
@@ -219,7 +219,7 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
     """Write the file `target`.
 
     Args:
-        dtype: how matrices are stored, of `DTYPES`. Unasked, nothing is rounded: as the source has them.
+        dtype: of the matrices, one of `DTYPES`; by default the source's, so that nothing is rounded.
 
     Raises:
         UserError: llama.cpp has no field for something that the model needs, or no tokenizer comes with it.
@@ -268,7 +268,7 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
         raise UserError("llama.cpp has no DoRA: convert --to merged, and that folder --to gguf")
     found = lora_updates(adapter, target)
     names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
-    # One alpha for the whole file: where layers differ in alpha, their B takes the difference.
+    # There is one alpha for the whole file: where layers differ in alpha, the ratio is multiplied into B.
     alpha = max(update.scale * len(update.lora_a) for update in found.values())
     tensors: dict[str, LazyTensor] = {}
     for layer, update in found.items():
@@ -291,7 +291,7 @@ def _write_tensors(
     for name, lazy in tensors.items():
         row_bytes = _row_bytes(lazy.shape[-1], kinds[name], name)
         size = row_bytes * (lazy.nbytes // lazy.dtype.itemsize // lazy.shape[-1])
-        # A dtype that says nothing: `raw_dtype` holds.
+        # This dtype is ignored in favour of `raw_dtype`.
         writer.add_tensor_info(name, lazy.shape, np.dtype(np.float32), size, kinds[name])
     try:
         writer.write_header_to_file()

@@ -1,14 +1,14 @@
-"""Google's own PyTorch checkpoints of Gemma, of gemma_pytorch: `gemma-2b.ckpt`, or shards with an index. Read only.
+"""Google's own PyTorch checkpoints of Gemma (gemma_pytorch): `gemma-2b.ckpt`, or shards with an index. Read only.
 
-A file is `torch.save({"model_state_dict": …})`, of which no pickle code is run. Names and layouts are transformers' but
-for these, with n, k and h as in `keras`:
+A file is `torch.save({"model_state_dict": …})`, of which no pickle code is run. Names and layouts are transformers',
+except these, with n, k and h as in `keras`:
 
-- `self_attn.qkv_proj` [(n + 2k)·h, d]: queries, keys and values one below another.
+- `self_attn.qkv_proj` [(n + 2k)·h, d]: queries, keys and values concatenated.
 - `embedder`, in Gemma 3 `text_token_embedder`; `query_norm` and `key_norm`.
-- Tables of the rotation (`freqs_cis`) and what sees images, which a text model has not.
+- Rotary tables (`freqs_cis`) and the vision tower, which a text model does not have.
 
-A checkpoint has no settings: they are those that Google published for a model of so many layers. The tokenizer is the
-`tokenizer.model` beside the file. Files for JAX (orbax) are not read.
+A checkpoint has no configuration: it is the one that Google published for a model with this number of layers. The
+tokenizer is the `tokenizer.model` beside the file. Files for JAX (orbax) are not read.
 """
 
 import re
@@ -39,7 +39,7 @@ SIZE_OF_27B = {46: 128, 62: 128}  # layers → values a head has, 256 in all oth
 
 
 def recognizes(path: Path) -> bool:
-    """A file, or a folder of shards, that names a fused projection as only these do."""
+    """A file, or a folder of shards, with a fused projection of this format's name."""
     if path.is_dir():
         index = path / INDEX
         return index.is_file() and index.stat().st_size < MAX_PICKLE and b"self_attn.qkv_proj" in index.read_bytes()
@@ -55,7 +55,7 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """
     Raises:
-        UserError: damaged, hostile, quantized, or no Gemma of a size that Google published.
+        UserError: damaged, hostile, quantized, or not a Gemma of a size that Google published.
     """
     found: dict[str, LazyTensor] = {}
     for file in _files(path):
@@ -95,7 +95,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _head_counts(fused: Tensor | LazyTensor, out: LazyTensor | None, size: int, where: str) -> tuple[int, int, int]:
-    """Heads of queries, keys and values: the output layer tells the first, the fused rows the others."""
+    """Heads of queries, keys and values: the first from the output projection, the others from the fused rows."""
     if out is None or len(fused.shape) != 2 or len(out.shape) != 2:
         raise UserError(f"{where} has no o_proj beside it, or is no matrix")
     queries, others = out.shape[1] // size, fused.shape[0] // size - out.shape[1] // size

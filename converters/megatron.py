@@ -14,7 +14,7 @@ h is the hidden size, f the intermediate size, n query heads of size d in g grou
 | `mlp.linear_fc2.post_layernorm.weight` | [h] | `post_feedforward_layernorm`, Gemma 2 and 3 |
 | `self_attention.q_layernorm.weight`, `k_layernorm` | [d] | `self_attn.q_norm`, `k_norm`, Gemma 3 |
 
-`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. Besides there are
+`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. There are also
 `embedding.word_embeddings.weight` [vocabulary, h], `decoder.final_layernorm.weight` [h]. The output layer is the
 embedding and is not stored. Both sides keep the embedding unscaled (√h is applied when it is looked up) and a norm as
 the w of 1 + w; NeMo 1 may keep 1 + w itself (`layernorm_zero_centered_gamma` false): 1 is taken off in float32 and
@@ -52,13 +52,13 @@ JOINED = {
     FC1: ("mlp.gate_proj", "mlp.up_proj"),
     FC2: ("mlp.down_proj",),
 }
-# What is neither a Gemma's weight nor anything else that matters: Transformer Engine's state of FP8 training.
+# Not weights: Transformer Engine's state of FP8 training.
 IGNORED = ("_extra_state",)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a Gemma's configuration decides its layout."""
+    """The sizes of a Gemma that determine its layout."""
 
     family: str
     layers: int
@@ -111,7 +111,7 @@ class Sizes:
 
 
 def full_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """`config` with every default filled in, whichever version of transformers wrote it.
+    """`config` with all defaults, from any version of transformers.
 
     Raises:
         UserError: of another family.
@@ -159,7 +159,7 @@ def split_qkv(qkv: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """What a tensor of Megatron's holds, of the Hugging Face tensors in the order of `layout`."""
+    """Megatron's tensor of the Hugging Face tensors `parts`, in the order of `layout`."""
     if len(parts) == 3:
         return join_qkv(parts[0], parts[1], parts[2], sizes.groups)
     return torch.cat(list(parts)) if len(parts) == 2 else parts[0]
@@ -208,7 +208,7 @@ def from_megatron(
     }
     found = {}
 
-    @lru_cache(maxsize=1)  # q, k and v are asked for one after another: what they share is read once
+    @lru_cache(maxsize=1)  # q, k and v are read one after another: the tensor that they share is read once
     def parts_of(name: str, count: int) -> tuple[Tensor, ...]:
         return split(tensors[name].read(), count, sizes)
 
@@ -230,18 +230,18 @@ def from_megatron(
 
 
 def strip_wrappers(name: str) -> str:
-    """`name` without what wrappers put in front of it; empty for what is not the model's, as an optimizer's state."""
+    """`name` without the prefixes of wrappers; "" for what is not a weight, such as an optimizer's state."""
     name = re.sub(r"^((model|module)\.)+", "", name)
     return name if name.startswith(("decoder.", "embedding.", "output_layer.")) else ""
 
 
 def embedding_rows(tensors: Mapping[str, LazyTensor]) -> int | None:
-    """Rows of the embedding, padding included, where it is there."""
+    """Rows of the embedding, padding included, or None if there is none."""
     return next((lazy.shape[0] for name, lazy in tensors.items() if strip_wrappers(name) == EMBEDDING), None)
 
 
 def merge_ranks(ranks: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """One model of the tensors that each tensor parallel rank holds, in their order. LoRA of NeMo 2's names too.
+    """Merge the tensors of all tensor parallel ranks, in order; also LoRA tensors with NeMo 2's names.
 
     Raises:
         UserError: ranks that do not hold the same names.
@@ -280,7 +280,7 @@ def _merged(name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
 
 
 def _parallel_dimension(name: str) -> int | None:
-    """Along which dimension Megatron divides a tensor among tensor parallel ranks, if it does."""
+    """The dimension along which Megatron divides a tensor among tensor parallel ranks, or None."""
     if "norm" in name:
         return None
     row_parallel = PROJ in name or FC2 in name

@@ -1,10 +1,11 @@
-"""This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a whole model.
+"""This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a full model.
 
-An adapter's weights have peft's names and shapes, see adapter.py; its configuration names the base by hash. A whole
-model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights
-are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
+An adapter's weights have peft's names and shapes, see adapter.py; its configuration refers to the base by hash.
+A full model's weights have Hugging Face's, see hf.py, and its `config.json` and tokenizer are beside them, as
+`files/<name>`. Weights are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and
+are read in place.
 
-Nothing in an archive from elsewhere is run, unpacked to disk or followed: members are read under fixed names.
+Nothing in an untrusted archive is executed, unpacked to disk or followed: members are read by fixed names.
 """
 
 import json
@@ -36,7 +37,7 @@ MAX_MEMBERS = 100
 
 
 def recognizes(path: Path) -> bool:
-    """Whatever is named so and is not NeMo 1's own: one that is damaged or of another kind is told so by `read`."""
+    """Any file with this suffix that is not NeMo 1's; `read` says what is wrong with a damaged one."""
     if path.suffix != ".nemo" or not path.is_file():
         return False
     try:
@@ -101,7 +102,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             "target": "training.gemma_lora.GemmaLoRA",
         }
     with target.open("wb") as file:
-        # Through JSON: what stands in it twice is written twice, not by reference.
+        # Through JSON, so that YAML repeats shared values instead of referring to them.
         text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode()
         file.write(_header(CONFIG, len(text)) + _padded(text))
         for name, where in files.items():
@@ -126,7 +127,7 @@ def _config(parts: Mapping[str, ByteRange], path: Path) -> dict[str, Any]:
         )
     text = parts[CONFIG].read(MAX_CONFIG) if CONFIG in parts else b""
     try:
-        _refuse_growth(text)
+        _refuse_expansion(text)
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
@@ -135,8 +136,9 @@ def _config(parts: Mapping[str, ByteRange], path: Path) -> dict[str, Any]:
     return config
 
 
-def _refuse_growth(text: bytes) -> None:
-    """A few lines of YAML that refer to each other stand for gigabytes, and deep nesting takes hours to read."""
+def _refuse_expansion(text: bytes) -> None:
+    """Refuse aliases and deep nesting: a few lines of aliases can expand to gigabytes, and nesting can take hours to
+    parse."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -147,13 +149,13 @@ def _refuse_growth(text: bytes) -> None:
 def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     values = config[name]
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and values")
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a mapping with string keys")
     return values
 
 
 def _texts(values: Any, name: str, path: Path) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(text, str) for pair in values.items() for text in pair):
-        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and texts")
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a mapping of strings to strings")
     return values
 
 

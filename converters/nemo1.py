@@ -7,10 +7,10 @@
     model_weights/                  or a distributed checkpoint, torch_dist or zarr
     *_tokenizer.model, tokenizer/   SentencePiece's model; what Hugging Face needs, of those that are written here
 
-NeMo 1 knows no Gemma 3. It is written with `layernorm_zero_centered_gamma: true`, as NeMo's own converter of Gemma 2
-does: norms stay as they are, to the bit. Its converter of Gemma 1 adds 1 to them and rounds, which is undone as far as
-it can be. A LoRA's layers have their own names there, see `ADAPTERS`; its canonical variant adds q's, k's and v's own
-adapters, which are peft's as they are.
+NeMo 1 does not support Gemma 3. It is written with `layernorm_zero_centered_gamma: true`, as NeMo's own converter of
+Gemma 2 does: norms stay as they are, to the bit. Its converter of Gemma 1 adds 1 to them and rounds, which is undone as
+far as it can be. A LoRA's layers have their own names there, see `ADAPTERS`; its canonical variant adds q's, k's and
+v's own adapters, which are peft's as they are.
 """
 
 import io
@@ -56,14 +56,14 @@ ADAPTERS = {
         for part in ("gate", "up")
     },
 }
-# How NeMo 1 calls what a LoRA is put on.
+# NeMo 1's names of LoRA target modules.
 TARGETS = {
     "linear_qkv": "attention_qkv",
     "linear_proj": "attention_dense",
     "linear_fc1": "mlp_fc1",
     "linear_fc2": "mlp_fc2",
 }
-# NeMo 2's fields that NeMo 1 has under the same name, and those it calls otherwise.
+# Fields of NeMo 2 that have the same name in NeMo 1, and those in its customization config.
 SAME = (
     "num_layers",
     "hidden_size",
@@ -110,7 +110,7 @@ GEMMA = {
 
 def recognizes(path: Path) -> bool:
     try:
-        if path.is_dir() and not (path / CONFIG).is_file():  # it may be a folder of anything, with all below it
+        if path.is_dir() and not (path / CONFIG).is_file():  # do not list an arbitrary folder recursively
             return False
         parts = members(path)
         return CONFIG in parts and "num_attention_heads" in (yaml.safe_load(parts[CONFIG].read(1 << 22)) or {})
@@ -162,7 +162,7 @@ def read(path: Path) -> Checkpoint | Adapter:
 
 
 def _tensors(parts: Mapping[str, ByteRange], name: str) -> dict[str, LazyTensor]:
-    """The whole model's tensors, layers numbered through, adapters under NeMo 2's names."""
+    """The tensors of the full model, with layers numbered across pipeline ranks and adapters under NeMo 2's names."""
     ranks: dict[int, dict[int, dict[str, LazyTensor]]] = defaultdict(dict)  # pipeline rank → tensor rank → its tensors
     if f"{WEIGHTS}.ckpt" in parts:
         ranks[0][0] = read_tensors(parts[f"{WEIGHTS}.ckpt"])
@@ -173,9 +173,7 @@ def _tensors(parts: Mapping[str, ByteRange], name: str) -> dict[str, LazyTensor]
             ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(byte_range)
     width = max((len(stage) for stage in ranks.values()), default=0)
     if not width or set(ranks) != set(range(len(ranks))) or any(set(s) != set(range(width)) for s in ranks.values()):
-        raise UserError(
-            f"{name} has not the weights of all ranks: of model_weights.ckpt, mp_rank_00/… it needs every one"
-        )
+        raise UserError(f"{name} does not have the weights of all ranks (model_weights.ckpt, or every mp_rank_00/…)")
     found: dict[str, LazyTensor] = {}
     layers = 0
     for stage in range(len(ranks)):
@@ -205,7 +203,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     """
     hf = content.config or {}
     if hf.get("model_type") == "gemma3_text":
-        raise UserError("NeMo 1 knows no Gemma 3; write it for NeMo 2, --to nemo2")
+        raise UserError("NeMo 1 does not support Gemma 3; write it for NeMo 2, --to nemo2")
     lora: dict[str, Any] = {}
     if isinstance(content, Adapter):
         tensors, rank, alpha = to_megatron_lora(content)
@@ -285,7 +283,7 @@ def _model_config(
 
 @contextmanager
 def _member(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
-    """A file in `tar` that is written as it comes: its header, which says how long it is, follows in its place."""
+    """A member of `tar` that is written as a stream; its header, which has the length, is filled in afterwards."""
     file = cast(Any, tar.fileobj)
     start = tar.offset
     file.write(bytes(tarfile.BLOCKSIZE))
@@ -302,7 +300,7 @@ def _member(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
 
 
 class _Appending(io.RawIOBase):
-    """The end of `file` as a file that begins at `start`."""
+    """`file` from `start` on, for appending, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int):
         self._file, self._start = file, start

@@ -6,7 +6,7 @@
     weights/                  a distributed checkpoint: `module.decoder.layers.mlp.linear_fc2.weight` …
     weights/adapter_metadata.json   of a LoRA: which checkpoint it was trained on; NeMo wants its folder there
 
-Classes are named, never imported: what a context asks to be built is not built here.
+Classes are only named, never imported: nothing that a context describes is instantiated.
 
 Transformer Engine's state of FP8 training (`_extra_state`) is not written. NeMo 2.7 loads a checkpoint without it with
 `ckpt_load_strictness="log_all"`, as its own converter from NeMo 1 does. Gemma 2's sliding layers are the even ones in
@@ -39,8 +39,8 @@ WRITES = {Checkpoint: "", Adapter: ""}
 MODEL, GRAPH, TOKENIZER = "context/model.yaml", "context/io.json", "context/nemo_tokenizer"
 ADAPTER = "adapter_metadata.json"
 MODULE = "nemo.collections.llm.gpt.model"
-# Family → module, class of the model, class of its configuration. All fields are given, so that a size in the name of a
-# class means nothing; of Gemma 3's only those with one have a field for every mechanism.
+# Family → module, class of the model, class of its configuration. All fields are given, so that a size in a class
+# name has no effect; of Gemma 3's only the classes with a size have a field for every mechanism.
 CLASSES = {
     "gemma": (f"{MODULE}.gemma", "GemmaModel", "GemmaConfig"),
     "gemma2": (f"{MODULE}.gemma2", "Gemma2Model", "Gemma2Config"),
@@ -54,7 +54,7 @@ LORA = ("nemo.collections.llm.peft.lora", "LoRA")
 
 
 class FiddleConfig(dict[str, Any]):
-    """Arguments of a class that NeMo is to build: `module`, `name` and what to call it with."""
+    """The configuration of an object that NeMo instantiates: the class's `module` and `name`, and its arguments."""
 
     def __init__(self, where: tuple[str, str], **arguments: Any):
         super().__init__(arguments)
@@ -85,7 +85,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     prompt = read_prompt(parts.get(f"context/{PROMPT_FILE}"))
     if f"weights/{ADAPTER}" in parts or any(".adapter." in name for name in tensors):
         if not isinstance(transform, dict) or "alpha" not in transform:
-            raise UserError(f"{path / MODEL} does not say what LoRA it holds: it has no model_transform with an alpha")
+            raise UserError(f"{path / MODEL} does not describe its LoRA: it has no model_transform with an alpha")
         with parsing(f"{path / MODEL}"):
             alpha, dropout = float(transform["alpha"]), float(transform.get("dropout") or 0.0)
             base = json.loads(parts[f"weights/{ADAPTER}"].read()) if f"weights/{ADAPTER}" in parts else {}
@@ -157,7 +157,7 @@ def _dtype(fields: Mapping[str, Any]) -> str:
 
 
 def _as_yaml(value: Any) -> Any:
-    """`value` as NeMo's `model.yaml` has it: a class under `_target_`, what is no plain value by its name."""
+    """`value` as in NeMo's `model.yaml`: a class under `_target_`, other objects by name."""
     if isinstance(value, FiddleConfig):
         return {"_target_": f"{value.module}.{value.name}", **{key: _as_yaml(item) for key, item in value.items()}}
     if isinstance(value, torch.dtype):
@@ -166,7 +166,7 @@ def _as_yaml(value: Any) -> Any:
 
 
 def fiddle_graph(root: FiddleConfig) -> dict[str, Any]:
-    """`root` as `fiddle.experimental.serialization` 0.3 writes it, every configuration an object of its own."""
+    """`root` as `fiddle.experimental.serialization` 0.3 writes it, with each configuration as an object of its own."""
     objects: dict[str, Any] = {}
     settings = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
 

@@ -741,7 +741,7 @@ def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     source = checkpoint("gemma")
-    with pytest.raises(UserError, match="NeMo 1 knows no Gemma 3"):
+    with pytest.raises(UserError, match="NeMo 1 does not support Gemma 3"):
         nemo1.write(checkpoint("gemma3_text"), tmp_path / "x")
     name = "model.layers.1.mlp.up_proj.weight"
     others = {key: lazy for key, lazy in source.tensors.items() if key != name}
