@@ -32,7 +32,7 @@ def benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_those_that_torch_counts(family: str) -> None:
+def test_flops_equal_those_that_torch_counts(family: str) -> None:
     """In a plain step over one row: attention there is of all pairs, and the first layer's inputs get no gradient."""
     length = 48  # longer than the window
     model = get_peft_model(tiny_gemma(family, attn_implementation="eager"), LoraConfig(**LORA))
@@ -65,7 +65,7 @@ def test_chunks_have_one_length_and_the_fraction_of_target_tokens_of_the_rows() 
 
 
 @pytest.mark.slow
-def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
+def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This project and Hugging Face's Trainer in float32: same tokens, same loss, though cut otherwise."""
@@ -120,7 +120,7 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
 
 
 @pytest.mark.slow
-def test_the_command_writes_one_table_from_what_it_measured(
+def test_the_command_writes_one_table_of_its_measurements(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -155,7 +155,7 @@ def test_the_command_writes_one_table_from_what_it_measured(
 
 
 @pytest.mark.slow
-def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
+def test_an_architecture_with_random_weights_is_measured_like_a_base(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `random=gemma-2-2b length=4096` does on a GPU, with an architecture that a test can train."""
@@ -191,7 +191,7 @@ def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
         ("random=gemma-9", "random=gemma-9 is unknown. Known: gemma-2b"),
     ],
 )
-def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tiny_base: Path, tmp_path: Path) -> None:
     result = benchmark(tmp_path, f"model.path={tiny_base}", word)
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr

@@ -51,7 +51,7 @@ CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
         ("gemma-2-27b", 26_047_480_320),
     ],
 )
-def test_architectures_have_the_parameters_that_their_reports_count(name: str, parameters: int) -> None:
+def test_architectures_have_the_parameter_counts_of_their_reports(name: str, parameters: int) -> None:
     family, options = ARCHITECTURES[name]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
@@ -121,13 +121,13 @@ def watch_a_step(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_sends_the_messages_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_communicates_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     assert torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2) is None  # else it raises
 
 
-def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> None:
+def test_the_plan_has_the_share_of_the_base_that_a_process_holds(tmp_path: Path) -> None:
     """As test_distribute.py finds it in real processes: all; half, and a layer or two; half, but the embedding."""
     base = tiny_gemma("gemma2", torch.bfloat16, vocab_size=600, num_hidden_layers=3)
     base.save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool) -> None:
+def test_flops_with_checkpointing_equal_those_that_torch_counts(checkpointing: bool) -> None:
     length, rank = 48, 4
     model: PeftModel = get_peft_model(
         tiny_gemma("gemma2", attn_implementation="eager", sliding_window=64), LoraConfig(r=rank, target_modules=TARGETS)
@@ -176,7 +176,7 @@ def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool)
 # --- the model's own sense ------------------------------------------------------------------------------------------
 
 
-def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
+def test_the_time_of_a_collective_follows_from_bytes_and_hops() -> None:
     gpu = GPUS["H100"]
     eight = Collective("all_reduce", 1, 8e9, 8)
     assert eight.sent == 2 * 8e9 * 7 / 8
@@ -187,7 +187,7 @@ def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
     assert small.seconds(gpu, 8) == pytest.approx(10 * 511 * 5e-6, rel=1e-2)
 
 
-def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> None:
+def test_the_plan_shows_the_effect_of_lora_and_the_limit_of_sharding() -> None:
     plans = {
         (gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora")
         for gpus, kind in ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))
@@ -215,19 +215,19 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
         (["gpus=512", "step_tokens=1024"], "less than a sample of 512"),
     ],
 )
-def test_a_wrong_word_is_answered(words: list[str], says: str) -> None:
+def test_an_invalid_argument_gives_one_sentence(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         Options.parse(words)
 
 
-def test_a_model_that_is_nowhere_is_answered_with_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     config = SimpleNamespace(model=SimpleNamespace(path=None, models_dir=str(tmp_path), name="gemma-9-9t"))
     with pytest.raises(UserError, match="one of gemma-2b"):
         architecture_of(config)
 
 
 @pytest.mark.slow
-def test_the_command_prints_any_model_on_any_cluster_and_writes_nothing() -> None:
+def test_the_command_prints_any_model_on_any_cluster_without_writing_files() -> None:
     before = (ROOT / "docs/scaling.md").read_bytes()
     words = ["model=gemma-3-1b", "gpus=4,16", "gpu=A100", "step_tokens=65536", "peft.r=32"]
     result = subprocess.run(
