@@ -1,4 +1,4 @@
-"""Memory and speed of merging an adapter into its base: this project beside `cp` and beside transformers with peft.
+"""Memory and speed of merging an adapter into its base: this project, `cp`, and transformers with peft.
 
     python -m benchmarks.convert                    (the base model of the default configuration)
     python -m benchmarks.convert layers=2,6         (how many of Gemma 3 27B's 62 layers the synthetic models have)
@@ -135,17 +135,17 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
 
 
 def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
-    """Seconds by the clock and of processors, and GiB of memory at the peak."""
+    """Wall-clock seconds, CPU seconds, and peak memory in GiB of `command`."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise UserError(f"{' '.join(map(str, command[:3]))} … failed; its words are above")
+        raise UserError(f"{' '.join(map(str, command[:3]))} … failed; see its output above")
     return time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20
 
 
 def write_sparse(folder: Path, layers: int) -> Path:
-    """A model of `layers` of Gemma 3 27B's, in a file whose zeros take no room."""
+    """A model with `layers` of Gemma 3 27B's layers, all zeros, in a sparse file."""
     from converters.safetensors_file import header
 
     config = {**GEMMA_3_27B, "num_hidden_layers": layers}
@@ -160,18 +160,18 @@ def write_sparse(folder: Path, layers: int) -> Path:
 
 
 def write_adapter(base: Path, folder: Path) -> None:
-    """Random, of rank 8, on every linear layer of `base`."""
+    """A random adapter of rank 8 on every linear layer of `base`."""
     folder.mkdir()
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, weight in hf.read(base).tensors.items():
         layer = name.removesuffix(".weight")
         if layer.endswith(tuple(TARGETS)):
             tensors[f"base_model.model.{layer}.lora_A.weight"] = (
-                torch.randn(8, weight.shape[1], generator=chance) * 0.02
+                torch.randn(8, weight.shape[1], generator=generator) * 0.02
             )
             tensors[f"base_model.model.{layer}.lora_B.weight"] = (
-                torch.randn(weight.shape[0], 8, generator=chance) * 0.02
+                torch.randn(weight.shape[0], 8, generator=generator) * 0.02
             )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {

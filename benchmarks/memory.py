@@ -1,11 +1,10 @@
-"""What training says that it will need, beside what it then takes.
+"""The memory that training estimates, compared with the memory that it takes.
 
     python -m benchmarks.memory                       (about 20 minutes on two cores)
     python -m benchmarks.memory runs=slang,rank-64
 
 Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
-stops growing within its steps. Writes
-benchmarks/results/memory.json and the table in docs/memory.md.
+stops growing within its steps. Writes benchmarks/results/memory.json and the table in docs/memory.md.
 """
 
 import json
@@ -71,23 +70,23 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, folder: Path) -> tuple[float, float]:
-    """Memory in GiB that a run of `name` says it will need, and that it took."""
+    """The estimated and the measured peak memory of the run `name`, in GiB."""
     folder.mkdir()
-    words = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    overrides = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     if name == "long-rows":
-        words.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
+        overrides.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
     result = subprocess.run(
-        [sys.executable, "-m", "commands.train", *words], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "commands.train", *overrides], capture_output=True, text=True, check=False
     )
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")
-    figures = json.loads(file.read_text())
-    return figures["memory_estimate_gib"], figures["peak_memory_gib"]
+    evaluation = json.loads(file.read_text())
+    return evaluation["memory_estimate_gib"], evaluation["peak_memory_gib"]
 
 
 def long_dialogues(file: Path) -> Path:
-    """The sample's dialogues, five at a time made one: rows of some 800 to 2,000 tokens."""
+    """The shipped dialogues, joined five at a time to samples of about 800 to 2,000 tokens."""
     dialogues = [json.loads(line)["messages"] for line in CHAT.read_text().splitlines()]
     dialogues = [messages for messages in dialogues if messages[0]["role"] == "user"]
     joined = (chain.from_iterable(dialogues[first : first + 5]) for first in range(0, len(dialogues), 5))

@@ -1,6 +1,7 @@
-"""How fast this machine multiplies the very matrices of a training step: no implementation can be faster.
+"""The roofline of a training step: how fast this machine computes its matrix products alone.
 
-Matrix products alone are timed, in the shapes of the model's layers and of its output layer, in both passes.
+The products are timed in the shapes of the model's layers and of its output layer, in both passes. No implementation
+can be faster than the roofline.
 """
 
 import time
@@ -12,20 +13,20 @@ from transformers import PretrainedConfig
 
 from training.flops import Flops, bf16_peak, layer_shapes
 
-SECONDS = 0.3  # each product is repeated for so long, after one call that is not counted
-VOCABULARY_BLOCKS = (512, 2048, 8192)  # on a CPU, logits that stay in the cache are made several times faster
+SECONDS = 0.3  # each product is repeated for so long, after a warm-up call
+VOCABULARY_BLOCKS = (512, 2048, 8192)  # on a CPU, logits that fit in the cache are computed several times faster
 
 
-def measure(config: PretrainedConfig, tokens: int, learned: int) -> dict[str, Any]:
+def measure(config: PretrainedConfig, tokens: int, target_tokens: int) -> dict[str, Any]:
     """FLOP/s of matrix products, `{"bfloat16": {"layers", "output"}, "float32": …, "gpu_peak": bfloat16 or None}`.
 
     Args:
-        tokens: rows of the layers' products, those of a micro-batch.
-        learned: rows of the output layer's.
+        tokens: of a micro-batch, the rows of the layers' products.
+        target_tokens: the rows of the output layer's products.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = bf16_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    rates: dict[str, Any] = {"tokens": tokens, "learned": learned, "gpu_peak": peak}
+    rates: dict[str, Any] = {"tokens": tokens, "learned": target_tokens, "gpu_peak": peak}
     with torch.inference_mode():
         for dtype in (torch.bfloat16, torch.float32):
             seconds = flops = 0.0
@@ -38,38 +39,39 @@ def measure(config: PretrainedConfig, tokens: int, learned: int) -> dict[str, An
                 flops += 4.0 * tokens * inputs * outputs
             rates[str(dtype).removeprefix("torch.")] = {
                 "layers": flops / seconds,
-                "output": _output_rate(config, learned, dtype, device),
+                "output": _output_rate(config, target_tokens, dtype, device),
             }
     return rates
 
 
 def higher(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of two measurements: what disturbs a machine for a while lowers the one, and must not raise a fraction of it."""
+    """The higher rates of two measurements: other load on the machine lowers one, and must not raise a fraction of
+    it."""
     for dtype in ("bfloat16", "float32"):
         one[dtype] = {part: max(rate, other[dtype][part]) for part, rate in one[dtype].items()}
     return one
 
 
-def seconds_at_ceiling(flops: Flops, rates: dict[str, float]) -> float:
-    """Least time for `flops` at the measured `rates` of one dtype; adapters and attention at the layers' rate."""
+def least_seconds(flops: Flops, rates: dict[str, float]) -> float:
+    """The least time for `flops` at the measured `rates` of one dtype; adapters and attention at the layers' rate."""
     return (flops.layers + flops.adapters + flops.attention) / rates["layers"] + flops.output / rates["output"]
 
 
-def _output_rate(config: PretrainedConfig, learned: int, dtype: torch.dtype, device: torch.device) -> float:
-    hidden = _random(learned, config.hidden_size, dtype, device)
+def _output_rate(config: PretrainedConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    hidden = _random(tokens, config.hidden_size, dtype, device)
     weight = _random(config.vocab_size, config.hidden_size, dtype, device)
     gradient = torch.empty_like(hidden)
     rates = []
     for block in VOCABULARY_BLOCKS if device.type == "cpu" else (config.vocab_size,):
         parts = [part for part in weight.split(min(block, config.vocab_size)) if len(part) == len(weight[:block])]
-        logits = hidden.new_empty(learned, len(parts[0]))
+        logits = hidden.new_empty(tokens, len(parts[0]))
 
         def both(parts: Any = parts, logits: Any = logits) -> None:
             for part in parts:
                 torch.mm(hidden, part.T, out=logits)
                 torch.mm(logits, part, out=gradient)
 
-        rates.append(4.0 * learned * config.hidden_size * sum(map(len, parts)) / _best(both))
+        rates.append(4.0 * tokens * config.hidden_size * sum(map(len, parts)) / _best(both))
     return max(rates)
 
 
@@ -78,7 +80,7 @@ def _random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 def _best(call: Callable[[], Any]) -> float:
-    """Seconds of the fastest call."""
+    """The seconds of the fastest call."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     call()
     wait()

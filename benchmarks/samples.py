@@ -1,7 +1,6 @@
-"""The rows that every system is given, as token ids: tokenized once, by this project's own data preparation.
+"""The samples that every system trains on, as token ids: tokenized once, by this project's own data preparation.
 
-Either rows as the table has them, with their true lengths, or pieces of a fixed length cut from the same rows laid end
-to end.
+Either the table's rows with their true lengths, or chunks of a fixed length, cut from the same rows laid end to end.
 """
 
 import random
@@ -17,18 +16,19 @@ from core.prompt import Prompt
 from core.schema import Config, DataConfig, PromptConfig
 from data_prep.prepare import prepare
 
-Row = dict[str, Any]  # {"input_ids": list[int], "target_ranges": [[first, past the last], ...]}
-HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind
+Sample = dict[str, Any]  # {"input_ids": list[int], "target_ranges": [[first, past the last], ...]}
+HELD_OUT_TOKENS = 8192  # enough to resolve loss differences of a few thousandths
 
 
-def read_rows(config: Config, base_folder: Path, length: int | None, count: int) -> tuple[list[Row], list[Row]]:
-    """`count` rows to train on, in the order of training (again from the start where the table has fewer), and the
-    held-out ones.
+def read_samples(
+    config: Config, base_folder: Path, length: int | None, count: int
+) -> tuple[list[Sample], list[Sample]]:
+    """`count` samples to train on, in order (repeated if the table has fewer), and the held-out ones.
 
     Args:
-        config: the resolved tree; `task` and `data_dir` are used.
-        base_folder: with the tokenizer.
-        length: tokens of every row, or None for the table's own rows.
+        config: `task` and `data_dir` are used.
+        base_folder: has the tokenizer.
+        length: tokens of every sample, or None for the table's rows as they are.
 
     Raises:
         UserError: see `prepare`; or fewer than `length` held-out tokens.
@@ -42,7 +42,7 @@ def read_rows(config: Config, base_folder: Path, length: int | None, count: int)
     vocabulary = AutoConfig.from_pretrained(base_folder).vocab_size
     splits = []
     for split in ("training", "test"):
-        rows, _ = tokenize(
+        tokenized, _ = tokenize(
             folder / f"{split}.jsonl",
             tokenizer,
             Prompt(**plain(config.task.prompt)),
@@ -51,34 +51,33 @@ def read_rows(config: Config, base_folder: Path, length: int | None, count: int)
         )
         found = [
             # Random weights may have a smaller vocabulary than the tokenizer (random_base.py).
-            {"input_ids": [token % vocabulary for token in ids], "target_ranges": learned}
-            for ids, learned in zip(rows["input_ids"], rows["target_ranges"], strict=True)
+            {"input_ids": [token % vocabulary for token in ids], "target_ranges": ranges}
+            for ids, ranges in zip(tokenized["input_ids"], tokenized["target_ranges"], strict=True)
         ]
         random.Random(config.seed).shuffle(found)
-        splits.append(found if length is None else pieces(found, length))
+        splits.append(found if length is None else chunks(found, length))
     training, held_out = splits
     if not training or not held_out:
-        raise UserError(
-            f"length={length} is longer than all held-out rows together. Give more rows, or a shorter length"
-        )
+        raise UserError(f"length={length} is more than all held-out rows together. Use more rows, or a shorter length")
     ends = accumulate(len(row["input_ids"]) for row in held_out)
     enough = sum(end <= HELD_OUT_TOKENS for end in ends)
     return list(islice(cycle(training), count)), held_out[: max(1, enough)]
 
 
-def pieces(rows: list[Row], length: int) -> list[Row]:
-    """`rows` laid end to end and cut to `length` tokens each; as large a share of a piece is learned as of the rows."""
-    bos = rows[0]["input_ids"][0]
-    stream = list(chain.from_iterable(row["input_ids"][1:] for row in rows))
-    learned = sum(end - first for row in rows for first, end in row["target_ranges"])
-    first = max(1, round(length * (1 - learned / sum(len(row["input_ids"]) for row in rows))))
+def chunks(samples: list[Sample], length: int) -> list[Sample]:
+    """`samples` laid end to end and cut to `length` tokens each, with the same fraction of target tokens as they
+    have."""
+    bos = samples[0]["input_ids"][0]
+    stream = list(chain.from_iterable(sample["input_ids"][1:] for sample in samples))
+    targets = sum(end - first for sample in samples for first, end in sample["target_ranges"])
+    first = max(1, round(length * (1 - targets / sum(len(sample["input_ids"]) for sample in samples))))
     cut = range(0, len(stream) - length + 2, length - 1)
     return [{"input_ids": [bos, *stream[at : at + length - 1]], "target_ranges": [[first, length]]} for at in cut]
 
 
-def as_dataset(rows: list[Row]) -> Dataset:
-    """As training/batches.py takes them."""
-    return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows])
+def as_dataset(samples: list[Sample]) -> Dataset:
+    """`samples` as `training.batches.Batches` takes them."""
+    return Dataset.from_list([{**sample, "length": len(sample["input_ids"])} for sample in samples])
 
 
 def text_task(config: Config, column: str) -> Config:

@@ -1,9 +1,9 @@
-"""The plan of benchmarks/scaling.py as a table in the terminal, and as docs/scaling.md with docs/scaling.png."""
+"""The plans of benchmarks/scaling.py as a table in the terminal, and as docs/scaling.md with docs/scaling.png."""
 # ruff: noqa: E501 -- rows of a Markdown table
 
 from pathlib import Path
 
-from benchmarks.scaling import HOP, LINK, REACHED, ROOM, Plan
+from benchmarks.scaling_model import COMPUTE_EFFICIENCY, HOP_SECONDS, LINK_EFFICIENCY, USABLE_MEMORY, Plan
 from benchmarks.table import save
 
 DOCS, PLOT = Path("docs/scaling.md"), Path("docs/scaling.png")
@@ -88,23 +88,23 @@ as its report says.
 """
 
 
-def show(plans: list[Plan], said: list[str]) -> None:
+def show(plans: list[Plan], sentences: list[str]) -> None:
     table = [HEADER, *map(line, plans)]
     widths = [max(len(cells[column]) for cells in table) for column in range(len(HEADER))]
     for cells in table:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)))
-    print("\n" + "\n".join(said))
+    print("\n" + "\n".join(sentences))
 
 
-def write(plans: list[Plan], said: list[str]) -> Path:
+def write(plans: list[Plan], sentences: list[str]) -> Path:
     rows = [HEADER, ["---"] * len(HEADER), *map(line, plans)]
     text = TEXT.format(
         command="python -m benchmarks.scaling",
-        facts="\n".join(f"- {one}" for one in said),
-        reached=f"{REACHED:.0%}",
-        link=f"{LINK:.0%}",
-        hop=f"{HOP * 1e6:.0f}",
-        room=f"{ROOM:.0%}",
+        facts="\n".join(f"- {one}" for one in sentences),
+        reached=f"{COMPUTE_EFFICIENCY:.0%}",
+        link=f"{LINK_EFFICIENCY:.0%}",
+        hop=f"{HOP_SECONDS * 1e6:.0f}",
+        room=f"{USABLE_MEMORY:.0%}",
         table="\n".join(f"| {' | '.join(cells)} |" for cells in rows),
     )
     plot(plans)

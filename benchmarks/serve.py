@@ -1,13 +1,13 @@
-"""Serving speed of the embedded engine beside its peers: same base, same adapter, same prompts, in turns.
+"""Serving speed of the embedded engine and its peers: same base, same adapter, same prompts, in interleaved rounds.
 
     python -m benchmarks.serve                                   (a part of `make bench`)
     python -m benchmarks.serve systems=ours,transformers streams=1,8 tokens=32 rounds=3
 
 Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
-XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table says what is missing.
+XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table names what is missing.
 
-Every system has a process of its own and computes alone. Writes benchmarks/results/serving/<machine>-<model>.json, and
-the table in docs/serving.md.
+Every system has a process of its own, and only one computes at a time. Writes
+benchmarks/results/serving/<machine>-<model>.json, and the table in docs/serving.md.
 """
 
 import atexit
@@ -30,23 +30,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.worker import ROOT, NotRun, Worker, find_python
+
 RESULTS = Path("benchmarks/results/serving")
-# Times a request's tokens arrived, in seconds after all requests were sent.
+# When each token of a request arrived, in seconds since the requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
 
 
 # --- systems, each in a process of its own -------------------------------------------------------------------------
 def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "bfloat16") -> Serve:
-    """The engine behind its socket. Equal beginnings of prompts are kept, as in serving."""
+    """The engine behind its socket, with prefix caching, as in serving."""
     folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
-    for name in names:  # the same weights under other names are other adapters
+    for name in names:  # the same weights under another name are another adapter
         shutil.copytree(job["adapter"], folder / "adapters" / name)
     python = ROOT / ".venv-serve/bin/python"
-    words = ["--base", job["base"], "--adapters", str(folder / "adapters"), "--socket", str(folder / "s")]
+    arguments = ["--base", job["base"], "--adapters", str(folder / "adapters"), "--socket", str(folder / "s")]
     engine = subprocess.Popen(
-        [str(python if python.exists() else sys.executable), "-m", "serving.engine", *words, "--dtype", dtype],
+        [str(python if python.exists() else sys.executable), "-m", "serving.engine", *arguments, "--dtype", dtype],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -55,7 +56,7 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
     assert engine.stdout and engine.stdout.readline(), "the engine has not started"
     line = socket.socket(socket.AF_UNIX)
     line.connect(str(folder / "s"))
-    heard = line.makefile("rb")
+    messages = line.makefile("rb")
     sampling = {"temperature": 0, "max_tokens": job["tokens"], "ignore_eos": True}
 
     def serve(prompts: list[str]) -> list[Arrivals]:
@@ -72,7 +73,7 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
             }
             line.sendall(json.dumps(message).encode() + b"\n")
         while open_:
-            message = json.loads(heard.readline())
+            message = json.loads(messages.readline())
             if "id" in message:
                 assert "error" not in message, message
                 seen = arrivals[message["id"]]
@@ -85,7 +86,7 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
 
 
 def transformers(job: dict[str, Any], together: bool = False) -> Serve:
-    """`generate` with peft in float32: one request after another, or all in one padded batch that waits for all."""
+    """`generate` with peft in float32: one request after another, or all in one padded batch."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -95,7 +96,7 @@ def transformers(job: dict[str, Any], together: bool = False) -> Serve:
     base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
     model = PeftModel.from_pretrained(base, job["adapter"]).eval()
 
-    class Watch(BaseStreamer):
+    class TokenTimes(BaseStreamer):
         def __init__(self) -> None:
             self.times: Arrivals = []
 
@@ -107,12 +108,12 @@ def transformers(job: dict[str, Any], together: bool = False) -> Serve:
     def serve(prompts: list[str]) -> list[Arrivals]:
         started, arrivals = time.perf_counter(), []
         for some in [prompts] if together else [[prompt] for prompt in prompts]:
-            watch = Watch()
+            times = TokenTimes()
             inputs = tokenizer(some, return_tensors="pt", padding=True)
             model.generate(
-                **inputs, do_sample=False, min_new_tokens=job["tokens"], max_new_tokens=job["tokens"], streamer=watch
+                **inputs, do_sample=False, min_new_tokens=job["tokens"], max_new_tokens=job["tokens"], streamer=times
             )
-            arrivals += [[at - started for at in watch.times[1:]]] * len(some)  # the first is the prompt
+            arrivals += [[at - started for at in times.times[1:]]] * len(some)  # the first is the prompt
         return arrivals
 
     return serve
@@ -174,14 +175,14 @@ def llama_cpp(job: dict[str, Any]) -> Serve:
         def ask(prompt: str) -> Arrivals:
             arrivals: Arrivals = []
 
-            def hear(part: Any) -> bool:
-                if any(one.get("text") for one in part.get("choices", ())):
+            def on_message(message: Any) -> bool:
+                if any(one.get("text") for one in message.get("choices", ())):
                     arrivals.append(time.perf_counter() - started)
                 return False
 
             server.handle_completions(
                 {"prompt": prompt, "max_tokens": job["tokens"], "temperature": 0, "stream": True, "ignore_eos": True},
-                hear,
+                on_message,
             )
             return arrivals
 
@@ -227,14 +228,14 @@ def vllm(job: dict[str, Any]) -> Serve:
     return serve
 
 
-# ours-mixed: three adapters in turn; ours-int8: weights of 8 bits; transformers: one request after another;
-# transformers-batch: all in one padded batch. Each: how it is started, the package it needs, the environment that may
-# have it, the most streams it is asked for.
+# ours-mixed: three adapters in turn; ours-int8: 8-bit weights; transformers: one request after another;
+# transformers-batch: all in one padded batch. Each: its function, the package that it needs, the virtual environment
+# that may have it, and the most concurrent requests that it is measured with.
 SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "ours": (ours, "tokenizers", ".venv-serve", 1 << 20),
     "ours-mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
     "ours-int8": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
-    # one at a time is as fast for 32 as for 8, and takes minutes
+    # sequential: the same speed with 32 requests as with 8, but takes minutes
     "transformers": (transformers, "peft", ".venv", 8),
     "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
@@ -244,16 +245,16 @@ SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai", "xllamacpp", "vllm")
 
 
-def work(name: str, job: dict[str, Any]) -> None:
-    """A system's process: says what it is, then for each line of prompts on stdin when their tokens arrived."""
+def run_worker(name: str, job: dict[str, Any]) -> None:
+    """A system's process: prints its versions, then for each line of prompts on stdin the arrivals of their tokens."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print
+    os.dup2(2, 1)  # libraries may print to stdout
     serve = SYSTEMS[name][0](job)
     versions: dict[str, str] = {}
     for package in PACKAGES:
         if package.replace("-", "_") in sys.modules or name.startswith("ours"):
-            with_it = _version(package)
-            versions |= {package: with_it} if with_it else {}
+            installed = _version(package)
+            versions |= {package: installed} if installed else {}
     print(json.dumps({"ready": versions}), file=answers, flush=True)
     for line in sys.stdin:
         print(json.dumps(serve(json.loads(line))), file=answers, flush=True)
@@ -267,71 +268,39 @@ def _version(package: str) -> str | None:
 
 
 # --- the rounds ----------------------------------------------------------------------------------------------------
-class NotRun(Exception):
-    """Why a system is not in the comparison."""
-
-
-class Worker:
-    """A system's process, and the lines spoken with it."""
+class ServingWorker(Worker):
+    """The process of a system in SYSTEMS, which answers a JSON line of prompts with the arrivals of their tokens."""
 
     def __init__(self, name: str, job: dict[str, Any]) -> None:
+        """
+        Raises:
+            NotRun: its package is not installed.
+        """
         _, package, environment, _ = SYSTEMS[name]
-        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
         variable = package.removesuffix("_genai").upper() + "_PYTHON"  # OPENVINO_PYTHON, XLLAMACPP_PYTHON, VLLM_PYTHON
-        pythons = [os.environ.get(variable, ""), str(ROOT / environment / "bin/python"), sys.executable]
-        for python in pythons:
-            if python and Path(python).exists() and not subprocess.run([python, "-c", probe], check=False).returncode:
-                break
-        else:
-            raise NotRun(f"{package} is not installed (looked here and in {environment})")
-        self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 (as long as the process)
-        self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.serve", "worker", name, json.dumps(job)],
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            start_new_session=True,
-        )
-
-    def hear(self) -> Any:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            said = [one for one in Path(self.log.name).read_text().splitlines() if one.strip()]
-            raise NotRun(f"ended with code {self.process.returncode}: {said[-1][:200] if said else ''}")
-        return json.loads(line)
+        interpreters = [os.environ.get(variable, ""), str(ROOT / environment / "bin/python"), sys.executable]
+        python = find_python(package, interpreters, environment)
+        command = [python, "-m", "benchmarks.serve", "worker", name, json.dumps(job)]
+        super().__init__(command, Path(job["scratch"]) / f"{name}.log")
 
     def serve(self, prompts: list[str]) -> list[Arrivals]:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(prompts) + "\n")
-        self.process.stdin.flush()
-        found: list[Arrivals] = self.hear()
-        return found
-
-    def stop(self) -> None:
-        """The process and the engine it may have started."""
-        try:
-            os.killpg(self.process.pid, 15)
-            self.process.wait(20)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            self.process.kill()
+        self.send(json.dumps(prompts))
+        arrivals: list[Arrivals] = self.receive()
+        return arrivals
 
 
 def read_prompts(adapter: Path, count: int) -> list[str]:
-    """The adapter's own prompt around scenes of the shipped table, each another one."""
+    """`count` prompts: the adapter's own template around different contexts of the shipped table."""
     from core.prompt import Prompt
 
     prompt = Prompt(**json.loads((adapter / "prompt.json").read_text()))
     with (ROOT / "tasks/slang/slang.csv").open(newline="", encoding="utf-8") as file:
-        scenes = [row["Context"] for row in csv.DictReader(file)]
-    return [prompt.wrap(prompt.write_instruction(context=scenes[n % len(scenes)])) for n in range(count)]
+        contexts = [row["Context"] for row in csv.DictReader(file)]
+    return [prompt.wrap(prompt.write_instruction(context=contexts[n % len(contexts)])) for n in range(count)]
 
 
 def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
-    """Medians over rounds of speed, and over all of their tokens of the waits; seconds."""
+    """Median speed over rounds, and latencies over all tokens of all rounds, in seconds."""
     gaps = sorted(b - a for one in rounds for times in one for a, b in pairwise(times))
     return {
         "tokens_per_second": statistics.median(sum(map(len, one)) / max(times[-1] for times in one) for one in rounds),
@@ -342,7 +311,7 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
 
 
 def measure(given: Any, scratch: Path) -> dict[str, Any]:
-    """All systems, loaded at once, their rounds in turn."""
+    """Load all systems, then measure them in interleaved rounds."""
     streams, rounds = given.streams, given.rounds
     job = {
         "base": str(given.base.resolve()),
@@ -353,31 +322,31 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
     }
     prompts = read_prompts(given.adapter, sum(streams) * (rounds + 1))
     systems: dict[str, Any] = {}
-    running: dict[str, Worker] = {}
+    running: dict[str, ServingWorker] = {}
     try:
         for name in dict.fromkeys(given.systems):
             try:
                 print(f"  {name}: loading", flush=True)
-                running[name] = Worker(name, job)
-                systems[name] = {"versions": running[name].hear()["ready"], "arrivals": {n: [] for n in streams}}
+                running[name] = ServingWorker(name, job)
+                systems[name] = {"versions": running[name].receive()["ready"], "arrivals": {n: [] for n in streams}}
             except NotRun as reason:
                 systems[name] = _left_out(name, reason, running)
-        for turn in range(rounds + 1):
+        for round_ in range(rounds + 1):
             for n in streams:
-                start = turn * sum(streams) + sum(one for one in streams if one < n)
+                start = round_ * sum(streams) + sum(one for one in streams if one < n)
                 for name, worker in list(running.items()):
-                    if n > SYSTEMS[name][3] or (turn == 0 and n > 8):
+                    if n > SYSTEMS[name][3] or (round_ == 0 and n > 8):
                         continue
                     try:
                         arrivals = worker.serve(prompts[start : start + n])
                         print(
                             f"  {name}, {n} at once: {summary([arrivals])['tokens_per_second']:,.1f} tokens/s"
-                            f"{', warm-up' if not turn else ''}",
+                            f"{', warm-up' if not round_ else ''}",
                             flush=True,
                         )
-                        if turn:
+                        if round_:
                             systems[name]["arrivals"][n].append(arrivals)
-                    except (NotRun, BrokenPipeError) as reason:
+                    except NotRun as reason:
                         systems[name] = _left_out(name, reason, running)
     finally:
         for worker in running.values():
@@ -396,7 +365,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _left_out(name: str, reason: Exception, running: dict[str, Worker]) -> dict[str, str]:
+def _left_out(name: str, reason: Exception, running: dict[str, ServingWorker]) -> dict[str, str]:
     print(f"  {name}: not run: {reason}", flush=True)
     if worker := running.pop(name, None):
         worker.stop()
@@ -451,7 +420,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
-        work(sys.argv[2], json.loads(sys.argv[3]))
+        run_worker(sys.argv[2], json.loads(sys.argv[3]))
     else:
         from core.errors import run
 

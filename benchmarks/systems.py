@@ -1,14 +1,14 @@
-"""The systems that are measured, each in a process of its own: peak memory is then true, and packages may differ.
+"""The systems under measurement, each in a process of its own (benchmarks/worker.py).
 
-    python -m benchmarks.systems NAME JOB.json       (started by benchmarks.train, never by hand)
+    python -m benchmarks.systems NAME JOB.json       (started by benchmarks.train)
 
-A process loads its model and begins its own training loop, untouched; a `Gate` in the loop's callbacks holds it between
-rounds, so that one system computes at a time. One JSON object a line:
+A process loads its model and runs its own, unmodified training loop; a `Gate` in the loop's callbacks holds it between
+rounds, so that one system computes at a time. One JSON object per line:
 
-    it says   {"ready": {package: version}}                               the loop stands before its first step
-    it reads  "go"
-    it says   {"seconds", "tokens", "learned"}                            a round is done; the next waits for "go"
-    it says   {"adapter": FILE, "peak_gib"} or {"failed": REASON}         the end
+    writes  {"ready": {package: version}}                          before its first step
+    reads   "go"
+    writes  {"seconds", "tokens", "learned": target tokens}        after a round; the next waits for "go"
+    writes  {"adapter": FILE, "peak_gib"} or {"failed": REASON}    at the end
 
 To add a peer, write its function and its line in SYSTEMS.
 """
@@ -30,21 +30,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Job:
-    """What every system is given.
+    """The job of every system.
 
     Attributes:
         base_folder: a Hugging Face folder.
-        dtype: of the frozen weights where a system follows the machine ("bfloat16" or "float32").
+        dtype: of the frozen weights, for systems that choose it by the machine ("bfloat16" or "float32").
         lora: peft.LoraConfig keys.
-        initial: safetensors with the adapter to begin with, under peft's names.
-        rows: JSON file with `[{"input_ids", "target_ranges"}, …]` (benchmarks/samples.py), in the order of training.
+        initial: safetensors of the initial adapter, with peft's names.
+        samples: JSON file with `[{"input_ids", "target_ranges"}, …]` (benchmarks/samples.py), in the order of training.
         steps: optimizer steps of each round; the first is the warm-up.
-        batch: rows of an optimizer step.
-        micro_batch: rows that a peer takes at once.
-        micro_batch_tokens: tokens that this project takes at once.
-        pack_tokens: tokens of a peer's packed row.
-        prompt: core.prompt.Prompt keys, for this project's archive.
-        recipe: folder with NeMo AutoModel's recipe for this very job; what it writes goes there.
+        batch: samples of an optimizer step.
+        micro_batch: samples of a peer's micro-batch.
+        micro_batch_tokens: tokens of this project's micro-batch.
+        pack_tokens: tokens of a peer's packed sequence.
+        prompt: core.prompt.Prompt keys.
+        recipe: folder with NeMo AutoModel's recipe for this job, and for what it writes.
         adapter: file to write.
     """
 
@@ -52,7 +52,7 @@ class Job:
     dtype: str
     lora: dict[str, Any]
     initial: str
-    rows: str
+    samples: str
     steps: list[int]
     batch: int
     micro_batch: int
@@ -66,17 +66,18 @@ class Job:
     recipe: str
     adapter: str
 
-    def read_rows(self) -> list[dict[str, Any]]:
-        return json.loads(Path(self.rows).read_text())
+    def read_samples(self) -> list[dict[str, Any]]:
+        return json.loads(Path(self.samples).read_text())
 
 
 class Gate:
-    """Holds a training loop before its first step and after each round, and counts what the model has seen."""
+    """Holds a training loop before its first step and after each round, and counts the tokens that the model is
+    given."""
 
-    def __init__(self, steps: list[int], say: Callable[[dict[str, Any]], None]) -> None:
-        self.steps, self.say = list(steps), say
+    def __init__(self, steps: list[int], write: Callable[[dict[str, Any]], None]) -> None:
+        self.steps, self.write = list(steps), write
         self.tokens: Tensor | int = 0
-        self.learned: Tensor | int = 0
+        self.targets: Tensor | int = 0
 
     def begin(self) -> None:
         names = (
@@ -90,12 +91,12 @@ class Gate:
             "nemo-toolkit",
             "nemo-automodel",
         )
-        self.say({"ready": {name: found for name in names if (found := _version(name))}})
+        self.write({"ready": {name: found for name in names if (found := _version(name))}})
         self._wait()
 
-    def count(self, tokens: Tensor | int, learned: Tensor | int) -> None:
-        """Tokens that the model is given, padding left out; tensors are read at the end of the round only."""
-        self.tokens, self.learned = self.tokens + tokens, self.learned + learned
+    def count(self, tokens: Tensor | int, targets: Tensor | int) -> None:
+        """Add tokens without padding, and target tokens; tensors are read only at the end of the round."""
+        self.tokens, self.targets = self.tokens + tokens, self.targets + targets
 
     def step_done(self) -> None:
         self.left -= 1
@@ -103,15 +104,15 @@ class Gate:
             return
         _finish_device_work()
         seconds = time.perf_counter() - self.began
-        self.say({"seconds": seconds, "tokens": int(self.tokens), "learned": int(self.learned)})
-        self.tokens = self.learned = 0
+        self.write({"seconds": seconds, "tokens": int(self.tokens), "learned": int(self.targets)})
+        self.tokens = self.targets = 0
         if self.steps:
             self._wait()
 
     def _wait(self) -> None:
         gc.collect()
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the systems share a GPU; each keeps its weights only while it waits
+            torch.cuda.empty_cache()  # the systems share a GPU; while it waits, each keeps only its weights
         if sys.stdin.readline() != "go\n":
             os._exit(1)  # the benchmark was stopped
         self.left = self.steps.pop(0)
@@ -120,7 +121,7 @@ class Gate:
 
 # --- this project ---------------------------------------------------------------------------------------------------
 def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
-    """GemmaLoRA in Lightning's loop, as training/fit.py has it, without its checkpoints and logs."""
+    """GemmaLoRA in Lightning's loop, as in training/fit.py, without checkpoints and logs."""
     from core.machine import quiet_libraries
 
     quiet_libraries()
@@ -161,7 +162,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
                     "lr": job.learning_rate,
                     "weight_decay": job.weight_decay,
                     "betas": [0.9, 0.999],
-                    # Constant, as at the peers': cosine schedules differ by a step between libraries.
+                    # Constant, as for the peers: cosine schedules differ by a step between libraries.
                     "sched": {
                         "name": "CosineAnnealing",
                         "max_steps": sum(job.steps) + 1,
@@ -174,20 +175,20 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
         trainer,
     )
     model.load_state_dict(load_file(job.initial))
-    trainer.fit(model, Batches(as_dataset(job.read_rows()), job.batch, job.micro_batch_tokens, seed=None))
+    trainer.fit(model, Batches(as_dataset(job.read_samples()), job.batch, job.micro_batch_tokens, seed=None))
     return model.state_dict()
 
 
 # --- peers on Hugging Face's Trainer --------------------------------------------------------------------------------
 def hugging_face(job: Job, gate: Gate, weights: torch.dtype, autocast: bool) -> dict[str, Tensor]:
-    """Trainer and peft as their documentation has them: rows padded to the longest of a batch, full logits."""
+    """Trainer and peft as in their documentation: samples padded to the longest of a micro-batch, full logits."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     model = _adapted(AutoModelForCausalLM.from_pretrained(job.base_folder, dtype=weights), job)
     arguments = TrainingArguments(
         per_device_train_batch_size=job.micro_batch,
         gradient_accumulation_steps=job.batch // job.micro_batch,
-        train_sampling_strategy="sequential",  # the same rows in the same step as ours
+        train_sampling_strategy="sequential",  # the same samples in the same step as ours
         bf16=autocast,
         remove_unused_columns=False,
         **_arguments(job),
@@ -214,7 +215,7 @@ def unsloth(job: Job, gate: Gate) -> dict[str, Tensor]:
 
 
 def _sft(model: Any, job: Job, gate: Gate) -> dict[str, Tensor]:
-    """TRL's SFTTrainer with packing: rows are dealt anew to packed ones, so a step has other rows than ours."""
+    """TRL's SFTTrainer with packing, which distributes samples anew, so that a step has other samples than ours."""
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -231,12 +232,12 @@ def _sft(model: Any, job: Job, gate: Gate) -> dict[str, Tensor]:
     )
     tokenizer = AutoTokenizer.from_pretrained(job.base_folder)
     trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer, callbacks=[_hold(gate)])
-    # Packing decides the number of steps: the warm-up and the rounds get the same shares of them as ours have.
+    # Packing decides the number of steps; warm-up and rounds get the same shares of them as ours.
     steps = -(-len(trainer.train_dataset) // config.gradient_accumulation_steps)
     warmup = min(job.steps[0], steps // 2)
     rounds = len(job.steps) - 1
     if steps - warmup < rounds:
-        raise ValueError(f"only {steps} packed steps for {rounds} rounds: give more rows")
+        raise ValueError(f"only {steps} packed steps for {rounds} rounds: use more rows")
     gate.steps = [warmup, *[(steps - warmup) // rounds] * rounds]
     gate.steps[-1] += (steps - warmup) % rounds
     return _train(trainer, gate)
@@ -259,10 +260,10 @@ def _begin_with(model: Any, job: Job) -> Any:
 
 
 def _labelled(job: Job) -> Any:
-    """Rows as a Trainer takes them: the same tokens are learned as ours, the prompt is masked."""
+    """Samples as a Trainer takes them, with the same target tokens as ours: the prompt is masked in the labels."""
     from datasets import Dataset
 
-    rows = job.read_rows()
+    rows = job.read_samples()
     return Dataset.from_dict(
         {
             "input_ids": [row["input_ids"] for row in rows],
@@ -343,12 +344,12 @@ def automodel(job: Job, gate: Gate) -> dict[str, Tensor]:
 
     step = recipe._run_train_optim_step
 
-    def held_step(batches: list[dict[str, Tensor]], *words: Any) -> Any:
+    def held_step(batches: list[dict[str, Tensor]], *arguments: Any) -> Any:
         for batch in batches:
-            # A row's last token is a label only here; the other systems give it to the model too.
+            # Here a sample's last token is only a label; the other systems give it to the model too.
             tokens = batch["attention_mask"].sum() + len(batch["labels"])
             gate.count(tokens, (batch["labels"] != -100).sum())
-        log = step(batches, *words)
+        log = step(batches, *arguments)
         gate.step_done()
         return log
 
@@ -363,7 +364,7 @@ def automodel(job: Job, gate: Gate) -> dict[str, Tensor]:
 class System:
     """
     Attributes:
-        train: trains on a job's rows, held by the gate, and returns the adapter; None: not run by this benchmark.
+        train: trains on a job's samples, held by the gate, and returns the adapter; None: not run by this benchmark.
         environment: folder of the virtual environment that has `package`.
         package: what must be importable there.
         needs_cuda: whether it runs on NVIDIA GPUs only.
@@ -402,14 +403,14 @@ def _finish_device_work() -> None:
 
 
 def main(name: str, job_file: str) -> None:
-    # What libraries print must not get between the lines of the protocol.
+    # Libraries may print to stdout, which is the protocol's.
     protocol = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
-    def say(message: dict[str, Any]) -> None:
+    def write(message: dict[str, Any]) -> None:
         protocol.write(json.dumps(message) + "\n")
 
-    # Where memory runs out, this is the process to end, and the benchmark goes on without it.
+    # If memory runs out, this process should be killed, so that the benchmark continues without it.
     if (score := Path("/proc/self/oom_score_adj")).exists():
         score.write_text("1000")
     job = Job(**json.loads(Path(job_file).read_text()))
@@ -417,21 +418,21 @@ def main(name: str, job_file: str) -> None:
     assert train is not None
     try:
         torch.manual_seed(job.seed)
-        adapter = train(job, Gate(job.steps, say))
+        adapter = train(job, Gate(job.steps, write))
     except (torch.cuda.OutOfMemoryError, MemoryError):
-        say({"failed": "out of memory"})
+        write({"failed": "out of memory"})
         raise
     except Exception as error:
-        say({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"})
+        write({"failed": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"})
         raise
     from safetensors.torch import save_file
 
     save_file({key: value.float().cpu().contiguous() for key, value in adapter.items()}, job.adapter)
-    say({"adapter": job.adapter, "peak_gib": _peak_memory_gib()})
+    write({"adapter": job.adapter, "peak_gib": _peak_memory_gib()})
 
 
 def _peak_memory_gib() -> float:
-    """As commands.train.peak_memory_gib, which a peer's environment cannot import."""
+    """As `training.progress.peak_memory_gib`, which a peer's environment cannot import."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     held = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]

@@ -13,14 +13,14 @@ OURS, OTHERS = "#2a7f62", "#9aa5b1"
 
 
 def header(result: dict[str, Any]) -> list[str]:
-    ceiling = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 ceiling"
+    fraction = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 roofline"
     ratios = [f"× {name.replace('-autocast', ' autocast')}" for name in REFERENCES]
     return [
         "system",
         "tokens/s",
         "response tokens/s",
         *ratios,
-        ceiling,
+        fraction,
         "peak memory, GiB",
         f"× {REFERENCES[0]}'s memory",
         "held-out loss",
@@ -28,7 +28,7 @@ def header(result: dict[str, Any]) -> list[str]:
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
-    """A line a system, its cells as `header` names them; a system that was not run has its reason in the second."""
+    """One row per system, with the cells that `header` names; of a system that was not run, its name and the reason."""
     found = []
     for name, system in result["systems"].items():
         if "not_run" in system:
@@ -51,7 +51,7 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
 
 
 def speedup(result: dict[str, Any], name: str, reference: str) -> float | None:
-    """Median over rounds of the ratio of tokens per second: both had their round at nearly the same time."""
+    """Median over rounds of the ratio of tokens per second; the rounds of both were at nearly the same time."""
     rounds = [result["systems"].get(one, {}).get("rounds") for one in (name, reference)]
     if not all(rounds):
         return None
@@ -60,7 +60,7 @@ def speedup(result: dict[str, Any], name: str, reference: str) -> float | None:
 
 
 def used_fraction(result: dict[str, Any], name: str) -> float:
-    """Of the GPU's peak (MFU), else of the speed at which this machine's bfloat16 products alone would go."""
+    """The speed as a fraction of the GPU's peak (MFU), else of this machine's roofline for bfloat16 products."""
     speed, tokens = result["systems"][name]["tokens_per_second"], result["data"]["tokens"]
     if peak := result["ceiling"]["gpu_peak"]:
         return float(speed * result["flops"]["total"] / tokens / peak)
@@ -72,9 +72,11 @@ def _times(ratio: float | None) -> str:
 
 
 def facts(result: dict[str, Any]) -> list[str]:
-    """Sentences on what was measured, and on the ceiling."""
+    """Sentences on what was measured, and on the roofline."""
     data, settings, flops, rates = (result[key] for key in ("data", "settings", "flops", "ceiling"))
-    rows = f"rows of {data['length']} tokens" if data["length"] else f"rows of at most {data['longest']} tokens"
+    samples = (
+        f"samples of {data['length']} tokens" if data["length"] else f"samples of at most {data['longest']} tokens"
+    )
     tera = {dtype: {part: rate / 1e12 for part, rate in rates[dtype].items()} for dtype in ("bfloat16", "float32")}
     best = result["seconds_at_ceiling"]
     least = "; ".join(
@@ -85,14 +87,14 @@ def facts(result: dict[str, Any]) -> list[str]:
     expected = result.get("memory_expected_gib")  # not in what was measured before November 2026
     peak = f" The GPU's peak is {rates['gpu_peak'] / 1e12:,.0f} TFLOP/s." if rates["gpu_peak"] else ""
     return [
-        f"{data['source']}: {data['rows']} {rows}, {data['tokens']:,} tokens, {data['learned']:,} of them learned. "
-        f"LoRA rank {settings['lora']['r']}, {settings['rows_per_step']} rows a step; peers take "
-        f"{settings['peer_rows_at_once']} at once.",
-        f"These rows need {flops['total'] / 1e12:.2f} TFLOP ({flops['layers'] / flops['total']:.0%} frozen layers, "
+        f"{data['source']}: {data['rows']} {samples}, {data['tokens']:,} tokens, of which {data['learned']:,} are "
+        f"target tokens. LoRA rank {settings['lora']['r']}, {settings['rows_per_step']} samples per step; "
+        f"micro-batches of peers have {settings['peer_rows_at_once']}.",
+        f"These samples need {flops['total'] / 1e12:.2f} TFLOP ({flops['layers'] / flops['total']:.0%} frozen layers, "
         f"{flops['adapters'] / flops['total']:.0%} adapters, {flops['attention'] / flops['total']:.0%} attention, "
-        f"{flops['output'] / flops['total']:.0%} output layer). Matrix products alone reach here: {least}.{peak}",
-        f"Held-out loss before training: {result['held_out_loss_before']:.4f}, on {data['held_out_rows']} rows.",
-        *([f"This project expected to need {expected:.2f} GiB of memory."] if expected else []),
+        f"{flops['output'] / flops['total']:.0%} output layer). Roofline, matrix products alone: {least}.{peak}",
+        f"Held-out loss before training: {result['held_out_loss_before']:.4f}, on {data['held_out_rows']} samples.",
+        *([f"This project's memory estimate: {expected:.2f} GiB."] if expected else []),
     ]
 
 
@@ -110,7 +112,7 @@ def show(result: dict[str, Any]) -> None:
         else:
             table.add_row(*cells)
     console = Console()
-    console.width = max(console.width, 120)  # rather a wide table in a log file than a torn one
+    console.width = max(console.width, 120)  # a wide table in a log file rather than a wrapped one
     console.print(table)
     for line in [*unable, *facts(result)]:
         console.print(line, markup=False, highlight=False)
@@ -135,7 +137,7 @@ def section(result: dict[str, Any]) -> list[str]:
 
 
 def _title(result: dict[str, Any]) -> str:
-    length = f", rows of {result['data']['length']}" if result["data"]["length"] else ""
+    length = f", samples of {result['data']['length']}" if result["data"]["length"] else ""
     return f"{result['model']}, {result['data']['source']}{length}, {result['machine']}"
 
 
@@ -169,7 +171,7 @@ def plot(found: list[dict[str, Any]]) -> None:
 
 
 def save(figure: "Figure", file: Path) -> None:
-    """As PNG, under a partial name until it is whole."""
+    """Save as PNG, under a partial name until it is complete."""
     import matplotlib.pyplot as plt
 
     figure.tight_layout()

@@ -1,11 +1,11 @@
-"""Training speed of this project beside its peers: same base, same rows, one after another in turns.
+"""Training speed of this project and its peers: same base, same samples, in interleaved rounds.
 
     python -m benchmarks.train task.data.source=all_slangs.csv          (what `make bench SOURCE=…` calls)
     python -m benchmarks.train systems=ours,hf-fp32 rows=64 rounds=5 length=512
     python -m benchmarks.train task.data.source=reviews.csv text=review_text
 
-Every system starts from the same adapter; what it has learned from the same rows is measured on held-out rows by one
-evaluator. Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/benchmarks.md from all of those.
+Every system starts from the same adapter, and one evaluator measures the held-out loss of each after the same samples.
+Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/benchmarks.md from all of those.
 """
 
 import json
@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from pydantic import Field
 
 from benchmarks import figures
 from benchmarks.systems import SYSTEMS
+from benchmarks.worker import ROOT, NotRun, Worker, find_python
 from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
@@ -32,7 +32,6 @@ from core.errors import UserError, run
 from core.schema import Config
 
 RESULTS = figures.RESULTS / "training"
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Options(Arguments):
@@ -46,30 +45,30 @@ class Options(Arguments):
 
 
 def main(argv: list[str]) -> None:
-    config, own = load_config(argv, Options)
+    config, options = load_config(argv, Options)
     source = Path(config.task.data.source)
     config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
-    if own.text:
+    if options.text:
         from benchmarks.samples import text_task
 
-        config = text_task(config, own.text)
+        config = text_task(config, options.text)
 
     from benchmarks import table
 
     base_folder = ensure_base_model(config.model).resolve()
-    if own.random:
+    if options.random:
         from benchmarks.random_base import random_base
 
-        base_folder = random_base(own.random, base_folder, Path(config.model.models_dir)).resolve()
+        base_folder = random_base(options.random, base_folder, Path(config.model.models_dir)).resolve()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        result = measure(own, config, base_folder, Path(scratch))
-    result["command"] = shlex.join(["python", "-m", "benchmarks.train", *(_without_folder(word) for word in argv)])
+        result = measure(options, config, base_folder, Path(scratch))
+    result["command"] = shlex.join(["python", "-m", "benchmarks.train", *map(_without_folder, argv)])
     result["data"]["source"] = source.name
     RESULTS.mkdir(parents=True, exist_ok=True)
 
     from core.files import write_json
 
-    name = [result["machine"], result["model"], source.stem, *([str(own.length)] if own.length else [])]
+    name = [result["machine"], result["model"], source.stem, *([str(options.length)] if options.length else [])]
     file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")
     write_json(file, result)
     table.show(result)
@@ -77,12 +76,12 @@ def main(argv: list[str]) -> None:
     print(f"written: {file}, {', '.join(figures.refresh())}")
 
 
-def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> dict[str, Any]:
-    """Run the rounds and put together all that table.py shows."""
+def measure(options: Options, config: Config, base_folder: Path, scratch: Path) -> dict[str, Any]:
+    """Run the rounds and collect everything that table.py shows."""
     from transformers import AutoConfig
 
     from benchmarks import roofline
-    from benchmarks.samples import as_dataset, read_rows
+    from benchmarks.samples import as_dataset, read_samples
     from benchmarks.systems import Job
     from core.load_model import lora_settings
     from core.machine import describe_environment, quiet_libraries
@@ -95,22 +94,22 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
 
     on_gpu, settings = config.trainer.accelerator == "gpu", config.task.train
     step_tokens, peer_tokens = (32_768, 8192) if on_gpu else (4096, 2048)
-    # As many tokens a step at every length, as far as whole rows allow.
-    batch = max(1, step_tokens // own.length) if own.length else settings.batch_size
-    wanted = own.rows or batch * ((16 if on_gpu else 1) if own.length else (32 if on_gpu else 2))
-    steps = [own.warmup, *[-(-wanted // batch)] * own.rounds]
-    training, held_out = read_rows(config, base_folder, own.length, sum(steps) * batch)
-    counted = training[steps[0] * batch :]
-    lengths, learned = _count(counted)
-    longest = max(len(row["input_ids"]) for row in training)
-    micro = max(1, min(8, batch, peer_tokens // longest))  # peers hold a megabyte of logits for each token, or more
+    # The same number of tokens per step at every length, as far as whole samples allow.
+    batch = max(1, step_tokens // options.length) if options.length else settings.batch_size
+    wanted = options.rows or batch * ((16 if on_gpu else 1) if options.length else (32 if on_gpu else 2))
+    steps = [options.warmup, *[-(-wanted // batch)] * options.rounds]
+    training, held_out = read_samples(config, base_folder, options.length, sum(steps) * batch)
+    measured = training[steps[0] * batch :]
+    lengths, target_tokens = _count(measured)
+    max_length = max(len(row["input_ids"]) for row in training)
+    micro = max(1, min(8, batch, peer_tokens // max_length))  # peers hold a megabyte of logits per token, or more
     while batch % micro:
         micro -= 1
     if config.peft.quantization:
         raise UserError("the benchmark compares LoRA on the whole base: peft=lora")
     lora = lora_settings(plain(config.peft))
 
-    (scratch / "rows.json").write_text(json.dumps(training))
+    (scratch / "samples.json").write_text(json.dumps(training))
     in_order = Batches(as_dataset(training), batch, config.trainer.micro_batch_tokens, seed=None)
     expected = estimate(config, base_folder, weights_dtype(), *largest_micro_batch(in_order))
     initial = scratch / "initial.safetensors"
@@ -123,12 +122,12 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
             dtype=str(weights_dtype()).removeprefix("torch."),
             lora=lora,
             initial=str(initial),
-            rows=str(scratch / "rows.json"),
+            samples=str(scratch / "samples.json"),
             steps=steps,
             batch=batch,
             micro_batch=micro,
             micro_batch_tokens=config.trainer.micro_batch_tokens,
-            pack_tokens=max(longest, 4096 if on_gpu else 1024),
+            pack_tokens=max(max_length, 4096 if on_gpu else 1024),
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
             clip=settings.clip,
@@ -137,29 +136,31 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
             recipe=str(recipe),
             adapter=str(scratch / f"{name}.safetensors"),
         )
-        for name in dict.fromkeys(own.systems)
+        for name in dict.fromkeys(options.systems)
     }
     print(
-        f"{len(counted)} rows in {own.rounds} rounds, {sum(lengths):,} tokens, {learned:,} of them learned; "
-        f"{batch} rows a step, {micro} at once for peers",
+        f"{len(measured)} samples in {options.rounds} rounds, {sum(lengths):,} tokens, of which {target_tokens:,} are "
+        f"target tokens; {batch} samples per step, {micro} per micro-batch for peers",
         flush=True,
     )
     gemma = AutoConfig.from_pretrained(base_folder)
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
-    shape = gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths))
-    print("Measuring the ceiling, before the rounds and after them", flush=True)
+    shape = gemma, tokens_at_once, max(1, tokens_at_once * target_tokens // sum(lengths))
+    print("Measuring the roofline, before and after the rounds", flush=True)
     rates = roofline.measure(*shape)
     systems = run_rounds(jobs, scratch)
     given = _count(training)
-    for name, system in systems.items():  # a figure counts only for the very tokens that all were given
+    for name, system in systems.items():  # a result is valid only for the very tokens that all systems were given
         seen = system.pop("seen", None)
         if seen and seen != {"tokens": sum(given[0]), "learned": given[1]}:
-            systems[name] = {"not_run": f"its loop saw {seen}, not the {sum(given[0])} tokens and {given[1]} learned"}
+            systems[name] = {
+                "not_run": f"its loop saw {seen}, not the {sum(given[0])} tokens and {given[1]} target tokens"
+            }
     for name, system in systems.items():
         if "rounds" in system:
             system["held_out_loss"] = evaluator.loss(Path(jobs[name].adapter))
     rates = roofline.higher(rates, roofline.measure(*shape))
-    flops = flops_of(gemma, lengths, learned, lora["r"], lora["target_modules"])
+    flops = flops_of(gemma, lengths, target_tokens, lora["r"], lora["target_modules"])
     environment = describe_environment()
     cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
@@ -168,13 +169,13 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
         "machine": environment["gpus"][0] if environment["gpus"] else f"{cpu}, {environment['cores']} cores",
         "environment": {key: environment[key] for key in ("commit", "python", "cpu", "cores", "memory_gib", "gpus")},
         "versions": versions,
-        "model": f"{own.random} (random weights)" if own.random else describe(base_folder)["name"],
+        "model": f"{options.random} (random weights)" if options.random else describe(base_folder)["name"],
         "data": {
-            "length": own.length,
-            "rows": len(counted),
+            "length": options.length,
+            "rows": len(measured),
             "tokens": sum(lengths),
-            "learned": learned,
-            "longest": longest,
+            "learned": target_tokens,
+            "longest": max_length,
             "held_out_rows": len(held_out),
         },
         "settings": {
@@ -190,9 +191,7 @@ def measure(own: Options, config: Config, base_folder: Path, scratch: Path) -> d
         },
         "ceiling": rates,
         "flops": asdict(flops) | {"total": flops.total},
-        "seconds_at_ceiling": {
-            dtype: roofline.seconds_at_ceiling(flops, rates[dtype]) for dtype in ("bfloat16", "float32")
-        },
+        "seconds_at_ceiling": {dtype: roofline.least_seconds(flops, rates[dtype]) for dtype in ("bfloat16", "float32")},
         "held_out_loss_before": before,
         "memory_expected_gib": expected.total / GIB,
         "systems": systems,
@@ -208,10 +207,10 @@ def write_recipe(
     micro: int,
     scratch: Path,
 ) -> Path:
-    """NeMo AutoModel's recipe as ENGINE=automodel writes it, for this job's steps. Its environment has no OmegaConf.
+    """Write NeMo AutoModel's recipe as ENGINE=automodel does, for this job's steps; its environment has no OmegaConf.
 
     Returns:
-        The folder with `recipe.yaml` and its rows.
+        The folder with `recipe.yaml` and its samples.
     """
     import yaml
 
@@ -236,7 +235,7 @@ def write_recipe(
 
 
 def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]:
-    """Start every system, then give each its round in turn; one computes at a time.
+    """Start every system, then run its rounds in turn; one computes at a time.
 
     Returns:
         Name → `{"rounds": [{"seconds", "tokens", "learned"}], "tokens_per_second", "seen", …}`, or
@@ -250,25 +249,25 @@ def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]
         for name, job in jobs.items():
             assert isinstance(job, Job)
             try:
-                python = interpreter(name)
                 print(f"  {name}: loading", flush=True)
-                running[name] = worker = Worker(name, python, job, scratch)
-                found[name] = {"versions": worker.hear()["ready"], "rounds": []}
+                running[name] = worker = start_worker(name, job, scratch)
+                found[name] = {"versions": worker.receive()["ready"], "rounds": []}
             except NotRun as reason:
                 _leave_out(name, reason, found, running)
-        turns = len(next(iter(jobs.values())).steps)
-        for turn in range(turns):
+        rounds = len(next(iter(jobs.values())).steps)
+        for round_ in range(rounds):
             for name, worker in list(running.items()):
                 try:
-                    heard = worker.round()
+                    worker.send("go")
+                    measured = worker.receive()
                     print(
-                        f"  {name}: {'warm-up' if not turn else f'round {turn}'}: {heard['seconds']:.2f} s, "
-                        f"{heard['tokens'] / heard['seconds']:,.0f} tokens/s",
+                        f"  {name}: {'warm-up' if not round_ else f'round {round_}'}: {measured['seconds']:.2f} s, "
+                        f"{measured['tokens'] / measured['seconds']:,.0f} tokens/s",
                         flush=True,
                     )
-                    found[name]["rounds"].append(heard)
-                    if turn == turns - 1:
-                        found[name] |= {"peak_gib": worker.hear()["peak_gib"]}
+                    found[name]["rounds"].append(measured)
+                    if round_ == rounds - 1:
+                        found[name] |= {"peak_gib": worker.receive()["peak_gib"]}
                 except NotRun as reason:
                     _leave_out(name, reason, found, running)
     finally:
@@ -283,15 +282,11 @@ def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]
     return {name: found[name] for name in jobs}
 
 
-class NotRun(Exception):
-    """Why a system is not in the comparison."""
-
-
 def interpreter(name: str) -> str:
-    """The Python that has what the system `name` needs.
+    """The Python interpreter that has the packages of the system `name`.
 
     Raises:
-        NotRun: there is none, or no GPU for a system that needs one.
+        NotRun: there is none, or the system needs a GPU and there is none.
     """
     import torch
 
@@ -302,59 +297,23 @@ def interpreter(name: str) -> str:
         raise NotRun(system.reason)
     if system.needs_cuda and not torch.cuda.is_available():
         raise NotRun("needs an NVIDIA GPU")
-    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{system.package}') is None)"
-    for python in (sys.executable, str(ROOT / system.environment / "bin/python")):
-        if Path(python).exists() and not subprocess.run([python, "-c", probe], check=False).returncode:
-            return python
-    raise NotRun(f"{system.package} is not installed (looked here and in {system.environment})")
+    interpreters = (sys.executable, str(ROOT / system.environment / "bin/python"))
+    return find_python(system.package, interpreters, system.environment)
 
 
-class Worker:
-    """One system's process, and the lines spoken with it; see benchmarks/systems.py."""
+def start_worker(name: str, job: Any, scratch: Path) -> Worker:
+    """The process of the system `name`; see benchmarks/systems.py.
 
-    def __init__(self, name: str, python: str, job: Any, scratch: Path) -> None:
-        file = scratch / f"{name}.job.json"
-        file.write_text(json.dumps(asdict(job)))
-        # One device: Hugging Face's Trainer would use all of them in one process.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": visible}
-        self.log = scratch / f"{name}.log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.systems", name, str(file)],
-                text=True,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-            )
-
-    def hear(self) -> dict[str, Any]:
-        """The next message. Raises NotRun: the system has failed or was killed."""
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            said = [line for line in self.log.read_text().splitlines() if line.strip()]
-            killed = "killed, most likely for want of memory" if code == -9 else f"ended with code {code}"
-            raise NotRun(f"{killed}{': ' + said[-1][:200] if said and code != -9 else ''}")
-        message: dict[str, Any] = json.loads(line)
-        if "failed" in message:
-            raise NotRun(message["failed"])
-        return message
-
-    def round(self) -> dict[str, Any]:
-        assert self.process.stdin
-        try:
-            self.process.stdin.write("go\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # `hear` says what happened to it
-        return self.hear()
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
+    Raises:
+        NotRun: it cannot run here.
+    """
+    python = interpreter(name)
+    file = scratch / f"{name}.job.json"
+    file.write_text(json.dumps(asdict(job)))
+    # One device: Hugging Face's Trainer would use all of them in one process.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": visible}
+    return Worker([python, "-m", "benchmarks.systems", name, str(file)], scratch / f"{name}.log", environment)
 
 
 def _leave_out(name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker]) -> None:
@@ -365,13 +324,13 @@ def _leave_out(name: str, reason: NotRun, found: dict[str, dict[str, Any]], runn
 
 
 class Evaluator:
-    """Loss on held-out rows, by the same code for every adapter: plain transformers and peft under it."""
+    """Held-out loss, computed by the same code for every adapter, on plain transformers and peft."""
 
-    def __init__(self, base_folder: Path, lora: dict[str, Any], rows: list[dict[str, Any]], budget: int) -> None:
-        self.base_folder, self.lora, self.rows, self.budget = base_folder, lora, rows, budget
+    def __init__(self, base_folder: Path, lora: dict[str, Any], samples: list[dict[str, Any]], budget: int) -> None:
+        self.base_folder, self.lora, self.samples, self.budget = base_folder, lora, samples, budget
 
     def begin(self, seed: int, initial: Path) -> float:
-        """Write the adapter that every system begins with; its loss, which is the base model's."""
+        """Write the initial adapter of every system, and return its loss, which is the base model's."""
         import torch
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -405,7 +364,7 @@ class Evaluator:
         from training.batches import Batches, held_out_loss
 
         model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        loss = held_out_loss(model.get_base_model(), Batches(as_dataset(self.rows), 32, self.budget, seed=None))
+        loss = held_out_loss(model.get_base_model(), Batches(as_dataset(self.samples), 32, self.budget, seed=None))
         del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -417,10 +376,10 @@ def _count(rows: list[dict[str, Any]]) -> tuple[list[int], int]:
     return lengths, sum(end - first for row in rows for first, end in row["target_ranges"])
 
 
-def _without_folder(word: str) -> str:
-    """Where a user's files lie is nobody's business."""
-    name, _, value = word.partition("=")
-    return f"{name}={Path(value).name}" if name in ("task.data.source", "model.path") else word
+def _without_folder(argument: str) -> str:
+    """An argument without the folder of a user's file, for the published results."""
+    name, _, value = argument.partition("=")
+    return f"{name}={Path(value).name}" if name in ("task.data.source", "model.path") else argument
 
 
 if __name__ == "__main__":

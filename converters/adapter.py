@@ -6,10 +6,10 @@ Names and shapes, for a linear layer [out, in] and rank r:
     base_model.model.model.layers.N.<layer>.lora_B.weight           [out, r]
     base_model.model.model.layers.N.<layer>.lora_magnitude_vector   [out], DoRA
 
-Tools differ in the rest, and what they write is brought to these names: Unsloth's for a Gemma 3 that also sees images
-(`language_model.`), a raw state dict's (`lora_A.default.weight`), target modules as a pattern. Values and dtypes stay.
-Only what folds into the base's matrices is taken: no biases, no whole layers beside the LoRA, no variants of LoRA that
-change the base or depend on the input.
+Names written by other tools are normalized to these: Unsloth's for a multimodal Gemma 3 (`language_model.`), a raw
+state dict's (`lora_A.default.weight`), target modules as a pattern. Values and dtypes stay. Only adapters that can be
+merged into the base's matrices are accepted: no biases, no fully trained layers beside the LoRA, no variants of LoRA
+that change the base or depend on the input.
 """
 
 import re
@@ -20,7 +20,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.hf import read_json, read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
 from core.errors import UserError
@@ -32,11 +32,11 @@ WRITES = {Adapter: ""}
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "conversion.json"
 HUB = "https://huggingface.co/"
 PREFIX = "base_model.model."
-# A layer's place, and which of its parts.
-PART = re.compile(
+# The linear layer, and which of its tensors.
+LORA_TENSOR = re.compile(
     r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
-# Settings that say what a LoRA computes ...
+# Settings that decide what a LoRA computes ...
 COMPUTED: dict[str, Any] = {
     "r": int,
     "lora_alpha": (int, float),
@@ -47,8 +47,8 @@ COMPUTED: dict[str, Any] = {
     "rank_pattern": dict,
     "alpha_pattern": dict,
 }
-# ... and those that say nothing of it: where it comes from, how it began, which layers it has (its tensors tell).
-SILENT = {
+# ... and those that do not: origin, initialization, target modules (which the tensors show).
+IRRELEVANT = {
     "task_type",
     "peft_type",
     "auto_mapping",
@@ -77,17 +77,17 @@ def read(path: Path) -> Adapter:
     settings = read_json(path / CONFIG)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
-    tensors = {our_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
+    tensors = {peft_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
     base: Any = _base_of(settings)
     dtype = quantization = None
-    if (path / RECORD).exists():  # ours: it has the base's hash too
-        ours = read_json(path / RECORD)
-        base, dtype, quantization = (ours.get(key) for key in ("base", "dtype", "quantization"))
-        known = isinstance(base, dict) and isinstance(dtype, str | None)  # KerasHub does not say a dtype
+    if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
+        record = read_json(path / RECORD)
+        base, dtype, quantization = (record.get(key) for key in ("base", "dtype", "quantization"))
+        known = isinstance(base, dict) and isinstance(dtype, str | None)  # an adapter from KerasHub has no dtype
         if not known or not all(isinstance(text, str) for text in base.values()):
-            raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
+            raise UserError(f"{path / RECORD} is damaged; delete it to read the adapter as one of another tool")
     return Adapter(
-        plain_lora(settings, tensors, path / CONFIG),
+        lora_settings(settings, tensors, path / CONFIG),
         tensors,
         base,
         None,
@@ -100,11 +100,11 @@ def read(path: Path) -> Adapter:
 def write(content: Checkpoint | Adapter, target: Path) -> None:
     assert isinstance(content, Adapter)
     target.mkdir()
-    tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
+    tensors = {name: in_memory(tensor) for name, tensor in content.tensors.items()}
     write_tensors(target / WEIGHTS, tensors)
     config = LoraConfig(task_type="CAUSAL_LM", **content.peft)
     source = content.base.get("source", "")
-    # A hub id where there is one: peft then finds the base on any machine.
+    # A hub id where there is one, so that peft finds the base on any machine.
     on_hub = source.startswith(HUB)
     config.base_model_name_or_path = source.removeprefix(HUB) if on_hub else content.base.get("folder", source)
     config.revision = content.base.get("revision") if on_hub else None
@@ -116,7 +116,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
 
 
 def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What `adapter_config.json` says of the base: a name on the hub, or a folder; no hash."""
+    """The base that `adapter_config.json` names, on the hub or as a folder, without a hash; empty if it names none."""
     name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not isinstance(name, str) or not name:
         return {}
@@ -125,8 +125,8 @@ def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
     return {**base, "revision": revision} if isinstance(revision, str) else base
 
 
-def our_name(name: str) -> str:
-    """peft's name of a tensor, from what other tools call it."""
+def peft_name(name: str) -> str:
+    """peft's name of a tensor, from the name that another tool gave it."""
     name = (
         name.replace(".default.", ".").removesuffix(".default").replace("model.language_model.layers.", "model.layers.")
     )
@@ -135,25 +135,29 @@ def our_name(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
-def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
-    """The keys of `settings` that say what the LoRA of `tensors` computes, with its layers as `target_modules`.
+def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+    """The settings that decide what the LoRA of `tensors` computes, with its layers as `target_modules`.
+
+    Args:
+        settings: of an `adapter_config.json`.
+        where: for error messages.
 
     Raises:
-        UserError: it is of a kind that does not fold into the base's matrices; a value of a wrong type.
+        UserError: it cannot be merged into the base's matrices, or a value has a wrong type.
     """
     kind = settings.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         raise UserError(f"{where}: peft_type is {kind}; only LoRA can be converted")
     if settings.get("bias", "none") != "none":
         raise UserError(f"{where}: bias is {settings['bias']!r}; only LoRA without biases can be converted")
-    begun = settings.get("init_lora_weights", True)
-    if isinstance(begun, str) and begun.lower().startswith(CHANGE_THE_BASE):
+    initialization = settings.get("init_lora_weights", True)
+    if isinstance(initialization, str) and initialization.lower().startswith(CHANGE_THE_BASE):
         raise UserError(
-            f"{where}: init_lora_weights is {begun!r}, which changes the base too. Save it with "
+            f"{where}: init_lora_weights is {initialization!r}, which changes the base too. Save it with "
             f"path_initial_model_for_weight_conversion, which makes a plain LoRA, and convert that"
         )
     for key, value in settings.items():
-        if value and key not in SILENT and key not in COMPUTED:
+        if value and key not in IRRELEVANT and key not in COMPUTED:
             raise UserError(
                 f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "
                 f"and DoRA fold into a base and can be converted"
@@ -163,26 +167,29 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where
         if not isinstance(value, COMPUTED[key]) or (isinstance(value, bool) and COMPUTED[key] is not bool):
             raise UserError(f"{where}: {key} is {_shown(value)}, which is no value for it")
     for key in ("rank_pattern", "alpha_pattern"):
-        for name, value in peft.get(key, {}).items():  # a name, or its end: not any pattern that takes forever to match
+        for name, value in peft.get(
+            key, {}
+        ).items():  # a name or a suffix; an arbitrary pattern may take forever to match
             if not re.fullmatch(r"[\w.^\\]+", name) or not isinstance(value, int | float) or not 0 < value <= 65_536:
                 raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a positive number were expected")
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
-        if not PART.fullmatch(name):
+        if not LORA_TENSOR.fullmatch(name):
             raise UserError(
                 f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
                 f"cannot be folded into its base or converted"
             )
-    return {**peft, "target_modules": targets(PART.sub(r"\1", name) for name in tensors)}
+    return {**peft, "target_modules": target_modules(LORA_TENSOR.sub(r"\1", name) for name in tensors)}
 
 
 def _shown(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float) else type(value).__name__
 
 
-def targets(layers: Iterable[str]) -> list[str]:
-    """`target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where every layer has them."""
+def target_modules(layers: Iterable[str]) -> list[str]:
+    """peft's `target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where every decoder layer
+    has them, else full names."""
     places: dict[str, set[str]] = {}
     full = set(layers)
     for layer in full:

@@ -1,7 +1,7 @@
-"""Where the bytes of a checkpoint's files lie: in a folder, or inside a tar that is never unpacked.
+"""The files of a checkpoint as byte ranges, in a folder or inside a tar archive that is never unpacked.
 
-A `.nemo` of NeMo 1 may be larger than the disk has room for twice, and an archive from elsewhere may name paths outside
-its folder. Here a file is a stretch of bytes of one that exists, read where it is.
+A `.nemo` of NeMo 1 may be too large for the disk to hold twice, and an untrusted archive may name paths outside its
+folder. Here a file is a byte range of an existing one, and is read in place.
 """
 
 import io
@@ -16,8 +16,8 @@ from core.errors import UserError
 
 
 @dataclass(frozen=True)
-class Span:
-    """`length` bytes of the file `path` from `start` on; `name` is what to call them in a message."""
+class ByteRange:
+    """`length` bytes of the file `path` from `start` on; `name` is for error messages."""
 
     name: str
     path: Path
@@ -25,11 +25,11 @@ class Span:
     length: int
 
     def open(self) -> io.BufferedReader:
-        """The bytes as a seekable file of their own."""
+        """The bytes as a seekable file."""
         return io.BufferedReader(_Window(self))
 
     def read(self, limit: int = 1 << 28) -> bytes:
-        """All of a small file.
+        """The content of a small file.
 
         Raises:
             UserError: it is larger than `limit` bytes.
@@ -39,19 +39,20 @@ class Span:
         with self.open() as file:
             return file.read()
 
-    def part(self, start: int, length: int) -> "Span":
-        """
+    def part(self, start: int, length: int) -> "ByteRange":
+        """The `length` bytes from `start` on.
+
         Raises:
-            UserError: it reaches beyond this span, as in a file that was cut off.
+            UserError: it reaches beyond this range, as in a truncated file.
         """
         if start < 0 or length < 0 or start + length > self.length:
             raise UserError(f"{self.name} is cut off: it has {self.length:,} bytes, {start + length:,} are needed")
-        return Span(self.name, self.path, self.start + start, length)
+        return ByteRange(self.name, self.path, self.start + start, length)
 
 
 class _Window(io.RawIOBase):
-    def __init__(self, span: Span):
-        self._file, self._span, self._at = span.path.open("rb"), span, 0
+    def __init__(self, byte_range: ByteRange):
+        self._file, self._span, self._at = byte_range.path.open("rb"), byte_range, 0
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         self._file.seek(self._span.start + self._at)
@@ -78,45 +79,45 @@ class _Window(io.RawIOBase):
 
 
 @contextmanager
-def damaged(name: str) -> Iterator[None]:
-    """Whatever a parser raises on damaged bytes becomes one sentence: there is no end to what that may be.
+def parsing(name: str) -> Iterator[None]:
+    """Turn whatever a parser raises on damaged bytes into one sentence; parsers raise almost anything.
 
     Raises:
-        UserError: in place of any error.
+        UserError: in place of any other error.
     """
     try:
         yield
     except UserError:
         raise
-    except MemoryError:  # most often a length that was damaged
+    except MemoryError:  # most often caused by a damaged length
         raise UserError(f"{name} is damaged, or needs more memory than there is") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} is damaged or not what its name says ({type(error).__name__}: {reason})") from None
 
 
-def whole(path: Path) -> Span:
+def whole_file(path: Path) -> ByteRange:
     """
     Raises:
         UserError: there is no such file.
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    return Span(f"{path}", path, 0, path.stat().st_size)
+    return ByteRange(f"{path}", path, 0, path.stat().st_size)
 
 
-def members(path: Path) -> dict[str, Span]:
-    """The files of a folder, or of an uncompressed tar: name within it → its bytes.
+def members(path: Path) -> dict[str, ByteRange]:
+    """The files of a folder or of an uncompressed tar: relative name → byte range.
 
     Raises:
-        UserError: no such file; compressed, damaged or cut off; a name that leads outside or stands twice, a link, a
-            device, a sparse file.
+        UserError: no such file; compressed, damaged or truncated; a name that leads outside or occurs twice, a link,
+            a device, a sparse file.
     """
     if path.is_dir():
-        return {f"{file.relative_to(path)}": whole(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    found: dict[str, Span] = {}
-    size = whole(path).length
-    with damaged(f"{path}"), path.open("rb") as file:
+        return {f"{file.relative_to(path)}": whole_file(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    found: dict[str, ByteRange] = {}
+    size = whole_file(path).length
+    with parsing(f"{path}"), path.open("rb") as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is compressed; unpack it (gunzip < {path.name} > plain.nemo) and name that file")
         file.seek(0)
@@ -135,11 +136,13 @@ def members(path: Path) -> dict[str, Span]:
                     raise UserError(f"{path} holds {member.name!r} twice: not a checkpoint to trust")
                 if member.offset_data + member.size > size:
                     raise UserError(f"{path} is cut off within {member.name}: copy or download it again")
-                found[f"{name}"] = Span(f"{path}:{name}", path, member.offset_data, member.size)
+                found[f"{name}"] = ByteRange(f"{path}:{name}", path, member.offset_data, member.size)
     return found
 
 
-def below(parts: Mapping[str, Span], folder: str) -> dict[str, Span]:
-    """Those of `parts` that lie in `folder`, under their names there."""
-    inside = {PurePosixPath(name): span for name, span in parts.items()}
-    return {f"{name.relative_to(folder)}": span for name, span in inside.items() if name.is_relative_to(folder)}
+def files_below(parts: Mapping[str, ByteRange], folder: str) -> dict[str, ByteRange]:
+    """The files of `parts` inside `folder`, by their names relative to it."""
+    inside = {PurePosixPath(name): byte_range for name, byte_range in parts.items()}
+    return {
+        f"{name.relative_to(folder)}": byte_range for name, byte_range in inside.items() if name.is_relative_to(folder)
+    }

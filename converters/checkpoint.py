@@ -1,7 +1,7 @@
-"""The middle of every conversion: a Gemma, or a LoRA for one, under the names and in the shapes of Hugging Face.
+"""The intermediate representation of every conversion: a Gemma, or a LoRA for one, in Hugging Face's names and shapes.
 
-Each format is a file of this folder that reads into these classes and writes from them, so that any source goes to any
-target. Tensors are read when they are asked for, one at a time: no model is ever whole in memory.
+Each format is a module of this folder that reads into these classes and writes from them, so that any source can be
+converted to any target. Tensors are read on demand, one at a time: no model is ever completely in memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +16,13 @@ from core.prompt import Prompt
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """A tensor that is still in its file.
+class LazyTensor:
+    """A tensor in a file, read on demand.
 
     Attributes:
-        shape: as Hugging Face has it.
+        shape: in Hugging Face's layout.
         dtype: of what `read` returns.
-        read: reads it, anew each time.
+        read: reads the tensor from the file, again on each call.
     """
 
     shape: tuple[int, ...]
@@ -34,27 +34,27 @@ class Lazy:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def of_memory(tensor: Tensor) -> Lazy:
-    """A tensor that is in memory already."""
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def in_memory(tensor: Tensor) -> LazyTensor:
+    """A tensor that is already in memory, as a `LazyTensor`."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 @dataclass
 class Checkpoint:
-    """A whole Gemma.
+    """A full model.
 
     Attributes:
         config: transformers' `config.json` of a text model (Gemma 1, 2 or 3).
         tensors: transformers' names of that text model (`model.embed_tokens.weight`, `model.layers.0.…`) → tensors.
-            `lm_head.weight` is not among them where it is the embedding.
-        files: file name → its content, or where it lies, for what goes along unchanged: tokenizer, generation config,
-            chat template, licence.
-        prompt: the wording that it was fine-tuned with.
-        origin: `{"name", "source", "revision", "sha256"}` as far as known, see core.base_model.describe.
+            Without `lm_head.weight` where embeddings are tied.
+        files: name → content or path of the files that are copied unchanged: tokenizer, generation config, chat
+            template, licence.
+        prompt: the template that it was fine-tuned with.
+        origin: `{"name", "source", "revision", "sha256"}` as far as known; see `core.base_model.describe`.
     """
 
     config: dict[str, Any]
-    tensors: Mapping[str, Lazy]
+    tensors: Mapping[str, LazyTensor]
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     prompt: Prompt | None = None
     origin: dict[str, str] = field(default_factory=dict)
@@ -62,17 +62,16 @@ class Checkpoint:
 
 @dataclass
 class Adapter:
-    """A LoRA.
+    """A LoRA adapter.
 
     Attributes:
         peft: keys of a `peft.LoraConfig`: r, lora_alpha, target_modules, use_rslora, use_dora …
         tensors: peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`) → [r, in] or [out, r].
-        base: of its base, as `Checkpoint.origin`; empty where the source does not say.
-        config: `config.json` of its base, which a format that fuses layers needs. The command line fills it in before
-            writing; a format that reads an adapter may leave it out.
-        prompt: the wording that it was trained with, where the source says.
-        dtype: of the base in training, e.g. "bfloat16", where the source says.
-        quantization: BitsAndBytesConfig keys of a base that was in 4 bits in training.
+        base: origin of its base, as `Checkpoint.origin`; empty where the source does not name it.
+        config: `config.json` of its base, which a format with fused layers needs; `conversion` sets it before writing.
+        prompt: the template that it was trained with, if the source has it.
+        dtype: of the base in training, e.g. "bfloat16", if the source has it.
+        quantization: BitsAndBytesConfig keys, if the base was in 4 bits in training.
     """
 
     peft: dict[str, Any]

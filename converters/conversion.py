@@ -1,4 +1,4 @@
-"""One conversion from its source to a folder with its proof: read, checked, written, read again, compared, recorded."""
+"""One conversion: read the source, validate it, write the target, read that again, compare, and record the proof."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ import yaml
 from converters import hf
 from converters.checkpoint import Adapter, Checkpoint
 from converters.formats import MERGED, detect, module_of
-from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
+from converters.merge_lora import check_base, check_fit, lora_updates, merge
 from converters.prove import MERGED_LIMITS, prove
-from converters.validation import check_shapes, checked
+from converters.validation import check_shapes, validated
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
@@ -30,27 +30,30 @@ from core.schema import ModelConfig
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
-PASSES = 8  # over the weights: read and written, hashed, compared, run, on both sides
+PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare and run, on both sides
 
 
-def fill(
+def write_proven(
     folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
 ) -> dict[str, Any]:
-    """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
+    """Create `folder` with the converted model, the licence notice and `conversion.json`.
 
-    See `commands.convert.convert`.
+    Arguments and errors are those of `convert.convert`.
+
+    Returns:
+        The proof, as `prove.prove` returns it.
     """
     begun = time.monotonic()
-    path = fetched(source_name)
+    path = resolve_source(source_name)
     origin = detect(path)
     module = module_of("hf" if to == MERGED else to)
-    source = opened(origin, path)
+    source = read_source(origin, path)
     if to == "hf" and isinstance(source, Adapter):
         to = MERGED
-    base = opened_base(source, base_name) if isinstance(source, Adapter) else None
+    base = read_base(source, base_name) if isinstance(source, Adapter) else None
     if isinstance(source, Adapter) and base:
-        refuse_other_base(source, base, path)
-        refuse_misfit(updates(source, path), base, path)
+        check_base(source, base, path)
+        check_fit(lora_updates(source, path), base, path)
         source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
         source.config = base.config
     elif to == MERGED:
@@ -73,14 +76,14 @@ def fill(
             done += size
             progress.at(done)
 
-        whole.tensors = checked(whole.tensors, path if whole is source else Path(whole.origin["folder"]), seen)
+        whole.tensors = validated(whole.tensors, path if whole is source else Path(whole.origin["folder"]), seen)
         content: Checkpoint | Adapter = source
         if to == MERGED and base and isinstance(source, Adapter):
             content = merge(base, source, path)
-            content.tensors = checked(content.tensors, path)
+            content.tensors = validated(content.tensors, path)
         suffix = module.WRITES[kind]
         place = folder / f"{Path(source_name).stem}{suffix}" if suffix else folder
-        with written(folder):
+        with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
             module.write(content, place, *([dtype] if dtype else []))
             (folder / "NOTICE").write_text(TERMS_NOTICE)
@@ -88,9 +91,9 @@ def fill(
                 content.prompt.save(folder)
 
         seconds_to_write = time.monotonic() - begun
-        target = opened("hf" if to == MERGED else to, place)
+        target = read_source("hf" if to == MERGED else to, place)
         if isinstance(target, Checkpoint):
-            target.tensors = checked(target.tensors, place, seen)
+            target.tensors = validated(target.tensors, place, seen)
         if target.prompt != content.prompt:
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
@@ -110,13 +113,13 @@ def fill(
             "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         }
-    with written(folder):
+    with disk_errors(folder):
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
     return proof
 
 
-def fetched(name: Path | str) -> Path:
-    """The path of a source: `name` itself, or the folder of the hub's model of that name, downloaded on first use."""
+def resolve_source(name: Path | str) -> Path:
+    """The path of a source: `name` itself, or the folder of the hub model of that name, downloaded on first use."""
     path = Path(name)
     if path.exists() or path.parent.exists() or not HUB_NAME.fullmatch(str(name)):
         return path
@@ -136,36 +139,46 @@ def fetched(name: Path | str) -> Path:
     return ensure_base_model(ModelConfig(**{key: value for key, value in model.items() if key != "defaults"}))
 
 
-def opened(format_name: str, path: Path) -> Checkpoint | Adapter:
-    """
+def read_source(format_name: str, path: Path) -> Checkpoint | Adapter:
+    """Read `path` in the format `format_name`, and validate its shapes.
+
     Raises:
-        UserError: it is damaged, or no Gemma.
+        UserError: it is damaged, or not a Gemma.
     """
     content: Checkpoint | Adapter = module_of(format_name).read(path)
     if isinstance(content, Checkpoint):
         check_shapes(content, path)
-    if content.prompt is None:  # a file may have it beside it
+    if content.prompt is None:  # a file may have its prompt.json beside it
         content.prompt = hf.read_prompt(path.parent if path.is_file() else path)
     return content
 
 
-def opened_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
-    """The base of `adapter`, with its hash and folder in `origin`."""
+def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
+    """The base of `adapter`, from `name` or from what the adapter says; its hash and folder are in `origin`.
+
+    Raises:
+        UserError: it is not there, or the adapter does not name it.
+    """
     known = Path(adapter.base.get("name") or "").name
-    folder = fetched(name) if name else Path("models") / known
+    folder = resolve_source(name) if name else Path("models") / known
     if not name and not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
         folder = Path(adapter.base["source"])
     if not (folder / "config.json").exists():
         missing = f"the base model {known} is not in {folder}" if known or name else "the adapter does not say its base"
         raise UserError(f"{missing}; name its folder with base=FOLDER")
-    base = opened("hf", folder)
+    base = read_source("hf", folder)
     assert isinstance(base, Checkpoint)
     base.origin = {**describe(folder), "folder": str(folder)}
     return base
 
 
 @contextmanager
-def written(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into one sentence with the free space.
+
+    Raises:
+        UserError: in place of an OSError.
+    """
     try:
         yield
     except OSError as error:
@@ -182,7 +195,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def digest(path: Path, seen: Callable[[int], None]) -> str:
-    """SHA-256 of a file; of a folder, of the lines `hash  name` of its files, as `sha256sum` prints them."""
+    """SHA-256 of a file; of a folder, that of the lines `hash  name` of its files, as `sha256sum` prints them."""
     total = hashlib.sha256()
     if path.is_dir():
         for file in files_of(path):

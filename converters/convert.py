@@ -1,4 +1,4 @@
-"""One conversion, as commands and other stages call it: a target folder that is proven, or none."""
+"""`convert`: the entry point for commands and other stages. It leaves a proven target folder, or none."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from core.errors import UserError
 
 
 def table() -> str:
-    """The matrix of --help, from what the formats say of themselves."""
+    """The table of conversions for --help, in Markdown, from the formats' declarations."""
     from converters.checkpoint import Adapter, Checkpoint
 
     modules = {name: module_of(name) for name in FORMATS}
@@ -27,11 +27,15 @@ def table() -> str:
 def convert(
     source: Path | str, to: str, target: Path, base: Path | str | None = None, dtype: str | None = None
 ) -> None:
-    """Write the folder `target` from `source`, proven.
+    """Convert `source` to the folder `target`, and prove that the target is equivalent.
+
+    Example: `convert("runs/slang/…/slang.nemo", "adapter", Path("exports/slang/adapter"))`
 
     Args:
-        to: a name of formats.FORMATS, or "merged".
-        base: of an adapter: a Hugging Face folder, or a name on the hub.
+        source: a file or folder of any format, or a model name on the hub.
+        to: one of formats.FORMATS, or "merged": an adapter merged into its base, as a Hugging Face folder.
+        target: must not exist, or be the target of an earlier conversion.
+        base: of an adapter, unless the adapter names it: a Hugging Face folder, or a name on the hub.
         dtype: one of the format's DTYPES.
 
     Raises:
@@ -42,12 +46,12 @@ def convert(
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.conversion import fill
+    from converters.conversion import write_proven
 
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        proof = fill(partial, source, to, base, dtype)
+        proof = write_proven(partial, source, to, base, dtype)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     finally:

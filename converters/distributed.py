@@ -1,12 +1,13 @@
-"""Megatron's distributed checkpoints: a folder whose tensors are whole, whatever number of GPUs wrote their pieces.
+"""Megatron's distributed checkpoints: folders of sharded tensors, independent of the number of GPUs that wrote them.
 
     metadata.json            {"sharded_backend": "torch_dist" or "zarr", …}
-    common.pt                what is no tensor; nothing of a model
-    .metadata, *.distcp      torch_dist: an index, and files in which each piece is what `torch.save` writes
-    <key>/.zarray, <key>/0.0 zarr: one folder a tensor, one file a piece
+    common.pt                everything but tensors; nothing of a model
+    .metadata, *.distcp      torch_dist: an index, and files in which each shard is what `torch.save` writes
+    <key>/.zarray, <key>/0.0 zarr: one folder per tensor, one file per shard
 
-All layers of a kind are one tensor [layers, …] under a key without a number, `decoder.layers.mlp.linear_fc2.weight`;
-newer ones may number them. Here they are always numbered. Read and written piece by piece.
+A parameter of all layers is one tensor [layers, …] under a key without a number,
+`decoder.layers.mlp.linear_fc2.weight`; newer checkpoints may number the layers. Here they are always numbered. Tensors
+are read and written shard by shard.
 """
 
 import collections
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from converters.byte_ranges import Span, damaged
-from converters.checkpoint import Lazy
+from converters.byte_ranges import ByteRange, parsing
+from converters.checkpoint import LazyTensor
 from converters.torch_file import read_tensors
 from core.errors import UserError
 
@@ -37,65 +38,65 @@ LAYERS = re.compile(r"(.*\bdecoder\.layers\.)(\d+\.)?(.+)")
 MOST_LAYERS = 1000
 ZARR_DTYPES = {"bfloat16": torch.bfloat16, "<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
 
-Open = Callable[[str], AbstractContextManager[BinaryIO]]  # a file's name → the file, open for writing
+OpenFile = Callable[[str], AbstractContextManager[BinaryIO]]  # a file's name → the file, open for writing
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of a tensor: where it begins, and what is in it, of its full number of dimensions."""
+class Shard:
+    """A box of a tensor: the indices of its first element, and its content, which has all dimensions of the tensor."""
 
     start: tuple[int, ...]
-    content: Lazy
+    content: LazyTensor
 
 
-def read_distributed(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
-    """Every tensor of a checkpoint whose files are `parts`; `name` is what to call it in a message.
+def read_distributed(parts: Mapping[str, ByteRange], name: str) -> dict[str, LazyTensor]:
+    """The tensors of a checkpoint whose files are `parts`; `name` is for error messages.
 
     Raises:
         UserError: damaged, incomplete or hostile; of another backend.
     """
     if CONFIG not in parts:
         raise UserError(f"{name} has no {CONFIG}, which every distributed checkpoint of Megatron has")
-    with damaged(f"{parts[CONFIG].name}"):
+    with parsing(f"{parts[CONFIG].name}"):
         backend = json.loads(parts[CONFIG].read())["sharded_backend"]
     if backend not in ("torch_dist", "zarr"):
         raise UserError(f"{name} is of the backend {backend!r}; torch_dist and zarr are known")
     if backend == "torch_dist" and INDEX not in parts:
         raise UserError(f"{name} has no {INDEX}: it is no whole checkpoint")
-    found: dict[str, Lazy] = {}
-    for key, shape, dtype, pieces in (_torch_dist if backend == "torch_dist" else _zarr)(parts):
+    found: dict[str, LazyTensor] = {}
+    for key, shape, dtype, shards in (_torch_dist if backend == "torch_dist" else _zarr)(parts):
         match = LAYERS.fullmatch(key)
         if match and not match[2] and shape:
             if shape[0] > MOST_LAYERS:
                 raise UserError(f"{name} is damaged: {key} says that it has {shape[0]:,} layers")
             for layer in range(shape[0]):
-                read = partial(_read_layer, layer, shape[1:], pieces, dtype, f"{name}: {key}, layer {layer}")
-                found[f"{match[1]}{layer}.{match[3]}"] = Lazy(shape[1:], dtype, read)
+                read = partial(_read_layer, layer, shape[1:], shards, dtype, f"{name}: {key}, layer {layer}")
+                found[f"{match[1]}{layer}.{match[3]}"] = LazyTensor(shape[1:], dtype, read)
         else:
-            read = partial(_read_box, (0,) * len(shape), shape, pieces, dtype, f"{name}: {key}")
-            found[key] = Lazy(shape, dtype, read)
+            read = partial(_read_box, (0,) * len(shape), shape, shards, dtype, f"{name}: {key}")
+            found[key] = LazyTensor(shape, dtype, read)
     return found
 
 
-Found = tuple[str, tuple[int, ...], torch.dtype, list[Piece]]
+ShardedTensor = tuple[str, tuple[int, ...], torch.dtype, list[Shard]]
 
 
-def _torch_dist(parts: Mapping[str, Span]) -> Iterator[Found]:
+def _torch_dist(parts: Mapping[str, ByteRange]) -> Iterator[ShardedTensor]:
     index, places = read_index(parts[INDEX]), collections.defaultdict(list)
-    with damaged(parts[INDEX].name):
+    with parsing(parts[INDEX].name):
         for item, place in index.storage_data.items():
             places[item.fqn].append((item.offset, place))
         for key, entry in index.state_dict_metadata.items():
             if isinstance(entry, metadata.TensorStorageMetadata):
                 sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
-                pieces = [
-                    Piece(tuple(start), _slice(parts, place, sizes[tuple(start)], entry.properties.dtype, key))
+                shards = [
+                    Shard(tuple(start), _slice(parts, place, sizes[tuple(start)], entry.properties.dtype, key))
                     for start, place in places[key]
                 ]
-                yield key, tuple(entry.size), entry.properties.dtype, pieces
+                yield key, tuple(entry.size), entry.properties.dtype, shards
 
 
-# What the index of a distributed checkpoint is made of: records without behaviour. Megatron adds its ranks' plans.
+# The classes in the index of a distributed checkpoint, all of them plain records. Megatron adds its ranks' save plans.
 RECORDS = (
     metadata.Metadata,
     metadata.TensorStorageMetadata,
@@ -145,100 +146,104 @@ class _MetadataUnpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
-def read_index(span: Span) -> metadata.Metadata:
+def read_index(byte_range: ByteRange) -> metadata.Metadata:
     """The `.metadata` of a checkpoint of torch.distributed.checkpoint.
 
     Raises:
         UserError: damaged, or asking for anything but the classes of such an index.
     """
-    with damaged(span.name):
+    with parsing(byte_range.name):
         try:
-            index = _MetadataUnpickler(io.BytesIO(span.read())).load()
+            index = _MetadataUnpickler(io.BytesIO(byte_range.read())).load()
         except UserError as error:
-            raise UserError(f"{span.name}: {error}") from None
+            raise UserError(f"{byte_range.name}: {error}") from None
         if not isinstance(index, metadata.Metadata) or not isinstance(index.storage_data, dict):
-            raise UserError(f"{span.name} is no index of a distributed checkpoint")
+            raise UserError(f"{byte_range.name} is no index of a distributed checkpoint")
         return index
 
 
-def _slice(parts: Mapping[str, Span], place: Any, shape: tuple[int, ...], dtype: torch.dtype, key: str) -> Lazy:
+def _slice(
+    parts: Mapping[str, ByteRange], place: Any, shape: tuple[int, ...], dtype: torch.dtype, key: str
+) -> LazyTensor:
     if place.transform_descriptors:
         raise UserError(f"{key} was stored with {place.transform_descriptors}, which is not known here")
     if place.relative_path not in parts:
         raise UserError(f"{place.relative_path} is missing, which holds a part of {key}: the checkpoint is not whole")
-    span = parts[place.relative_path].part(place.offset, place.length)
+    byte_range = parts[place.relative_path].part(place.offset, place.length)
 
     def read() -> Tensor:
-        tensors = list(read_tensors(span).values())
+        tensors = list(read_tensors(byte_range).values())
         if [(tensor.shape, tensor.dtype) for tensor in tensors] != [(shape, dtype)]:
-            raise UserError(f"{span.name} is damaged: a part of {key} has another shape or dtype than its index says")
+            raise UserError(
+                f"{byte_range.name} is damaged: a part of {key} has another shape or dtype than its index says"
+            )
         return tensors[0].read()
 
-    return Lazy(shape, dtype, read)
+    return LazyTensor(shape, dtype, read)
 
 
-def _zarr(parts: Mapping[str, Span]) -> Iterator[Found]:
+def _zarr(parts: Mapping[str, ByteRange]) -> Iterator[ShardedTensor]:
     for path in parts:
         if not path.endswith("/.zarray"):
             continue
         key = path.removesuffix("/.zarray")
-        with damaged(parts[path].name):
+        with parsing(parts[path].name):
             array = json.loads(parts[path].read())
             shape, chunk = tuple(array["shape"]), tuple(array["chunks"])
             if array["compressor"] or array["filters"] or array["order"] != "C" or array["dtype"] not in ZARR_DTYPES:
                 raise UserError(f"{parts[path].name} is stored in a way that Megatron never does")
             dtype, separator = ZARR_DTYPES[array["dtype"]], array.get("dimension_separator", ".")
-            pieces = []
+            shards = []
             for place in itertools.product(*[range(math.ceil(n / c)) for n, c in zip(shape, chunk, strict=True)]):
                 file = f"{key}/{separator.join(map(str, place)) or '0'}"
                 if file not in parts:
                     raise UserError(f"{file} is missing: the checkpoint is not whole")
                 start = tuple(number * step for number, step in zip(place, chunk, strict=True))
-                pieces.append(Piece(start, Lazy(chunk, dtype, partial(_read_raw, parts[file], chunk, dtype))))
-        yield key, shape, dtype, pieces
+                shards.append(Shard(start, LazyTensor(chunk, dtype, partial(_read_raw, parts[file], chunk, dtype))))
+        yield key, shape, dtype, shards
 
 
-def _read_raw(span: Span, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _read_raw(byte_range: ByteRange, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     expected = torch.Size(shape).numel() * dtype.itemsize
-    if span.length != expected:
-        raise UserError(f"{span.name} is cut off: it has {span.length:,} bytes in place of {expected:,}")
-    return torch.frombuffer(bytearray(span.read(limit=span.length)), dtype=dtype).reshape(shape)
+    if byte_range.length != expected:
+        raise UserError(f"{byte_range.name} is cut off: it has {byte_range.length:,} bytes in place of {expected:,}")
+    return torch.frombuffer(bytearray(byte_range.read(limit=byte_range.length)), dtype=dtype).reshape(shape)
 
 
-def _read_layer(layer: int, shape: tuple[int, ...], pieces: Iterable[Piece], dtype: torch.dtype, name: str) -> Tensor:
-    return _read_box((layer, *[0] * len(shape)), (1, *shape), pieces, dtype, name)[0]
+def _read_layer(layer: int, shape: tuple[int, ...], shards: Iterable[Shard], dtype: torch.dtype, name: str) -> Tensor:
+    return _read_box((layer, *[0] * len(shape)), (1, *shape), shards, dtype, name)[0]
 
 
 def _read_box(
-    start: tuple[int, ...], shape: tuple[int, ...], pieces: Iterable[Piece], dtype: torch.dtype, name: str
+    start: tuple[int, ...], shape: tuple[int, ...], shards: Iterable[Shard], dtype: torch.dtype, name: str
 ) -> Tensor:
-    """The box of `shape` at `start`, put together from the pieces that it meets."""
+    """The box of `shape` at `start`, assembled from the shards that overlap it."""
     box, out, filled = list(zip(start, shape, strict=True)), None, 0
-    for piece in pieces:
-        meets = [
+    for shard in shards:
+        overlap = [
             (max(a, p), min(a + n, p + size))
-            for (a, n), p, size in zip(box, piece.start, piece.content.shape, strict=True)
+            for (a, n), p, size in zip(box, shard.start, shard.content.shape, strict=True)
         ]
-        if any(first >= last for first, last in meets):
+        if any(first >= last for first, last in overlap):
             continue
-        source = tuple(slice(first - p, last - p) for (first, last), p in zip(meets, piece.start, strict=True))
-        target = tuple(slice(first - a, last - a) for (first, last), a in zip(meets, start, strict=True))
-        content = piece.content.read()[source]
+        source = tuple(slice(first - p, last - p) for (first, last), p in zip(overlap, shard.start, strict=True))
+        target = tuple(slice(first - a, last - a) for (first, last), a in zip(overlap, start, strict=True))
+        content = shard.content.read()[source]
         if content.shape == shape:
-            return content  # most often one piece is all: no second copy in memory
+            return content  # most often it is one shard: no second copy in memory
         out = torch.empty(shape, dtype=dtype) if out is None else out
         out[target] = content
         filled += content.numel()
     if out is None or filled != out.numel():
-        raise UserError(f"{name} is not whole: pieces of it are missing")
+        raise UserError(f"{name} is not whole: shards of it are missing")
     return out
 
 
-def write_distributed(tensors: Mapping[str, Lazy], open_file: Open) -> None:
-    """Write `tensors` (layers numbered from 0, all of them) as torch_dist, one layer of a tensor a piece.
+def write_distributed(tensors: Mapping[str, LazyTensor], open_file: OpenFile) -> None:
+    """Write `tensors`, with all layers numbered from 0, as torch_dist; each layer is a shard.
 
     Args:
-        open_file: makes a file of a name that is given to it.
+        open_file: opens a new file of the given name for writing.
     """
     entries: dict[str, metadata.TensorStorageMetadata] = {}
     places: dict[metadata.MetadataIndex, Any] = {}
@@ -250,7 +255,7 @@ def write_distributed(tensors: Mapping[str, Lazy], open_file: Open) -> None:
             start = (int(match[2][:-1]), *[0] * len(lazy.shape)) if match else (0,) * len(lazy.shape)
             tensor = lazy.read().reshape((1, *lazy.shape) if match else lazy.shape)
             offset = file.tell()
-            # A slice would bring along the whole storage that it was cut from.
+            # torch.save writes a slice with the whole storage that it is a view of.
             torch.save(tensor if tensor.untyped_storage().nbytes() == lazy.nbytes else tensor.clone(), file)
             size = torch.Size((layers, *lazy.shape) if match else lazy.shape)
             properties = metadata.TensorProperties(dtype=lazy.dtype)

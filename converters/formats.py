@@ -1,21 +1,19 @@
-"""What can be converted to what: every format with the file that knows it.
+"""The registry of formats. Each is a module of this folder, which has
 
-A format's file holds
-
-    TITLE = "…"                                   what it is, for the table of --help
-    READS = {Checkpoint, Adapter}                 which of them it can be read as
-    WRITES = {Checkpoint: "", Adapter: ".gguf"}   which it can hold, and how such a file's name ends; "" is a folder
-    recognizes(path) -> bool                      whether `path` looks like one; reads little and raises nothing
-    read(path) -> Checkpoint | Adapter            raises UserError where it is damaged, hostile or of another family
-    write(content, target) -> None                fills `target`, which does not exist: a file, or a folder it makes
+    TITLE = "…"                                   description for the table of --help
+    READS = {Checkpoint, Adapter}                 what it can be read as
+    WRITES = {Checkpoint: "", Adapter: ".gguf"}   what it can store, and the suffix of such a file; "" is a folder
+    recognizes(path) -> bool                      whether `path` looks like one; reads little, never raises
+    read(path) -> Checkpoint | Adapter            raises UserError if it is damaged, hostile or of another family
+    write(content, target) -> None                creates `target`, a file or a folder, which does not exist
 
 and, where they apply,
 
-    DTYPES = ("bf16", "q8_0")                     what `write(content, target, dtype)` stores, the default first
-    TOLERANCE = {"mean_kl_divergence": 0.005}     by how much what it holds may differ from the source. Without it,
-                                                  every tensor's bits must come back
+    DTYPES = ("bf16", "q8_0")                     values of `write(content, target, dtype)`, the default first
+    TOLERANCE = {"mean_kl_divergence": 0.005}     how much the target may differ from the source. Without it,
+                                                  every tensor must be identical, bit by bit
 
-`write` raises UserError where the format cannot hold the content.
+`write` raises UserError if the format cannot represent the content.
 """
 
 from importlib import import_module
@@ -24,9 +22,9 @@ from types import ModuleType
 
 from core.errors import UserError
 
-# In this order a source is asked what it is. Imported when needed: some need packages of their own.
+# In the order of detection. Imported on demand: some need packages of their own.
 FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
-MERGED = "merged"  # not a format: an adapter folded into its base, then "hf"
+MERGED = "merged"  # not a format: an adapter merged into its base, then "hf"
 
 
 def module_of(name: str) -> ModuleType:
@@ -34,9 +32,10 @@ def module_of(name: str) -> ModuleType:
 
 
 def detect(path: Path) -> str:
-    """
+    """The name of the format of `path`, from its contents.
+
     Raises:
-        UserError: there is nothing at `path`, or nothing that any format knows.
+        UserError: there is nothing at `path`, or its format is unknown.
     """
     if not path.exists():
         raise UserError(f"there is no {path}")

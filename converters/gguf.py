@@ -1,18 +1,18 @@
-"""GGUF, the file of llama.cpp: whole Gemmas in F32, F16, BF16 or Q8_0, and LoRA adapters, both ways.
+"""GGUF, llama.cpp's format: models in F32, F16, BF16 or Q8_0, and LoRA adapters, read and written.
 
-Reads, into bfloat16, every type of block that the `gguf` package can dequantize: Q4_0 … Q8_0, K-quants, I-quants.
+Every quantization that the `gguf` package can dequantize is read, into bfloat16: Q4_0 … Q8_0, K-quants, I-quants.
 
-The layout, beside transformers' (see `hf`):
+The layout compared with transformers' (see `hf`):
 
 - Names are llama.cpp's: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`, see `gguf.TensorNameMap`.
-  Shapes, row order and the heads' order are the same.
+  Shapes, row order and head order are the same.
 - Norms hold w + 1, in float32, since llama.cpp multiplies by the weight itself. That sum is exact for the weights of
-  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 bits behind the point.
-- The output layer is the embedding and is not stored twice. The embedding has a row for every token that is listed.
-- A LoRA's two factors stand as `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
-  the whole file, and the update is weighed by alpha / r, r being that of each tensor.
+  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 fractional bits.
+- The output layer is the embedding and is not stored twice. The embedding has a row for every listed token.
+- A LoRA's two factors are `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
+  the whole file, and each update is scaled by alpha / r with the tensor's own r.
 
-What llama.cpp has no field for, the prompt and the origin, stands as JSON under keys of this project.
+The prompt and the origin, for which llama.cpp has no field, are stored as JSON under keys of this project.
 """
 
 import json
@@ -43,13 +43,13 @@ from gguf import (
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from converters.adapter import targets
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.adapter import target_modules
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
-from converters.hf import as_prompt
+from converters.hf import parse_prompt
 from converters.layerwise_forward import empty_model
-from converters.merge_lora import updates
-from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
+from converters.merge_lora import lora_updates
+from converters.vocabulary import add_to_gguf, read_vocabulary, tokenizer_from_gguf
 from core.errors import UserError
 from core.progress import Progress
 from core.prompt import Prompt
@@ -60,7 +60,7 @@ WRITES = {Checkpoint: ".gguf", Adapter: ".gguf"}
 DTYPES = ("source", "f32", "f16", "bf16", "q8_0")
 TOLERANCE = {"mean_kl_divergence": 0.005}  # Q8_0 rounds; see above for norms in float32
 
-# How matrices are stored, as `dtype` or the source says, and the number that llama.cpp shows for it.
+# How matrices are stored, by `dtype` or the source's dtype, and the file type that llama.cpp shows for it.
 KINDS = {
     "f32": GGMLQuantizationType.F32,
     torch.float32: GGMLQuantizationType.F32,
@@ -103,13 +103,13 @@ def read(path: Path) -> Checkpoint | Adapter:
     """
     file = _file(path)
     if file is None:
-        raise UserError(f"{path} is no GGUF file, nor a folder with one")
+        raise UserError(f"{path} is neither a GGUF file nor a folder with one")
     try:
         header = Header(file)
         fields = {key: field.contents() for key, field in header.fields.items()}
-    # The reader has no errors of its own: what is damaged ends in whichever of Python's or numpy's it runs into.
+    # The reader has no exceptions of its own: damage raises whichever of Python's or numpy's it causes.
     except Exception as error:
-        raise UserError(f"{file} is not a whole GGUF file ({type(error).__name__}: {error})") from None
+        raise UserError(f"{file} is not a complete GGUF file ({type(error).__name__}: {error})") from None
     if header.byte_order != "I" or fields.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) != 1:
         raise UserError(f"{file} is big-endian or one of several parts; join the parts with llama.cpp's gguf-split")
     families = {MODEL_ARCH_NAMES[arch]: family for family, arch in FAMILIES.items()}
@@ -133,15 +133,15 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
         config["tie_word_embeddings"] = False
     names = {llama: name for name, llama in _names(family, config["num_hidden_layers"]).items()}
     dtype = getattr(torch, config["dtype"])
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for llama, tensor in stored.items():
         name = names.get(llama.removesuffix(".weight"))
         if name is None:
             raise UserError(f"{file} has a tensor {llama}, which no {family} of so many layers has")
         shape = tuple(reversed(tensor.shape.tolist()))
         read_it = partial(_read_tensor, file, tensor, shape, dtype, name.endswith("norm"))
-        tensors[f"{name}.weight"] = Lazy(shape, dtype, read_it)
-    # An instruction-tuned model ends its turn with another token than a text.
+        tensors[f"{name}.weight"] = LazyTensor(shape, dtype, read_it)
+    # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
         stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID]})
@@ -150,7 +150,7 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
     return Checkpoint(
         config=config,
         tensors=tensors,
-        files=of_gguf(file) | {"generation_config.json": generation.to_json_string().encode()},
+        files=tokenizer_from_gguf(file) | {"generation_config.json": generation.to_json_string().encode()},
         prompt=_read_prompt(file, fields),
         origin=_read_origin(file, fields)
         or {"name": str(fields.get(Keys.General.NAME, file.stem)), "source": file.name},
@@ -207,9 +207,9 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "bias": "none",
-        "target_modules": targets(by_layer),
+        "target_modules": target_modules(by_layer),
     }
-    # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
+    # Each update is scaled by alpha / r with its own r, so that only ranks differ between layers.
     if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
         peft["rank_pattern"] = smaller
     return Adapter(peft, tensors, base=_read_origin(file, fields), prompt=_read_prompt(file, fields))
@@ -219,7 +219,7 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
     """Write the file `target`.
 
     Args:
-        dtype: how matrices are stored, of `DTYPES`. Unasked, nothing is rounded: as the source has them.
+        dtype: of the matrices, one of `DTYPES`; by default the source's, so that nothing is rounded.
 
     Raises:
         UserError: llama.cpp has no field for something that the model needs, or no tokenizer comes with it.
@@ -240,7 +240,7 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
     tensors = {}
     for name, lazy in content.tensors.items():
         if name.endswith("norm.weight"):
-            lazy = Lazy(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
+            lazy = LazyTensor(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
         tensors[f"{names[name.removesuffix('.weight')]}.weight"] = lazy
     _write_tensors(writer, tensors, {name: kind for name, lazy in tensors.items() if len(lazy.shape) == 2})
 
@@ -266,15 +266,15 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
         raise UserError("an adapter in GGUF names the family of its base; give the folder of that Gemma: base=FOLDER")
     if adapter.peft.get("use_dora"):
         raise UserError("llama.cpp has no DoRA: convert to=merged, and that folder to=gguf")
-    found = updates(adapter, target)
+    found = lora_updates(adapter, target)
     names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
-    # One alpha for the whole file: where layers differ in alpha, their B takes the difference.
+    # There is one alpha for the whole file: where layers differ in alpha, the ratio is multiplied into B.
     alpha = max(update.scale * len(update.lora_a) for update in found.values())
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     for layer, update in found.items():
         ratio = update.scale * len(update.lora_a) / alpha
         for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
-            tensors[f"{names[layer]}.weight.lora_{factor}"] = of_memory(tensor)
+            tensors[f"{names[layer]}.weight.lora_{factor}"] = in_memory(tensor)
     kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
     file_type = FILE_TYPES[kinds[f"{names[next(iter(found))]}.weight.lora_a"]]
     writer = _writer(target, family, GGUFType.ADAPTER, file_type, adapter.prompt, adapter.base)
@@ -283,13 +283,15 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
     _write_tensors(writer, tensors, kinds)
 
 
-def _write_tensors(writer: GGUFWriter, tensors: Mapping[str, Lazy], kinds: Mapping[str, GGMLQuantizationType]) -> None:
+def _write_tensors(
+    writer: GGUFWriter, tensors: Mapping[str, LazyTensor], kinds: Mapping[str, GGMLQuantizationType]
+) -> None:
     """Fill the writer's file, one tensor in memory at a time. Those without a kind are stored in float32."""
     kinds = {name: kinds.get(name, GGMLQuantizationType.F32) for name in tensors}
     for name, lazy in tensors.items():
         row_bytes = _row_bytes(lazy.shape[-1], kinds[name], name)
         size = row_bytes * (lazy.nbytes // lazy.dtype.itemsize // lazy.shape[-1])
-        # A dtype that says nothing: `raw_dtype` holds.
+        # This dtype is ignored in favour of `raw_dtype`.
         writer.add_tensor_info(name, lazy.shape, np.dtype(np.float32), size, kinds[name])
     try:
         writer.write_header_to_file()
@@ -341,7 +343,7 @@ def _names(family: str, layers: int) -> dict[str, str]:
 
 
 def _read_prompt(file: Path, fields: Mapping[str, Any]) -> Prompt | None:
-    return as_prompt(_json_field(file, fields, PROMPT), file) if PROMPT in fields else None
+    return parse_prompt(_json_field(file, fields, PROMPT), file) if PROMPT in fields else None
 
 
 def _read_origin(file: Path, fields: Mapping[str, Any]) -> dict[str, str]:

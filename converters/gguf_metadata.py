@@ -1,7 +1,7 @@
-"""The fields of a GGUF: read safely, and a Gemma's `config.json` from and to them.
+"""The metadata of a GGUF: read safely, and converted from and to a Gemma's `config.json`.
 
-What no field says follows llama.cpp's definition of the architecture: one layer in two (Gemma 2) or six (Gemma 3) that
-sees everything unless the file has another pattern, and attention logits scaled by 1/√(d/n) in the two 27B models, by
+What has no field follows llama.cpp's definition of the architecture: one layer in two (Gemma 2) or six (Gemma 3) has
+full attention unless the file has another pattern, and attention logits scaled by 1/√(d/n) in the two 27B models, by
 1/√h in all others.
 """
 
@@ -29,7 +29,7 @@ from core.errors import UserError
 FAMILIES = {"gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3}
 CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 PATTERN = {"gemma2": 2, "gemma3_text": 6}
-# The same in all Gemmas; the first ones were published under the name of another.
+# The same function in all Gemmas; the first were published under another name.
 GELU = ("gelu_pytorch_tanh", "gelu", None)
 LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
 PLAIN = {
@@ -57,11 +57,12 @@ TOKENS = {
     "eos_token_id": Keys.Tokenizer.EOS_ID,
     "pad_token_id": Keys.Tokenizer.PAD_ID,
 }
-LONGEST = 1 << 22  # strings in a list: sixteen times Gemma's vocabulary
+MAX_STRINGS = 1 << 22  # strings in a list: sixteen times Gemma's vocabulary
 
 
 class Header(GGUFReader):
-    """The package's reader, which by itself reads on behind the end of a file, and a list's numbers one by one."""
+    """The package's reader, which by itself reads past the end of a file, and reads numeric lists element by
+    element."""
 
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
         if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
@@ -76,7 +77,7 @@ class Header(GGUFReader):
         if number is not None:
             values = self._get(orig_offs + 12, number, length[0])
             return 12 + values.nbytes, [kind, length, values], [2], [GGUFValueType.ARRAY, GGUFValueType(kind[0])]
-        if kind[0] != GGUFValueType.STRING or length[0] > LONGEST:
+        if kind[0] != GGUFValueType.STRING or length[0] > MAX_STRINGS:
             raise ValueError(f"a list of {length[0]} entries of type {kind[0]}")
         return super()._get_field_parts(orig_offs, raw_type)
 

@@ -1,14 +1,14 @@
-"""Google's own PyTorch checkpoints of Gemma, of gemma_pytorch: `gemma-2b.ckpt`, or shards with an index. Read only.
+"""Google's own PyTorch checkpoints of Gemma (gemma_pytorch): `gemma-2b.ckpt`, or shards with an index. Read only.
 
-A file is `torch.save({"model_state_dict": …})`, of which no pickle code is run. Names and layouts are transformers' but
-for these, with n, k and h as in `keras`:
+A file is `torch.save({"model_state_dict": …})`, of which no pickle code is run. Names and layouts are transformers',
+except these, with n, k and h as in `keras`:
 
-- `self_attn.qkv_proj` [(n + 2k)·h, d]: queries, keys and values one below another.
+- `self_attn.qkv_proj` [(n + 2k)·h, d]: queries, keys and values concatenated.
 - `embedder`, in Gemma 3 `text_token_embedder`; `query_norm` and `key_norm`.
-- Tables of the rotation (`freqs_cis`) and what sees images, which a text model has not.
+- Rotary tables (`freqs_cis`) and the vision tower, which a text model does not have.
 
-A checkpoint has no settings: they are those that Google published for a model of so many layers. The tokenizer is the
-`tokenizer.model` beside the file. Files for JAX (orbax) are not read.
+A checkpoint has no configuration: it is the one that Google published for a model with this number of layers. The
+tokenizer is the `tokenizer.model` beside the file. Files for JAX (orbax) are not read.
 """
 
 import re
@@ -19,12 +19,12 @@ from typing import Any
 
 from torch import Tensor
 
-from converters.byte_ranges import whole
-from converters.checkpoint import Checkpoint, Lazy
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Checkpoint, LazyTensor
 from converters.hf import read_json
 from converters.keras_config import published, read_config
 from converters.torch_file import MAX_PICKLE, read_tensors
-from converters.vocabulary import of_sentencepiece
+from converters.vocabulary import tokenizer_from_sentencepiece
 from core.errors import UserError
 
 TITLE = "Google's PyTorch checkpoint (gemma_pytorch)"
@@ -39,7 +39,7 @@ SIZE_OF_27B = {46: 128, 62: 128}  # layers → values a head has, 256 in all oth
 
 
 def recognizes(path: Path) -> bool:
-    """A file, or a folder of shards, that names a fused projection as only these do."""
+    """A file, or a folder of shards, with a fused projection of this format's name."""
     if path.is_dir():
         index = path / INDEX
         return index.is_file() and index.stat().st_size < MAX_PICKLE and b"self_attn.qkv_proj" in index.read_bytes()
@@ -55,11 +55,11 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """
     Raises:
-        UserError: damaged, hostile, quantized, or no Gemma of a size that Google published.
+        UserError: damaged, hostile, quantized, or not a Gemma of a size that Google published.
     """
-    found: dict[str, Lazy] = {}
+    found: dict[str, LazyTensor] = {}
     for file in _files(path):
-        tensors = read_tensors(whole(file))
+        tensors = read_tensors(whole_file(file))
         nested = {name.removeprefix(STATE): lazy for name, lazy in tensors.items() if name.startswith(STATE)}
         found |= nested or tensors
     if any(name.endswith("weight_scaler") for name in found):
@@ -81,7 +81,7 @@ def read(path: Path) -> Checkpoint:
     family = _family(tensors)
     config = read_config(published(family, tensors, heads, path), family, tensors, path)
     tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
-    files = of_sentencepiece(tokenizer.read_bytes(), tokenizer) if tokenizer.is_file() else {}
+    files = tokenizer_from_sentencepiece(tokenizer.read_bytes(), tokenizer) if tokenizer.is_file() else {}
     return Checkpoint(config, tensors, {**files}, origin={"name": path.stem})
 
 
@@ -94,8 +94,8 @@ def _files(path: Path) -> list[Path]:
     return [path / name for name in sorted(names)]
 
 
-def _head_counts(fused: Tensor | Lazy, out: Lazy | None, size: int, where: str) -> tuple[int, int, int]:
-    """Heads of queries, keys and values: the output layer tells the first, the fused rows the others."""
+def _head_counts(fused: Tensor | LazyTensor, out: LazyTensor | None, size: int, where: str) -> tuple[int, int, int]:
+    """Heads of queries, keys and values: the first from the output projection, the others from the fused rows."""
     if out is None or len(fused.shape) != 2 or len(out.shape) != 2:
         raise UserError(f"{where} has no o_proj beside it, or is no matrix")
     queries, others = out.shape[1] // size, fused.shape[0] // size - out.shape[1] // size
@@ -104,14 +104,14 @@ def _head_counts(fused: Tensor | Lazy, out: Lazy | None, size: int, where: str) 
     return queries, others // 2, others // 2
 
 
-def _split(name: str, fused: Lazy, rows: list[int]) -> dict[str, Lazy]:
+def _split(name: str, fused: LazyTensor, rows: list[int]) -> dict[str, LazyTensor]:
     found, begin = {}, 0
     for part, count in zip("qkv", rows, strict=True):
 
         def read(begin: int = begin, count: int = count) -> Tensor:
             return fused.read()[begin : begin + count].clone()
 
-        found[name.replace("qkv_proj", f"{part}_proj")] = Lazy((count, fused.shape[1]), fused.dtype, read)
+        found[name.replace("qkv_proj", f"{part}_proj")] = LazyTensor((count, fused.shape[1]), fused.dtype, read)
         begin += count
     return found
 

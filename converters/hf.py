@@ -10,8 +10,8 @@ Names and shapes, of Gemma 1, 2 and 3 text alike (h hidden, i intermediate, q an
     model.layers.N.self_attn.{q,k}_norm.weight              [d], Gemma 3
     model.norm.weight                                       [h]
 
-The embedding is multiplied by √h as the model runs, not in the file. A checkpoint that also sees images (Gemma 3 4B and
-larger) is read as its text model.
+The embedding is multiplied by √h at run time, not in the file. Of a multimodal checkpoint (Gemma 3 4B and larger) the
+text model is read.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.safetensors_file import read_tensors, write_tensors
 from core.base_model import text_name
 from core.errors import UserError
@@ -33,7 +33,7 @@ READS = {Checkpoint}
 WRITES = {Checkpoint: ""}
 
 INDEX = "model.safetensors.index.json"
-# What goes along as it is. Weights of other formats, training states and model cards of the source do not.
+# Copied unchanged. Weights in other formats, training states and model cards of the source are not.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -53,8 +53,8 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     if "quantization_config" in config:
-        raise UserError(f"{path} is quantized; convert the whole model, and quantize the result")
-    tensors: dict[str, Lazy] = {}
+        raise UserError(f"{path} is quantized; convert the unquantized model, and quantize the result")
+    tensors: dict[str, LazyTensor] = {}
     for shard in _shards(path):
         for name, tensor in read_tensors(shard).items():
             if name in tensors:
@@ -72,7 +72,7 @@ def read(path: Path) -> Checkpoint:
         head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
         if embedding and not torch.equal(head.read(), embedding.read()):
             raise UserError(
-                f"{path}: lm_head.weight differs from the embedding, but config.json says that they are one. Set "
+                f"{path}: lm_head.weight differs from the embedding, but config.json says that they are tied. Set "
                 f"tie_word_embeddings to false in it if both were trained, or remove lm_head.weight"
             )
     files = {file.name: file for pattern in COMPANIONS for file in sorted(path.glob(pattern)) if file.is_file()}
@@ -115,29 +115,31 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_prompt(folder: Path) -> Prompt | None:
-    """The project's `prompt.json` of an exported folder, or None where there is none."""
+    """The prompt in this project's `prompt.json` of an exported folder, or None."""
     if not (folder / PROMPT_FILE).exists():
         return None
-    return as_prompt(read_json(folder / PROMPT_FILE), folder / PROMPT_FILE)
+    return parse_prompt(read_json(folder / PROMPT_FILE), folder / PROMPT_FILE)
 
 
-def as_prompt(values: Any, where: Path) -> Prompt:
-    """
+def parse_prompt(values: Any, where: Path) -> Prompt:
+    """A Prompt of untrusted `values`; `where` is for the error message.
+
     Raises:
-        UserError: `values` are not those of a Prompt.
+        UserError: they are not those of a Prompt.
     """
     try:
         texts = [values["template"], values["instruction"], values["response"], *values.get("fields", {}).values()]
-        "".join(texts).encode()  # must all be texts, and writable
+        "".join(texts).encode()  # must all be text that UTF-8 can encode
         return Prompt(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} holds no prompt of this project ({error})") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """
+    """The JSON object in a file.
+
     Raises:
-        UserError: there is no such file, or no JSON object in it.
+        UserError: there is no such file, or it has no JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -146,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}). Copy or download it again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object. Copy or download it again")
+        raise UserError(f"{path} is damaged: it is not a JSON object. Copy or download it again")
     return values
 
 

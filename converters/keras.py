@@ -1,20 +1,20 @@
-"""KerasHub's Gemmas: presets and `.weights.h5` files, both ways. The LoRA files of KerasHub are in `keras_lora`.
+"""KerasHub's Gemmas: presets and `.weights.h5` files, read and written. KerasHub's LoRA files are in `keras_lora`.
 
-A preset is a folder of `config.json` (of the backbone, in Keras' own words), `model.weights.h5` or its shards, and the
-SentencePiece model in `assets/tokenizer/`. A `.weights.h5` alone names no family and no settings: the family shows in
-its norms, and the settings are those that Google published for a model of that many layers.
+A preset is a folder with `config.json` (of the backbone, with Keras' names), `model.weights.h5` or its shards, and the
+SentencePiece model in `assets/tokenizer/`. A `.weights.h5` alone has neither family nor configuration: the family is
+inferred from its norms, and the configuration is the one that Google published for this number of layers.
 
-The layout, beside transformers' (see `hf`), with d hidden_size, f intermediate_size, n query heads, k key and value
-heads, and h values a head:
+The layout compared with transformers' (see `hf`), with d hidden_size, f intermediate_size, n query heads, k key and
+value heads, and h values a head:
 
 - `layers/gemma_decoder_block_3/<part>/vars/0` for layer 3, without a number for layer 0, `gemma3_decoder_block` in
-  Gemma 3; numbers are places in the list of layers.
-- `query` [n, d, h], `key` and `value` [k, d, h], `attention_output` [n, h, d]: a head at a time, its matrix for row
+  Gemma 3; numbers are indices in the list of layers.
+- `query` [n, d, h], `key` and `value` [k, d, h], `attention_output` [n, h, d]: one matrix per head, for row
   vectors, as are `gating_ffw` and `gating_ffw_2` [d, f] and `ffw_linear` [f, d]. Norms [d] and the embedding are as
   transformers'. `intermediate_dim` of Gemma 1 and 2 counts gate and up together: 2·f.
-- bfloat16 stands as two opaque bytes with an attribute `dtype`.
+- bfloat16 is stored as two opaque bytes with an attribute `dtype`.
 
-The files of transformers' tokenizer lie in a folder `transformers`, since KerasHub has a `tokenizer.json` of its own.
+The files of transformers' tokenizer are in a folder `transformers`, because KerasHub has a `tokenizer.json` of its own.
 """
 
 import re
@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from converters import keras_lora
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.hf import read_json, read_prompt, write_json
 from converters.keras_config import CLASSES, published, read_config, settings_of
-from converters.keras_h5 import SIGNATURE, dataset, dtype_of, opened, tensor_of, write_tensor
-from converters.vocabulary import of_sentencepiece, read_vocabulary, to_sentencepiece
+from converters.keras_h5 import SIGNATURE, dataset, dtype_of, open_h5, tensor_of, write_tensor
+from converters.vocabulary import read_vocabulary, to_sentencepiece, tokenizer_from_sentencepiece
 from core.errors import UserError
 from core.progress import Progress
 
@@ -42,8 +42,8 @@ WRITES = {Checkpoint: "", Adapter: ".lora.h5"}
 
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json"
 SENTENCEPIECE = "assets/tokenizer/vocabulary.spm"
-COMPANIONS = "transformers"  # folder of what KerasHub has no place for
-# A whole task's file holds the backbone within.
+COMPANIONS = "transformers"  # folder of the files that KerasHub has no place for
+# A file of a whole task has the backbone inside.
 ROOTS = ("layers/gemma_backbone/", "layers/gemma3_backbone/", "backbone/", "")
 BLOCK = re.compile(r"gemma3?_decoder_block(?:_(\d+))?")
 # transformers' name of a part of a layer → KerasHub's.
@@ -65,10 +65,11 @@ PARTS = {
 
 
 class Layout(NamedTuple):
-    """How a matrix lies with KerasHub: in so many dimensions, and its way to transformers' [out, in] and back."""
+    """KerasHub's layout of a matrix: its number of dimensions, and the conversions from and to transformers' [out,
+    in]."""
 
     dimensions: int
-    to_ours: Callable[[Tensor], Tensor]
+    to_hf: Callable[[Tensor], Tensor]
     to_keras: Callable[[Tensor, PretrainedConfig], Tensor]
 
 
@@ -102,7 +103,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     """
     if path.is_dir():
         return _read_preset(path)
-    with opened(path) as file:
+    with open_h5(path) as file:
         of_lora = "lora" in file
     if of_lora:
         return keras_lora.read(path)
@@ -121,7 +122,7 @@ def _read_preset(folder: Path) -> Checkpoint:
         file.name: file for file in sorted((folder / COMPANIONS).glob("*")) if file.is_file()
     }
     if not files and (folder / SENTENCEPIECE).is_file():
-        files = {**of_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
+        files = {**tokenizer_from_sentencepiece((folder / SENTENCEPIECE).read_bytes(), folder / SENTENCEPIECE)}
     return Checkpoint(config, tensors, files, read_prompt(folder), {"name": folder.resolve().name})
 
 
@@ -139,12 +140,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str, dict[str, tuple[int, ...]]]:
+def _read_weights(files: list[Path]) -> tuple[dict[str, LazyTensor], str, dict[str, tuple[int, ...]]]:
     """The tensors under transformers' names and in their shapes, their family, and KerasHub's shapes in layer 0."""
-    tensors: dict[str, Lazy] = {}
+    tensors: dict[str, LazyTensor] = {}
     first: dict[str, tuple[int, ...]] = {}
     for path in files:
-        with opened(path) as file:
+        with open_h5(path) as file:
             root = next((root for root in ROOTS if isinstance(file.get(f"{root}layers"), h5py.Group)), None)
             if root is None:
                 raise UserError(f"{path} holds no layers of a Gemma of KerasHub")
@@ -158,7 +159,7 @@ def _read_weights(files: list[Path]) -> tuple[dict[str, Lazy], str, dict[str, tu
         return tensors, "gemma3_text", first
     if "model.layers.0.post_feedforward_layernorm.weight" in tensors:
         return tensors, "gemma2", first
-    # With one norm before the MLP, it is the one that transformers names by what comes before it.
+    # The only norm before the MLP is the one that transformers calls post_attention_layernorm.
     names = {name: name.replace("pre_feedforward_layernorm", "post_attention_layernorm") for name in tensors}
     return {names[name]: tensor for name, tensor in tensors.items()}, "gemma", first
 
@@ -172,21 +173,21 @@ def _places(layers: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _lazy(path: Path, found: h5py.Dataset, name: str) -> Lazy:
+def _lazy(path: Path, found: h5py.Dataset, name: str) -> LazyTensor:
     layout, place, shape = LAYOUTS.get(name.split(".")[-2]), found.name.strip("/"), found.shape
     if layout is not None:
         if len(shape) != layout.dimensions:
             raise UserError(f"{path}: {place} has shape {list(shape)}, with other dimensions than {name} has")
-        shape = tuple(layout.to_ours(torch.empty(shape, device="meta")).shape)
+        shape = tuple(layout.to_hf(torch.empty(shape, device="meta")).shape)
 
     def read() -> Tensor:
-        with opened(path) as file:
+        with open_h5(path) as file:
             found = dataset(file, place)
             assert found is not None  # it was there
             tensor = tensor_of(found)
-        return layout.to_ours(tensor).contiguous() if layout else tensor
+        return layout.to_hf(tensor).contiguous() if layout else tensor
 
-    return Lazy(shape, dtype_of(found), read)
+    return LazyTensor(shape, dtype_of(found), read)
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:

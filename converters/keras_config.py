@@ -1,7 +1,8 @@
-"""The settings of KerasHub's Gemmas: `config.json` of a preset, to and from that of transformers.
+"""The configuration of KerasHub's Gemmas: `config.json` of a preset, from and to that of transformers.
 
-KerasHub numbers the kinds of its layers by itself (one in two, one in six sees everything), and has no field for the
-longest text. A `.weights.h5` alone has no settings at all: they are those that Google published for so many layers.
+KerasHub decides by itself which layers have full attention (one in two, one in six), and has no field for
+max_position_embeddings. A `.weights.h5` alone has no configuration: it is the one that Google published for this number
+of layers.
 """
 
 import json
@@ -11,14 +12,14 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from converters.checkpoint import Lazy
+from converters.checkpoint import LazyTensor
 from converters.gguf_metadata import CLASSES as ARCHITECTURES
 from converters.gguf_metadata import GELU
 from core.errors import UserError
 
 CLASSES = {"gemma": "GemmaBackbone", "gemma2": "GemmaBackbone", "gemma3_text": "Gemma3Backbone"}
-EVERY = {"gemma2": 2, "gemma3_text": 6}  # which layer sees everything
-# What Google published and no weight shows, for all of a family and by the number of layers.
+EVERY = {"gemma2": 2, "gemma3_text": 6}  # one layer in so many has full attention
+# What Google published and the weights do not show, for a family and by number of layers.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {
@@ -39,13 +40,13 @@ OF_LAYERS: dict[str, dict[int, dict[str, Any]]] = {
     "gemma2": {26: {}, 42: {}, 46: {"query_head_dim_normalize": False}},
     "gemma3_text": {18: SMALL, 26: SMALL, 34: {}, 48: {}, 62: {"query_head_dim_normalize": False}},
 }
-CONTEXT = {18: 32_768, 26: 32_768}  # of Gemma 3 270M and 1B; the longest text of others is transformers' default
+CONTEXT = {18: 32_768, 26: 32_768}  # max_position_embeddings of Gemma 3 270M and 1B; the others have 131,072
 
 
 def published(
-    family: str, tensors: Mapping[str, Lazy], heads: Mapping[str, tuple[int, ...]], path: Path
+    family: str, tensors: Mapping[str, LazyTensor], heads: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, Any]:
-    """The settings of a file without any, in KerasHub's words: sizes by its tensors, the rest as Google published."""
+    """The configuration of a file without one, with KerasHub's names: sizes from its tensors, the rest as published."""
     layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
     if layers not in OF_LAYERS[family]:
         raise UserError(
@@ -71,7 +72,7 @@ def published(
     return sizes | PUBLISHED[family] | OF_LAYERS[family][layers]
 
 
-def read_config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: Path) -> dict[str, Any]:
+def read_config(settings: Any, family: str, tensors: Mapping[str, LazyTensor], where: Path) -> dict[str, Any]:
     """`config.json` of transformers from the `settings` of a backbone of KerasHub."""
     try:
         layers, heads, head_dim = settings["num_layers"], settings["num_query_heads"], settings["head_dim"]
@@ -93,7 +94,7 @@ def read_config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: 
         }
         window = settings.get("use_sliding_window_attention", False)
         if settings.get("is_embedding_model") or settings.get("use_bidirectional_attention"):
-            raise UserError(f"{where} is of an embedding model, which writes no text")
+            raise UserError(f"{where} is of an embedding model, which does not generate text")
         if family == "gemma":
             if window or any(caps.values()):
                 raise UserError(
@@ -131,7 +132,11 @@ def _layer_types(family: str, layers: int, window: bool) -> list[str]:
 
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:
-    """A backbone's settings in KerasHub's words."""
+    """The configuration of a backbone, with KerasHub's names.
+
+    Raises:
+        UserError: the model needs something that KerasHub has no setting for.
+    """
     family, rope = config.model_type, config.rope_parameters
     of_3 = family == "gemma3_text"
     found = {

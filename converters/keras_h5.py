@@ -1,7 +1,7 @@
-"""Tensors in the HDF5 files that Keras writes: read one by one, and only where they lie plainly in the file itself.
+"""Tensors in the HDF5 files that Keras writes: read one by one, and only if they are stored plainly in the file itself.
 
-HDF5 can also point elsewhere: links to other files, datasets in other files or put together from several, references to
-objects. Keras writes none of them, and none is followed here.
+HDF5 can also point elsewhere: links to other files, external and virtual datasets, object references. Keras writes none
+of them, and none is followed here.
 """
 
 from collections.abc import Iterator
@@ -16,30 +16,30 @@ from core.errors import UserError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DTYPES = {"<f4": torch.float32, "<f2": torch.float16}
-LONGEST = 1 << 20  # entries of a group; the largest Gemma has a hundred
+MAX_ENTRIES = 1 << 20  # entries of a group; the largest Gemma has a hundred
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
+def open_h5(path: Path) -> Iterator[h5py.File]:
     """
     Raises:
-        UserError: the file is missing or damaged, also where that shows later, while it is read.
+        UserError: the file is missing or damaged, even if that is found only while it is read.
     """
     try:
         with h5py.File(path, "r") as file:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    # h5py turns the errors of HDF5 into whichever of Python's it finds nearest.
+    # h5py maps the errors of HDF5 to various exceptions of Python.
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a whole HDF5 file of Keras ({type(error).__name__}: {error})") from None
 
 
 def dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
-    """The dataset `name` (`layers/…/vars/0`), or None where there is none.
+    """The dataset `name` (`layers/…/vars/0`), or None if there is none.
 
     Raises:
-        UserError: it does not lie in this file, or is no plain array of 16 or 32-bit floats.
+        UserError: it is not stored in this file, or is not a plain array of 16 or 32-bit floats.
     """
     found: h5py.Group | h5py.Dataset = file
     for step in name.split("/"):
@@ -56,7 +56,7 @@ def dataset(file: h5py.File, name: str) -> h5py.Dataset | None:
 
 
 def dtype_of(found: h5py.Dataset) -> torch.dtype:
-    # bfloat16, which HDF5 does not know, stands as two opaque bytes with its name in an attribute.
+    # bfloat16, which HDF5 does not have, is stored as two opaque bytes with its name in an attribute.
     if found.dtype.kind == "V" and found.dtype.itemsize == 2 and found.attrs.get("dtype") == "bfloat16":
         return torch.bfloat16
     dtype = DTYPES.get(found.dtype.str)

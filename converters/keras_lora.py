@@ -1,20 +1,20 @@
 """KerasHub's LoRA files (`.lora.h5`, of `backbone.save_lora_weights`), to and from peft's adapters.
 
 The file holds `lora/vars/rank` and, for each layer with a LoRA, `lora/<place>/vars/lora_kernel_a` and `lora_kernel_b`.
-The place is the layer's in Keras' walk over all layers with weights, see `WALK`; it tells the family too. There is no
-alpha: the update is A B as it stands.
+The place is the layer's index in Keras' traversal of all layers with weights, see `WALK`; it also determines the
+family. There is no alpha: the update is A B itself.
 
 With d, f, n, k and h as in `keras`, and rank r:
 
 - `attention_output`: A [n, h, r], B [r, d]; `ffw_*`: A [in, r], B [r, out]. That is peft's LoRA, transposed.
 - `query`, `key`, `value`: A [n, d, r] and *one* B [r, h] for all heads. As a matrix of all heads this update has up to
-  the rank n·r. Exactly the same in peft: `lora_A` [n·r, d] holds the heads' A one below another, `lora_B` [n·h, n·r] is
-  B transposed n times along the diagonal, zero beside it.
-- A LoRA of peft for those layers goes the other way by the same means: A [n, d, n·r] holds its A once for each head, in
-  the columns that only that head's rows of B [n·r, h] meet. Both are recognized on the way back.
+  the rank n·r. Exactly the same in peft: `lora_A` [n·r, d] has the heads' A stacked, and `lora_B` [n·h, n·r] is
+  block-diagonal with n copies of Bᵀ.
+- A LoRA of peft for those layers is converted in the same way: A [n, d, n·r] has its A once per head, in the
+  columns that multiply that head's rows of B [n·r, h]. Both forms are recognized when they are converted back.
 
-All layers of a file have one rank, and the layers of one name all have a LoRA: the rest is filled up with zeros. To
-load a file with other layers than query and value, name them: `backbone.enable_lora(rank, target_layer_names=[…])`.
+All layers of a file have the same rank, and all layers of one name have a LoRA: missing ones are zeros. To load a file
+with layers other than query and value, name them: `backbone.enable_lora(rank, target_layer_names=[…])`.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from converters.adapter import PREFIX, targets
+from converters.adapter import PREFIX, target_modules
 from converters.checkpoint import Adapter
-from converters.keras_h5 import dataset, opened, tensor_of, write_tensor
-from converters.merge_lora import updates
+from converters.keras_h5 import dataset, open_h5, tensor_of, write_tensor
+from converters.merge_lora import lora_updates
 from core.errors import UserError
 
-# What Keras walks over in a layer, last made first; None has no LoRA. Before layer 0 comes the embedding.
+# Keras' traversal of a decoder layer, in reverse order of creation; None has no LoRA. The embedding comes first.
 _MLP = [None, "mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"]  # the layer itself; its MLP
 _QKV = ["self_attn.v_proj", "self_attn.k_proj", "self_attn.q_proj"]
 WALK: dict[str, list[str | None]] = {
@@ -52,7 +52,7 @@ def read(path: Path) -> Adapter:
     Raises:
         UserError: damaged, or not the LoRA of a text Gemma.
     """
-    with opened(path) as file:
+    with open_h5(path) as file:
         pairs = {place: (_kernel(file, place, "a"), _kernel(file, place, "b")) for place in _places(file, path)}
     fitting = [family for family in WALK if _fits(family, pairs)]
     if len(fitting) != 1:
@@ -62,13 +62,13 @@ def read(path: Path) -> Adapter:
     ranks: dict[str, int] = {}
     for place, (a, b) in pairs.items():
         number, part = divmod(place - 1, len(walk))
-        lora_a, lora_b = _to_peft(str(walk[part]), *_without_filling(a, b))
+        lora_a, lora_b = _to_peft(str(walk[part]), *_without_padding(a, b))
         if len(lora_a):
             layer = f"model.layers.{number}.{walk[part]}"
             ranks[layer] = len(lora_a)
             tensors |= {f"{PREFIX}{layer}.lora_A.weight": lora_a, f"{PREFIX}{layer}.lora_B.weight": lora_b}
     if not ranks:
-        raise UserError(f"{path} changes nothing: its LoRA is all zeros")
+        raise UserError(f"{path} has no effect: its LoRA is all zeros")
     return Adapter(_settings(ranks), tensors)
 
 
@@ -88,7 +88,7 @@ def _kernel(file: h5py.File, place: int, which: str) -> Tensor:
 
 
 def _fits(family: str, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
-    """Whether every place is that of a layer that can have a LoRA, alike in all decoder layers, and fits in shape."""
+    """Whether every place is one that can have a LoRA, the same in all decoder layers, with fitting shapes."""
     walk = WALK[family]
     names: dict[int, set[str | None]] = {}
     for place, (a, b) in pairs.items():
@@ -100,8 +100,8 @@ def _fits(family: str, pairs: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
     return all(found == names.get(0) for found in names.values()) and sorted(names) == list(range(len(names)))
 
 
-def _without_filling(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the ranks at the end that are zero in both."""
+def _without_padding(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B without trailing ranks that are zero in both."""
     used = (b != 0).any(1) | (a != 0).reshape(-1, a.shape[-1]).any(0)
     rank = int(used.nonzero().max()) + 1 if used.any() else 0
     return a[..., :rank], b[:rank]
@@ -138,14 +138,14 @@ def _from_peft(name: str, lora_a: Tensor, lora_b: Tensor, config: Mapping[str, A
 
 
 def _settings(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """peft's, of an update that is weighed by 1 in every layer."""
+    """peft's settings with a scale of 1 in every layer."""
     rank = max(ranks.values())
     others = {layer: found for layer, found in ranks.items() if found != rank}
     by_name = {layer.rsplit(".", 1)[1]: found for layer, found in others.items()}
-    # By a short name where all layers of that name are alike.
+    # With short names if all layers of a name have the same rank.
     if all(by_name.get(layer.rsplit(".", 1)[1], rank) == found for layer, found in ranks.items()):
         others = by_name
-    settings = {"r": rank, "lora_alpha": rank, "bias": "none", "target_modules": targets(ranks)}
+    settings = {"r": rank, "lora_alpha": rank, "bias": "none", "target_modules": target_modules(ranks)}
     return settings | ({"rank_pattern": others, "alpha_pattern": dict(others)} if others else {})
 
 
@@ -156,17 +156,17 @@ def write(adapter: Adapter, target: Path) -> None:
     """
     config = adapter.config or {}
     if config.get("model_type") not in WALK:
-        raise UserError("KerasHub's LoRA is ordered by heads; give the folder of the base, a text Gemma: base=FOLDER")
+        raise UserError("KerasHub's LoRA is ordered by heads; pass the folder of the base, a text Gemma,: base=FOLDER")
     if adapter.peft.get("use_dora"):
         raise UserError("KerasHub has no DoRA: convert to=merged, and that folder to=keras")
     walk = WALK[config["model_type"]]
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for layer, update in updates(adapter, target).items():
+    for layer, update in lora_updates(adapter, target).items():
         _, _, number, name = layer.split(".", 3)
         lora_b = update.lora_b if update.scale == 1 else update.lora_b.float() * update.scale
         found[1 + int(number) * len(walk) + walk.index(name)] = _from_peft(name, update.lora_a, lora_b, config)
     rank = max(len(b) for _, b in found.values())
-    # A layer of the same name without a LoRA gets one of zeros, as large as its like.
+    # A layer without a LoRA gets one of zeros, if others of its name have one.
     like = {(place - 1) % len(walk): pair for place, pair in found.items()}
     with h5py.File(target, "w") as file:
         file.create_dataset("lora/vars/rank", data=rank)

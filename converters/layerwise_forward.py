@@ -1,8 +1,8 @@
-"""A Gemma run by transformers with one decoder layer in memory at a time, so that a model of any size runs anywhere.
+"""A forward pass by transformers with one decoder layer in memory at a time, so that a model of any size fits.
 
-The model is built without weights. Each decoder layer gets its own, in float32, just before it computes and gives them
-up after it; of the embedding, the rows of the tokens; the output layer goes through by blocks of the vocabulary. An
-adapter is peft's own, in memory, around the layers that it changes.
+The model is built on the meta device. Hooks load the weights of a decoder layer in float32 just before it runs and
+unload them after it; only the tokens' rows of the embedding are used; the output layer is computed in blocks of the
+vocabulary. An adapter is applied by peft, in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,26 +14,27 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from converters.adapter import PREFIX
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
 BLOCK = 16_384  # rows of the output layer at a time: 350 MB of float32 for the widest Gemma
 
 
 def empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of `config` without weights (on the meta device); raises what transformers raises for a wrong one."""
+    """The model of `config` on the meta device; raises whatever transformers raises for an invalid configuration."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))).eval()
 
 
 @torch.inference_mode()
 def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | None = None) -> Tensor:
-    """
+    """The logits of `checkpoint`, with `adapter` if given, after each token of each text.
+
     Args:
-        texts: token ids, each [tokens].
+        texts: token ids, each [tokens], int64.
 
     Returns:
-        [tokens, vocabulary] in float32, of all texts one after another.
+        [tokens of all texts, vocabulary], float32.
     """
     model = empty_model(checkpoint.config)
     body, config = model.model, model.config
@@ -42,21 +43,22 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     if adapter:
         settings = LoraConfig(task_type="CAUSAL_LM", **adapter.peft)
         get_peft_model(model, settings, low_cpu_mem_usage=True)  # wraps the layers in place
-        tensors |= {name.removeprefix(PREFIX): of_memory(tensor) for name, tensor in adapter.tensors.items()}
+        tensors |= {name.removeprefix(PREFIX): in_memory(tensor) for name, tensor in adapter.tensors.items()}
     for number, layer in enumerate(body.layers):
-        _load_when_it_computes(layer, tensors, f"model.layers.{number}.")
+        _load_on_demand(layer, tensors, f"model.layers.{number}.")
     body.norm.weight = nn.Parameter(tensors["model.norm.weight"].read().float())
 
     embedding = tensors["model.embed_tokens.weight"].read()
     rows = [embedding[ids].float() * config.hidden_size**0.5 for ids in texts]
     del embedding
-    # All texts at once, as each layer is read once. What fills up a shorter one comes after it, where it is not seen.
+    # All texts in one batch, so that each layer is read once. Padding comes last, where causal attention does not see
+    # it.
     hidden = body(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
     ends = torch.cat([states[: len(ids)] for states, ids in zip(hidden, texts, strict=True)])
     return _output(ends, checkpoint, getattr(config, "final_logit_softcapping", None))
 
 
-def _load_when_it_computes(layer: nn.Module, tensors: Mapping[str, Lazy], prefix: str) -> None:
+def _load_on_demand(layer: nn.Module, tensors: Mapping[str, LazyTensor], prefix: str) -> None:
     names = {}
     for name, _ in layer.named_parameters():
         theirs = prefix + name.replace("base_layer.", "").replace(".default", "")

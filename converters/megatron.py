@@ -14,7 +14,7 @@ h is the hidden size, f the intermediate size, n query heads of size d in g grou
 | `mlp.linear_fc2.post_layernorm.weight` | [h] | `post_feedforward_layernorm`, Gemma 2 and 3 |
 | `self_attention.q_layernorm.weight`, `k_layernorm` | [d] | `self_attn.q_norm`, `k_norm`, Gemma 3 |
 
-`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. Besides there are
+`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. There are also
 `embedding.word_embeddings.weight` [vocabulary, h], `decoder.final_layernorm.weight` [h]. The output layer is the
 embedding and is not stored. Both sides keep the embedding unscaled (√h is applied when it is looked up) and a norm as
 the w of 1 + w; NeMo 1 may keep 1 + w itself (`layernorm_zero_centered_gamma` false): 1 is taken off in float32 and
@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from converters.byte_ranges import damaged
-from converters.checkpoint import Lazy
+from converters.byte_ranges import parsing
+from converters.checkpoint import LazyTensor
 from core.errors import UserError
 
 FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
@@ -52,13 +52,13 @@ JOINED = {
     FC1: ("mlp.gate_proj", "mlp.up_proj"),
     FC2: ("mlp.down_proj",),
 }
-# What is neither a Gemma's weight nor anything else that matters: Transformer Engine's state of FP8 training.
+# Not weights: Transformer Engine's state of FP8 training.
 IGNORED = ("_extra_state",)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a Gemma's configuration decides its layout."""
+    """The sizes of a Gemma that determine its layout."""
 
     family: str
     layers: int
@@ -78,7 +78,7 @@ class Sizes:
         Raises:
             UserError: of another family than Gemma 1, 2, 3 text, or with sizes that do not fit together.
         """
-        text = known(config)
+        text = full_config(config)
         sizes = cls(
             text.model_type,
             text.num_hidden_layers,
@@ -110,8 +110,8 @@ class Sizes:
         }
 
 
-def known(config: Mapping[str, Any]) -> PretrainedConfig:
-    """`config` with every default filled in, whichever version of transformers wrote it.
+def full_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """`config` with all defaults, from any version of transformers.
 
     Raises:
         UserError: of another family.
@@ -119,7 +119,7 @@ def known(config: Mapping[str, Any]) -> PretrainedConfig:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"a model of type {family!r} is no text Gemma of the first three generations")
-    with damaged("the model's configuration"):
+    with parsing("the model's configuration"):
         return AutoConfig.for_model(**config)
 
 
@@ -159,7 +159,7 @@ def split_qkv(qkv: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def join(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """What a tensor of Megatron's holds, of the Hugging Face tensors in the order of `layout`."""
+    """Megatron's tensor of the Hugging Face tensors `parts`, in the order of `layout`."""
     if len(parts) == 3:
         return join_qkv(parts[0], parts[1], parts[2], sizes.groups)
     return torch.cat(list(parts)) if len(parts) == 2 else parts[0]
@@ -170,7 +170,7 @@ def split(joined: Tensor, count: int, sizes: Sizes) -> tuple[Tensor, ...]:
     return split_qkv(joined, sizes) if count == 3 else joined.chunk(count)
 
 
-def to_megatron(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> dict[str, Lazy]:
+def to_megatron(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
     """Hugging Face's tensors under Megatron's names and in its shapes, norms as the w of 1 + w, nothing padded.
 
     Raises:
@@ -184,14 +184,14 @@ def to_megatron(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> dict[
             raise UserError(f"{', '.join(shapes)} have different dtypes, so that Megatron cannot join them")
         rows = sum(shape[0] for shape in shapes.values())
         read = partial(lambda parts: join([part.read() for part in parts], sizes), parts)
-        found[name] = Lazy((rows, *parts[0].shape[1:]), parts[0].dtype, read)
+        found[name] = LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, read)
     _refuse_others(tensors, {part for shapes in layout(sizes).values() for part in shapes})
     return found
 
 
 def from_megatron(
-    tensors: Mapping[str, Lazy], config: Mapping[str, Any], zero_centered: bool = True
-) -> dict[str, Lazy]:
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], zero_centered: bool = True
+) -> dict[str, LazyTensor]:
     """Megatron's tensors under Hugging Face's names and in its shapes.
 
     Args:
@@ -201,10 +201,14 @@ def from_megatron(
         UserError: as `to_megatron`.
     """
     sizes = Sizes.of(config)
-    tensors = {bare(name): lazy for name, lazy in tensors.items() if bare(name) and not name.endswith(IGNORED)}
+    tensors = {
+        strip_wrappers(name): lazy
+        for name, lazy in tensors.items()
+        if strip_wrappers(name) and not name.endswith(IGNORED)
+    }
     found = {}
 
-    @lru_cache(maxsize=1)  # q, k and v are asked for one after another: what they share is read once
+    @lru_cache(maxsize=1)  # q, k and v are read one after another: the tensor that they share is read once
     def parts_of(name: str, count: int) -> tuple[Tensor, ...]:
         return split(tensors[name].read(), count, sizes)
 
@@ -220,24 +224,24 @@ def from_megatron(
         rows, first = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))
         lazy = _checked(tensors, name, (rows, *first[1:]), padded=name.startswith("embedding."))
         for number, (part, shape) in enumerate(shapes.items()):
-            found[part] = Lazy(shape, lazy.dtype, partial(read, name, number, len(shapes), shape[0]))
+            found[part] = LazyTensor(shape, lazy.dtype, partial(read, name, number, len(shapes), shape[0]))
     _refuse_others(tensors, set(layout(sizes)))
     return found
 
 
-def bare(name: str) -> str:
-    """`name` without what wrappers put in front of it; empty for what is not the model's, as an optimizer's state."""
+def strip_wrappers(name: str) -> str:
+    """`name` without the prefixes of wrappers; "" for what is not a weight, such as an optimizer's state."""
     name = re.sub(r"^((model|module)\.)+", "", name)
     return name if name.startswith(("decoder.", "embedding.", "output_layer.")) else ""
 
 
-def rows_of(tensors: Mapping[str, Lazy]) -> int | None:
-    """Rows of the embedding, padding included, where it is there."""
-    return next((lazy.shape[0] for name, lazy in tensors.items() if bare(name) == EMBEDDING), None)
+def embedding_rows(tensors: Mapping[str, LazyTensor]) -> int | None:
+    """Rows of the embedding, padding included, or None if there is none."""
+    return next((lazy.shape[0] for name, lazy in tensors.items() if strip_wrappers(name) == EMBEDDING), None)
 
 
-def merge_ranks(ranks: Sequence[Mapping[str, Lazy]]) -> dict[str, Lazy]:
-    """One model of the tensors that each tensor parallel rank holds, in their order. LoRA of NeMo 2's names too.
+def merge_ranks(ranks: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
+    """Merge the tensors of all tensor parallel ranks, in order; also LoRA tensors with NeMo 2's names.
 
     Raises:
         UserError: ranks that do not hold the same names.
@@ -250,7 +254,7 @@ def merge_ranks(ranks: Sequence[Mapping[str, Lazy]]) -> dict[str, Lazy]:
     return {name: _merged(name, [rank[name] for rank in ranks]) for name in ranks[0]}
 
 
-def _merged(name: str, parts: Sequence[Lazy]) -> Lazy:
+def _merged(name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
     dimension = _parallel_dimension(name)
     if dimension is None:
 
@@ -260,7 +264,7 @@ def _merged(name: str, parts: Sequence[Lazy]) -> Lazy:
                 raise UserError(f"{name} should be the same on all tensor parallel ranks and is not: a damaged part")
             return first
 
-        return Lazy(parts[0].shape, parts[0].dtype, same)
+        return LazyTensor(parts[0].shape, parts[0].dtype, same)
     if len({(*part.shape, part.dtype) for part in parts}) > 1 or not parts[0].shape[dimension:]:
         raise UserError(f"{name} has different shapes or dtypes on different tensor parallel ranks")
     shape = list(parts[0].shape)
@@ -272,11 +276,11 @@ def _merged(name: str, parts: Sequence[Lazy]) -> Lazy:
             return torch.cat([half[n] for n in (0, 1) for half in halves])
         return torch.cat([part.read() for part in parts], dim=dimension)
 
-    return Lazy(tuple(shape), parts[0].dtype, read)
+    return LazyTensor(tuple(shape), parts[0].dtype, read)
 
 
 def _parallel_dimension(name: str) -> int | None:
-    """Along which dimension Megatron divides a tensor among tensor parallel ranks, if it does."""
+    """The dimension along which Megatron divides a tensor among tensor parallel ranks, or None."""
     if "norm" in name:
         return None
     row_parallel = PROJ in name or FC2 in name
@@ -287,7 +291,7 @@ def _parallel_dimension(name: str) -> int | None:
     return 1 if row_parallel else 0
 
 
-def _checked(tensors: Mapping[str, Lazy], name: str, shape: tuple[int, ...], padded: bool = False) -> Lazy:
+def _checked(tensors: Mapping[str, LazyTensor], name: str, shape: tuple[int, ...], padded: bool = False) -> LazyTensor:
     if name not in tensors:
         raise UserError(f"the model has no {name}, which its configuration asks for")
     found = tuple(tensors[name].shape)
@@ -296,7 +300,7 @@ def _checked(tensors: Mapping[str, Lazy], name: str, shape: tuple[int, ...], pad
     return tensors[name]
 
 
-def _refuse_others(tensors: Mapping[str, Lazy], known_names: set[str]) -> None:
+def _refuse_others(tensors: Mapping[str, LazyTensor], known_names: set[str]) -> None:
     others = sorted(set(tensors) - known_names)
     if others:
         raise UserError(f"the model has {others[0]}, which no Gemma of its family has ({len(others)} such tensors)")

@@ -1,7 +1,6 @@
-"""What NeMo calls the sizes and mechanisms of a Gemma, and what Hugging Face does: `config.json` both ways.
+"""The configuration of a Gemma in NeMo's names and in Hugging Face's, converted both ways.
 
-NeMo 2's names and those of its GemmaConfig, Gemma2Config and Gemma3Config are the ones used here; see nemo1.py for how
-NeMo 1 differs.
+The names are those of NeMo 2's GemmaConfig, Gemma2Config and Gemma3Config; nemo1.py has the differences of NeMo 1.
 """
 
 import json
@@ -9,8 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from converters.byte_ranges import Span, damaged
-from converters.megatron import FAMILIES, known
+from converters.byte_ranges import ByteRange, parsing
+from converters.megatron import FAMILIES, full_config
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -21,7 +20,7 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: another family, or a mechanism that NeMo's Gemmas do not have.
     """
-    text = known(config)
+    text = full_config(config)
     rope = text.rope_parameters
     divisor = math.gcd(text.vocab_size, 128)  # so that nothing is padded
     fields = {
@@ -67,9 +66,7 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         }
         odd = odd or layers != expected
     if odd or not text.tie_word_embeddings or text.attention_bias:
-        raise UserError(
-            "the model has attention, positions or an output layer of its own kind, which NeMo's Gemmas have not"
-        )
+        raise UserError("the model's attention, positions or output layer are of a kind that NeMo's Gemmas do not have")
     return fields
 
 
@@ -125,13 +122,15 @@ def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def config_of(family: str, fields: Mapping[str, Any], files: Mapping[str, Span], rows: int | None) -> dict[str, Any]:
-    """`config.json` of a checkpoint: the one that it brought along if it says what `fields` say, else made of them.
+def config_of(
+    family: str, fields: Mapping[str, Any], files: Mapping[str, ByteRange], rows: int | None
+) -> dict[str, Any]:
+    """`config.json` of a checkpoint: the one among its files if it agrees with `fields`, else one made from `fields`.
 
     Args:
         fields: as `nemo_fields`; NeMo 1 has no `vocab_size` among them.
-        files: its tokenizer's, which may say how many tokens there are.
-        rows: of its embedding, which may be padded; None where it has none.
+        files: of its tokenizer, from which the vocabulary size may be read.
+        rows: of its embedding, which may be padded; None if it has none.
     """
     kept = _json(files, "config.json")
     size = fields.get("vocab_size") or kept.get("vocab_size") or _vocabulary(_json(files, "tokenizer.json")) or rows
@@ -142,27 +141,27 @@ def config_of(family: str, fields: Mapping[str, Any], files: Mapping[str, Span],
         return config
 
 
-def _json(files: Mapping[str, Span], name: str) -> dict[str, Any]:
+def _json(files: Mapping[str, ByteRange], name: str) -> dict[str, Any]:
     if name not in files:
         return {}
-    with damaged(files[name].name):
+    with parsing(files[name].name):
         return dict(json.loads(files[name].read()))
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> int | None:
-    """How many tokens there are in a `tokenizer.json`."""
+    """The vocabulary size of a `tokenizer.json`, or None."""
     if not tokenizer:
         return None
-    with damaged("tokenizer.json"):
+    with parsing("tokenizer.json"):
         ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
         return int(max(ids)) + 1
 
 
-def read_prompt(span: Span | None) -> Prompt | None:
-    if span is None:
+def read_prompt(byte_range: ByteRange | None) -> Prompt | None:
+    if byte_range is None:
         return None
-    with damaged(span.name):
-        return Prompt(**json.loads(span.read()))
+    with parsing(byte_range.name):
+        return Prompt(**json.loads(byte_range.read()))
 
 
 def _whole(number: float) -> float | int:

@@ -1,7 +1,7 @@
-"""LoRA on Megatron's joined layers, and peft's on separate ones.
+"""Converts LoRA between Megatron's fused layers and peft's separate ones.
 
-Megatron's four layers have an adapter each, of one rank and alpha for all; alpha / rank · linear_out(linear_in(x)) is
-added to what the layer puts out:
+Each of Megatron's four layers has an adapter; all have the same rank and alpha. alpha / rank · linear_out(linear_in(x))
+is added to the layer's output:
 
 | `decoder.layers.N.…` | linear_in | linear_out | peft |
 |---|---|---|---|
@@ -10,16 +10,16 @@ added to what the layer puts out:
 | `mlp.linear_fc1.adapter` | [rank, h] | [2f, rank] | `gate_proj`, `up_proj` |
 | `mlp.linear_fc2.adapter` | [rank, f] | [h, rank] | `down_proj` |
 
-From Megatron every part takes the shared linear_in as its lora_A, and its rows of linear_out as its lora_B.
+From Megatron, every part takes the shared linear_in as its lora_A, and its rows of linear_out as its lora_B.
 
-To Megatron the parts' lora_A must be shared. Where they are the same numbers in all layers, they are. Else they are put
-on top of each other, and each part's lora_B stands in its own columns, with zeros in the others':
+To Megatron, the parts' lora_A must be shared. If they are equal in all layers, they are. Otherwise they are stacked,
+and each part's lora_B is in its own columns, with zeros in the others':
 
     linear_in = [A_q; A_k; A_v]        linear_out = join(B_q·[1 0 0], B_k·[0 1 0], B_v·[0 0 1])
 
-of rank 3r (2r if only gate and up are joined). Adapters of lower rank are filled up with zeros, and alpha grows as the
-rank does, so that the scale and every product stay exactly what they were. Zeros of this pattern in all layers are
-taken off again on the way back, which gives the adapter of rank r that it was.
+of rank 3r (2r if only gate and up are fused). Adapters of lower rank are padded with zeros, and alpha grows with the
+rank, so that the scale and every product stay exactly the same. Zeros of this pattern in all layers are removed when
+converting back, which restores the adapter of rank r.
 
 NeMo also has a canonical LoRA with separate adapters (`linear_qkv.adapter.adapter_q.linear_in`, …): those are peft's as
 they are. DoRA's `weight_magnitude` [out] is divided as linear_out is. The names are those of NeMo 2.7.3,
@@ -35,8 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Lazy
-from converters.megatron import JOINED, Sizes, bare, join, split
+from converters.checkpoint import Adapter, LazyTensor
+from converters.megatron import JOINED, Sizes, join, split, strip_wrappers
 from core.errors import UserError
 
 PEFT = re.compile(
@@ -48,8 +48,8 @@ MEGATRON = re.compile(
 )
 A, B, M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 KINDS = {A: "linear_in.weight", B: "linear_out.weight", M: "weight_magnitude"}
-# What of a LoraConfig Megatron has no place for.
-BEYOND = (
+# Settings of a LoraConfig that Megatron does not support.
+UNSUPPORTED = (
     "alpha_pattern",
     "modules_to_save",
     "trainable_token_indices",
@@ -66,7 +66,7 @@ Layers = dict[int, dict[str, Kinds]]  # number of a layer → linear layer in it
 
 
 def from_megatron_lora(
-    tensors: Mapping[str, Lazy], config: Mapping[str, Any], alpha: float | None, dropout: float = 0.0
+    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], alpha: float | None, dropout: float = 0.0
 ) -> Adapter:
     """
     Args:
@@ -81,9 +81,9 @@ def from_megatron_lora(
     found: Layers = defaultdict(dict)
     named = {theirs: ours for ours, theirs in KINDS.items()}
     for name, lazy in tensors.items():
-        if name.endswith("_extra_state") or not bare(name):
+        if name.endswith("_extra_state") or not strip_wrappers(name):
             continue
-        match = MEGATRON.fullmatch(bare(name))
+        match = MEGATRON.fullmatch(strip_wrappers(name))
         layer = f"{match[2]}" if match else ""
         if match and match[3]:  # canonical: adapter_q of linear_qkv is q_proj's
             layer = next((part for part in JOINED.get(layer, ()) if part.endswith(f".{match[3]}_proj")), "")
@@ -134,9 +134,9 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
             "Megatron joins q, k and v by the base's configuration: name the folder of the base with base=FOLDER"
         )
     sizes, peft = Sizes.of(adapter.config), adapter.peft
-    beyond = [key for key in BEYOND if peft.get(key)] + ["bias"] * (peft.get("bias", "none") != "none")
-    if beyond:
-        raise UserError(f"Megatron's LoRA has no {beyond[0]}; merge the adapter into its base instead")
+    unsupported = [key for key in UNSUPPORTED if peft.get(key)] + ["bias"] * (peft.get("bias", "none") != "none")
+    if unsupported:
+        raise UserError(f"Megatron's LoRA has no {unsupported[0]}; merge the adapter into its base instead")
     layers: Layers = defaultdict(dict)
     for name, tensor in adapter.tensors.items():
         match = PEFT.fullmatch(name)
@@ -160,10 +160,10 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
 
 
 def _rank(layers: Layers, sizes: Sizes) -> int:
-    """The rank that all have.
+    """The common rank of all adapters.
 
     Raises:
-        UserError: they are none, not whole, or of shapes that do not fit `sizes`.
+        UserError: there are none, or they are incomplete, or of shapes that do not fit `sizes`.
     """
     shapes = sizes.linear()
     shapes |= {layer: (sum(shapes[part][0] for part in parts), shapes[parts[0]][1]) for layer, parts in JOINED.items()}
@@ -197,7 +197,7 @@ def _targets(layers: Layers, count: int) -> list[str]:
 
 
 def _differ(found: Mapping[str, Kinds], parts: Sequence[str]) -> bool:
-    """Whether the parts of a joined layer have not all the same lora_A."""
+    """Whether the parts of a fused layer have different lora_A."""
     have = [found[part][A] for part in parts if part in found]
     return 0 < len(have) < len(parts) or not all(torch.equal(have[0], other) for other in have[1:])
 
@@ -205,7 +205,7 @@ def _differ(found: Mapping[str, Kinds], parts: Sequence[str]) -> bool:
 def _joined(
     found: Mapping[str, Kinds], parts: Sequence[str], stack: bool, rank: int, factor: int, sizes: Sizes
 ) -> Kinds:
-    """The adapter of one joined layer, of rank · factor; parts that `found` has not are zero."""
+    """The adapter of one fused layer, of rank · factor; parts missing in `found` are zero."""
     have, shapes = [part for part in parts if part in found], sizes.linear()
     magnitudes = [found[part][M] for part in have if M in found[part]]
     if magnitudes and len(magnitudes) < len(parts):
@@ -222,8 +222,8 @@ def _joined(
 
 
 def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
-    """`layers` without the zeros that `to_megatron_lora` puts in, and by what factor that makes their rank smaller: 1
-    where those are not all there, as in an adapter that Megatron trained."""
+    """`layers` without the zeros of `to_megatron_lora`, and the factor by which their rank shrinks: 1 if the pattern is
+    not complete, as in an adapter that Megatron trained."""
     trained = any(kinds[B].any() for adapters in layers.values() for kinds in adapters.values())
     for factor in (3, 2):
         if rank % factor or not trained:
@@ -236,7 +236,7 @@ def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
         ]
         if all(pieces is not None for _, pieces in pairs):
             for number, pieces in pairs:
-                # Neither A nor B: the layer had no adapter there.
+                # A and B are both zero: the layer had no adapter there.
                 small[number] |= {
                     part: kinds for part, kinds in (pieces or {}).items() if kinds[A].any() or kinds[B].any()
                 }
@@ -245,7 +245,7 @@ def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
 
 
 def _pieces(found: Mapping[str, Kinds], parts: Sequence[str], size: int, factor: int) -> dict[str, Kinds] | None:
-    """The adapters of `parts` cut to the rank `size`; None where what would be cut off is not all zero."""
+    """The adapters of `parts` cut to the rank `size`, or None if the rest is not all zero."""
     shared, stacked = [slice(size)] * len(parts), [slice(n * size, (n + 1) * size) for n in range(len(parts))]
     for places in (shared, *([stacked] if 1 < len(parts) <= factor else [])):
         end, small = max(place.stop for place in places), {}

@@ -1,10 +1,11 @@
-"""This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a whole model.
+"""This project's `.nemo`: a tar of `model_config.yaml` and `model_weights.ckpt`, of an adapter or of a full model.
 
-An adapter's weights have peft's names and shapes, see adapter.py; its configuration names the base by hash. A whole
-model's have Hugging Face's, see hf.py; beside them lie its `config.json` and its tokenizer, as `files/<name>`. Weights
-are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and are read where they lie.
+An adapter's weights have peft's names and shapes, see adapter.py; its configuration refers to the base by hash.
+A full model's weights have Hugging Face's, see hf.py, and its `config.json` and tokenizer are beside them, as
+`files/<name>`. Weights are what `torch.save` writes, so that NeMo restores an adapter by `GemmaLoRA.restore_from`, and
+are read in place.
 
-Nothing in an archive from elsewhere is run, unpacked to disk or followed: members are read under fixed names.
+Nothing in an untrusted archive is executed, unpacked to disk or followed: members are read by fixed names.
 """
 
 import json
@@ -17,10 +18,10 @@ from typing import Any
 import torch
 import yaml
 
-from converters.adapter import plain_lora
-from converters.byte_ranges import Span, below, members
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
-from converters.hf import COMPANIONS, as_prompt
+from converters.adapter import lora_settings
+from converters.byte_ranges import ByteRange, files_below, members
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.hf import COMPANIONS, parse_prompt
 from converters.torch_file import read_tensors, write_tensors
 from core.configuration import escaped, unescaped
 from core.errors import UserError
@@ -37,7 +38,7 @@ MAX_MEMBERS = 100
 
 
 def recognizes(path: Path) -> bool:
-    """Whatever is named so and is not NeMo 1's own: one that is damaged or of another kind is told so by `read`."""
+    """Any file with this suffix that is not NeMo 1's; `read` says what is wrong with a damaged one."""
     if path.suffix != ".nemo" or not path.is_file():
         return False
     try:
@@ -51,15 +52,15 @@ def read(path: Path) -> Checkpoint | Adapter:
     config = _config(parts, path)
     if WEIGHTS not in parts:
         raise UserError(f"{path} is not a whole .nemo of this project: it has no {WEIGHTS}")
-    prompt = as_prompt(config["prompt"], path) if config.get("prompt") is not None else None
+    prompt = parse_prompt(config["prompt"], path) if config.get("prompt") is not None else None
     tensors = read_tensors(parts[WEIGHTS])
     if "config" in config:
         values = _section(config, "config", path)
-        companions = below(parts, FILES)
+        companions = files_below(parts, FILES)
         for name in companions:
             if not any(fnmatch(name, pattern) for pattern in COMPANIONS) or Path(name).name != name:
                 raise UserError(f"{path}: {FILES}{name} is none of the files that belong to a model beside its weights")
-        files = {name: span.read() for name, span in companions.items()}
+        files = {name: byte_range.read() for name, byte_range in companions.items()}
         return Checkpoint(values, tensors, files, prompt, _texts(config.get("origin") or {}, "origin", path))
     if missing := {"base", "peft", "dtype"} - config.keys():
         raise UserError(f"{path} is a .nemo of another kind: {CONFIG} has no {', '.join(sorted(missing))}")
@@ -70,7 +71,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     settings = {key: value for key, value in _section(config, "peft", path).items() if key != "name"}
     adapter = {name: tensor.read() for name, tensor in tensors.items()}
     return Adapter(
-        plain_lora(settings, adapter, path),
+        lora_settings(settings, adapter, path),
         adapter,
         _texts(config["base"], "base", path),
         None,
@@ -83,13 +84,13 @@ def read(path: Path) -> Checkpoint | Adapter:
 def write(content: Checkpoint | Adapter, target: Path) -> None:
     prompt = vars(content.prompt) if content.prompt else None
     files: Mapping[str, bytes | Path] = {}
-    tensors: Mapping[str, Lazy]
+    tensors: Mapping[str, LazyTensor]
     config: dict[str, Any]
     if isinstance(content, Checkpoint):
         config = {"config": content.config, "origin": content.origin, "prompt": prompt}
         tensors, files = content.tensors, content.files
     else:
-        tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
+        tensors = {name: in_memory(tensor) for name, tensor in content.tensors.items()}
         base = {key: content.base.get(key, "") for key in ("name", "source", "revision", "sha256")}
         config = {
             "base_folder": content.base.get("folder", ""),
@@ -102,7 +103,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             "target": "training.gemma_lora.GemmaLoRA",
         }
     with target.open("wb") as file:
-        # Through JSON: what stands in it twice is written twice, not by reference.
+        # Through JSON, so that YAML repeats shared values instead of referring to them.
         text = yaml.safe_dump(escaped(json.loads(json.dumps(config))), sort_keys=False).encode()
         file.write(_header(CONFIG, len(text)) + _padded(text))
         for name, where in files.items():
@@ -119,7 +120,7 @@ def _dtype(config: Mapping[str, Any]) -> str:
 # --- the archive ------------------------------------------------------------------------------------------------
 
 
-def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
+def _config(parts: Mapping[str, ByteRange], path: Path) -> dict[str, Any]:
     if len(parts) > MAX_MEMBERS:
         raise UserError(
             f"{path} is not a whole .nemo of this project: it has {len(parts)} members, of which none "
@@ -127,7 +128,7 @@ def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
         )
     text = parts[CONFIG].read(MAX_CONFIG) if CONFIG in parts else b""
     try:
-        _refuse_growth(text)
+        _refuse_expansion(text)
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a whole .nemo of this project: {CONFIG} is damaged ({error})") from None
@@ -136,8 +137,9 @@ def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
     return unescaped(config)
 
 
-def _refuse_growth(text: bytes) -> None:
-    """A few lines of YAML that refer to each other stand for gigabytes, and deep nesting takes hours to read."""
+def _refuse_expansion(text: bytes) -> None:
+    """Refuse aliases and deep nesting: a few lines of aliases can expand to gigabytes, and nesting can take hours to
+    parse."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -148,13 +150,13 @@ def _refuse_growth(text: bytes) -> None:
 def _section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     values = config[name]
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and values")
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a mapping with string keys")
     return values
 
 
 def _texts(values: Any, name: str, path: Path) -> dict[str, str]:
     if not isinstance(values, dict) or not all(isinstance(text, str) for pair in values.items() for text in pair):
-        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a list of names and texts")
+        raise UserError(f"{path}: {name} in {CONFIG} is damaged; it must be a mapping of strings to strings")
     return values
 
 

@@ -7,10 +7,10 @@
     model_weights/                  or a distributed checkpoint, torch_dist or zarr
     *_tokenizer.model, tokenizer/   SentencePiece's model; what Hugging Face needs, of those that are written here
 
-NeMo 1 knows no Gemma 3. It is written with `layernorm_zero_centered_gamma: true`, as NeMo's own converter of Gemma 2
-does: norms stay as they are, to the bit. Its converter of Gemma 1 adds 1 to them and rounds, which is undone as far as
-it can be. A LoRA's layers have their own names there, see `ADAPTERS`; its canonical variant adds q's, k's and v's own
-adapters, which are peft's as they are.
+NeMo 1 does not support Gemma 3. It is written with `layernorm_zero_centered_gamma: true`, as NeMo's own converter of
+Gemma 2 does: norms stay as they are, to the bit. Its converter of Gemma 1 adds 1 to them and rounds, which is undone as
+far as it can be. A LoRA's layers have their own names there, see `ADAPTERS`; its canonical variant adds q's, k's and
+v's own adapters, which are peft's as they are.
 """
 
 import io
@@ -26,10 +26,10 @@ from typing import Any, BinaryIO, cast
 import torch
 import yaml
 
-from converters.byte_ranges import Span, below, damaged, members
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.byte_ranges import ByteRange, files_below, members, parsing
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed, write_distributed
-from converters.megatron import from_megatron, merge_ranks, rows_of, to_megatron
+from converters.megatron import embedding_rows, from_megatron, merge_ranks, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.torch_file import read_tensors
@@ -56,14 +56,14 @@ ADAPTERS = {
         for part in ("gate", "up")
     },
 }
-# How NeMo 1 calls what a LoRA is put on.
+# NeMo 1's names of LoRA target modules.
 TARGETS = {
     "linear_qkv": "attention_qkv",
     "linear_proj": "attention_dense",
     "linear_fc1": "mlp_fc1",
     "linear_fc2": "mlp_fc2",
 }
-# NeMo 2's fields that NeMo 1 has under the same name, and those it calls otherwise.
+# Fields of NeMo 2 that have the same name in NeMo 1, and those in its customization config.
 SAME = (
     "num_layers",
     "hidden_size",
@@ -110,7 +110,7 @@ GEMMA = {
 
 def recognizes(path: Path) -> bool:
     try:
-        if path.is_dir() and not (path / CONFIG).is_file():  # it may be a folder of anything, with all below it
+        if path.is_dir() and not (path / CONFIG).is_file():  # do not list an arbitrary folder recursively
             return False
         parts = members(path)
         return CONFIG in parts and "num_attention_heads" in (yaml.safe_load(parts[CONFIG].read(1 << 22)) or {})
@@ -127,7 +127,7 @@ def read(path: Path) -> Checkpoint | Adapter:
     if CONFIG not in parts:
         raise UserError(f"{path} has no {CONFIG}: it is no whole .nemo")
     where = parts[CONFIG].name
-    with damaged(where):
+    with parsing(where):
         config = yaml.safe_load(parts[CONFIG].read())
         custom = config.get("mcore_customization_config") or {}
         family = (
@@ -138,43 +138,43 @@ def read(path: Path) -> Checkpoint | Adapter:
         fields = {key: config[key] for key in SAME if key in config}
         fields |= {key: custom[key] for key in CUSTOM if key in custom} | {"seq_length": config["encoder_seq_length"]}
         lora = (config.get("peft") or {}).get("lora_tuning") or {}
-    tokenizer = below(parts, TOKENIZER)
+    tokenizer = files_below(parts, TOKENIZER)
     tensors = _tensors(parts, f"{path}")
-    with damaged(where):
-        hf = config_of(family, fields, tokenizer, rows_of(tensors))
+    with parsing(where):
+        hf = config_of(family, fields, tokenizer, embedding_rows(tensors))
     prompt = read_prompt(parts.get(PROMPT_FILE))
     adapters = {name: lazy for name, lazy in tensors.items() if ".adapter." in name}
     if adapters:
-        with damaged(where):
+        with parsing(where):
             alpha, dropout = lora.get("alpha"), float(lora.get("adapter_dropout") or 0.0)
             base = lora.get("base") or {}
         adapter = from_megatron_lora(adapters, hf, alpha, dropout)
         adapter.base, adapter.prompt = base, prompt
         return adapter
-    files = {name: span.read() for name, span in tokenizer.items() if name != "config.json" and "/" not in name}
-    for name, span in parts.items():
+    files = {
+        name: byte_range.read() for name, byte_range in tokenizer.items() if name != "config.json" and "/" not in name
+    }
+    for name, byte_range in parts.items():
         if name.endswith("tokenizer.model") and "/" not in name:  # NeMo puts a hash before it
-            files["tokenizer.model"] = span.read()
+            files["tokenizer.model"] = byte_range.read()
     zero_centered = bool(fields.get("layernorm_zero_centered_gamma"))
     return Checkpoint(hf, from_megatron(tensors, hf, zero_centered), files, prompt)
 
 
-def _tensors(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
-    """The whole model's tensors, layers numbered through, adapters under NeMo 2's names."""
-    ranks: dict[int, dict[int, dict[str, Lazy]]] = defaultdict(dict)  # pipeline rank → tensor rank → its tensors
+def _tensors(parts: Mapping[str, ByteRange], name: str) -> dict[str, LazyTensor]:
+    """The tensors of the full model, with layers numbered across pipeline ranks and adapters under NeMo 2's names."""
+    ranks: dict[int, dict[int, dict[str, LazyTensor]]] = defaultdict(dict)  # pipeline rank → tensor rank → its tensors
     if f"{WEIGHTS}.ckpt" in parts:
         ranks[0][0] = read_tensors(parts[f"{WEIGHTS}.ckpt"])
     elif any(part.startswith(f"{WEIGHTS}/") for part in parts):
-        ranks[0][0] = read_distributed(below(parts, WEIGHTS), f"{name}: {WEIGHTS}")
-    for part, span in parts.items():
+        ranks[0][0] = read_distributed(files_below(parts, WEIGHTS), f"{name}: {WEIGHTS}")
+    for part, byte_range in parts.items():
         if match := RANK.fullmatch(part):
-            ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(span)
+            ranks[int(match[3] or 0)][int(match[1] or match[2])] = read_tensors(byte_range)
     width = max((len(stage) for stage in ranks.values()), default=0)
     if not width or set(ranks) != set(range(len(ranks))) or any(set(s) != set(range(width)) for s in ranks.values()):
-        raise UserError(
-            f"{name} has not the weights of all ranks: of model_weights.ckpt, mp_rank_00/… it needs every one"
-        )
-    found: dict[str, Lazy] = {}
+        raise UserError(f"{name} does not have the weights of all ranks (model_weights.ckpt, or every mp_rank_00/…)")
+    found: dict[str, LazyTensor] = {}
     layers = 0
     for stage in range(len(ranks)):
         merged = merge_ranks(
@@ -203,7 +203,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     """
     hf = content.config or {}
     if hf.get("model_type") == "gemma3_text":
-        raise UserError("NeMo 1 knows no Gemma 3; write it for NeMo 2, to=nemo2")
+        raise UserError("NeMo 1 does not support Gemma 3; write it for NeMo 2, to=nemo2")
     lora: dict[str, Any] = {}
     if isinstance(content, Adapter):
         tensors, rank, alpha = to_megatron_lora(content)
@@ -283,7 +283,7 @@ def _model_config(
 
 @contextmanager
 def _member(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
-    """A file in `tar` that is written as it comes: its header, which says how long it is, follows in its place."""
+    """A member of `tar` that is written as a stream; its header, which has the length, is filled in afterwards."""
     file = cast(Any, tar.fileobj)
     start = tar.offset
     file.write(bytes(tarfile.BLOCKSIZE))
@@ -300,7 +300,7 @@ def _member(tar: tarfile.TarFile, name: str) -> Iterator[BinaryIO]:
 
 
 class _Appending(io.RawIOBase):
-    """The end of `file` as a file that begins at `start`."""
+    """`file` from `start` on, for appending, as a file of its own."""
 
     def __init__(self, file: BinaryIO, start: int):
         self._file, self._start = file, start

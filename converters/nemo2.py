@@ -6,7 +6,7 @@
     weights/                  a distributed checkpoint: `module.decoder.layers.mlp.linear_fc2.weight` …
     weights/adapter_metadata.json   of a LoRA: which checkpoint it was trained on; NeMo wants its folder there
 
-Classes are named, never imported: what a context asks to be built is not built here.
+Classes are only named, never imported: nothing that a context describes is instantiated.
 
 Transformer Engine's state of FP8 training (`_extra_state`) is not written. NeMo 2.7 loads a checkpoint without it with
 `ckpt_load_strictness="log_all"`, as its own converter from NeMo 1 does. Gemma 2's sliding layers are the even ones in
@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import yaml
 
-from converters.byte_ranges import below, damaged, members
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.byte_ranges import files_below, members, parsing
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed, write_distributed
-from converters.megatron import from_megatron, rows_of, to_megatron
+from converters.megatron import embedding_rows, from_megatron, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from core.errors import UserError
@@ -39,8 +39,8 @@ WRITES = {Checkpoint: "", Adapter: ""}
 MODEL, GRAPH, TOKENIZER = "context/model.yaml", "context/io.json", "context/nemo_tokenizer"
 ADAPTER = "adapter_metadata.json"
 MODULE = "nemo.collections.llm.gpt.model"
-# Family → module, class of the model, class of its configuration. All fields are given, so that a size in the name of a
-# class means nothing; of Gemma 3's only those with one have a field for every mechanism.
+# Family → module, class of the model, class of its configuration. All fields are given, so that a size in a class
+# name has no effect; of Gemma 3's only the classes with a size have a field for every mechanism.
 CLASSES = {
     "gemma": (f"{MODULE}.gemma", "GemmaModel", "GemmaConfig"),
     "gemma2": (f"{MODULE}.gemma2", "Gemma2Model", "Gemma2Config"),
@@ -53,8 +53,8 @@ AUTO_TOKENIZER = ("nemo.collections.common.tokenizers.huggingface.auto_tokenizer
 LORA = ("nemo.collections.llm.peft.lora", "LoRA")
 
 
-class Config(dict[str, Any]):
-    """Arguments of a class that NeMo is to build: `module`, `name` and what to call it with."""
+class FiddleConfig(dict[str, Any]):
+    """The configuration of an object that NeMo instantiates: the class's `module` and `name`, and its arguments."""
 
     def __init__(self, where: tuple[str, str], **arguments: Any):
         super().__init__(arguments)
@@ -71,22 +71,22 @@ def read(path: Path) -> Checkpoint | Adapter:
         UserError: damaged, incomplete or hostile; a model of another kind.
     """
     parts = members(path)
-    with damaged(f"{path / MODEL}"):
+    with parsing(f"{path / MODEL}"):
         model = yaml.safe_load(parts[MODEL].read())
         fields, transform = model["config"], model.get("model_transform")
         target = f"{fields['_target_']}"
     if not KNOWN.fullmatch(target):
         raise UserError(f"{path / MODEL} is of {target}; only the text Gemmas of NeMo 2 are known")
     family = next(family for family, (module, *_) in CLASSES.items() if target.rpartition(".")[0] == module)
-    tokenizer = below(parts, TOKENIZER)
-    tensors = read_distributed(below(parts, "weights"), f"{path / 'weights'}")
-    with damaged(f"{path / MODEL}"):
-        config = config_of(family, fields, tokenizer, rows_of(tensors))
+    tokenizer = files_below(parts, TOKENIZER)
+    tensors = read_distributed(files_below(parts, "weights"), f"{path / 'weights'}")
+    with parsing(f"{path / MODEL}"):
+        config = config_of(family, fields, tokenizer, embedding_rows(tensors))
     prompt = read_prompt(parts.get(f"context/{PROMPT_FILE}"))
     if f"weights/{ADAPTER}" in parts or any(".adapter." in name for name in tensors):
         if not isinstance(transform, dict) or "alpha" not in transform:
-            raise UserError(f"{path / MODEL} does not say what LoRA it holds: it has no model_transform with an alpha")
-        with damaged(f"{path / MODEL}"):
+            raise UserError(f"{path / MODEL} does not describe its LoRA: it has no model_transform with an alpha")
+        with parsing(f"{path / MODEL}"):
             alpha, dropout = float(transform["alpha"]), float(transform.get("dropout") or 0.0)
             base = json.loads(parts[f"weights/{ADAPTER}"].read()) if f"weights/{ADAPTER}" in parts else {}
             origin = base.get("base") or {}
@@ -115,10 +115,10 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         dtype = next(iter(weights.values())).dtype
     module, model_class, config_class = CLASSES[config["model_type"]]
     precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "params_dtype": dtype}
-    fields = Config((module, config_class), **nemo_fields(config), **precision)
+    fields = FiddleConfig((module, config_class), **nemo_fields(config), **precision)
     if any(name.startswith("tokenizer") for name in files):
-        arguments["tokenizer"] = Config(AUTO_TOKENIZER, pretrained_model_name="nemo_tokenizer")
-    model = Config((module, model_class), config=fields, **arguments)
+        arguments["tokenizer"] = FiddleConfig(AUTO_TOKENIZER, pretrained_model_name="nemo_tokenizer")
+    model = FiddleConfig((module, model_class), config=fields, **arguments)
 
     (target / "weights").mkdir(parents=True)
     (target / TOKENIZER).mkdir(parents=True)
@@ -134,16 +134,16 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     if content.prompt:
         content.prompt.save(target / "context")
     (target / MODEL).write_text(yaml.safe_dump(_as_yaml(model), sort_keys=False))
-    root = Config(("nemo.lightning.io.pl", "TrainerContext"), model=model, trainer=None, extra={})
+    root = FiddleConfig(("nemo.lightning.io.pl", "TrainerContext"), model=model, trainer=None, extra={})
     (target / GRAPH).write_text(json.dumps(fiddle_graph(root)))
 
 
-def _lora(adapter: Adapter) -> tuple[dict[str, Lazy], Config]:
+def _lora(adapter: Adapter) -> tuple[dict[str, LazyTensor], FiddleConfig]:
     tensors, rank, alpha = to_megatron_lora(adapter)
-    weights = {name: Lazy(tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
+    weights = {name: LazyTensor(tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
     layers = sorted({name.split(".adapter.")[0].rpartition(".")[2] for name in tensors})
     where = ("nemo.collections.llm.peft.dora", "DoRA") if adapter.peft.get("use_dora") else LORA
-    return weights, Config(
+    return weights, FiddleConfig(
         where,
         target_modules=layers,
         dim=rank,
@@ -157,16 +157,16 @@ def _dtype(fields: Mapping[str, Any]) -> str:
 
 
 def _as_yaml(value: Any) -> Any:
-    """`value` as NeMo's `model.yaml` has it: a class under `_target_`, what is no plain value by its name."""
-    if isinstance(value, Config):
+    """`value` as in NeMo's `model.yaml`: a class under `_target_`, other objects by name."""
+    if isinstance(value, FiddleConfig):
         return {"_target_": f"{value.module}.{value.name}", **{key: _as_yaml(item) for key, item in value.items()}}
     if isinstance(value, torch.dtype):
         return {"_target_": f"{value}", "_call_": False}
     return list(value) if isinstance(value, tuple) else value
 
 
-def fiddle_graph(root: Config) -> dict[str, Any]:
-    """`root` as `fiddle.experimental.serialization` 0.3 writes it, every configuration an object of its own."""
+def fiddle_graph(root: FiddleConfig) -> dict[str, Any]:
+    """`root` as `fiddle.experimental.serialization` 0.3 writes it, with each configuration as an object of its own."""
     objects: dict[str, Any] = {}
     settings = {"type": "pyref", "module": "fiddle._src.config", "name": "BuildableTraverserMetadata"}
 
@@ -180,7 +180,7 @@ def fiddle_graph(root: Config) -> dict[str, Any]:
 
     def store(value: Any, path: str | None) -> Any:
         paths = {} if path is None else {"paths": [path]}
-        if isinstance(value, Config):
+        if isinstance(value, FiddleConfig):
             items = [[f"Attr(name='{name}')", store(item, f"{path}.{name}")] for name, item in value.items()]
             empty = container("dict", [], container("tuple", [], None, {}), {})
             described = {

@@ -1,4 +1,4 @@
-"""A fine-tuned model, opened from its `.nemo` by transformers and peft, for training's figures and for answers."""
+"""A fine-tuned model, loaded from its `.nemo` by transformers and peft, for evaluation and generation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from core.prompt import Prompt
 
 @dataclass
 class NemoFile:
-    """The adapter that a `.nemo` holds.
+    """The adapter in a `.nemo`.
 
     Attributes:
         base: `{"name", "source", "revision", "sha256"}` of the base model.
         peft: keys of a `peft.LoraConfig`.
-        prompt: the wording it was trained with.
+        prompt: the template that it was trained with.
         adapter: peft's tensor names → float32 tensors, `lora_A` [r, in] and `lora_B` [out, r].
         dtype: the dtype of the base model in training, e.g. "bfloat16".
         quantization: BitsAndBytesConfig keys of a base that was in 4 bits in training, else None.
@@ -42,7 +42,8 @@ class NemoFile:
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """The adapted model, by plain transformers and peft, on `device` (default: the GPU if there is one).
 
-        An adapter of QLoRA goes on the whole base, as its users will put it, or `as_trained`, on the base in 4 bits.
+        A QLoRA adapter is applied to the unquantized base, as it will be in use, or if `as_trained`, to the base in 4
+        bits.
 
         Raises:
             UserError: `base_folder` holds other weights than the adapter was trained on.
@@ -51,8 +52,8 @@ class NemoFile:
         if found["sha256"] != self.base["sha256"]:
             raise UserError(
                 f"this adapter was trained on {self.base['name']} with weights {self.base['sha256'][:12]}; "
-                f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Name the folder of the "
-                f"right base: model.path=FOLDER"
+                f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Pass the right base: "
+                f"model.path=FOLDER"
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         quantization = self.quantization if as_trained else None
@@ -63,13 +64,14 @@ class NemoFile:
 
 
 def read_nemo(path: Path) -> NemoFile:
-    """
+    """Read the `.nemo` of an adapter.
+
     Raises:
-        UserError: no such file, not a `.nemo`, damaged, or one of another kind of model.
+        UserError: no such file, not a `.nemo`, damaged, or another kind of model.
     """
     found = nemo.read(path)
     if not isinstance(found, Adapter):
         raise UserError(f"{path} holds a whole model, not an adapter; python -m commands.convert source={path} to=hf")
     if found.prompt is None or found.dtype is None:
-        raise UserError(f"{path} does not say with which prompt its adapter was trained, so it cannot be asked")
+        raise UserError(f"{path} does not have the prompt that its adapter was trained with, which generation needs")
     return NemoFile(found.base, found.peft, found.prompt, found.tensors, found.dtype, found.quantization)

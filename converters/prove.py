@@ -1,7 +1,7 @@
-"""The proof of a conversion: what was written is read again, and must say what the source says.
+"""The proof of a conversion: the target is read again, and must be equivalent to the source.
 
-Every tensor is compared with the source's, bit by bit, unless the conversion rounds: a merge does, once, and a format
-that declares a TOLERANCE. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and
+Every tensor is compared with the source's, bit by bit, unless the conversion rounds, as a merge or a format with a
+TOLERANCE does. Then both sides are run on the same prompts, a layer at a time (layerwise_forward.py), and
 what they predict is compared. An adapter is run on its base, by peft.
 """
 
@@ -13,16 +13,16 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from converters.adapter import PART
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
+from converters.adapter import LORA_TENSOR
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.layerwise_forward import logits
-from converters.merge_lora import updates
+from converters.merge_lora import lora_updates
 from core.errors import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
 # predicted distributions must stay far below what separates the fine-tuned model from its base.
 MERGED_LIMITS = {"mean_kl_divergence": 0.005}
-# A scale inside of B is multiplied before the products in place of after them: float32's roundings fall elsewhere.
+# A scale inside B is applied before the products instead of after them, so that float32 rounds differently.
 RESCALED_LIMITS = {"mean_kl_divergence": 1e-6}
 SHARE_OF_TRAINING = 0.1  # and at most this share of the divergence between base and fine-tuned model
 
@@ -41,15 +41,15 @@ def prove(
     base: Checkpoint | None,
     tolerance: dict[str, float] | None,
 ) -> dict[str, Any]:
-    """Compare `source` with `target`, which was read from what was written.
+    """Compare `source` with `target`, as read again from what was written.
 
     Args:
-        base: of an adapter, which may be one side or both.
-        tolerance: name of a measured difference → its limit; None where every bit must be the same.
+        base: of the adapter, if one or both sides are one.
+        tolerance: name of a difference → its limit; None: every bit must be the same.
 
     Returns:
-        How many tensors have the same bits, maximal and mean absolute logit difference, mean KL divergence in nats a
-        token, top-1 agreement; where an adapter was merged, also the divergence between base and fine-tuned model.
+        Number of tensors and of identical ones, maximum and mean absolute logit difference, mean KL divergence in nats
+        per token, top-1 agreement; for a merge also the divergence between base and fine-tuned model.
 
     Raises:
         UserError: a difference is beyond its limit.
@@ -57,7 +57,7 @@ def prove(
     merged = isinstance(source, Adapter) and isinstance(target, Checkpoint)
     names, differing = _compare(base if merged and base else source, target)
     if merged:
-        changed = {PART.sub(r"\1.weight", name) for name in source.tensors}
+        changed = {LORA_TENSOR.sub(r"\1.weight", name) for name in source.tensors}
         unexpected = [name for name in differing if name not in changed]
     else:
         unexpected = differing if tolerance is None else []
@@ -88,9 +88,10 @@ def prove(
 
 
 def differences(expected: Tensor, found: Tensor) -> dict[str, float]:
-    """Of logits [tokens, vocabulary]; KL(expected ‖ found)."""
+    """Differences between logits [tokens, vocabulary], float32; the divergence is KL(expected ‖ found), in nats per
+    token."""
     largest, total, divergence, agreeing = 0.0, 0.0, 0.0, 0
-    for left, right in zip(expected, found, strict=True):  # a token at a time, in little memory
+    for left, right in zip(expected, found, strict=True):  # a token at a time, to save memory
         difference = (left - right).abs()
         largest, total = max(largest, difference.max().item()), total + difference.mean().item()
         p, q = left.double().log_softmax(-1), right.double().log_softmax(-1)
@@ -100,7 +101,7 @@ def differences(expected: Tensor, found: Tensor) -> dict[str, float]:
     return {
         "max_logit_difference": largest,
         "mean_logit_difference": total / count,
-        "mean_kl_divergence": max(divergence / count, 0.0),  # the sum of its roundings may lie below
+        "mean_kl_divergence": max(divergence / count, 0.0),  # rounding may make the sum negative
         "top1_agreement": agreeing / count,
     }
 
@@ -113,7 +114,7 @@ def _run(side: Checkpoint | Adapter, base: Checkpoint | None, probes: Sequence[T
 
 
 def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tuple[int, list[str]]:
-    """How many tensors there are, and the names of those that are not the same."""
+    """The number of tensors, and the names of those that differ."""
     left, right = _tensors(source), _tensors(target)
     for name in sorted(left.keys() ^ right.keys()):
         raise UserError(
@@ -124,39 +125,39 @@ def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tupl
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    # A format of fewer dtypes may hold the same value in a wider one.
+    # A format with fewer dtypes may hold the same value in a wider one.
     right = right if left.dtype == right.dtype else right.to(left.dtype)
     return left.shape == right.shape and torch.equal(
         left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
     )
 
 
-def _tensors(side: Checkpoint | Adapter) -> Mapping[str, Lazy]:
+def _tensors(side: Checkpoint | Adapter) -> Mapping[str, LazyTensor]:
     if isinstance(side, Checkpoint):
         return side.tensors
-    return {name: of_memory(tensor) for name, tensor in side.tensors.items()}
+    return {name: in_memory(tensor) for name, tensor in side.tensors.items()}
 
 
-def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, Lazy]:
-    """An adapter's B with the scale in it, where `other` has another scale: a format without alpha keeps it there."""
+def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, LazyTensor]:
+    """An adapter's B times its scale, where `other` has another scale: a format without alpha stores it in B."""
     if not isinstance(side, Adapter) or not isinstance(other, Adapter):
         return {}
-    mine, theirs = (updates(adapter, Path("the adapter")) for adapter in (side, other))
+    mine, theirs = (lora_updates(adapter, Path("the adapter")) for adapter in (side, other))
     return {
-        f"base_model.model.{layer}.lora_B.weight": of_memory(update.lora_b.float() * update.scale)
+        f"base_model.model.{layer}.lora_B.weight": in_memory(update.lora_b.float() * update.scale)
         for layer, update in mine.items()
         if layer in theirs and update.scale != theirs[layer].scale
     }
 
 
-# --- what both sides are asked ----------------------------------------------------------------------------------
+# --- prompts for both sides ----------------------------------------------------------------------------------
 
 
 def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
-    """Token ids of `PROBES` and of the prompt it was trained with; drawn ones where no side has a tokenizer.
+    """Token ids of `PROBES` and of the training prompt; random ones if no side has a tokenizer.
 
     Raises:
-        UserError: the target's tokenizer says something else than the source's.
+        UserError: the two sides' tokenizers differ.
     """
     prompt = next((side.prompt for side in sides if side and side.prompt), None)
     whole = [side for side in sides if isinstance(side, Checkpoint)]

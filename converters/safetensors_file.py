@@ -1,4 +1,4 @@
-"""A safetensors file, tensor by tensor: read lazily, written without ever holding two of them.
+"""safetensors files, tensor by tensor: read lazily, and written with one tensor in memory at a time.
 
 The library's own `save_file` wants all tensors of a file at once. The format is eight bytes with the length of a JSON
 header, the header, and the tensors' bytes end to end (https://github.com/huggingface/safetensors#format).
@@ -15,17 +15,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from converters.checkpoint import Lazy
+from converters.checkpoint import LazyTensor
 from core.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def read_tensors(path: Path) -> dict[str, Lazy]:
-    """
+def read_tensors(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of a file, by name.
+
     Raises:
-        UserError: the file is damaged, or holds tensors that are not of 16 or 32-bit floats.
+        UserError: the file is damaged, or holds tensors other than 16 or 32-bit floats.
     """
     with _opened(path) as file:
         shapes = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, safe_open is not a dict
@@ -36,12 +37,12 @@ def read_tensors(path: Path) -> dict[str, Lazy]:
                     f"{path}: {name} is of {part.get_dtype()}; only whole models in {', '.join(DTYPES)} are converted"
                 )
             dtype = DTYPES[part.get_dtype()]
-            tensors[name] = Lazy(tuple(part.get_shape()), dtype, partial(_read_one, path, name))
+            tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, partial(_read_one, path, name))
     return tensors
 
 
 def _read_one(path: Path, name: str) -> Tensor:
-    # Opened for each tensor: memory that is mapped counts as used until the file is closed.
+    # Opened for each tensor, because mapped memory counts as used until the file is closed.
     with _opened(path) as file:
         return file.get_tensor(name)
 
@@ -57,15 +58,16 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise UserError(f"{path} is damaged ({error}). Copy or download it again") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Lazy]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write the file `path`, one tensor in memory at a time."""
     with path.open("wb") as file:
         file.write(header(tensors))
         for name in _order(tensors):
             file.write(as_bytes(tensors[name].read()))
 
 
-def header(tensors: Mapping[str, Lazy | Tensor]) -> bytes:
-    """What stands before the bytes of `tensors`."""
+def header(tensors: Mapping[str, LazyTensor | Tensor]) -> bytes:
+    """The length and the JSON header that precede the bytes of `tensors`."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in _order(tensors):
@@ -76,12 +78,12 @@ def header(tensors: Mapping[str, Lazy | Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
-    """As the library orders them: wide types first, then by name."""
+def _order(tensors: Mapping[str, LazyTensor | Tensor]) -> list[str]:
+    """The library's order: wide dtypes first, then by name."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The values of `tensor`, row by row, little-endian, without a copy where they lie so."""
+    """The values of `tensor`, row-major and little-endian, without a copy where they are stored so."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if math.prod(tensor.shape) else memoryview(b"")

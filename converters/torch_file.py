@@ -1,9 +1,8 @@
-"""A file of `torch.save`, alone or inside another file, tensor by tensor: read lazily, and written so too.
+"""Files of `torch.save`, alone or inside another file, tensor by tensor: read lazily, and written one at a time.
 
-Such a file is a zip archive of uncompressed records: `data.pkl`, which says what the tensors are, and `data/0`,
-`data/1` … with their bytes. Only the former is unpickled, with `weights_only=True` and onto the device "meta": shapes,
-dtypes, and where in the file a storage begins. A record is read when its tensor is asked for, and checked against the
-archive's CRC, so that a flipped bit is found.
+Such a file is a zip archive of uncompressed records: `data.pkl`, which describes the tensors, and `data/0`, `data/1` …
+with their bytes. Only `data.pkl` is unpickled, with `weights_only=True` and onto the device "meta": it gives shapes,
+dtypes, and the offset of each storage. A record is read when its tensor is needed, and verified by the archive's CRC.
 """
 
 import io
@@ -22,55 +21,55 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from converters.byte_ranges import Span, damaged
-from converters.checkpoint import Lazy
+from converters.byte_ranges import ByteRange, parsing
+from converters.checkpoint import LazyTensor
 from converters.safetensors_file import as_bytes
 from core.errors import UserError
 
-MAX_PICKLE = 64 * 2**20  # bytes: what names a hundred thousand tensors
+MAX_PICKLE = 64 * 2**20  # bytes, enough to describe a hundred thousand tensors
 
 
-def read_tensors(span: Span) -> dict[str, Lazy]:
-    """The tensors of a file: their keys, joined with dots where they are nested, → tensors. A tensor alone is `""`.
+def read_tensors(byte_range: ByteRange) -> dict[str, LazyTensor]:
+    """The tensors of a file, by key; nested keys are joined with dots, and a single tensor has the key "".
 
     Raises:
         UserError: damaged, of PyTorch before 1.6, of a big-endian machine; it would run code, or holds no tensors.
     """
-    # Transformer Engine's older `_extra_state` are BytesIO objects; nothing else is allowed that is not by default.
-    with damaged(span.name), span.open() as file, torch.serialization.safe_globals([io.BytesIO]):
-        records = _records(file, span)
+    # Transformer Engine's older `_extra_state` are BytesIO objects; otherwise only torch's default classes are allowed.
+    with parsing(byte_range.name), byte_range.open() as file, torch.serialization.safe_globals([io.BytesIO]):
+        records = _records(file, byte_range)
         try:
             structure = torch.load(file, map_location="meta", weights_only=True)
         except pickle.UnpicklingError as error:
             reason = re.split(r"\. |\n", str(error).partition("WeightsUnpickler error: ")[2])[0]
             raise UserError(
-                f"{span.name} is refused: it holds more than tensors, and would run code ({reason})"
+                f"{byte_range.name} is refused: it holds more than tensors, and would run code ({reason})"
             ) from None
-        found = {key: _lazy(tensor, records, span, key) for key, tensor in _tensors(structure)}
+        found = {key: _lazy(tensor, records, byte_range, key) for key, tensor in _tensors(structure)}
     if not found:
-        raise UserError(f"{span.name} holds something else than tensors by name")
+        raise UserError(f"{byte_range.name} holds something else than tensors by name")
     return found
 
 
-def _records(file: BinaryIO, span: Span) -> dict[int, tuple[int, int]]:
-    """Where a record's bytes begin → their number and CRC. Refuses what is packed: it could unpack to any size."""
+def _records(file: BinaryIO, byte_range: ByteRange) -> dict[int, tuple[int, int]]:
+    """Offset of a record → (size, CRC). Compressed records are refused: they could expand to any size."""
     found = {}
     with zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
-                raise UserError(f"{span.name} is refused: its record {record.filename!r} is compressed")
-            if "/data/" not in record.filename:  # what torch.load reads, which checks no CRC
+                raise UserError(f"{byte_range.name} is refused: its record {record.filename!r} is compressed")
+            if "/data/" not in record.filename:  # torch.load reads these, without checking a CRC
                 if record.file_size > MAX_PICKLE:
-                    raise UserError(f"{span.name} is refused: {record.filename!r} has {record.file_size:,} bytes")
+                    raise UserError(f"{byte_range.name} is refused: {record.filename!r} has {record.file_size:,} bytes")
                 if archive.read(record) != b"little" and record.filename.endswith("/byteorder"):
-                    raise UserError(f"{span.name} was written on a big-endian machine; save it again on another")
+                    raise UserError(f"{byte_range.name} was written on a big-endian machine; save it again on another")
             found[_data_offset(file, record)] = (record.file_size, record.CRC)
     file.seek(0)
     return found
 
 
 def _data_offset(file: BinaryIO, record: zipfile.ZipInfo) -> int:
-    file.seek(record.header_offset + 26)  # the local header's lengths: its padding is not in the directory
+    file.seek(record.header_offset + 26)  # lengths in the local header, whose padding the directory does not have
     name, extra = struct.unpack("<HH", file.read(4))
     return record.header_offset + 30 + name + extra
 
@@ -83,8 +82,8 @@ def _tensors(value: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(content, f"{key}.{name}" if key else f"{name}")
 
 
-def _lazy(tensor: Tensor, records: Mapping[int, tuple[int, int]], span: Span, key: str) -> Lazy:
-    where = f"{span.name}: {key or 'its tensor'}"
+def _lazy(tensor: Tensor, records: Mapping[int, tuple[int, int]], byte_range: ByteRange, key: str) -> LazyTensor:
+    where = f"{byte_range.name}: {key or 'its tensor'}"
     if tensor.layout != torch.strided:
         raise UserError(f"{where} is sparse, which no weight of a Gemma is")
     storage, shape, stride, start = tensor.untyped_storage(), tensor.shape, tensor.stride(), tensor.storage_offset()
@@ -96,21 +95,21 @@ def _lazy(tensor: Tensor, records: Mapping[int, tuple[int, int]], span: Span, ke
 
     def read() -> Tensor:
         values = torch.empty(size, dtype=torch.uint8)
-        with damaged(where), span.part(offset, size).open() as file:
+        with parsing(where), byte_range.part(offset, size).open() as file:
             if file.readinto(values.numpy().data) != size or zlib.crc32(values.numpy().data) != crc:
                 raise UserError(f"{where} has damaged bytes. Copy or download the file again")
             return values.view(tensor.dtype).as_strided(shape, stride, start)
 
-    return Lazy(tuple(shape), tensor.dtype, read)
+    return LazyTensor(tuple(shape), tensor.dtype, read)
 
 
 def write_tensors(
-    tensors: Mapping[str, Lazy], file: BinaryIO, header: Callable[[int], bytes] = lambda size: b""
+    tensors: Mapping[str, LazyTensor], file: BinaryIO, header: Callable[[int], bytes] = lambda size: b""
 ) -> None:
-    """Write to `file`, where it stands, what `torch.save` writes for `tensors`, after a `header` made for its size.
+    """Write what `torch.save` writes for `tensors` at the current position of `file`, after `header(size)`.
 
-    torch lays out the archive with empty records, which a file system with sparse files does not store. Its bytes are
-    then copied between the records, and the tensors into them.
+    torch writes the archive with empty records to a temporary sparse file. The bytes between the records are then
+    copied from it, and the tensors are written into the records, one in memory at a time.
     """
     with FakeTensorMode():
         empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
@@ -146,7 +145,7 @@ def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
 
 
 def _checksum_places(layout: BinaryIO, checksums: Mapping[int, int]) -> list[tuple[int, int]]:
-    """Where in the archive each record's CRC stands, twice: after its bytes, and in the directory at the end."""
+    """(offset, CRC) of both places of each record's CRC: after its bytes, and in the directory at the end."""
     places = []
     with zipfile.ZipFile(layout) as archive:
         at = archive.start_dir

@@ -1,4 +1,5 @@
-"""What came from outside, before it is used: is it a Gemma of the shapes that it names, and are its values numbers?"""
+"""Validation of untrusted checkpoints: is it a Gemma with the shapes of its configuration, and are its values
+finite?"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.checkpoint import Checkpoint, Lazy
+from converters.checkpoint import Checkpoint, LazyTensor
 from converters.layerwise_forward import FAMILIES, empty_model
 from converters.safetensors_file import NAMES
 from core.errors import UserError
@@ -15,10 +16,14 @@ MAX_LAYERS = 200  # Gemma's largest has 62
 
 
 def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
-    """
+    """Check names, shapes and dtypes of all tensors, without reading them.
+
+    Args:
+        where: for error messages.
+
     Raises:
-        UserError: another family than Gemma 1, 2 or 3 text; a tensor that is missing, too many, or of another shape or
-            dtype than transformers makes for its configuration.
+        UserError: another family than Gemma 1, 2 or 3 text; a missing or unexpected tensor, or one of another shape or
+            dtype than its configuration asks for.
     """
     config = checkpoint.config
     family = config.get("model_type")
@@ -32,7 +37,7 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
     try:
         model = empty_model(config)
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    except Exception as error:  # transformers checks each value in a way of its own
+    except Exception as error:  # transformers raises various errors for invalid values
         reason = str(error).partition("\n")[0][:200]
         raise UserError(
             f"{where}: its configuration is none of a {family} ({type(error).__name__}: {reason})"
@@ -53,17 +58,17 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
             raise UserError(f"{where}: {name} is of {found[name].dtype}, which is no whole weight of 16 or 32 bits")
 
 
-def checked(
-    tensors: Mapping[str, Lazy], where: Path, seen: Callable[[int], object] = lambda size: None
-) -> dict[str, Lazy]:
-    """`tensors` of the file `where`, each looked at as it is read; `seen` is told its size in bytes.
+def validated(
+    tensors: Mapping[str, LazyTensor], where: Path, seen: Callable[[int], object] = lambda size: None
+) -> dict[str, LazyTensor]:
+    """`tensors` of the file `where`, each validated when it is read; `seen` is then called with its size in bytes.
 
-    Reading raises a UserError where the file fails, or the values are not finite.
+    Reading raises a UserError if the file cannot be read or the values are not finite.
     """
-    return {name: _checked(name, tensor, where, seen) for name, tensor in tensors.items()}
+    return {name: _validated(name, tensor, where, seen) for name, tensor in tensors.items()}
 
 
-def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]) -> Lazy:
+def _validated(name: str, tensor: LazyTensor, where: Path, seen: Callable[[int], object]) -> LazyTensor:
     def read() -> Tensor:
         try:
             values = tensor.read()
@@ -79,4 +84,4 @@ def _checked(name: str, tensor: Lazy, where: Path, seen: Callable[[int], object]
         seen(tensor.nbytes)
         return values
 
-    return Lazy(tensor.shape, tensor.dtype, read)
+    return LazyTensor(tensor.shape, tensor.dtype, read)

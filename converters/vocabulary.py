@@ -1,8 +1,8 @@
 """A Gemma's vocabulary between `tokenizer.json`, the fields of a GGUF, and SentencePiece.
 
-llama.cpp and SentencePiece join the neighbours whose union has the best score, and `tokenizer.json` lists joins best
-first: a token's score is minus the place of its first join. A Gemma's own kind (BPE of SentencePiece, with bytes as a
-last resort) is llama.cpp's "llama"; a byte-level BPE, which no published Gemma has, is its "gpt2".
+llama.cpp and SentencePiece merge the adjacent pair with the highest score, and `tokenizer.json` lists merges best
+first: a token's score is minus the index of its first merge. Gemma's tokenizer (SentencePiece BPE with byte fallback)
+is llama.cpp's "llama"; a byte-level BPE, which no published Gemma has, is its "gpt2".
 """
 
 import json
@@ -25,16 +25,17 @@ SPECIAL = ("bos", "eos", "unk", "pad")
 
 @dataclass
 class Vocabulary:
-    """
+    """A tokenizer's vocabulary, independent of its file format.
+
     Attributes:
-        tokens: by id; as many as the model's embedding has rows, so that some may be known to no tokenizer.
-        scores: the higher, the earlier joined.
-        kinds: numbers that llama.cpp and SentencePiece share.
+        tokens: by id, one for each row of the model's embedding; some may be unused by the tokenizer.
+        scores: the higher, the earlier merged.
+        kinds: token types, whose numbers llama.cpp and SentencePiece share.
         merges: pairs, best first.
-        of_bytes: a byte-level BPE.
-        special: "bos", "eos", "unk", "pad" → id, of those that there are.
-        starts_with_bos: whether every text is begun with it.
-        chat_template: empty where there is none.
+        of_bytes: whether it is a byte-level BPE.
+        special: "bos", "eos", "unk", "pad" → id, of those that exist.
+        starts_with_bos: whether BOS is prepended to every text.
+        chat_template: empty if there is none.
     """
 
     tokens: list[str]
@@ -48,7 +49,7 @@ class Vocabulary:
 
 
 def read_vocabulary(files: Mapping[str, bytes | Path], config: PretrainedConfig) -> Vocabulary:
-    """From transformers' tokenizer among the `files` of a checkpoint.
+    """Read transformers' tokenizer among the `files` of a checkpoint.
 
     Raises:
         UserError: there is none, or not one of a Gemma of this `config`.
@@ -125,7 +126,7 @@ def add_to_gguf(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
 
 
 def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
-    """A SentencePiece model (`tokenizer.model`) that cuts texts as the vocabulary does.
+    """A SentencePiece model (`tokenizer.model`) that tokenizes as the vocabulary does.
 
     Raises:
         UserError: a byte-level BPE, which SentencePiece does not know.
@@ -146,20 +147,20 @@ def to_sentencepiece(vocabulary: Vocabulary) -> bytes:
     ends = {vocabulary.special.get(name) for name in ("bos", "eos", "pad")}
     pieces = zip(vocabulary.tokens, vocabulary.scores, vocabulary.kinds, strict=True)
     for number, (token, score, kind) in enumerate(pieces):
-        # SentencePiece never finds a control token in a text, as <start_of_turn> must be.
+        # SentencePiece never matches a control token in a text, as <start_of_turn> must be.
         shown = kind == TokenType.CONTROL and number not in ends
         model.pieces.add(piece=token, score=score, type=int(TokenType.USER_DEFINED if shown else kind))
     return model.SerializeToString()
 
 
-def of_gguf(file: Path) -> dict[str, bytes]:
-    """File name → content of the tokenizer in the GGUF `file`, as transformers saves it.
+def tokenizer_from_gguf(file: Path) -> dict[str, bytes]:
+    """The tokenizer in the GGUF `file` as transformers saves it: file name → content.
 
     Raises:
         UserError: transformers cannot read it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Alone in a folder: what lies beside the file must not be taken for the tokenizer's.
+        # In a folder of its own, so that files beside it are not taken for the tokenizer's.
         link = Path(folder) / "model.gguf"
         link.symlink_to(file.resolve())
         try:
@@ -168,8 +169,12 @@ def of_gguf(file: Path) -> dict[str, bytes]:
             raise UserError(f"{file}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None
 
 
-def of_sentencepiece(model: bytes, where: Path) -> dict[str, bytes]:
-    """The same of a SentencePiece model, which goes along as `tokenizer.model`."""
+def tokenizer_from_sentencepiece(model: bytes, where: Path) -> dict[str, bytes]:
+    """The tokenizer in a SentencePiece `model` as transformers saves it, with the model itself as `tokenizer.model`.
+
+    Raises:
+        UserError: it is not a SentencePiece model of a Gemma.
+    """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(model)
         try:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from converters.checkpoint import Adapter, Checkpoint
-from converters.validation import check_shapes, checked
+from converters.validation import check_shapes, validated
 from core.base_model import ensure_base_model
 from core.configuration import check, load_config, names, plain
 from core.errors import UserError
@@ -177,7 +177,7 @@ def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:
     found: Adapter | Checkpoint = module.read(path)
     if isinstance(found, Checkpoint):
         check_shapes(found, path)
-        found.tensors = checked(found.tensors, path)
+        found.tensors = validated(found.tensors, path)
     return found
 
 

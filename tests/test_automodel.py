@@ -42,7 +42,7 @@ def rows_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_the_engine_learns_the_very_tokens_that_ours_learns(
+def test_automodel_trains_on_the_same_target_tokens(
     rows_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     prompt = Prompt(**plain(load_config().task.prompt))
@@ -60,7 +60,7 @@ def test_the_engine_learns_the_very_tokens_that_ours_learns(
         assert len(item["attention_mask"]) == len(item["labels"]) == len(read)
 
 
-def test_the_recipe_says_what_the_configuration_says(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_recipe_has_the_settings_of_the_configuration(tiny_base: Path, tmp_path: Path) -> None:
     config = load_config(
         [
             "engine=automodel",
@@ -106,12 +106,14 @@ def test_the_recipe_says_what_the_configuration_says(tiny_base: Path, tmp_path: 
         ("trainer.devices=3", "dealt out evenly"),
     ],
 )
-def test_what_the_recipe_cannot_do_is_refused_before_anything_runs(word: str, says: str) -> None:
+def test_settings_that_the_recipe_cannot_apply_are_refused_at_once(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         automodel.check(load_config(["engine=automodel", "trainer=cpu", word]))
 
 
-def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_environment_is_reported_with_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(automodel, "ENVIRONMENT", tmp_path / "nowhere")
     with pytest.raises(UserError, match="make automodel-env"):
         automodel.check(load_config(["engine=automodel", "trainer=cpu"]))
@@ -127,12 +129,12 @@ def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, m
         (["make", "train", "ENGINE=nosuch"], "ENGINE=nosuch is unknown. Known: lightning automodel"),
     ],
 )
-def test_an_unknown_engine_is_answered_with_the_known_ones(words: list[str], says: str) -> None:
+def test_an_unknown_engine_is_refused_with_the_known_ones(words: list[str], says: str) -> None:
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
-def test_the_recipes_log_becomes_our_metrics(tmp_path: Path) -> None:
+def test_the_log_of_the_recipe_becomes_our_metrics(tmp_path: Path) -> None:
     def step(number: int, loss: float) -> str:
         return json.dumps(
             {
@@ -197,7 +199,7 @@ def train(words: list[str]) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @needs_automodel
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_run_of_the_real_recipe_is_a_run_like_ours(devices: int, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_real_recipe_is_a_complete_run(devices: int, tiny_base: Path, tmp_path: Path) -> None:
     result = train(command(tiny_base, tmp_path, f"trainer.devices={devices}"))
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "runs" / "slang").iterdir()
@@ -229,7 +231,7 @@ def test_a_run_of_the_real_recipe_is_a_run_like_ours(devices: int, tiny_base: Pa
 
 @pytest.mark.slow
 @needs_automodel
-def test_a_killed_run_leaves_nothing_running_and_goes_on(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_process_and_resumes(tiny_base: Path, tmp_path: Path) -> None:
     words = command(tiny_base, tmp_path, "task.train.epochs=40")
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     while not list(tmp_path.glob("runs/slang/*/automodel/checkpoints/LATEST")):
@@ -256,7 +258,7 @@ def test_a_killed_run_leaves_nothing_running_and_goes_on(tiny_base: Path, tmp_pa
 
 @pytest.mark.slow
 @needs_automodel
-def test_a_recipe_that_fails_is_answered_with_its_last_words(tmp_path: Path) -> None:
+def test_a_failed_recipe_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="recipe failed") as said:
         automodel.run_recipe({"seed": 0, "model": {"_target_": "nowhere.at_all"}}, tmp_path, devices=1)
     assert "nowhere" in str(said.value) and "Error" in str(said.value) and "exitcode" not in str(said.value)

@@ -29,7 +29,7 @@ def rows(split: Path, tokenizer: PreTrainedTokenizerBase):  # type: ignore[no-un
     return tokenize(split, tokenizer, PROMPT, 512, split.parent / "cache")[0]
 
 
-def test_the_response_and_its_end_are_learned_and_the_prompt_is_not(
+def test_the_loss_covers_the_response_and_its_end_and_not_the_prompt(
     rows,
     tokenizer: PreTrainedTokenizerBase,  # type: ignore[no-untyped-def]
 ) -> None:
@@ -42,7 +42,7 @@ def test_the_response_and_its_end_are_learned_and_the_prompt_is_not(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:  # type: ignore[no-untyped-def]
+def test_the_loss_equals_that_of_transformers_sample_by_sample(family: str, rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma(family)
     expected, learned = 0.0, 0
     usual_attention = model.config._attn_implementation
@@ -66,7 +66,7 @@ def test_loss_equals_that_of_transformers_row_by_row(family: str, rows) -> None:
     assert model.config._attn_implementation == usual_attention
 
 
-def test_every_epoch_has_every_row_once_in_another_order(rows) -> None:  # type: ignore[no-untyped-def]
+def test_every_epoch_has_every_sample_once_in_a_new_order(rows) -> None:  # type: ignore[no-untyped-def]
     taken = 0
     batches = Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: taken)
     first = [step.micro_batches[0].input_ids.tolist() for step in batches]
@@ -76,7 +76,7 @@ def test_every_epoch_has_every_row_once_in_another_order(rows) -> None:  # type:
     assert sum(step.target_tokens for step in batches) == sum(batches.target_counts)
 
 
-def test_a_resumed_epoch_goes_on_where_it_stopped(rows) -> None:  # type: ignore[no-untyped-def]
+def test_a_resumed_epoch_continues_where_it_stopped(rows) -> None:  # type: ignore[no-untyped-def]
     whole = [step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0)]
     rest = [
         step.micro_batches[0].input_ids.tolist() for step in Batches(rows, 4, 10_000, seed=0, steps_taken=lambda: 4)
@@ -93,7 +93,7 @@ def test_processes_share_a_step_without_overlap(rows) -> None:  # type: ignore[n
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_row_s_loss_is_the_one_that_it_has_alone(rows) -> None:  # type: ignore[no-untyped-def]
+def test_the_loss_of_a_sample_does_not_depend_on_its_pack(rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma("gemma3_text")
     together = sample_losses(model, Batches(rows, 32, 256, seed=None))
     assert len(together) == len(rows)
@@ -104,7 +104,7 @@ def test_a_row_s_loss_is_the_one_that_it_has_alone(rows) -> None:  # type: ignor
     assert held_out_loss(model, Batches(rows, 32, 256, seed=None)) == pytest.approx(loss / tokens)
 
 
-def test_processes_take_equally_many_micro_batches_and_an_empty_one_has_no_loss(rows) -> None:  # type: ignore[no-untyped-def]
+def test_all_processes_take_the_same_number_of_micro_batches_and_an_empty_one_has_no_loss(rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma("gemma3_text")
     use_packed_attention(model)
     parts = [list(Batches(rows.select(range(9)), 8, 20, seed=0, rank=rank, world_size=2)) for rank in (0, 1)]
@@ -115,7 +115,7 @@ def test_processes_take_equally_many_micro_batches_and_an_empty_one_has_no_loss(
     assert loss_sum(model, empty).item() == 0
 
 
-def test_rows_over_the_limit_are_counted_and_an_empty_rest_is_an_error(
+def test_samples_over_the_limit_are_counted_and_having_none_left_is_an_error(
     split: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     fitting, too_long = tokenize(split, tokenizer, PROMPT, 20, tmp_path / "cache")

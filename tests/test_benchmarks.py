@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.samples import pieces
+from benchmarks.samples import chunks
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
 from training.flops import flops_of
@@ -32,7 +32,7 @@ def benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_flops_are_those_that_torch_counts(family: str) -> None:
+def test_flops_equal_those_that_torch_counts(family: str) -> None:
     """In a plain step over one row: attention there is of all pairs, and the first layer's inputs get no gradient."""
     length = 48  # longer than the window
     model = get_peft_model(tiny_gemma(family, attn_implementation="eager"), LoraConfig(**LORA))
@@ -54,18 +54,18 @@ def test_flops_are_those_that_torch_counts(family: str) -> None:
     assert flops.attention == 12 * width * (windows * seen + (3 - windows) * full)
 
 
-def test_pieces_have_one_length_and_the_rows_own_share_of_learned_tokens() -> None:
+def test_chunks_have_one_length_and_the_fraction_of_target_tokens_of_the_rows() -> None:
     rows = [{"input_ids": [2, *range(10 * n, 10 * n + 9)], "target_ranges": [[6, 10]]} for n in range(1, 30)]
-    cut = pieces(rows, 32)
+    cut = chunks(rows, 32)
     assert {len(row["input_ids"]) for row in cut} == {32} and len(cut) == 29 * 9 // 31
     assert all(row["input_ids"][0] == 2 and row["target_ranges"] == [[round(32 * 0.6), 32]] for row in cut)
     stream = [token for row in rows for token in row["input_ids"][1:]]
     assert [token for row in cut for token in row["input_ids"][1:]] == stream[: len(cut) * 31]
-    assert pieces(rows, 1000) == []
+    assert chunks(rows, 1000) == []
 
 
 @pytest.mark.slow
-def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
+def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """This project and Hugging Face's Trainer in float32: same tokens, same loss, though cut otherwise."""
@@ -92,7 +92,7 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
             dtype="float32",
             lora=LORA,
             initial=str(tmp_path / "initial.safetensors"),
-            rows=str(tmp_path / "rows.json"),
+            samples=str(tmp_path / "rows.json"),
             steps=[1, 1, 1],
             batch=8,
             micro_batch=4,
@@ -120,7 +120,7 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
 
 
 @pytest.mark.slow
-def test_the_command_writes_one_table_from_what_it_measured(
+def test_the_command_writes_one_table_of_its_measurements(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -156,7 +156,7 @@ def test_the_command_writes_one_table_from_what_it_measured(
 
 
 @pytest.mark.slow
-def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
+def test_an_architecture_with_random_weights_is_measured_like_a_base(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What `random=gemma-2-2b length=4096` does on a GPU, with an architecture that a test can train."""
@@ -183,7 +183,7 @@ def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
     assert all(len(system["rounds"]) == 1 for system in found["systems"].values())
     assert found["held_out_loss_before"] == pytest.approx(math.log(500), abs=1)  # it has not learned anything
     text = (tmp_path / "docs/benchmarks.md").read_text()
-    assert "This project expected to need" in text
+    assert "This project's memory estimate" in text
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
         ("random=gemma-9", "random=gemma-9 is unknown. Known: gemma-2b"),
     ],
 )
-def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tiny_base: Path, tmp_path: Path) -> None:
     result = benchmark(tmp_path, f"model.path={tiny_base}", word)
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
-from converters.byte_ranges import whole
-from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
-from converters.conversion import fetched
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.conversion import resolve_source
 from converters.convert import convert, table
 from converters.layerwise_forward import logits
 from converters.nemo_file import read_nemo
@@ -106,9 +106,7 @@ def archive(tiny_base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_forward_pass_a_layer_at_a_time_is_that_of_transformers_and_peft(
-    family: str, bases: dict[str, Path]
-) -> None:
+def test_the_layerwise_forward_pass_equals_that_of_transformers_and_peft(family: str, bases: dict[str, Path]) -> None:
     checkpoint = hf.read(bases[family])
     texts = [IDS, IDS[:17]]
     plain = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32)
@@ -118,7 +116,7 @@ def test_the_forward_pass_a_layer_at_a_time_is_that_of_transformers_and_peft(
     for settings in KINDS.values():
         model = adapted(bases[family], **settings)
         tensors = {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-        tensors = {adapter_folder.our_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {adapter_folder.peft_name(name): tensor for name, tensor in tensors.items()}
         lora = Adapter({"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **settings}, tensors)
         torch.testing.assert_close(logits(checkpoint, [IDS], lora), say(model), atol=5e-5, rtol=0)
         assert (say(model) - say(plain)).abs().max() > 0.1
@@ -133,7 +131,7 @@ EVERY = [
 
 
 @pytest.mark.parametrize(("family", "kind"), EVERY)
-def test_an_adapter_goes_every_way_and_back(family: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_an_adapter_survives_every_round_trip(family: str, kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     base, model = bases[family], adapted(bases[family], **KINDS[kind])
     model.save_pretrained(tmp_path / "peft")
     convert(tmp_path / "peft", "nemo", tmp_path / "nemo", base)
@@ -157,7 +155,7 @@ def test_an_adapter_goes_every_way_and_back(family: str, kind: str, bases: dict[
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_goes_through_a_nemo_and_comes_back_byte_for_byte(
+def test_a_model_survives_a_round_trip_through_nemo_byte_for_byte(
     family: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     Prompt(**PROMPT).save(bases[family])
@@ -237,20 +235,20 @@ def test_nemo_restores_what_was_converted(archive: Path, tiny_base: Path, tmp_pa
 # --- proven -------------------------------------------------------------------------------------------------------
 
 
-def test_a_difference_of_one_bit_or_one_shape_is_found(tiny_base: Path) -> None:
+def test_a_difference_of_one_bit_or_one_shape_is_detected(tiny_base: Path) -> None:
     source, target = hf.read(tiny_base), hf.read(tiny_base)
     assert prove(source, target, None, None)["max_logit_difference"] == 0
     name = "model.layers.1.mlp.up_proj.weight"
     changed = source.tensors[name].read().clone()
     changed[0, 0] = torch.nextafter(changed[0, 0], torch.tensor(9.0, dtype=torch.bfloat16))
-    target.tensors = {**target.tensors, name: of_memory(changed)}
+    target.tensors = {**target.tensors, name: in_memory(changed)}
     with pytest.raises(UserError, match=f"not faithful: {name} has other values"):
         prove(source, target, None, None)
     assert (
         prove(source, target, None, {"mean_kl_divergence": 1e-3})["tensors_with_the_same_bits"]
         == len(source.tensors) - 1
     )
-    target.tensors = {**target.tensors, name: of_memory(torch.zeros_like(changed))}
+    target.tensors = {**target.tensors, name: in_memory(torch.zeros_like(changed))}
     with pytest.raises(UserError, match="not faithful: mean_kl_divergence is"):
         prove(source, target, None, {"mean_kl_divergence": 1e-3})
     del target.tensors[name]
@@ -258,7 +256,7 @@ def test_a_difference_of_one_bit_or_one_shape_is_found(tiny_base: Path) -> None:
         prove(source, target, None, None)
 
 
-def test_a_tokenizer_that_lost_its_bos_is_found(tiny_base: Path) -> None:
+def test_a_tokenizer_that_lost_its_bos_is_detected(tiny_base: Path) -> None:
     source, target = hf.read(tiny_base), hf.read(tiny_base)
     content = json.loads((tiny_base / "tokenizer.json").read_text())
     content["post_processor"] = None
@@ -267,7 +265,7 @@ def test_a_tokenizer_that_lost_its_bos_is_found(tiny_base: Path) -> None:
         prove(source, target, None, None)
 
 
-def test_a_failed_conversion_leaves_nothing(
+def test_a_failed_conversion_leaves_no_files(
     archive: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = adapter_folder.write
@@ -283,7 +281,7 @@ def test_a_failed_conversion_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_sentence_and_leaves_no_files(tiny_base: Path, tmp_path: Path) -> None:
     # No file may grow beyond 100 KB, which is what a full disk looks like to a program.
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
@@ -295,7 +293,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path:
     assert "Traceback" not in result.stderr and list((tmp_path / "exports").iterdir()) == []
 
 
-def test_a_folder_of_the_users_is_not_overwritten(archive: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_a_user_s_folder_is_not_overwritten(archive: Path, tiny_base: Path, tmp_path: Path) -> None:
     target = tmp_path / "mine"
     target.mkdir()
     (target / "novel.txt").write_text("chapter one")
@@ -325,7 +323,7 @@ def foreign(model: PeftModel, folder: Path, rename: tuple[str, str] = ("", ""), 
         (("", ""), {"target_modules": ["model.layers.0.self_attn.q_proj"], "layers_to_transform": [0, 1, 2]}),
     ],
 )
-def test_adapters_of_other_tools_are_read_as_what_they_are(
+def test_adapters_of_other_tools_are_read(
     rename: tuple[str, str], settings: dict[str, Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     model = adapted(tiny_base)
@@ -336,7 +334,7 @@ def test_adapters_of_other_tools_are_read_as_what_they_are(
     assert torch.equal(say(PeftModel.from_pretrained(whole, tmp_path / "ours").eval()), say(model))
 
 
-def test_ranks_of_their_own_dtypes_and_single_layers_are_kept(tiny_base: Path, tmp_path: Path) -> None:
+def test_rank_patterns_dtypes_and_single_layers_are_kept(tiny_base: Path, tmp_path: Path) -> None:
     layers = ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"]
     model = adapted(tiny_base, target_modules=layers, rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 3})
     model = model.to(torch.bfloat16).float()
@@ -368,7 +366,7 @@ def test_ranks_of_their_own_dtypes_and_single_layers_are_kept(tiny_base: Path, t
         ({"lora_alpha": float("nan")}, "lora_alpha"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_in_words(
+def test_adapters_other_than_plain_lora_are_refused_with_a_reason(
     settings: dict[str, Any], message: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = foreign(adapted(tiny_base), tmp_path / "theirs", **settings)
@@ -377,7 +375,7 @@ def test_what_is_no_plain_lora_is_refused_in_words(
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_layer_trained_whole_beside_the_lora_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_fully_trained_layer_beside_the_lora_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     folder = foreign(adapted(tiny_base), tmp_path / "theirs", (".layers.0.self_attn.q_proj.lora_A", ".embed_tokens"))
     with pytest.raises(UserError, match=r"embed_tokens\.weight is not part of a LoRA"):
         convert(folder, "nemo", tmp_path / "nemo", tiny_base)
@@ -386,7 +384,7 @@ def test_a_layer_trained_whole_beside_the_lora_is_refused(tiny_base: Path, tmp_p
 # --- refused: the wrong, the damaged, the hostile -------------------------------------------------------------------
 
 
-def test_another_base_is_refused(archive: Path, tmp_path: Path, bases: dict[str, Path]) -> None:
+def test_the_wrong_base_is_refused(archive: Path, tmp_path: Path, bases: dict[str, Path]) -> None:
     with pytest.raises(UserError, match="was trained on"):
         convert(archive, "adapter", tmp_path / "adapter", bases["gemma2"])
     assert not (tmp_path / "adapter").exists()
@@ -428,7 +426,7 @@ NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         ({}, {"quantization_config": {"load_in_4bit": True}}, "is quantized"),
     ],
 )
-def test_a_model_that_is_not_what_it_says_is_refused(
+def test_a_model_that_contradicts_its_configuration_is_refused(
     tensors: dict[str, Any], config: dict[str, Any], message: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     folder = spoiled(tiny_base, tmp_path / "base", tensors, **config)
@@ -437,7 +435,7 @@ def test_a_model_that_is_not_what_it_says_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_embedding_that_was_saved_twice_is_written_once(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_tied_embedding_that_was_saved_twice_is_written_once(tiny_base: Path, tmp_path: Path) -> None:
     embedding = load_file(tiny_base / "model.safetensors")["model.embed_tokens.weight"]
     twice = spoiled(tiny_base, tmp_path / "twice", {"lm_head.weight": embedding.clone()})
     convert(twice, "hf", tmp_path / "once")
@@ -448,7 +446,7 @@ def test_an_embedding_that_was_saved_twice_is_written_once(tiny_base: Path, tmp_
     assert torch.equal(load_file(tmp_path / "back/model.safetensors")["lm_head.weight"], embedding * 2)
 
 
-def test_the_text_model_of_a_gemma_that_sees_images_is_read(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_text_model_of_a_multimodal_gemma_is_read(tiny_base: Path, tmp_path: Path) -> None:
     state = {f"language_model.{name}": t for name, t in load_file(tiny_base / "model.safetensors").items()}
     (tmp_path / "sees").mkdir()
     save_file({**state, "vision_tower.weight": torch.zeros(3)}, tmp_path / "sees/model.safetensors")
@@ -464,7 +462,7 @@ class Bomb:
         return (exec, ("open('exploded', 'w').write('x')",))
 
 
-def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_in_an_archive_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     weights = io.BytesIO()
     torch.save({"a": Bomb()}, weights)
@@ -483,7 +481,7 @@ def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.M
         ("data.pkl", bytes(MAX_PICKLE + 1), "67,108,865 bytes"),
     ],
 )
-def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says: str, tmp_path: Path) -> None:
+def test_archives_that_torch_does_not_write_are_refused(record: str, content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     torch.save({"a": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -492,14 +490,14 @@ def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says:
         for name, whole_record in records.items():
             archive.writestr(name, content if name == f"weights/{record}" else whole_record)
     with pytest.raises(UserError, match=says):
-        read_tensors(whole(path))
+        read_tensors(whole_file(path))
 
 
 @pytest.mark.parametrize("state", [{"a": torch.eye(3).to_sparse()}, {"a": 3}, [torch.ones(2)]])
-def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) -> None:
+def test_anything_but_named_plain_tensors_is_refused(state: Any, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "weights.ckpt")
     with pytest.raises(UserError, match=r"sparse|something else than tensors"):
-        read_tensors(whole(tmp_path / "weights.ckpt"))
+        read_tensors(whole_file(tmp_path / "weights.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -513,7 +511,7 @@ def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) 
         ("pipe", tarfile.FIFOTYPE),
     ],
 )
-def test_members_outside_the_archive_are_not_followed(name: str, kind: bytes, tmp_path: Path) -> None:
+def test_archive_members_that_lead_outside_are_not_followed(name: str, kind: bytes, tmp_path: Path) -> None:
     path = tmp_path / "links.nemo"
     with tarfile.open(path, "w") as tar:
         member = tarfile.TarInfo(name)
@@ -523,7 +521,7 @@ def test_members_outside_the_archive_are_not_followed(name: str, kind: bytes, tm
         read_nemo(path)
 
 
-def test_what_would_grow_without_bounds_is_refused(tmp_path: Path) -> None:
+def test_content_that_would_expand_without_bound_is_refused(tmp_path: Path) -> None:
     laughs = "a: &a [x, x]\n" + "".join(
         f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
     )
@@ -558,7 +556,7 @@ def test_a_shard_outside_its_folder_is_not_read(tiny_base: Path, tmp_path: Path)
         convert(folder, "nemo", tmp_path / "out")
 
 
-def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_archive_gives_one_sentence(tmp_path: Path) -> None:
     for content in (b"", b"not a tar", b"\0" * 10_240):
         (tmp_path / "x.nemo").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.nemo is (not a whole \.nemo|damaged or not what)"):
@@ -596,16 +594,16 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
 
 
 def values_of(content: Checkpoint | Adapter) -> dict[str, torch.Tensor]:
-    return {name: t.read() if isinstance(t, Lazy) else t for name, t in content.tensors.items()}
+    return {name: t.read() if isinstance(t, LazyTensor) else t for name, t in content.tensors.items()}
 
 
 @pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["adapter", "hf", "nemo", "nemo adapter"])
-def test_damaged_files_by_the_thousand_are_sentences(
+def test_thousands_of_damaged_files_each_give_one_sentence(
     kind: str, rounds: int, archive: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from converters.merge_lora import updates
-    from converters.validation import check_shapes, checked
+    from converters.merge_lora import lora_updates
+    from converters.validation import check_shapes, validated
 
     if kind == "adapter":
         source = tmp_path / "peft"
@@ -629,9 +627,9 @@ def test_damaged_files_by_the_thousand_are_sentences(
                 found = module.read(source)
                 if isinstance(found, Checkpoint):
                     check_shapes(found, source)
-                    found.tensors = checked(found.tensors, source)
+                    found.tensors = validated(found.tensors, source)
                 else:
-                    updates(found, source)
+                    lora_updates(found, source)
                 values = values_of(found)
             except UserError as error:
                 assert str(source) in str(error) and len(str(error)) < 600, error
@@ -646,7 +644,7 @@ def test_damaged_files_by_the_thousand_are_sentences(
 # --- the front door -----------------------------------------------------------------------------------------------
 
 
-def test_help_shows_what_the_formats_say_of_themselves() -> None:
+def test_help_shows_the_declarations_of_the_formats() -> None:
     lines = table().splitlines()
     for name, title, source in (
         ("nemo", f"{nemo.TITLE}, adapter", "adapter"),
@@ -656,8 +654,8 @@ def test_help_shows_what_the_formats_say_of_themselves() -> None:
     assert any(line.startswith("| merged |") and "nemo, adapter" in line for line in lines)
 
 
-def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:
-    assert fetched("google/gemma-3-270m").resolve() == base_folder
+def test_a_hub_model_is_resolved_by_name_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:
+    assert resolve_source("google/gemma-3-270m").resolve() == base_folder
     with pytest.raises(UserError, match=r"there is no runs/slang\.nemo|there is no .*nope"):
         convert(tmp_path / "nope", "nemo", tmp_path / "out")
 
@@ -670,7 +668,7 @@ def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folde
         ("nemo", {"dtype": "q9"}, "dtype=q9 is unknown to nemo"),
     ],
 )
-def test_what_a_format_cannot_hold_is_told(
+def test_content_that_a_format_cannot_store_is_refused(
     to: str, words: dict[str, str], message: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):

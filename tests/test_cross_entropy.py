@@ -28,7 +28,7 @@ def test_loss_and_gradient_equal_plain_cross_entropy(vocabulary: int, softcap: f
     torch.testing.assert_close(grad, plain_grad, rtol=1e-4, atol=1e-4)
 
 
-def test_targets_without_any_probability_have_a_finite_loss() -> None:
+def test_targets_with_zero_probability_have_a_finite_loss() -> None:
     hidden = torch.full((1, 8), 10.0, requires_grad=True)
     weight = torch.zeros(BLOCK + 1, 8)
     weight[0], weight[-1] = 10.0, -10.0

@@ -39,7 +39,7 @@ def exact_products() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_packs_have_the_hidden_states_and_gradients_of_single_rows(family: str, dtype: torch.dtype) -> None:
+def test_compiled_packs_have_the_hidden_states_and_gradients_of_single_samples(family: str, dtype: torch.dtype) -> None:
     """Single rows in float32 by plain transformers and peft; windows are exceeded."""
     model = with_lora(family).cuda()
     gemma = model.get_base_model()
@@ -65,7 +65,7 @@ def test_compiled_packs_have_the_hidden_states_and_gradients_of_single_rows(fami
         assert (found[name] - gradient).norm() < CLOSE[dtype] * gradient.norm(), name
 
 
-def test_attention_and_its_mask_are_compiled_for_packs_of_any_length() -> None:
+def test_attention_and_its_mask_are_compiled_once_for_packs_of_any_length() -> None:
     from torch._dynamo.utils import counters
 
     graphs = []
@@ -80,7 +80,7 @@ def test_attention_and_its_mask_are_compiled_for_packs_of_any_length() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_the_chunked_loss_is_the_plain_one(softcap: float | None) -> None:
+def test_the_chunked_loss_equals_the_plain_one(softcap: float | None) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(77, 64, device="cuda", requires_grad=True)
     weight, targets = torch.randn(5000, 64, device="cuda"), torch.randint(5000, (77,), device="cuda")
@@ -109,7 +109,7 @@ def test_paged_adamw_takes_the_steps_of_adamw() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [[], ["peft=qlora"], ["task.train.gradient_checkpointing=true"]])
-def test_a_run_on_a_gpu_learns_and_reports(words: list[str], tiny_base: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_gpu_lowers_the_loss_and_reports(words: list[str], tiny_base: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [
             sys.executable,

@@ -142,7 +142,7 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch
     torch.multiprocessing.spawn(compare_with_one_process, (str(tmp_path),), nprocs=2)
 
 
-def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
+def test_a_model_that_cannot_be_divided_is_refused_with_an_alternative() -> None:
     base = tiny_gemma("gemma2", vocab_size=600)
     dora = get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules=TARGETS, task_type="CAUSAL_LM"))
     with pytest.raises(UserError, match="strategy=fsdp2 supports any"):
@@ -150,7 +150,7 @@ def test_what_cannot_be_divided_is_refused_with_what_can() -> None:
     base = tiny_gemma("gemma2", vocab_size=600)
     base.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)
     for divide in (shard_base, split_base):
-        with pytest.raises(UserError, match="strategy=ddp copies it"):
+        with pytest.raises(UserError, match="strategy=ddp, which copies it"):
             divide(base, None)
 
 
@@ -278,14 +278,14 @@ def two_machines(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.slow
-def test_two_machines_train_what_one_trains(two_machines: Path, alone: Path) -> None:
+def test_two_machines_give_the_result_of_one(two_machines: Path, alone: Path) -> None:
     assert_same_result(two_machines, alone)
     logs = [file.read_text() for file in two_machines.rglob("*") if file.suffix in (".log", ".txt")]
     assert logs and not any("without SLURM" in text for text in logs)  # NeMo's error, which is none
 
 
 @pytest.mark.slow
-def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
+def test_a_run_stops_when_a_process_is_killed_and_can_be_resumed(
     words: list[str], tmp_path: Path, alone: Path, two_machines: Path
 ) -> None:
     words = [*words, "trainer.devices=2", "trainer.strategy=fsdp2"]
@@ -308,7 +308,7 @@ def test_when_one_process_is_killed_the_run_stops_and_then_goes_on(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_says_how_and_goes_on_with_another_number_of_processes(
+def test_an_interrupted_run_says_how_and_resumes_with_another_number_of_processes(
     words: list[str], tmp_path: Path, alone: Path
 ) -> None:
     steps = len(losses(alone))
@@ -329,7 +329,7 @@ def test_a_stopped_run_says_how_and_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.slow
-def test_what_is_wrong_is_said_once_and_no_process_outlives_its_parent(words: list[str], tmp_path: Path) -> None:
+def test_an_error_is_reported_once_and_no_process_outlives_its_parent(words: list[str], tmp_path: Path) -> None:
     process = start(
         words, tmp_path / "nan", "trainer.devices=2", "task.train.learning_rate=1e30", "task.train.clip=1e30"
     )
@@ -356,7 +356,7 @@ def test_what_is_wrong_is_said_once_and_no_process_outlives_its_parent(words: li
         ("trainer.num_nodes=2", "MASTER_ADDR, MASTER_PORT, NODE_RANK must be set"),
     ],
 )
-def test_a_wrong_number_of_processes_is_answered(override: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_number_of_processes_is_refused(override: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=says):
@@ -366,7 +366,7 @@ def test_a_wrong_number_of_processes_is_answered(override: str, says: str, monke
 @pytest.mark.parametrize(
     ("heads", "devices", "says"), [(1, 2, "cannot be split"), (4, 3, "may be 2 or 4"), (4, 2, None), (4, 4, None)]
 )
-def test_tensor_parallelism_names_the_sizes_that_heads_allow(
+def test_tensor_parallelism_lists_the_sizes_that_the_heads_allow(
     heads: int, devices: int, says: str | None, tmp_path: Path
 ) -> None:
     sizes = {"num_key_value_heads": heads, "num_attention_heads": 8, "intermediate_size": 64}

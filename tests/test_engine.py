@@ -160,7 +160,7 @@ def greedy(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, prompt: str
 # --- the same tokens as transformers and peft ----------------------------------------------------------------------
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_mixed_batch_answers_as_transformers_and_peft_do(
+def test_a_mixed_batch_generates_what_transformers_and_peft_do(
     family: str, form: str, bases: dict[str, Path], engine_of: Callable[..., Engine], expected: dict[str, list[str]]
 ) -> None:
     engine = engine_of(family, form)
@@ -227,7 +227,7 @@ def test_no_bit_depends_on_the_batch(bases: dict[str, Path]) -> None:
 
 
 @pytest.mark.usefixtures("compiled_form")
-def test_int8_weights_are_near(bases: dict[str, Path]) -> None:
+def test_int8_weights_give_similar_logits(bases: dict[str, Path]) -> None:
     rows, tokens = [Chunk(0, 30, 0, range(4), LOGITS)], list(range(10, 40))
     _, exact = KernelGemma(bases["gemma3_text"], 4, 1).step(tokens, rows)
     for amx in (True, False):
@@ -251,7 +251,7 @@ def test_requests_join_and_leave_at_any_step(engine_of: Callable[..., Engine], e
     assert engine.scheduler.pool.in_use == 0
 
 
-def test_a_shared_beginning_is_computed_once_and_changes_nothing(engine_of: Callable[..., Engine]) -> None:
+def test_a_shared_prefix_is_computed_once_and_does_not_change_answers(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of()
     beginning = PROMPTS[0] * 3
     first = engine.ask(beginning + " One.", "plain")
@@ -270,7 +270,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(engine_of: Call
     assert [together.answer(number).text for number in numbers] == [first.text, alone.text]
 
 
-def test_long_prompts_do_not_hold_up_the_streams(
+def test_long_prompts_do_not_stall_the_streams(
     engine_of: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serving.engine.scheduler.MAX_PROMPT_TOKENS", 16)
@@ -290,7 +290,7 @@ def test_long_prompts_do_not_hold_up_the_streams(
 
 
 # --- bounds --------------------------------------------------------------------------------------------------------
-def test_memory_is_bounded_and_all_are_answered(
+def test_memory_is_bounded_and_all_requests_are_answered(
     engine_of: Callable[..., Engine], expected: dict[str, list[str]]
 ) -> None:
     engine = engine_of(blocks=192 // BLOCK)
@@ -303,7 +303,7 @@ def test_memory_is_bounded_and_all_are_answered(
     assert [engine.answer(number).text for number in numbers] == expected["gemma3_text"][: len(PROMPTS)] * 3
 
 
-def test_what_cannot_fit_and_what_is_too_much_is_refused(engine_of: Callable[..., Engine]) -> None:
+def test_requests_that_cannot_fit_or_exceed_the_queue_are_refused(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of(blocks=64 // BLOCK, max_waiting=2)
     number = engine.submit("Hi", max_tokens=100)
     assert engine.sent[number][-1].code == "invalid" and "64" in engine.sent[number][-1].error  # type: ignore[union-attr]
@@ -315,7 +315,7 @@ def test_what_cannot_fit_and_what_is_too_much_is_refused(engine_of: Callable[...
     assert engine.answer(numbers[1]).output_tokens > 0
 
 
-def test_a_step_without_memory_costs_those_in_it(
+def test_a_step_that_runs_out_of_memory_fails_only_its_requests(
     engine_of: Callable[..., Engine], expected: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of()
@@ -363,7 +363,7 @@ def choose_plainly(logits: np.ndarray, sampling: Sampling, point: float) -> int:
         {"temperature": 0.3, "top_p": 0.5},
     ],
 )
-def test_draws_are_those_of_the_definition(given: dict[str, Any]) -> None:
+def test_samples_follow_the_defined_distribution(given: dict[str, Any]) -> None:
     sampling, _ = read_sampling({**given, "seed": 7})
     sampler, points = Sampler(sampling, [], ()), random.Random(7)
     dice = np.random.default_rng(0)
@@ -372,7 +372,7 @@ def test_draws_are_those_of_the_definition(given: dict[str, Any]) -> None:
         assert sampler.choose(logits.copy()) == choose_plainly(logits, sampling, points.random())
 
 
-def test_penalties_are_those_of_the_definition() -> None:
+def test_penalties_follow_their_definition() -> None:
     sampling, _ = read_sampling(
         {
             "temperature": 0,
@@ -393,7 +393,7 @@ def test_penalties_are_those_of_the_definition() -> None:
     assert changed == pytest.approx(np.array(wanted, np.float32))
 
 
-def test_seeds_decide_whoever_is_in_the_batch(engine_of: Callable[..., Engine]) -> None:
+def test_a_seed_determines_the_answer_in_any_batch(engine_of: Callable[..., Engine]) -> None:
     settings = {"temperature": 1.0, "max_tokens": 16}
     alone = [engine_of().ask(PROMPTS[2], "mlp", seed=seed, **settings).text for seed in (1, 2)]
     assert alone[0] != alone[1]
@@ -408,7 +408,7 @@ def test_seeds_decide_whoever_is_in_the_batch(engine_of: Callable[..., Engine]) 
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
-def test_parts_are_the_text_without_half_characters() -> None:
+def test_streamed_text_has_no_incomplete_characters() -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     for text in ("Was heißt 'slay'? 😀 你好, 🏳️‍🌈!", "plain words", "  two  spaces\n\n"):
         answer, parts = Detokenizer(tokenizer, (), 0), []
@@ -426,7 +426,7 @@ def test_parts_are_the_text_without_half_characters() -> None:
 
 
 @pytest.mark.parametrize("stops", [("time the",), ("e t", "station"), ("left the s", "t"), ("never",)])
-def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_sent(stops: tuple[str, ...]) -> None:
+def test_a_stop_string_ends_the_text_before_it_and_is_never_sent(stops: tuple[str, ...]) -> None:
     tokenizer = tiny_tokenizer().backend_tokenizer
     text = "The rain had stopped by the time the train left the station."
     answer, sent = Detokenizer(tokenizer, stops, 0), ""
@@ -439,7 +439,7 @@ def test_a_stop_string_ends_the_text_before_it_and_nothing_of_it_is_sent(stops: 
     assert sent == text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
-def test_streams_hold_the_whole_answer(engine_of: Callable[..., Engine]) -> None:
+def test_a_stream_adds_up_to_the_whole_answer(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of()
     whole = engine.ask(PROMPTS[0], ignore_eos=True, max_tokens=40).text
     streamed = engine.submit(PROMPTS[0], ignore_eos=True, max_tokens=40, stream=True)
@@ -455,7 +455,7 @@ def test_streams_hold_the_whole_answer(engine_of: Callable[..., Engine]) -> None
     assert (engine.answer(late).text, engine.answer(late).finish_reason) == (whole, "length")
 
 
-def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Callable[..., Engine]) -> None:
+def test_the_end_of_a_turn_ends_an_answer_unless_ignore_eos_is_set(engine_of: Callable[..., Engine]) -> None:
     engine = engine_of()
     free = engine.ask(PROMPTS[0], ignore_eos=True)
     end = engine.scheduler.tokenizer.token_to_id("<end_of_turn>")
@@ -467,7 +467,7 @@ def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Calla
     engine.scheduler.submit(request)
     while len(request.tokens) - request.prompt_tokens < 3:
         engine.scheduler.step()
-    engine.scheduler._answer(request, end, time.monotonic())
+    engine.scheduler._append_token(request, end, time.monotonic())
     assert engine.answer(99).finish_reason == "stop"
     text = engine.tokenizer.decode(request.tokens[request.prompt_tokens : -1])
     assert (engine.answer(99).text, engine.answer(99).output_tokens) == (text, 4)
@@ -475,7 +475,9 @@ def test_the_end_of_a_turn_ends_an_answer_unless_told_otherwise(engine_of: Calla
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
-def test_adapters_come_change_and_go(bases: dict[str, Path], engine_of: Callable[..., Engine], tmp_path: Path) -> None:
+def test_adapters_can_be_added_replaced_and_removed(
+    bases: dict[str, Path], engine_of: Callable[..., Engine], tmp_path: Path
+) -> None:
     base = bases["gemma3_text"]
     engine = engine_of()
     folder = AdapterFolder(tmp_path, engine.scheduler.model.config)
@@ -508,11 +510,11 @@ def test_adapters_come_change_and_go(bases: dict[str, Path], engine_of: Callable
     ("change", "words"),
     [
         ({"use_dora": True}, "use_dora is not supported"),
-        ({"peft_type": "IA3"}, "not that of a LoRA"),
+        ({"peft_type": "IA3"}, "does not describe a LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
     ],
 )
-def test_an_adapter_it_cannot_serve_is_refused(
+def test_an_unsupported_adapter_is_refused(
     change: dict[str, Any], words: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     base = bases["gemma3_text"]
@@ -550,12 +552,12 @@ def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path:
         ('{"ignore_eos": 1}', "ignore_eos is"),
     ],
 )
-def test_wrong_parameters_are_named(given: str, words: str) -> None:
+def test_wrong_parameters_are_reported_by_name(given: str, words: str) -> None:
     with pytest.raises(RequestError, match=re.escape(words)):
         read_sampling(given)
 
 
-def test_parameters_may_be_texts_as_with_vllm() -> None:
+def test_parameters_may_be_strings_as_with_vllm() -> None:
     sampling, name = read_sampling(
         '{"temperature": "0.5", "max_tokens": "9", "stop": "x", "lora_name": "slang", "n": 1}'
     )
@@ -628,7 +630,7 @@ def engine_socket(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     assert not (folder / "s").exists()
 
 
-def test_the_socket_is_its_owners_and_heartbeats(engine_socket: Path) -> None:
+def test_the_socket_is_private_and_sends_heartbeats(engine_socket: Path) -> None:
     assert stat.S_IMODE(engine_socket.stat().st_mode) == 0o600
     line = Line(engine_socket)
     line.hear("heartbeat")
@@ -639,7 +641,7 @@ def test_the_socket_is_its_owners_and_heartbeats(engine_socket: Path) -> None:
     line.close()
 
 
-def test_answers_over_the_socket(engine_socket: Path, expected: dict[str, list[str]]) -> None:
+def test_requests_are_answered_over_the_socket(engine_socket: Path, expected: dict[str, list[str]]) -> None:
     line = Line(engine_socket)
     sampling = {"temperature": 0, "max_tokens": 12}
     for number, prompt in enumerate(PROMPTS):
@@ -662,7 +664,7 @@ def test_answers_over_the_socket(engine_socket: Path, expected: dict[str, list[s
     line.close()
 
 
-def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Path) -> None:
+def test_invalid_lines_get_an_error_and_do_not_affect_other_requests(engine_socket: Path) -> None:
     line, dice = Line(engine_socket), random.Random(0)
     good = json.dumps({"op": "generate", "id": 1, "prompt": "Hi", "sampling": {"max_tokens": 1}}).encode()
     wrong = [
@@ -702,7 +704,7 @@ def test_lines_that_are_nonsense_are_answered_and_harm_nobody(engine_socket: Pat
     other.close()
 
 
-def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> None:
+def test_closing_a_connection_cancels_its_requests(engine_socket: Path) -> None:
     line, watcher = Line(engine_socket), Line(engine_socket)
     for number in range(4):
         line.say(
@@ -726,7 +728,7 @@ def test_a_connection_that_closes_cancels_its_requests(engine_socket: Path) -> N
     watcher.close()
 
 
-def test_sigterm_lets_what_has_begun_end(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_sigterm_drains_running_requests(bases: dict[str, Path], tmp_path: Path) -> None:
     process = start(bases["gemma"], tmp_path, "--max-tokens-in-cache", "1024")
     line = Line(tmp_path / "s")
     line.say(
@@ -747,7 +749,7 @@ def test_sigterm_lets_what_has_begun_end(bases: dict[str, Path], tmp_path: Path)
     line.close()
 
 
-def test_a_base_that_is_none_is_a_sentence(tmp_path: Path) -> None:
+def test_an_invalid_base_gives_one_sentence(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "serving.engine", "--base", str(tmp_path), "--socket", str(tmp_path / "s")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == 2
@@ -756,7 +758,7 @@ def test_a_base_that_is_none_is_a_sentence(tmp_path: Path) -> None:
 
 # --- the real model ------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-def test_the_real_model_with_the_real_adapter(base_folder: Path, tmp_path: Path) -> None:
+def test_the_real_model_with_a_real_adapter_generates_what_peft_does(base_folder: Path, tmp_path: Path) -> None:
     adapter = ROOT / "exports" / "slang" / "adapter"
     if not adapter.exists():
         pytest.skip("no trained adapter: make convert TASK=slang")

@@ -111,7 +111,7 @@ def rate(step: int, peak: float = 1e-3, warmup: int = 1, steps: int = 5) -> floa
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_training_is_that_of_transformers_and_peft_and_is_exported(
+def test_training_equals_that_of_transformers_and_peft_and_is_exported(
     family: str, kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.float32)
@@ -124,7 +124,7 @@ def test_training_is_that_of_transformers_and_peft_and_is_exported(
         convert(tmp_path / "slang.nemo", to, tmp_path / to, base)
 
 
-def test_bfloat16_follows_within_its_rounding(
+def test_bfloat16_agrees_within_rounding(
     bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.bfloat16)
@@ -154,7 +154,7 @@ def module(base: Path, **options: Any) -> GemmaLoRA:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_gradient_checkpointing_does_not_change_gradients(family: str, bases: dict[str, Path], tmp_path: Path) -> None:
     (step,) = Batches(rows_of(bases[family], tmp_path), 8, 10_000, seed=None)
     gradients, calls = [], []
     for checkpointing in (False, True):
@@ -190,7 +190,7 @@ def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path]
         ({"rank": 8}, "rank"),
     ],
 )
-def test_a_wrong_setting_is_answered_with_the_valid_ones(family: str, setting: dict[str, Any], says: str) -> None:
+def test_an_invalid_setting_is_refused_with_the_valid_ones(family: str, setting: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match="peft") as error:
         add_lora(tiny_gemma(family, vocab_size=100), {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **setting})
     assert says in str(error.value)
@@ -202,7 +202,9 @@ def test_instruction_tuned_models_are_trained_in_gemma_s_turns() -> None:
         assert (template == TURNS) == model.endswith("-it"), model
 
 
-def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_turn_is_trained_with_its_end_token_and_generation_stops_there(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     base = bases["gemma3_text"]
     tokenizer = AutoTokenizer.from_pretrained(base)
     row = rows_of(base, tmp_path)[0]
@@ -222,12 +224,12 @@ def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[st
     assert lengths["the end of a turn"] == 0 < lengths["another token"]
 
 
-def test_a_model_without_the_turn_s_end_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_model_without_the_end_of_turn_token_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in <end_of_turn>, which is no token of this model"):
         rows_of(tiny_base, tmp_path)
 
 
-def test_the_template_travels_in_the_archive(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_the_template_is_stored_in_the_archive(bases: dict[str, Path], tmp_path: Path) -> None:
     from converters.nemo_file import read_nemo
 
     train(bases["gemma"], tmp_path, "task.train.epochs=1")

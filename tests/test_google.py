@@ -53,7 +53,7 @@ def same(found: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_is_the_model_that_google_published(family: str, tmp_path: Path) -> None:
+def test_a_checkpoint_gets_the_published_configuration(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     torch.save({"model_state_dict": state(model)}, tmp_path / "gemma.ckpt")
     assert google.recognizes(tmp_path / "gemma.ckpt") and not google.recognizes(tmp_path)
@@ -85,7 +85,7 @@ class Hostile:
         return print, ("this must never run",)
 
 
-def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_code_in_a_checkpoint_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "gemma.ckpt"
     torch.save({"model_state_dict": state(tiny("gemma")), "self_attn.qkv_proj": Hostile()}, path)
     assert google.recognizes(path)
@@ -97,7 +97,7 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("change", ["quantized", "heads", "missing", "layers", "nan"])
-def test_what_is_no_whole_gemma_is_refused(change: str, tmp_path: Path) -> None:
+def test_an_incomplete_gemma_is_refused(change: str, tmp_path: Path) -> None:
     tensors, name = state(tiny("gemma")), "model.layers.1.self_attn.qkv_proj.weight"
     if change == "quantized":
         tensors["embedder.weight_scaler"] = torch.ones(64)
@@ -123,7 +123,7 @@ def test_what_is_no_whole_gemma_is_refused(change: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trials", [20, pytest.param(200, marks=pytest.mark.slow)])
-def test_damaged_files_end_in_one_sentence(trials: int, tmp_path: Path) -> None:
+def test_damaged_files_give_one_sentence(trials: int, tmp_path: Path) -> None:
     path, chance = tmp_path / "gemma.ckpt", random.Random(2)
     torch.save({"model_state_dict": state(tiny("gemma"))}, path)
     whole = path.read_bytes()

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import hf, keras
-from converters.checkpoint import Adapter, Checkpoint, of_memory
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.convert import convert
 from core.errors import UserError
 from core.prompt import Prompt
@@ -162,7 +162,7 @@ def datasets(path: Path) -> dict[str, tuple[Any, ...]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_preset_goes_there_and_back(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_preset_survives_a_round_trip(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny(family, dtype)
     theirs = preset(model, tmp_path / "theirs")
     assert keras.recognizes(theirs)
@@ -181,7 +181,7 @@ def test_a_preset_goes_there_and_back(family: str, dtype: torch.dtype, tmp_path:
     assert read(tmp_path / "ours").prompt == PROMPT
 
 
-def test_shards_and_a_whole_tasks_file_are_read(tmp_path: Path) -> None:
+def test_shards_and_the_file_of_a_task_are_read(tmp_path: Path) -> None:
     model = tiny("gemma2")
     folder = preset(model, tmp_path / "sharded")
     (folder / "model.weights.h5").unlink()
@@ -206,7 +206,7 @@ def test_shards_and_a_whole_tasks_file_are_read(tmp_path: Path) -> None:
     ("family", "layers"),
     [("gemma", 18), ("gemma2", 26), ("gemma3_text", 26), pytest.param("gemma3_text", 34, marks=pytest.mark.slow)],
 )
-def test_a_file_alone_is_the_model_that_google_published(family: str, layers: int, tmp_path: Path) -> None:
+def test_a_weights_file_alone_gets_the_published_configuration(family: str, layers: int, tmp_path: Path) -> None:
     model = tiny(family, num_hidden_layers=layers, layer_types=None)
     keras_file(model, tmp_path / "gemma.weights.h5")
     found = read(tmp_path / "gemma.weights.h5")
@@ -222,7 +222,7 @@ def test_a_file_alone_is_the_model_that_google_published(family: str, layers: in
         read(tmp_path / "own.weights.h5")
 
 
-def test_the_tokenizer_comes_along_and_is_made_from_sentencepiece(tmp_path: Path) -> None:
+def test_the_tokenizer_is_converted_from_and_to_sentencepiece(tmp_path: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     tiny("gemma2").save_pretrained(tmp_path / "hf")
@@ -296,7 +296,7 @@ def keras_lora(model: Any, path: Path, names: list[str], rank: int = 4) -> dict[
 
 @pytest.mark.parametrize("names", [["query", "value"], list(OURS)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_of_keras_changes_the_same_in_peft(family: str, names: list[str], tmp_path: Path) -> None:
+def test_a_lora_of_keras_has_the_same_effect_in_peft(family: str, names: list[str], tmp_path: Path) -> None:
     model, path = tiny(family), tmp_path / "slang.lora.h5"
     kernels = keras_lora(model, path, names)
     assert keras.recognizes(path)
@@ -316,7 +316,7 @@ def test_a_lora_of_keras_changes_the_same_in_peft(family: str, names: list[str],
     assert datasets(tmp_path / "again.lora.h5") == datasets(path)
 
 
-def test_a_lora_of_keras_goes_on_from_the_folder_of_peft(tmp_path: Path) -> None:
+def test_a_lora_of_keras_is_converted_on_from_the_peft_folder(tmp_path: Path) -> None:
     """Its record says no dtype, which a Keras file has not."""
     model = tiny("gemma")
     model.save_pretrained(tmp_path / "base")
@@ -329,7 +329,7 @@ def test_a_lora_of_keras_goes_on_from_the_folder_of_peft(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("alpha", [8, 12])
-def test_a_scale_that_goes_into_b_is_proven_too(alpha: int, tmp_path: Path) -> None:
+def test_a_scale_multiplied_into_b_is_proven_too(alpha: int, tmp_path: Path) -> None:
     model = tiny("gemma3_text")
     model.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
@@ -345,7 +345,7 @@ def test_a_scale_that_goes_into_b_is_proven_too(alpha: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"layers_to_transform": [1]}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_of_peft_changes_the_same_in_keras(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_lora_of_peft_has_the_same_effect_in_keras(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     model, path = tiny(family), tmp_path / "slang.lora.h5"
     peft = {"r": 4, "lora_alpha": 8, "target_modules": [name.split(".")[1] for name in OURS.values()], **settings}
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **peft)).eval()
@@ -435,7 +435,9 @@ def missing(file: h5py.File, place: str) -> None:
         (missing, "has no"),
     ],
 )
-def test_what_keras_does_not_write_is_refused(change: Callable[..., None], named: str, tmp_path: Path) -> None:
+def test_hdf5_features_that_keras_does_not_use_are_refused(
+    change: Callable[..., None], named: str, tmp_path: Path
+) -> None:
     folder = preset(tiny("gemma2"), tmp_path / "preset")
     place = "layers/gemma_decoder_block_1/pre_ffw_norm/vars/0"
     with h5py.File(folder / "model.weights.h5", "a") as file:
@@ -449,7 +451,7 @@ def test_what_keras_does_not_write_is_refused(change: Callable[..., None], named
 
 @pytest.mark.parametrize("trials", [30, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("of_lora", [False, True])
-def test_damaged_files_end_in_one_sentence(of_lora: bool, trials: int, tmp_path: Path) -> None:
+def test_damaged_files_give_one_sentence(of_lora: bool, trials: int, tmp_path: Path) -> None:
     model = tiny("gemma2", num_hidden_layers=2, layer_types=None)
     folder = preset(model, tmp_path / "preset")
     path = folder / "model.weights.h5"
@@ -484,7 +486,7 @@ def test_damaged_files_end_in_one_sentence(of_lora: bool, trials: int, tmp_path:
         ({"model_type": "llama"}, "llama"),
     ],
 )
-def test_what_kerashub_has_no_setting_for_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_a_model_that_kerashub_cannot_express_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     found = read(preset(tiny("gemma3_text"), tmp_path / "preset"))
     found.config = {**found.config, **change}
     with pytest.raises(UserError, match=named):
@@ -492,7 +494,7 @@ def test_what_kerashub_has_no_setting_for_is_refused(change: dict[str, Any], nam
     assert not (tmp_path / "keras").exists()
 
 
-def test_settings_of_another_model_are_refused(tmp_path: Path) -> None:
+def test_the_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = preset(tiny("gemma2"), tmp_path / "preset")
     text = json.loads((folder / "config.json").read_text())
     for change, named in (({"class_name": "LlamaBackbone"}, "LlamaBackbone"), ({"config": {}}, "num_layers")):
@@ -509,9 +511,9 @@ def test_an_adapter_without_its_base_or_with_dora_is_refused(tmp_path: Path) -> 
         keras.write(Adapter({"r": 1, "lora_alpha": 1, "use_dora": True}, {}, config=config), tmp_path / "a.lora.h5")
 
 
-def test_an_output_layer_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_an_untied_output_layer_is_refused(tmp_path: Path) -> None:
     found = read(preset(tiny("gemma"), tmp_path / "preset"))
-    found.tensors = {**found.tensors, "lm_head.weight": of_memory(torch.zeros(4, 4))}
+    found.tensors = {**found.tensors, "lm_head.weight": in_memory(torch.zeros(4, 4))}
     with pytest.raises(UserError, match="output layer"):
         keras.write(found, tmp_path / "keras")
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from converters import nemo1, nemo2
 from converters.byte_ranges import members
-from converters.checkpoint import Adapter, Checkpoint, Lazy
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed
 from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
@@ -44,8 +44,8 @@ NEMO1 = ("gemma", "gemma2")
 EDGES = [(nemo2, family) for family in FAMILIES] + [(nemo1, family) for family in NEMO1]
 
 
-def lazies(tensors: dict[str, Tensor]) -> dict[str, Lazy]:
-    return {name: Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
+def lazies(tensors: dict[str, Tensor]) -> dict[str, LazyTensor]:
+    return {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()}
 
 
 def gemma(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> PreTrainedModel:
@@ -68,7 +68,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def read(lazy: dict[str, Lazy]) -> dict[str, Tensor]:
+def read(lazy: dict[str, LazyTensor]) -> dict[str, Tensor]:
     found = {name: content.read() for name, content in lazy.items()}
     assert all(tuple(found[name].shape) == lazy[name].shape and found[name].dtype == lazy[name].dtype for name in lazy)
     return found
@@ -157,7 +157,7 @@ def megatron_forward(ranks: list[dict[str, Tensor]], config: Any, tokens: Tensor
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_megatron_computes_the_same_with_what_we_give_it(family: str, ranks: int, tmp_path: Path) -> None:
+def test_megatron_computes_the_same_with_converted_weights(family: str, ranks: int, tmp_path: Path) -> None:
     model = gemma(family, num_key_value_heads=4, num_attention_heads=8)
     ours = read(to_megatron(lazies(weights(model)), model.config.to_dict()))
     parts = [{name: part_of(name, tensor, rank, ranks) for name, tensor in ours.items()} for rank in range(ranks)]
@@ -181,7 +181,7 @@ def test_megatron_computes_the_same_with_what_we_give_it(family: str, ranks: int
     assert_same(read(nemo1.read(folder).tensors), weights(model))
 
 
-def test_pipeline_parallel_parts_are_numbered_through(tmp_path: Path) -> None:
+def test_layers_of_pipeline_parallel_ranks_are_renumbered(tmp_path: Path) -> None:
     model = gemma("gemma2")
     ours = read(to_megatron(lazies(weights(model)), model.config.to_dict()))
     nemo1.write(checkpoint("gemma2"), tmp_path / "model.nemo")
@@ -214,7 +214,7 @@ def unpacked(archive: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tensors_are_those_of_nvidias_own_converter(family: str) -> None:
+def test_the_tensors_equal_those_of_nvidias_converter(family: str) -> None:
     name = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}[family]
     theirs = pytest.importorskip(
         f"nemo.collections.llm.gpt.model.{name}", reason="NeMo 2.7.3 with Megatron is not here"
@@ -242,7 +242,7 @@ def test_the_tensors_are_those_of_nvidias_own_converter(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("format_", "family"), EDGES)
-def test_a_round_trip_gives_back_every_bit(format_: Any, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_round_trip_preserves_every_bit(format_: Any, family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source, target = checkpoint(family, dtype), tmp_path / "target"
     format_.write(source, target)
     assert format_.recognizes(target) and not {nemo1: nemo2, nemo2: nemo1}[format_].recognizes(target)
@@ -254,7 +254,7 @@ def test_a_round_trip_gives_back_every_bit(format_: Any, family: str, dtype: tor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_the_config_brought_along_the_fields_say_enough(family: str, tmp_path: Path) -> None:
+def test_the_configuration_is_restored_from_the_fields_alone(family: str, tmp_path: Path) -> None:
     options = (
         {
             "rope_parameters": {
@@ -284,7 +284,7 @@ def test_without_the_config_brought_along_the_fields_say_enough(family: str, tmp
         assert format_.read(target).config["rms_norm_eps"] == source.config["rms_norm_eps"]
 
 
-def test_norms_kept_as_one_plus_w_and_a_padded_vocabulary(tmp_path: Path) -> None:
+def test_norms_stored_as_one_plus_w_and_a_padded_vocabulary_are_read(tmp_path: Path) -> None:
     model = gemma("gemma")
     for name, tensor in weights(model).items():
         if "norm" in name:
@@ -311,7 +311,7 @@ def test_norms_kept_as_one_plus_w_and_a_padded_vocabulary(tmp_path: Path) -> Non
     assert_same(read(found.tensors), weights(model))
 
 
-def test_pytorchs_own_reader_finds_layers_stacked(tmp_path: Path) -> None:
+def test_the_reader_of_pytorch_finds_stacked_layers(tmp_path: Path) -> None:
     source = checkpoint("gemma3_text")
     nemo2.write(source, tmp_path / "model")
     ours = to_megatron(source.tensors, source.config)
@@ -326,7 +326,7 @@ def test_pytorchs_own_reader_finds_layers_stacked(tmp_path: Path) -> None:
     assert torch.equal(state["module.decoder.final_layernorm.weight"], source.tensors["model.norm.weight"].read())
 
 
-def test_megatrons_own_reader_and_writer_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reader_and_writer_of_megatron_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tensor parallel ranks' pieces, declared as Megatron's layers declare theirs."""
     theirs = pytest.importorskip("megatron.core.dist_checkpointing", reason="megatron-core is not here")
     source = checkpoint("gemma3_text")
@@ -371,7 +371,7 @@ def test_megatrons_own_reader_and_writer_agree(tmp_path: Path, monkeypatch: pyte
     assert_same(read(nemo2.read(tmp_path / "model").tensors), read(source.tensors))
 
 
-def test_pieces_by_other_writers_are_put_together(tmp_path: Path) -> None:
+def test_shards_of_other_writers_are_assembled(tmp_path: Path) -> None:
     """torch_dist as PyTorch writes whole stacked tensors, and zarr as Megatron wrote it: chunks of raw numbers."""
     model = gemma("gemma", torch.bfloat16)
     ours = read(to_megatron(lazies(weights(model)), model.config.to_dict()))
@@ -423,7 +423,7 @@ def test_pieces_by_other_writers_are_put_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format_", [nemo1, nemo2])
-def test_nothing_but_a_tensor_at_a_time_is_in_memory(format_: Any, tmp_path: Path) -> None:
+def test_only_one_tensor_at_a_time_is_in_memory(format_: Any, tmp_path: Path) -> None:
     model = gemma("gemma2", num_hidden_layers=8, layer_types=["sliding_attention", "full_attention"] * 4)
     alive: dict[int, int] = {}
     most = 0
@@ -440,7 +440,8 @@ def test_nothing_but_a_tensor_at_a_time_is_in_memory(format_: Any, tmp_path: Pat
         return fresh
 
     source = Checkpoint(
-        model.config.to_dict(), {name: Lazy(tuple(t.shape), t.dtype, watched(t)) for name, t in weights(model).items()}
+        model.config.to_dict(),
+        {name: LazyTensor(tuple(t.shape), t.dtype, watched(t)) for name, t in weights(model).items()},
     )
     format_.write(source, tmp_path / "target")
     largest = max(lazy.nbytes for lazy in source.tensors.values())
@@ -480,7 +481,7 @@ def megatron_change(tensors: dict[str, Tensor], alpha: float, rank: int, layer: 
 @pytest.mark.parametrize(
     "modules", [MODULES, ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"], ["o_proj"]], ids=len
 )
-def test_a_joined_adapter_adds_the_same_and_comes_apart_again(family: str, modules: list[str]) -> None:
+def test_a_fused_adapter_has_the_same_effect_and_is_split_again(family: str, modules: list[str]) -> None:
     adapter, model = trained_adapter(family, modules)
     tensors, rank, alpha = to_megatron_lora(adapter)
     base = model.get_base_model()
@@ -506,7 +507,7 @@ def test_a_joined_adapter_adds_the_same_and_comes_apart_again(family: str, modul
 
 
 @pytest.mark.parametrize(("format_", "family"), EDGES)
-def test_adapters_come_back_from_a_file(format_: Any, family: str, tmp_path: Path) -> None:
+def test_adapters_survive_a_round_trip_through_a_file(format_: Any, family: str, tmp_path: Path) -> None:
     adapter, _ = trained_adapter(family)
     adapter.tensors = {name: tensor.bfloat16() for name, tensor in adapter.tensors.items()}
     format_.write(adapter, tmp_path / "lora.nemo")
@@ -533,7 +534,7 @@ def test_an_adapter_that_megatron_trained_keeps_its_rank_both_ways(tmp_path: Pat
 
 
 @pytest.mark.parametrize("names", ["nemo1", "nemo2"])
-def test_a_canonical_lora_is_pefts_as_it_is(names: str) -> None:
+def test_a_canonical_lora_equals_that_of_peft(names: str) -> None:
     adapter, _ = trained_adapter("gemma")
     theirs = {}
     for name, tensor in adapter.tensors.items():
@@ -561,7 +562,7 @@ def test_a_canonical_lora_is_pefts_as_it_is(names: str) -> None:
     assert_same(from_megatron_lora(tensors, adapter.config, 8).tensors, adapter.tensors)
 
 
-def test_tensor_parallel_parts_of_a_lora(tmp_path: Path) -> None:
+def test_tensor_parallel_parts_of_a_lora_are_merged(tmp_path: Path) -> None:
     adapter, _ = trained_adapter("gemma2")
     nemo1.write(adapter, tmp_path / "lora.nemo")
     folder = unpacked(tmp_path / "lora.nemo")
@@ -581,7 +582,7 @@ def test_tensor_parallel_parts_of_a_lora(tmp_path: Path) -> None:
     assert_same(nemo1.read(folder).tensors, adapter.tensors)
 
 
-def test_rslora_dora_and_layers_of_their_own(tmp_path: Path) -> None:
+def test_rslora_dora_and_single_layers_are_converted(tmp_path: Path) -> None:
     adapter, _ = trained_adapter("gemma3_text", use_rslora=True)
     _, rank, alpha = to_megatron_lora(adapter)
     assert (rank, alpha / rank) == (12, pytest.approx(8 / 4**0.5, rel=1e-15))
@@ -603,7 +604,9 @@ def test_rslora_dora_and_layers_of_their_own(tmp_path: Path) -> None:
 # What NeMo makes of it
 
 
-def test_nemos_loader_finds_the_classes_and_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loader_of_nemo_finds_the_classes_and_their_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     serialization = pytest.importorskip(
         "fiddle.experimental.serialization", reason="fiddle, which NeMo 2 uses, is not here"
     )
@@ -657,7 +660,7 @@ def spoiled(path: Path, kind: random.Random) -> None:
 
 @pytest.mark.parametrize(("format_", "content"), [(nemo1, "model"), (nemo1, "lora"), (nemo2, "model"), (nemo2, "lora")])
 @pytest.mark.parametrize("times", [15, pytest.param(300, marks=pytest.mark.slow)])
-def test_damage_gives_one_sentence_or_the_same_numbers(format_: Any, content: str, times: int, tmp_path: Path) -> None:
+def test_damage_gives_one_sentence_or_the_same_values(format_: Any, content: str, times: int, tmp_path: Path) -> None:
     small = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
     source = checkpoint("gemma2", **small) if content == "model" else trained_adapter("gemma2")[0]
     expected = read(source.tensors) if isinstance(source, Checkpoint) else source.tensors
@@ -690,7 +693,7 @@ def test_damage_gives_one_sentence_or_the_same_numbers(format_: Any, content: st
     assert refused > times / 3
 
 
-def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_in_a_file_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     nemo2.write(checkpoint("gemma"), tmp_path / "model")
     index = tmp_path / "model/weights/.metadata"
@@ -709,7 +712,7 @@ def test_no_code_of_a_file_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "hacked").exists()
 
 
-def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
+def test_archives_with_paths_that_lead_outside_are_refused(tmp_path: Path) -> None:
     nemo1.write(trained_adapter("gemma")[0], tmp_path / "good.nemo")
 
     def archive(name: str, mode: str = "w:", **member: Any) -> Path:
@@ -738,9 +741,9 @@ def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
         nemo1.read(archive("model_config.yaml", "w:gz"))
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_a_mismatch_is_reported_by_name(tmp_path: Path) -> None:
     source = checkpoint("gemma")
-    with pytest.raises(UserError, match="NeMo 1 knows no Gemma 3"):
+    with pytest.raises(UserError, match="NeMo 1 does not support Gemma 3"):
         nemo1.write(checkpoint("gemma3_text"), tmp_path / "x")
     name = "model.layers.1.mlp.up_proj.weight"
     others = {key: lazy for key, lazy in source.tensors.items() if key != name}
@@ -771,7 +774,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         )
 
 
-def test_what_was_read_opens_in_transformers(tmp_path: Path) -> None:
+def test_the_result_loads_in_transformers(tmp_path: Path) -> None:
     source = checkpoint("gemma3_text", torch.float32)
     nemo2.write(source, tmp_path / "model")
     next((tmp_path / "model").rglob("config.json")).unlink()

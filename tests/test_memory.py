@@ -24,7 +24,7 @@ EIGHT = 8 * 2**30
 
 @pytest.mark.parametrize("peft", ["lora", "qlora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Path) -> None:
+def test_parameters_are_counted_exactly(family: str, peft: str, tmp_path: Path) -> None:
     tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
     config = load_config([f"peft={peft}"])
     need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, targets=500)
@@ -44,7 +44,7 @@ def test_parameters_are_counted_as_they_are(family: str, peft: str, tmp_path: Pa
 
 @pytest.mark.parametrize("words", [[], ["peft.use_dora=true"], ["peft.lora_dropout=0.1"]])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: list[str]) -> None:
+def test_saved_activations_of_a_layer_are_counted(family: str, words: list[str]) -> None:
     gemma = tiny_gemma(family, torch.bfloat16, vocab_size=1000, hidden_size=256, intermediate_size=512, head_dim=64)
     settings = plain(load_config(words).peft)
     model = add_lora(gemma, {key: settings[key] for key in ("r", "lora_dropout", "use_dora", "target_modules")})
@@ -71,7 +71,7 @@ def test_what_layers_keep_for_the_backward_pass_is_counted(family: str, words: l
     assert 0.92 < counted / sum(kept.values()) < 1.16
 
 
-def test_advice_is_worth_following(base_folder: Path) -> None:
+def test_each_piece_of_advice_lowers_the_estimate(base_folder: Path) -> None:
     def total(*words: str, tokens: int = 4000) -> float:
         return estimate(load_config(words), base_folder, torch.bfloat16, tokens, tokens // 3).total
 
@@ -90,7 +90,9 @@ def test_advice_is_worth_following(base_folder: Path) -> None:
         ({"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "1000000"}, EIGHT),
     ],
 )
-def test_the_smaller_of_machine_and_control_group_counts(files: dict[str, str], free: int, tmp_path: Path) -> None:
+def test_free_memory_is_the_smaller_of_machine_and_control_group(
+    files: dict[str, str], free: int, tmp_path: Path
+) -> None:
     held = 1024 * 1024
     for name, text in {
         "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {EIGHT // 1024} kB\n",
@@ -123,7 +125,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_refused_with_advice_before_anything_runs(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_in_memory_is_refused_with_advice(tiny_base: Path, tmp_path: Path) -> None:
     result = run(tmp_path, f"model.path={tiny_base}", "peft.r=16000000")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "training would need" in result.stderr and "are free" in result.stderr

@@ -51,7 +51,7 @@ def hidden_of_rows(gemma: PreTrainedModel, rows: list[list[int]]) -> list[Tensor
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_have_the_hidden_states_and_gradients_of_single_rows(family: str) -> None:
+def test_packed_samples_have_the_hidden_states_and_gradients_of_single_samples(family: str) -> None:
     model = with_lora(family)
     gemma = model.get_base_model()
     weight = torch.linspace(-1, 1, gemma.config.hidden_size)
@@ -74,7 +74,7 @@ def test_packed_rows_have_the_hidden_states_and_gradients_of_single_rows(family:
 
 @pytest.mark.parametrize("window", [None, 16])
 @pytest.mark.parametrize("softcap", [None, 50.0])
-def test_flex_attention_of_a_gpu_sees_what_the_blocks_of_a_cpu_see(window: int | None, softcap: float | None) -> None:
+def test_flex_attention_on_a_gpu_masks_as_the_blocks_on_a_cpu_do(window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)
     layout = pack(ROWS).layout
     tokens = layout.positions.shape[1]
@@ -86,7 +86,7 @@ def test_flex_attention_of_a_gpu_sees_what_the_blocks_of_a_cpu_see(window: int |
     torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
 
 
-def test_flex_attention_is_compiled_for_packs_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flex_attention_is_compiled_once_for_packs_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's tracer alone: what it does not trace anew, a GPU does not compile anew."""
     from torch._dynamo.utils import counters
 
@@ -129,7 +129,7 @@ def test_bfloat16_stays_close_to_float32() -> None:
         assert (exact - rounded).abs().max() < 0.03 * exact.abs().max()
 
 
-def test_what_neighbours_share_is_laid_once() -> None:
+def test_a_shared_prefix_is_packed_once() -> None:
     packed = pack(ROWS)
     unique = packed.layout.segments
     assert sum(segment.length for segment in unique) == sum(map(len, ROWS)) - 2 * 31 - 1 * 25
@@ -150,10 +150,12 @@ def test_what_neighbours_share_is_laid_once() -> None:
         ([[1] * 60, [1] * 60 + [2], [1] * 20 + [3]], [(60, range(2)), (0, range(2, 3))]),
     ],
 )
-def test_rows_share_a_prefix_where_that_saves_tokens(rows: list[list[int]], expected: list[tuple[int, range]]) -> None:
+def test_samples_share_a_prefix_where_that_saves_tokens(
+    rows: list[list[int]], expected: list[tuple[int, range]]
+) -> None:
     assert list(shared_prefixes(rows)) == expected
 
 
-def test_an_empty_pack_is_padding_alone() -> None:
+def test_an_empty_pack_is_only_padding() -> None:
     packed = pack([])
     assert packed.ids.shape == (1, ROUND) and packed.layout == Layout(packed.layout.positions, [])

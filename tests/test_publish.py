@@ -132,7 +132,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_dry_run_writes_what_would_be_sent_and_needs_no_token(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", "dry_run=true"])
     card = ModelCard.load(work / "exports/slang/hub/model/README.md")
@@ -161,7 +163,7 @@ def test_a_dry_run_writes_what_would_be_sent_and_needs_no_token(work: Path, monk
 
 
 @pytest.mark.parametrize("to", ["adapter", "merged"])
-def test_model_and_rows_arrive_whole_and_private(
+def test_model_and_data_are_uploaded_completely_and_privately(
     to: str, work: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
     main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", f"to={to}"])
@@ -189,7 +191,7 @@ def test_model_and_rows_arrive_whole_and_private(
     assert not any(TOKEN.encode() in content for content in [*model.values(), *rows.values()])
 
 
-def test_what_the_hub_refuses_is_told_without_the_token(work: Path, hub: Hub) -> None:
+def test_an_error_of_the_hub_is_reported_without_the_token(work: Path, hub: Hub) -> None:
     hub.refuse = 403
     with pytest.raises(UserError, match=r"answered 403 .* check that HF_TOKEN may write there") as error:
         main(["task=slang", "repo=me/slang-gemma"])
@@ -206,14 +208,16 @@ def test_what_the_hub_refuses_is_told_without_the_token(work: Path, hub: Hub) ->
         (["repo=me/x", "to=gguf", "dry_run=1"], "to=gguf is unknown. Known: adapter, merged"),
     ],
 )
-def test_a_mistake_is_a_sentence(words: list[str], message: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_gives_one_sentence(
+    words: list[str], message: str, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError, match=message):
         main(["task=slang", *words])
     assert not (work / "exports").exists()
 
 
-def test_rows_that_it_was_not_trained_on_are_not_published_as_its_own(work: Path) -> None:
+def test_data_that_the_run_was_not_trained_on_is_not_published(work: Path) -> None:
     manifest = work / "data/slang/manifest.json"
     manifest.write_text(manifest.read_text().replace('"sha256": "0"', '"sha256": "1"'))
     with pytest.raises(UserError, match="holds other rows than"):

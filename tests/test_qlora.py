@@ -81,7 +81,7 @@ def metrics(folder: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def test_a_run_learns_on_4_bit_weights_and_its_adapter_leaves_with_it(
+def test_a_qlora_run_lowers_the_loss_and_its_adapter_works_on_the_base(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["peft=qlora", "task.train.epochs=4", "task.train.batch_size=8", "task.train.learning_rate=1e-2"]
@@ -112,7 +112,7 @@ def test_a_run_learns_on_4_bit_weights_and_its_adapter_leaves_with_it(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(family: str, tmp_path: Path) -> None:
+def test_the_qlora_layers_compute_what_peft_computes_on_the_dequantized_weights(family: str, tmp_path: Path) -> None:
     tiny_gemma(family, vocab_size=200).save_pretrained(tmp_path)
     ids = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(0))
     results: list[Any] = []
@@ -150,7 +150,7 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
 
 
 @needs_task("squid_game")
-def test_every_setting_of_the_review_chatbot_is_at_work(
+def test_every_setting_of_the_review_chatbot_takes_effect(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
@@ -191,7 +191,7 @@ def test_every_setting_of_the_review_chatbot_is_at_work(
         assert "adamw with 32-bit state" in capsys.readouterr().out
 
 
-def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewhere(
+def test_paged_adamw_is_bitsandbytes_on_a_gpu_and_adamw_elsewhere(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert available_optimizer("paged_adamw_32bit", "gpu") == "paged_adamw_32bit"
@@ -203,6 +203,6 @@ def test_the_optimizer_s_name_leads_to_bitsandbytes_on_a_gpu_and_to_adamw_elsewh
 
 
 @pytest.mark.parametrize("wrong", [{"load_in_4bit": "yes"}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}])
-def test_a_quantization_that_does_not_exist_is_refused(wrong: dict[str, Any], tiny_base: Path) -> None:
+def test_an_unknown_quantization_is_refused(wrong: dict[str, Any], tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"peft\.quantization"):
         load_base(tiny_base, torch.float32, wrong, torch.device("cpu"))

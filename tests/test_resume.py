@@ -127,7 +127,9 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left), "the adapters differ"
 
 
-def test_twenty_kills_at_random_moments_change_nothing(start: Start, undisturbed: Path, tmp_path: Path) -> None:
+def test_twenty_kills_at_random_moments_do_not_change_the_result(
+    start: Start, undisturbed: Path, tmp_path: Path
+) -> None:
     chance = random.Random(20)
     folder, kills = tmp_path / "killed", 0
     moments = sorted(chance.choices(range(STEPS), k=14))
@@ -156,7 +158,7 @@ def test_twenty_kills_at_random_moments_change_nothing(start: Start, undisturbed
     assert not list(only_run(folder).glob("**/*.partial"))
 
 
-def test_a_run_told_to_stop_goes_on_exactly(start: Start, undisturbed: Path, copy: Path) -> None:
+def test_a_run_stopped_by_a_signal_resumes_exactly(start: Start, undisturbed: Path, copy: Path) -> None:
     last = step(copy)
     training = start(copy)
     assert training.end() == 0, training.said
@@ -181,7 +183,7 @@ def test_other_signals_leave_a_checkpoint_too(number: signal.Signals, code: int,
     assert "Traceback" not in training.said
 
 
-def test_told_to_stop_before_training_it_says_so(start: Start, copy: Path) -> None:
+def test_a_signal_before_training_is_reported(start: Start, copy: Path) -> None:
     training = start(copy)
     training.wait_until(lambda: "Loading NeMo" in training.said)
     training.send(signal.SIGUSR1)
@@ -190,7 +192,9 @@ def test_told_to_stop_before_training_it_says_so(start: Start, copy: Path) -> No
     assert "Traceback" not in training.said
 
 
-def test_damaged_checkpoints_are_named_and_the_one_before_is_used(start: Start, undisturbed: Path, copy: Path) -> None:
+def test_damaged_checkpoints_are_reported_and_the_previous_one_is_used(
+    start: Start, undisturbed: Path, copy: Path
+) -> None:
     *_, good, second, last = sorted((only_run(copy) / "checkpoints").glob("step=*.ckpt"))
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
@@ -204,7 +208,7 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(start: Start, 
     assert_same_end(undisturbed, copy)
 
 
-def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(start: Start, copy: Path) -> None:
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_kept(start: Start, copy: Path) -> None:
     checkpoints = only_run(copy) / "checkpoints"
     before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
     training = start(copy, largest_file=100_000)  # a checkpoint is larger
@@ -214,9 +218,7 @@ def test_a_full_disk_is_said_and_the_checkpoint_before_is_kept(start: Start, cop
     assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
 
 
-def test_a_run_does_not_go_on_with_what_it_was_not_begun_with(
-    start: Start, stopped: Path, copy: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_not_resumed_with_another_fingerprint(start: Start, stopped: Path, copy: Path, tmp_path: Path) -> None:
     def refusal() -> str:
         training = start(copy)
         assert training.end() == 2 and "Traceback" not in training.said, training.said
@@ -242,7 +244,7 @@ def test_a_run_does_not_go_on_with_what_it_was_not_begun_with(
     assert "training.jsonl was changed after it was prepared" in refusal()
 
 
-def test_another_configuration_beside_an_unfinished_run_says_what_differs(start: Start, copy: Path) -> None:
+def test_a_new_run_beside_an_unfinished_one_says_what_differs(start: Start, copy: Path) -> None:
     unfinished = only_run(copy)
     training = start(copy, "task.train.learning_rate=2e-2")
     training.wait_until(lambda: "Loading NeMo" in training.said)

@@ -20,7 +20,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import ARCHITECTURES
-from benchmarks.scaling import GPUS, Message, Options, Sizes, architecture_of, main, messages, plan, sizes_of
+from benchmarks.scaling import main
+from benchmarks.scaling_model import (
+    GPUS,
+    Collective,
+    ModelBytes,
+    Options,
+    architecture_of,
+    collectives,
+    model_bytes,
+    plan,
+)
 from core.configuration import load_config
 from core.errors import UserError
 from training.batches import Batches
@@ -42,7 +52,7 @@ CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
         ("gemma-2-27b", 26_047_480_320),
     ],
 )
-def test_architectures_have_the_parameters_that_their_reports_count(name: str, parameters: int) -> None:
+def test_architectures_have_the_parameter_counts_of_their_reports(name: str, parameters: int) -> None:
     family, options = ARCHITECTURES[name]
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
@@ -97,8 +107,8 @@ def watch_a_step(rank: int, folder: str) -> None:
             loss.backward()
             strategy.sum_step(adapters(model), loss.detach())
         # In float32 here, where the plan counts bfloat16.
-        sizes = Sizes(layers, in_layers / layers, whole - in_layers, adapter, 2 * hidden)
-        planned = messages(kind, sizes, 2, 2, micro_batch.input_ids.numel(), checkpointing)
+        sizes = ModelBytes(layers, in_layers / layers, whole - in_layers, adapter, 2 * hidden)
+        planned = collectives(kind, sizes, 2, 2, micro_batch.input_ids.numel(), checkpointing)
         for wanted in ("all_reduce", "all_gather"):
             sent = [size for name, size in traffic.seen if name == wanted]
             assert len(sent) == sum(message.count for message in planned if message.kind == wanted), (
@@ -112,13 +122,13 @@ def watch_a_step(rank: int, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_sends_the_messages_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_communicates_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     assert torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2) is None  # else it raises
 
 
-def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> None:
+def test_the_plan_has_the_share_of_the_base_that_a_process_holds(tmp_path: Path) -> None:
     """As test_distribute.py finds it in real processes: all; half, and a layer or two; half, but the embedding."""
     base = tiny_gemma("gemma2", torch.bfloat16, vocab_size=600, num_hidden_layers=3)
     base.save_pretrained(tmp_path)
@@ -143,7 +153,7 @@ def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool) -> None:
+def test_flops_with_checkpointing_equal_those_that_torch_counts(checkpointing: bool) -> None:
     length, rank = 48, 4
     model: PeftModel = get_peft_model(
         tiny_gemma("gemma2", attn_implementation="eager", sliding_window=64), LoraConfig(r=rank, target_modules=TARGETS)
@@ -167,23 +177,23 @@ def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool)
 # --- the model's own sense ------------------------------------------------------------------------------------------
 
 
-def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
+def test_the_time_of_a_collective_follows_from_bytes_and_hops() -> None:
     gpu = GPUS["H100"]
-    eight = Message("all_reduce", 1, 8e9, 8)
+    eight = Collective("all_reduce", 1, 8e9, 8)
     assert eight.sent == 2 * 8e9 * 7 / 8
     assert eight.seconds(gpu, 8) == pytest.approx(14e9 / (0.8 * 450e9), rel=1e-2)
-    across = Message("all_reduce", 1, 8e9, 64)
+    across = Collective("all_reduce", 1, 8e9, 64)
     assert across.seconds(gpu, 8) == pytest.approx(across.sent / (0.8 * 8 * 50e9), rel=1e-2)
-    small = Message("all_gather", 10, 512, 512)
+    small = Collective("all_gather", 10, 512, 512)
     assert small.seconds(gpu, 8) == pytest.approx(10 * 511 * 5e-6, rel=1e-2)
 
 
-def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> None:
+def test_the_plan_shows_the_effect_of_lora_and_the_limit_of_sharding() -> None:
     plans = {
         (gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora")
         for gpus, kind in ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))
     }
-    sizes = sizes_of(architecture_of(load_config(["model=gemma-2-27b"])), 0)
+    sizes = model_bytes(architecture_of(load_config(["model=gemma-2-27b"])), 0)
     whole = sizes.layers * sizes.layer + sizes.rest
     assert plans[512, "ddp"].sent < 2 * whole / 100, "adapters' gradients are a small part of all gradients"
     assert plans[8, "fsdp2"].efficiency > 0.95 > plans[512, "fsdp2"].efficiency
@@ -203,22 +213,22 @@ def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> No
         (["gpus=8,x"], "gpus must be a whole number, not 'x'"),
         (["gpus=12"], "gpus=12 is no multiple of per_node=8"),
         (["gpu=B9000"], "Known: H100"),
-        (["gpus=512", "step_tokens=1024"], "less than a row of 512"),
+        (["gpus=512", "step_tokens=1024"], "less than a sample of 512"),
     ],
 )
-def test_a_wrong_word_is_answered(words: list[str], says: str) -> None:
+def test_an_invalid_argument_gives_one_sentence(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         main(words)
 
 
-def test_a_model_that_is_nowhere_is_answered_with_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     config = SimpleNamespace(model=SimpleNamespace(path=None, models_dir=str(tmp_path), name="gemma-9-9t"))
     with pytest.raises(UserError, match="one of gemma-2b"):
         architecture_of(config)
 
 
 @pytest.mark.slow
-def test_the_command_prints_any_model_on_any_cluster_and_writes_nothing() -> None:
+def test_the_command_prints_any_model_on_any_cluster_without_writing_files() -> None:
     before = (ROOT / "docs/scaling.md").read_bytes()
     words = ["model=gemma-3-1b", "gpus=4,16", "gpu=A100", "step_tokens=65536", "peft.r=32"]
     result = subprocess.run(

@@ -66,7 +66,7 @@ def finished(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def test_a_run_folder_holds_what_the_next_stage_needs(finished: Path) -> None:
+def test_a_run_folder_has_what_the_next_stage_needs(finished: Path) -> None:
     run = only_run(finished)
     for name in (
         "config.yaml",
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(source: Path, tiny_base: Path
 
 
 @pytest.mark.slow
-def test_two_processes_do_not_train_one_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_two_commands_cannot_train_the_same_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
     words = command(source, tiny_base, tmp_path)
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     while not list(tmp_path.glob("runs/slang/*/environment.json")):
@@ -136,7 +136,7 @@ def test_two_processes_do_not_train_one_run(source: Path, tiny_base: Path, tmp_p
         ("task.data.source=/no/such.csv", "/no/such.csv"),
     ],
 )
-def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
+def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
     result = train(
         [sys.executable, "-m", "commands.train", f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word]
     )
@@ -147,7 +147,7 @@ def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tmp_path
 @pytest.mark.parametrize(
     ("word", "known"), [("TASK=nosuch", "slang"), ("MODEL=gemma", "gemma-3-270m"), ("PEFT=x", "lora")]
 )
-def test_make_names_what_it_knows_before_anything_is_installed(word: str, known: str) -> None:
+def test_make_lists_known_names_before_anything_is_installed(word: str, known: str) -> None:
     result = subprocess.run(["make", "train", word], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert result.returncode == 2
     assert f"{word} is unknown. Known:" in result.stderr and known in result.stderr

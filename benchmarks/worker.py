@@ -1,0 +1,100 @@
+"""A system under measurement in a process of its own: peak memory is then true, and packages may differ.
+
+The benchmark writes lines to the process's stdin and reads JSON lines from its stdout; its stderr goes to a log file.
+What the lines mean is up to the benchmark (benchmarks/systems.py for training, benchmarks/serve.py for serving).
+Only the standard library is imported here, because peers' environments import it too.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class NotRun(Exception):
+    """Why a system is not in the comparison."""
+
+
+def find_python(package: str, interpreters: Iterable[str], environment: str) -> str:
+    """The first of `interpreters` that can import `package`.
+
+    Args:
+        interpreters: paths; empty and missing ones are skipped.
+        environment: folder of the virtual environment that should have the package, for the message.
+
+    Raises:
+        NotRun: none can.
+    """
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
+    for python in interpreters:
+        if python and Path(python).exists() and not subprocess.run([python, "-c", probe], check=False).returncode:
+            return python
+    raise NotRun(f"{package} is not installed (looked here and in {environment})")
+
+
+class Worker:
+    """The process of one system.
+
+    Args:
+        command: its arguments; it runs in the repository root.
+        log: file for its stderr.
+        environment: variables in addition to this process's.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.log = log
+        with log.open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **(environment or {})},
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    def send(self, line: str) -> None:
+        """Write a line to its stdin. If it has ended, `receive` says why."""
+        assert self.process.stdin
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+
+    def receive(self) -> Any:
+        """The next JSON line.
+
+        Raises:
+            NotRun: the process has ended, or the line is `{"failed": REASON}`.
+        """
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            killed = "killed, most likely for want of memory" if code == -signal.SIGKILL else f"ended with code {code}"
+            raise NotRun(f"{killed}{': ' + said[-1][:200] if said and code != -signal.SIGKILL else ''}")
+        message = json.loads(line)
+        if isinstance(message, dict) and "failed" in message:
+            raise NotRun(message["failed"])
+        return message
+
+    def stop(self) -> None:
+        """End the process and what it has started."""
+        for number, seconds in ((signal.SIGTERM, 20), (signal.SIGKILL, None)):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(seconds)
+            except ProcessLookupError:
+                self.process.wait()
+            except subprocess.TimeoutExpired:
+                continue
+            return
