@@ -56,39 +56,39 @@ CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),
 # --- the way of the data -----------------------------------------------------------------------------------------
 .PHONY: train data new-task base generate chat report compare convert publish attempts
 train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel,$(ENGINE)),.venv-automodel/automodel.stamp))  ## fine-tune MODEL on TASK: base, data, training, report  SOURCE=my.csv GPUS=8 ARGS="seed=1"
-	@$(LAUNCH) training $(CONFIG)
+	@$(LAUNCH) commands.train $(CONFIG)
 
 data: .venv/train.stamp  ## prepare the data of TASK and show it  SOURCE=my.csv ARGS="examples=5"
-	@$(RUN) data_prep $(CONFIG)
+	@$(RUN) commands.data $(CONFIG)
 
 new-task: .venv/train.stamp  ## write a task for a table of your own, as a start  NAME=films SOURCE=reviews.csv TITLE="..."
-	@$(RUN) data_prep.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
+	@$(RUN) commands.new_task --title="$$TITLE" -- "$$NAME" "$$SOURCE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL  HF_TOKEN=hf_... for gated ones
-	@$(RUN) training.base_model model=$(MODEL) $(ARGS)
+	@$(RUN) core.base_model model=$(MODEL) $(ARGS)
 
 generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..."
-	@$(RUN) evaluation.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
+	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
 
 chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS="+run=FOLDER"
-	@$(RUN) evaluation.chat task=$(TASK) $(ARGS)
+	@$(RUN) commands.chat task=$(TASK) $(ARGS)
 
 report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly  ARGS="+run=FOLDER judge.url=..."
-	@$(RUN) evaluation.report task=$(TASK) $(ARGS)
+	@$(RUN) commands.report task=$(TASK) $(ARGS)
 
 compare: .venv/train.stamp  ## all finished runs of TASK side by side  RUNS="a b"
-	@$(RUN) evaluation.compare_runs task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
+	@$(RUN) commands.compare task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
 
 convert: .venv/train.stamp  ## newest run to another format, proven  TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
-	$(RUN) converters "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
+	$(RUN) commands.convert "$$nemo" --to $(TO) $(if $(BASE),--base "$(BASE)") $(ARGS)
 
 publish: .venv/train.stamp  ## newest run to the Hugging Face hub  REPO=name/model DATASET=name/data DRY_RUN=1
-	@$(RUN) converters.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
+	@$(RUN) commands.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
-	@$(RUN) evaluation.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+	@$(RUN) commands.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
 
 # --- serving ------------------------------------------------------------------------------------------------------
 # TASKS=a,b or a TASK that was named must have a finished run; the default one is served if it has.
@@ -97,8 +97,8 @@ served := $(or $(subst $(comma), ,$(TASKS)),$(if $(filter file default,$(origin 
 $(foreach task,$(served),$(call check,task,$(task),TASKS))
 .PHONY: serve
 serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton  TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
-	@$(RUN) serving.prepare $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
-	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m serving $(ARGS))
+	@$(RUN) commands.prepare_serving $(or $(served),--default $(TASK)) --model $(MODEL) --engine $(ENGINE)
+	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(ARGS))
 
 # --- speed --------------------------------------------------------------------------------------------------------
 .PHONY: bench
@@ -131,10 +131,10 @@ cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVER
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
 web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers  ARGS="--port 8081 --clean"; WEB_PASSWORD in the environment
-	@.venv-serve/bin/python -m serving.web $(ARGS)
+	@.venv-serve/bin/python -m commands.web $(ARGS)
 
 web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site  ARGS="http://127.0.0.1:8080"
-	@$(RUN) serving.web.screenshot $(ARGS)
+	@$(RUN) commands.web_pictures $(ARGS)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick sanitize lint lock clean help

@@ -22,19 +22,28 @@ import torch
 from safetensors.torch import save_file
 
 from converters import hf
-from converters.__main__ import table
+from converters.convert import table
 from converters.streamed import empty_model
-from nemo_configs.command_line import UserError, load_config, run
-from training.__main__ import describe_environment
-from training.base_model import ensure_base_model
+from core.base_model import ensure_base_model
+from core.configuration import load_config
+from core.errors import UserError, run
+from core.machine import describe_environment
 
 DOCS = Path("docs/converters.md")
 # https://huggingface.co/google/gemma-3-27b-pt/blob/main/config.json, its text_config
 GEMMA_3_27B = {
-    "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "vocab_size": 262_144, "hidden_size": 5376,
-    "intermediate_size": 21_504, "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128,
-    "query_pre_attn_scalar": 168, "sliding_window": 1024, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "gemma3_text",
+    "architectures": ["Gemma3ForCausalLM"],
+    "vocab_size": 262_144,
+    "hidden_size": 5376,
+    "intermediate_size": 21_504,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+    "sliding_window": 1024,
+    "dtype": "bfloat16",
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PEERS = """
 import sys
@@ -47,7 +56,7 @@ AutoTokenizer.from_pretrained(base).save_pretrained(target)
 """
 HEADER = """# Converters
 
-What can be converted to what, as `python -m converters --help` prints it:
+What can be converted to what, as `python -m commands.convert --help` prints it:
 
 {table}
 
@@ -83,8 +92,13 @@ def main(words: list[str]) -> None:
             lines += compare(base, folder, with_peers=not count)
             shutil.rmtree(folder)
     machine = describe_environment()
-    text = HEADER.format(table=table(), words=" ".join(words), machine=f"{machine['cpu']}, {machine['cores']} cores",
-                         date=f"{datetime.now(UTC):%Y-%m-%d}", note=NOTE)  # fmt: skip
+    text = HEADER.format(
+        table=table(),
+        words=" ".join(words),
+        machine=f"{machine['cpu']}, {machine['cores']} cores",
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        note=NOTE,
+    )
     DOCS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
     print(f"written: {DOCS}")
 
@@ -94,7 +108,18 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
         "cp": ["cp", "-r", "--sparse=never", "--reflink=never", base, target],
-        "ours": [python, "-m", "converters", folder / "adapter", "--to", "merged", "--base", base, "--out", target],
+        "ours": [
+            python,
+            "-m",
+            "commands.convert",
+            folder / "adapter",
+            "--to",
+            "merged",
+            "--base",
+            base,
+            "--out",
+            target,
+        ],
     }
     if with_peers:
         systems["transformers, peft"] = [python, "-c", PEERS, base, folder / "adapter", target]
@@ -110,8 +135,10 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
         until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
         # A process begins with its parent's peak in its books, so that cp's would be this one's.
         memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
-        lines.append(f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
-                     f"{busy / copied:.1f} | {memory} |")  # fmt: skip
+        lines.append(
+            f"| {folder.name} | {name} | {size:.1f} | {seconds:.1f} | {until} | {busy:.1f} | "
+            f"{busy / copied:.1f} | {memory} |"
+        )
         print(lines[-1], flush=True)
         shutil.rmtree(target)
     return lines
@@ -157,8 +184,14 @@ def write_adapter(base: Path, folder: Path) -> None:
                 torch.randn(weight.shape[0], 8, generator=chance) * 0.02
             )
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": TARGETS,
-                "base_model_name_or_path": str(base)}  # fmt: skip
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": TARGETS,
+        "base_model_name_or_path": str(base),
+    }
     hf.write_json(folder / "adapter_config.json", settings)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.memory                       (about 20 minutes on two cores)
     python -m benchmarks.memory runs=slang,rank-64
 
-Every run is `python -m training` on samples of this repository, shortened to one epoch and short answers: memory stops
-growing within its steps. Writes docs/memory.md.
+Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
+stops growing within its steps. Writes docs/memory.md.
 """
 
 import json
@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
-from nemo_configs.command_line import UserError, load_config, run
-from training.__main__ import describe_environment
-from training.base_model import ensure_base_model
+from core.base_model import ensure_base_model
+from core.configuration import load_config
+from core.errors import UserError, run
+from core.machine import describe_environment
 
 DOCS = Path("docs/memory.md")
-CHAT = Path("data_prep/samples/chat.jsonl")
+CHAT = Path("tasks/chat/chat.jsonl")
 RUNS = {
     "slang": [],
     "squid_game": ["task=squid_game"],
@@ -48,8 +49,9 @@ def main(words: list[str]) -> None:
     for word in words:
         name, _, value = word.partition("=")
         if name != "runs" or (unknown := [one for one in value.split(",") if one not in RUNS]):
-            raise UserError(f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. "
-                            f"Known: runs={','.join(RUNS)}")  # fmt: skip
+            raise UserError(
+                f"{word}: {', '.join(unknown) if name == 'runs' else name} is unknown. Known: runs={','.join(RUNS)}"
+            )
         chosen = value.split(",")
     model = load_config([]).model
     ensure_base_model(model)
@@ -58,8 +60,9 @@ def main(words: list[str]) -> None:
         for name in chosen:
             expected, measured = measure(name, Path(scratch) / name)
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
-            table.append(f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | "
-                         f"{expected / measured:.2f} |\n")  # fmt: skip
+            table.append(
+                f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |\n"
+            )
     environment = describe_environment()
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
     command = " ".join(["python -m benchmarks.memory", *words])
@@ -76,7 +79,9 @@ def measure(name: str, folder: Path) -> tuple[float, float]:
     words = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     if name == "long-rows":
         words.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
-    result = subprocess.run([sys.executable, "-m", "training", *words], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-m", "commands.train", *words], capture_output=True, text=True, check=False
+    )
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")

@@ -7,51 +7,136 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # As the published configurations: https://huggingface.co/google/gemma-2-2b/blob/main/config.json and its like.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma-2b": ("gemma", {
-        "vocab_size": 256_000, "hidden_size": 2048, "intermediate_size": 16_384, "num_hidden_layers": 18,
-        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256,
-    }),
-    "gemma-7b": ("gemma", {
-        "vocab_size": 256_000, "hidden_size": 3072, "intermediate_size": 24_576, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256,
-    }),
-    "gemma-2-2b": ("gemma2", {
-        "vocab_size": 256_000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
-        "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    }),
-    "gemma-2-9b": ("gemma2", {
-        "vocab_size": 256_000, "hidden_size": 3584, "intermediate_size": 14_336, "num_hidden_layers": 42,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "sliding_window": 4096,
-        "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    }),
-    "gemma-2-27b": ("gemma2", {
-        "vocab_size": 256_000, "hidden_size": 4608, "intermediate_size": 36_864, "num_hidden_layers": 46,
-        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 4096,
-        "query_pre_attn_scalar": 144, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-    }),
-    "gemma-3-1b": ("gemma3_text", {
-        "vocab_size": 262_144, "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26,
-        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
-    }),
-    "gemma-3-4b": ("gemma3_text", {
-        "vocab_size": 262_208, "hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
-    }),
-    "gemma-3-12b": ("gemma3_text", {
-        "vocab_size": 262_208, "hidden_size": 3840, "intermediate_size": 15_360, "num_hidden_layers": 48,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "sliding_window": 1024,
-    }),
-    "gemma-3-27b": ("gemma3_text", {
-        "vocab_size": 262_208, "hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62,
-        "num_attention_heads": 32, "num_key_value_heads": 16, "head_dim": 128, "sliding_window": 1024,
-        "query_pre_attn_scalar": 168,
-    }),
-}  # fmt: skip
+    "gemma-2b": (
+        "gemma",
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 2048,
+            "intermediate_size": 16_384,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+        },
+    ),
+    "gemma-7b": (
+        "gemma",
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 3072,
+            "intermediate_size": 24_576,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "head_dim": 256,
+        },
+    ),
+    "gemma-2-2b": (
+        "gemma2",
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma-2-9b": (
+        "gemma2",
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 3584,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma-2-27b": (
+        "gemma2",
+        {
+            "vocab_size": 256_000,
+            "hidden_size": 4608,
+            "intermediate_size": 36_864,
+            "num_hidden_layers": 46,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "sliding_window": 4096,
+            "query_pre_attn_scalar": 144,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_144,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 512,
+        },
+    ),
+    "gemma-3-4b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 34,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "sliding_window": 1024,
+        },
+    ),
+    "gemma-3-12b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208,
+            "hidden_size": 3840,
+            "intermediate_size": 15_360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "sliding_window": 1024,
+        },
+    ),
+    "gemma-3-27b": (
+        "gemma3_text",
+        {
+            "vocab_size": 262_208,
+            "hidden_size": 5376,
+            "intermediate_size": 21_504,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "head_dim": 128,
+            "sliding_window": 1024,
+            "query_pre_attn_scalar": 168,
+        },
+    ),
+}
 
 
 def random_base(name: str, tokenizer_folder: Path, models_dir: Path) -> Path:

@@ -12,9 +12,10 @@ from typing import Any
 from datasets import Dataset
 from omegaconf import DictConfig, OmegaConf
 
+from core.configuration import plain
+from core.errors import UserError
+from core.prompt import Prompt
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
 
 Row = dict[str, Any]  # {"input_ids": list[int], "learned": [[first, past the last], ...]}
 HELD_OUT_TOKENS = 8192  # enough to tell losses apart by some thousandths, for rows of one kind
@@ -41,8 +42,13 @@ def read_rows(config: DictConfig, base_folder: Path, length: int | None, count: 
     vocabulary = AutoConfig.from_pretrained(base_folder).vocab_size
     splits = []
     for split in ("training", "test"):
-        rows, _ = tokenize(folder / f"{split}.jsonl", tokenizer, Prompt(**plain(config.task.prompt)),
-                           config.task.train.max_length, cache=folder / ".tokens")  # fmt: skip
+        rows, _ = tokenize(
+            folder / f"{split}.jsonl",
+            tokenizer,
+            Prompt(**plain(config.task.prompt)),
+            config.task.train.max_length,
+            cache=folder / ".tokens",
+        )
         found = [
             # Random weights may have a smaller vocabulary than the tokenizer (random_base.py).
             {"input_ids": [token % vocabulary for token in ids], "learned": learned}
@@ -67,8 +73,7 @@ def pieces(rows: list[Row], length: int) -> list[Row]:
     learned = sum(end - first for row in rows for first, end in row["learned"])
     first = max(1, round(length * (1 - learned / sum(len(row["input_ids"]) for row in rows))))
     cut = range(0, len(stream) - length + 2, length - 1)
-    return [{"input_ids": [bos, *stream[at : at + length - 1]], "learned": [[first, length]]}
-            for at in cut]  # fmt: skip
+    return [{"input_ids": [bos, *stream[at : at + length - 1]], "learned": [[first, length]]} for at in cut]
 
 
 def as_dataset(rows: list[Row]) -> Dataset:
@@ -81,10 +86,18 @@ def text_task(config: DictConfig, column: str) -> DictConfig:
     config = config.copy()
     OmegaConf.set_struct(config, False)
     config.task.name = "text"
-    config.task.data = {**config.task.data, "module": None, "columns": {"text": [column]}, "required": ["text"],
-                        "key": "text", "train_fields": None}  # fmt: skip
+    config.task.data = {
+        **config.task.data,
+        "module": None,
+        "columns": {"text": [column]},
+        "required": ["text"],
+        "key": "text",
+        "train_fields": None,
+    }
     config.task.prompt = {
         "template": "Instruction:\n{instruction}\n\nResponse:\n{response}",
-        "instruction": f"Write a {column.replace('_', ' ')}.", "response": "{text}", "fields": {},
-    }  # fmt: skip
+        "instruction": f"Write a {column.replace('_', ' ')}.",
+        "response": "{text}",
+        "fields": {},
+    }
     return config

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.random_base import ARCHITECTURES
-from nemo_configs.command_line import UserError, load_config, run
+from core.configuration import load_config
+from core.errors import UserError, run
 
 
 @dataclass(frozen=True)
@@ -176,10 +177,16 @@ def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, pef
     from training.memory import GIB, estimate
 
     gpu, devices = GPUS[own.gpu], min(gpus, own.per_node)
-    config = load_config([
-        *others, f"peft={peft}", "trainer=gpu", f"trainer.devices={devices}", f"trainer.num_nodes={gpus // devices}",
-        f"trainer.strategy={kind}",
-    ])  # fmt: skip
+    config = load_config(
+        [
+            *others,
+            f"peft={peft}",
+            "trainer=gpu",
+            f"trainer.devices={devices}",
+            f"trainer.num_nodes={gpus // devices}",
+            f"trainer.strategy={kind}",
+        ]
+    )
     architecture, checkpointing = architecture_of(config), config.task.train.gradient_checkpointing
     replicas = gpus // devices if kind == "tp" else gpus
     rows = own.step_tokens // own.length / replicas  # of a step, for each replica
@@ -210,7 +217,8 @@ def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, pef
     seconds = micro_batches * micro_batch + at_end.seconds(gpu, own.per_node)
     done = replicas * micro_batches / gpus / seconds  # micro-batches a second, of each GPU's share in them
     return Plan(
-        gpus, strategy,
+        gpus,
+        strategy,
         memory={part: size / GIB for part, size in asdict(need).items() if part != "process"},
         fits=need.total < ROOM * gpu.memory * GIB,
         micro_batches=micro_batches,
@@ -219,7 +227,7 @@ def plan(own: Words, others: list[str], gpus: int, strategy: str, kind: str, pef
         efficiency=done * (forward + backward + flops.output) / rate,
         mfu=done * flops.total / BF16_PEAKS[own.gpu],
         tokens_per_second=replicas * micro_batches * tokens / seconds,
-    )  # fmt: skip
+    )
 
 
 def architecture_of(config: Any) -> Any:
@@ -236,8 +244,10 @@ def architecture_of(config: Any) -> Any:
     name = config.model.name.removesuffix("-it")
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f"{folder} is not there, so the shape of {name} is not known. Fetch it (make base "
-                        f"MODEL={name}), or take one of {known}")  # fmt: skip
+        raise UserError(
+            f"{folder} is not there, so the shape of {name} is not known. Fetch it (make base "
+            f"MODEL={name}), or take one of {known}"
+        )
     family, options = ARCHITECTURES[name]
     return AutoConfig.for_model(family, **options)
 
@@ -296,8 +306,10 @@ def facts(own: Words, config: Any, sizes: Sizes, plans: list[Plan]) -> list[str]
         fitting = [one for one in plans if one.gpus == gpus and one.fits and "qlora" not in one.strategy]
         if fitting:
             best = max(fitting, key=lambda one: one.tokens_per_second)
-            found.append(f"On {gpus} GPUs {best.strategy} is the fastest in this model that fits, with "
-                         f"{best.seconds:.2f} s a step.")  # fmt: skip
+            found.append(
+                f"On {gpus} GPUs {best.strategy} is the fastest in this model that fits, with "
+                f"{best.seconds:.2f} s a step."
+            )
         else:
             found.append(f"On {gpus} GPUs nothing fits with a bfloat16 base.")
     return found

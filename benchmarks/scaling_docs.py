@@ -7,8 +7,23 @@ from benchmarks.scaling import HOP, LINK, REACHED, ROOM, Plan
 from benchmarks.table import save
 
 DOCS, PLOT = Path("docs/scaling.md"), Path("docs/scaling.png")
-HEADER = ["GPUs", "strategy", "weights", "adapter", "optimizer", "activations", "logits", "GiB of each GPU", "fits",
-          "micro-batches", "GB sent", "seconds", "tokens/s", "efficiency", "MFU"]  # fmt: skip
+HEADER = [
+    "GPUs",
+    "strategy",
+    "weights",
+    "adapter",
+    "optimizer",
+    "activations",
+    "logits",
+    "GiB of each GPU",
+    "fits",
+    "micro-batches",
+    "GB sent",
+    "seconds",
+    "tokens/s",
+    "efficiency",
+    "MFU",
+]
 
 TEXT = """# On a cluster: a plan
 
@@ -84,10 +99,14 @@ def show(plans: list[Plan], said: list[str]) -> None:
 def write(plans: list[Plan], said: list[str]) -> Path:
     rows = [HEADER, ["---"] * len(HEADER), *map(line, plans)]
     text = TEXT.format(
-        command="python -m benchmarks.scaling", facts="\n".join(f"- {one}" for one in said), reached=f"{REACHED:.0%}",
-        link=f"{LINK:.0%}", hop=f"{HOP * 1e6:.0f}", room=f"{ROOM:.0%}",
+        command="python -m benchmarks.scaling",
+        facts="\n".join(f"- {one}" for one in said),
+        reached=f"{REACHED:.0%}",
+        link=f"{LINK:.0%}",
+        hop=f"{HOP * 1e6:.0f}",
+        room=f"{ROOM:.0%}",
         table="\n".join(f"| {' | '.join(cells)} |" for cells in rows),
-    )  # fmt: skip
+    )
     plot(plans)
     partial = DOCS.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
@@ -97,9 +116,19 @@ def write(plans: list[Plan], said: list[str]) -> Path:
 
 def line(one: Plan) -> list[str]:
     parts = [f"{one.memory[part]:.1f}" for part in HEADER[2:7]]
-    return [str(one.gpus), one.strategy, *parts, f"{sum(one.memory.values()):.1f}", "yes" if one.fits else "no",
-            str(one.micro_batches), f"{one.sent / 1e9:.1f}", f"{one.seconds:.2f}", f"{one.tokens_per_second:,.0f}",
-            f"{one.efficiency:.0%}", f"{one.mfu:.0%}"]  # fmt: skip
+    return [
+        str(one.gpus),
+        one.strategy,
+        *parts,
+        f"{sum(one.memory.values()):.1f}",
+        "yes" if one.fits else "no",
+        str(one.micro_batches),
+        f"{one.sent / 1e9:.1f}",
+        f"{one.seconds:.2f}",
+        f"{one.tokens_per_second:,.0f}",
+        f"{one.efficiency:.0%}",
+        f"{one.mfu:.0%}",
+    ]
 
 
 def plot(plans: list[Plan]) -> None:

@@ -42,9 +42,13 @@ RESULTS = Path("benchmarks/results/serving")
 DOCS = Path("docs/serving.md")
 MARKS = "<!-- benchmark: python -m benchmarks.serve -->", "<!-- end of benchmark -->"
 DEFAULTS: dict[str, str] = {
-    "systems": "", "streams": "1,4,8,32", "tokens": "32", "rounds": "3", "base": "models/gemma-3-270m",
+    "systems": "",
+    "streams": "1,4,8,32",
+    "tokens": "32",
+    "rounds": "3",
+    "base": "models/gemma-3-270m",
     "adapter": "exports/slang/adapter",
-}  # fmt: skip
+}
 # Times a request's tokens arrived, in seconds after all requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
@@ -60,8 +64,10 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
     words = ["--base", job["base"], "--adapters", str(folder / "adapters"), "--socket", str(folder / "s")]
     engine = subprocess.Popen(
         [str(python if python.exists() else sys.executable), "-m", "serving.engine", *words, "--dtype", dtype],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     atexit.register(engine.terminate)
     assert engine.stdout and engine.stdout.readline(), "the engine has not started"
     line = socket.socket(socket.AF_UNIX)
@@ -73,8 +79,14 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
         arrivals: list[Arrivals] = [[] for _ in prompts]
         started, open_ = time.perf_counter(), len(prompts)
         for number, prompt in enumerate(prompts):
-            message = {"op": "generate", "id": number, "prompt": prompt, "sampling": sampling, "stream": True,
-                       "lora_name": names[number % len(names)]}  # fmt: skip
+            message = {
+                "op": "generate",
+                "id": number,
+                "prompt": prompt,
+                "sampling": sampling,
+                "stream": True,
+                "lora_name": names[number % len(names)],
+            }
             line.sendall(json.dumps(message).encode() + b"\n")
         while open_:
             message = json.loads(heard.readline())
@@ -114,8 +126,9 @@ def transformers(job: dict[str, Any], together: bool = False) -> Serve:
         for some in [prompts] if together else [[prompt] for prompt in prompts]:
             watch = Watch()
             inputs = tokenizer(some, return_tensors="pt", padding=True)
-            model.generate(**inputs, do_sample=False, min_new_tokens=job["tokens"], max_new_tokens=job["tokens"],
-                           streamer=watch)  # fmt: skip
+            model.generate(
+                **inputs, do_sample=False, min_new_tokens=job["tokens"], max_new_tokens=job["tokens"], streamer=watch
+            )
             arrivals += [[at - started for at in watch.times[1:]]] * len(some)  # the first is the prompt
         return arrivals
 
@@ -155,8 +168,8 @@ def openvino(job: dict[str, Any]) -> Serve:
 def llama_cpp(job: dict[str, Any]) -> Serve:
     """llama.cpp's server with continuous batching; $LLAMA_CPP_MODEL and $LLAMA_CPP_LORA are GGUF files.
 
-    python -m converters models/gemma-3-270m --to gguf --dtype bf16 --out base
-    python -m converters exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
+    python -m commands.convert models/gemma-3-270m --to gguf --dtype bf16 --out base
+    python -m commands.convert exports/slang/adapter --to gguf --base models/gemma-3-270m --out lora
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -183,8 +196,10 @@ def llama_cpp(job: dict[str, Any]) -> Serve:
                     arrivals.append(time.perf_counter() - started)
                 return False
 
-            server.handle_completions({"prompt": prompt, "max_tokens": job["tokens"], "temperature": 0, "stream": True,
-                                       "ignore_eos": True}, hear)  # fmt: skip
+            server.handle_completions(
+                {"prompt": prompt, "max_tokens": job["tokens"], "temperature": 0, "stream": True, "ignore_eos": True},
+                hear,
+            )
             return arrivals
 
         return list(threads.map(ask, prompts))
@@ -199,9 +214,16 @@ def vllm(job: dict[str, Any]) -> Serve:
     from vllm.lora.request import LoRARequest
 
     engine = LLMEngine.from_engine_args(
-        EngineArgs(model=job["base"], dtype="bfloat16", enable_lora=True, max_model_len=512, max_num_seqs=64,
-                   enable_prefix_caching=True, disable_log_stats=True)
-    )  # fmt: skip
+        EngineArgs(
+            model=job["base"],
+            dtype="bfloat16",
+            enable_lora=True,
+            max_model_len=512,
+            max_num_seqs=64,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
+    )
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], min_tokens=job["tokens"], ignore_eos=True)
     lora = LoRARequest("one", 1, job["adapter"])
     count = iter(range(1 << 40))
@@ -281,9 +303,14 @@ class Worker:
             raise NotRun(f"{package} is not installed (looked here and in {environment})")
         self.log = tempfile.NamedTemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            [python, "-m", "benchmarks.serve", "worker", name, json.dumps(job)], cwd=ROOT, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True,
-        )  # fmt: skip
+            [python, "-m", "benchmarks.serve", "worker", name, json.dumps(job)],
+            cwd=ROOT,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            start_new_session=True,
+        )
 
     def hear(self) -> Any:
         assert self.process.stdout
@@ -312,10 +339,10 @@ class Worker:
 
 def read_prompts(adapter: Path, count: int) -> list[str]:
     """The adapter's own prompt around scenes of the shipped table, each another one."""
-    from data_prep.prompt import Prompt
+    from core.prompt import Prompt
 
     prompt = Prompt(**json.loads((adapter / "prompt.json").read_text()))
-    with (ROOT / "data_prep/samples/slang.csv").open(newline="", encoding="utf-8") as file:
+    with (ROOT / "tasks/slang/slang.csv").open(newline="", encoding="utf-8") as file:
         scenes = [row["Context"] for row in csv.DictReader(file)]
     return [prompt.wrap(prompt.write_instruction(context=scenes[n % len(scenes)])) for n in range(count)]
 
@@ -334,8 +361,13 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
 def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
     """All systems, loaded at once, their rounds in turn."""
     streams, rounds = [int(one) for one in given["streams"].split(",")], int(given["rounds"])
-    job = {"base": str(Path(given["base"]).resolve()), "adapter": str(Path(given["adapter"]).resolve()),
-           "tokens": int(given["tokens"]), "streams": streams, "scratch": str(scratch)}  # fmt: skip
+    job = {
+        "base": str(Path(given["base"]).resolve()),
+        "adapter": str(Path(given["adapter"]).resolve()),
+        "tokens": int(given["tokens"]),
+        "streams": streams,
+        "scratch": str(scratch),
+    }
     prompts = read_prompts(Path(given["adapter"]), sum(streams) * (rounds + 1))
     systems: dict[str, Any] = {}
     running: dict[str, Worker] = {}
@@ -355,8 +387,11 @@ def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
                         continue
                     try:
                         arrivals = worker.serve(prompts[start : start + n])
-                        print(f"  {name}, {n} at once: {summary([arrivals])['tokens_per_second']:,.1f} tokens/s"
-                              f"{', warm-up' if not turn else ''}", flush=True)  # fmt: skip
+                        print(
+                            f"  {name}, {n} at once: {summary([arrivals])['tokens_per_second']:,.1f} tokens/s"
+                            f"{', warm-up' if not turn else ''}",
+                            flush=True,
+                        )
                         if turn:
                             systems[name]["arrivals"][n].append(arrivals)
                     except (NotRun, BrokenPipeError) as reason:
@@ -368,10 +403,14 @@ def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
         if arrivals := system.pop("arrivals", None):
             system["streams"] = {str(n): summary(found) for n, found in arrivals.items() if found}
     return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"), "machine": _machine(),
-        "model": Path(given["base"]).name, "tokens": job["tokens"], "rounds": rounds, "streams": streams,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": _machine(),
+        "model": Path(given["base"]).name,
+        "tokens": job["tokens"],
+        "rounds": rounds,
+        "streams": streams,
         "systems": systems,
-    }  # fmt: skip
+    }
 
 
 def _left_out(name: str, reason: Exception, running: dict[str, Worker]) -> dict[str, str]:
@@ -392,8 +431,12 @@ def table(result: dict[str, Any]) -> list[str]:
     """Markdown: what was measured, and a line for each system."""
     streams = result["streams"]
     many = 8 if 8 in streams else streams[-1]
-    titles = ["system", *(f"tokens/s, {n} at once" for n in streams), f"first token p50, {many} at once",
-              f"next token p50 / p99, {many} at once"]  # fmt: skip
+    titles = [
+        "system",
+        *(f"tokens/s, {n} at once" for n in streams),
+        f"first token p50, {many} at once",
+        f"next token p50 / p99, {many} at once",
+    ]
     lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}"]
     for name, system in result["systems"].items():
         if "not_run" in system:
@@ -436,8 +479,8 @@ def write_docs() -> Path:
 
 
 def main(words: list[str]) -> None:
-    from evaluation.runs import write_json
-    from nemo_configs.command_line import UserError
+    from core.errors import UserError
+    from core.files import write_json
 
     given = dict(DEFAULTS)
     for word in words:
@@ -468,6 +511,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         work(sys.argv[2], json.loads(sys.argv[3]))
     else:
-        from nemo_configs.command_line import run
+        from core.errors import run
 
         run(main)

@@ -43,7 +43,7 @@ class Job:
         micro_batch: rows that a peer takes at once.
         micro_batch_tokens: tokens that this project takes at once.
         pack_tokens: tokens of a peer's packed row.
-        prompt: data_prep.prompt.Prompt keys, for this project's archive.
+        prompt: core.prompt.Prompt keys, for this project's archive.
         recipe: folder with NeMo AutoModel's recipe for this very job; what it writes goes there.
         adapter: file to write.
     """
@@ -79,8 +79,17 @@ class Gate:
         self.learned: Tensor | int = 0
 
     def begin(self) -> None:
-        names = ("torch", "transformers", "peft", "accelerate", "trl", "unsloth", "lightning", "nemo-toolkit",
-                 "nemo-automodel")  # fmt: skip
+        names = (
+            "torch",
+            "transformers",
+            "peft",
+            "accelerate",
+            "trl",
+            "unsloth",
+            "lightning",
+            "nemo-toolkit",
+            "nemo-automodel",
+        )
         self.say({"ready": {name: found for name in names if (found := _version(name))}})
         self._wait()
 
@@ -112,7 +121,7 @@ class Gate:
 # --- this project ---------------------------------------------------------------------------------------------------
 def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     """GemmaLoRA in Lightning's loop, as training/fit.py has it, without its checkpoints and logs."""
-    from training.__main__ import quiet_libraries
+    from core.machine import quiet_libraries
 
     quiet_libraries()
     from lightning.pytorch import Callback, Trainer
@@ -120,7 +129,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     from benchmarks.rows import as_dataset
-    from training.base_model import describe
+    from core.base_model import describe
     from training.batches import Batches
     from training.gemma_lora import GemmaLoRA
 
@@ -133,24 +142,44 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
             gate.step_done()
 
     trainer = Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu", devices=1, max_epochs=1, callbacks=[Hold()],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=[Hold()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         num_sanity_val_steps=0,
-    )  # fmt: skip
+    )
     folder = Path(job.base_folder)
     model = GemmaLoRA(
-        OmegaConf.create({
-            "base_folder": str(folder), "base": describe(folder), "dtype": job.dtype, "peft": {"name": "", **job.lora},
-            "prompt": job.prompt, "seed": job.seed, "clip": job.clip,
-            "optim": {
-                "name": "adamw", "lr": job.learning_rate, "weight_decay": job.weight_decay, "betas": [0.9, 0.999],
-                # Constant, as at the peers': cosine schedules differ by a step between libraries.
-                "sched": {"name": "CosineAnnealing", "max_steps": sum(job.steps) + 1, "warmup_steps": 0,
-                          "min_lr": job.learning_rate},
-            },
-        }),
+        OmegaConf.create(
+            {
+                "base_folder": str(folder),
+                "base": describe(folder),
+                "dtype": job.dtype,
+                "peft": {"name": "", **job.lora},
+                "prompt": job.prompt,
+                "seed": job.seed,
+                "clip": job.clip,
+                "optim": {
+                    "name": "adamw",
+                    "lr": job.learning_rate,
+                    "weight_decay": job.weight_decay,
+                    "betas": [0.9, 0.999],
+                    # Constant, as at the peers': cosine schedules differ by a step between libraries.
+                    "sched": {
+                        "name": "CosineAnnealing",
+                        "max_steps": sum(job.steps) + 1,
+                        "warmup_steps": 0,
+                        "min_lr": job.learning_rate,
+                    },
+                },
+            }
+        ),
         trainer,
-    )  # fmt: skip
+    )
     model.load_state_dict(load_file(job.initial))
     trainer.fit(model, Batches(as_dataset(job.read_rows()), job.batch, job.micro_batch_tokens, seed=None))
     return model.state_dict()
@@ -241,10 +270,12 @@ def _labelled(job: Job) -> Any:
     from datasets import Dataset
 
     rows = job.read_rows()
-    return Dataset.from_dict({
-        "input_ids": [row["input_ids"] for row in rows],
-        "labels": [_labels(row) for row in rows],
-    })  # fmt: skip
+    return Dataset.from_dict(
+        {
+            "input_ids": [row["input_ids"] for row in rows],
+            "labels": [_labels(row) for row in rows],
+        }
+    )
 
 
 def _labels(row: dict[str, Any]) -> list[int]:
@@ -256,12 +287,20 @@ def _labels(row: dict[str, Any]) -> list[int]:
 
 def _arguments(job: Job) -> dict[str, Any]:
     return {
-        "output_dir": str(Path(job.adapter).parent), "num_train_epochs": 1, "seed": job.seed,
-        "learning_rate": job.learning_rate, "lr_scheduler_type": "constant", "weight_decay": job.weight_decay,
-        "max_grad_norm": job.clip, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "logging_strategy": "no", "use_cpu": not torch.cuda.is_available(),
+        "output_dir": str(Path(job.adapter).parent),
+        "num_train_epochs": 1,
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": job.weight_decay,
+        "max_grad_norm": job.clip,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
-    }  # fmt: skip
+    }
 
 
 def _hold(gate: Gate) -> Any:
@@ -399,7 +438,7 @@ def main(name: str, job_file: str) -> None:
 
 
 def _peak_memory_gib() -> float:
-    """As training.__main__.peak_memory_gib, which a peer's environment cannot import."""
+    """As commands.train.peak_memory_gib, which a peer's environment cannot import."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     held = Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]

@@ -20,8 +20,16 @@ OURS, OTHERS = "#2a7f62", "#9aa5b1"
 def header(result: dict[str, Any]) -> list[str]:
     ceiling = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 ceiling"
     ratios = [f"× {name.replace('-autocast', ' autocast')}" for name in REFERENCES]
-    return ["system", "tokens/s", "response tokens/s", *ratios, ceiling,
-            "peak memory, GiB", f"× {REFERENCES[0]}'s memory", "held-out loss"]  # fmt: skip
+    return [
+        "system",
+        "tokens/s",
+        "response tokens/s",
+        *ratios,
+        ceiling,
+        "peak memory, GiB",
+        f"× {REFERENCES[0]}'s memory",
+        "held-out loss",
+    ]
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
@@ -32,16 +40,18 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
             found.append([name, f"not run: {system['not_run']}"])
             continue
         memory = result["systems"].get(REFERENCES[0], {}).get("peak_gib")
-        found.append([
-            name,
-            f"{system['tokens_per_second']:,.0f}",
-            f"{system['learned_per_second']:,.0f}",
-            *(_times(speedup(result, name, reference)) for reference in REFERENCES),
-            f"{used_fraction(result, name):.1%}",
-            f"{system['peak_gib']:.2f}",
-            _times(system["peak_gib"] / memory if memory else None),
-            f"{system['held_out_loss']:.4f}",
-        ])  # fmt: skip
+        found.append(
+            [
+                name,
+                f"{system['tokens_per_second']:,.0f}",
+                f"{system['learned_per_second']:,.0f}",
+                *(_times(speedup(result, name, reference)) for reference in REFERENCES),
+                f"{used_fraction(result, name):.1%}",
+                f"{system['peak_gib']:.2f}",
+                _times(system["peak_gib"] / memory if memory else None),
+                f"{system['held_out_loss']:.4f}",
+            ]
+        )
     return found
 
 
@@ -128,11 +138,18 @@ def write_docs(results: Path) -> Path:
     for result in found:
         titles, columns = header(result), len(header(result))
         text += [
-            f"## {_title(result)}", "", f"`{result['command']}`", "", *(f"{fact}\n" for fact in facts(result)),
-            f"| {' | '.join(titles)} |", f"|{'---|' * columns}",
-            *(f"| {' | '.join(cells)} {'| ' * (columns - len(cells))}|" for cells in lines(result)), "",
-            _made_with(result), "",
-        ]  # fmt: skip
+            f"## {_title(result)}",
+            "",
+            f"`{result['command']}`",
+            "",
+            *(f"{fact}\n" for fact in facts(result)),
+            f"| {' | '.join(titles)} |",
+            f"|{'---|' * columns}",
+            *(f"| {' | '.join(cells)} {'| ' * (columns - len(cells))}|" for cells in lines(result)),
+            "",
+            _made_with(result),
+            "",
+        ]
     DOCS.parent.mkdir(exist_ok=True)
     _plot(found)
     partial = DOCS.with_suffix(".partial")

@@ -32,8 +32,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, load_config, plain, run
-from training.base_model import describe, ensure_base_model
+from core.base_model import describe, ensure_base_model
+from core.configuration import load_config, plain
+from core.errors import UserError, run
 
 RESULTS = Path("benchmarks/results")
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,7 +104,7 @@ def main(words: list[str]) -> None:
     result["data"]["source"] = source.name
     RESULTS.mkdir(parents=True, exist_ok=True)
 
-    from evaluation.runs import write_json
+    from core.files import write_json
 
     name = [result["machine"], result["model"], source.stem, *([str(own.length)] if own.length else [])]
     file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")
@@ -119,7 +120,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from benchmarks import ceiling
     from benchmarks.rows import as_dataset, read_rows
     from benchmarks.systems import Job
-    from training.__main__ import describe_environment, quiet_libraries
+    from core.machine import describe_environment, quiet_libraries
     from training.flops import flops_of
 
     quiet_libraries()
@@ -153,17 +154,31 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     recipe = write_recipe(config, base_folder, training, steps, batch, micro, scratch)
     jobs = {
         name: Job(
-            base_folder=str(base_folder), dtype=str(weights_dtype()).removeprefix("torch."), lora=lora,
-            initial=str(initial), rows=str(scratch / "rows.json"), steps=steps, batch=batch, micro_batch=micro,
-            micro_batch_tokens=config.trainer.micro_batch_tokens, pack_tokens=max(longest, 4096 if on_gpu else 1024),
-            learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, clip=settings.clip,
-            seed=config.seed, prompt=plain(config.task.prompt), recipe=str(recipe),
+            base_folder=str(base_folder),
+            dtype=str(weights_dtype()).removeprefix("torch."),
+            lora=lora,
+            initial=str(initial),
+            rows=str(scratch / "rows.json"),
+            steps=steps,
+            batch=batch,
+            micro_batch=micro,
+            micro_batch_tokens=config.trainer.micro_batch_tokens,
+            pack_tokens=max(longest, 4096 if on_gpu else 1024),
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            seed=config.seed,
+            prompt=plain(config.task.prompt),
+            recipe=str(recipe),
             adapter=str(scratch / f"{name}.safetensors"),
         )
         for name in own.systems
-    }  # fmt: skip
-    print(f"{len(counted)} rows in {own.rounds} rounds, {sum(lengths):,} tokens, {learned:,} of them learned; "
-          f"{batch} rows a step, {micro} at once for peers", flush=True)  # fmt: skip
+    }
+    print(
+        f"{len(counted)} rows in {own.rounds} rounds, {sum(lengths):,} tokens, {learned:,} of them learned; "
+        f"{batch} rows a step, {micro} at once for peers",
+        flush=True,
+    )
     gemma = AutoConfig.from_pretrained(base_folder)
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
     shape = gemma, tokens_at_once, max(1, tokens_at_once * learned // sum(lengths))
@@ -190,13 +205,23 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
         "versions": versions,
         "model": f"{own.random} (random weights)" if own.random else describe(base_folder)["name"],
         "data": {
-            "length": own.length, "rows": len(counted), "tokens": sum(lengths), "learned": learned,
-            "longest": longest, "held_out_rows": len(held_out),
+            "length": own.length,
+            "rows": len(counted),
+            "tokens": sum(lengths),
+            "learned": learned,
+            "longest": longest,
+            "held_out_rows": len(held_out),
         },
         "settings": {
-            "lora": lora, "rows_per_step": batch, "peer_rows_at_once": micro, "steps": steps,
-            "micro_batch_tokens": config.trainer.micro_batch_tokens, "learning_rate": settings.learning_rate,
-            "weight_decay": settings.weight_decay, "clip": settings.clip, "seed": config.seed,
+            "lora": lora,
+            "rows_per_step": batch,
+            "peer_rows_at_once": micro,
+            "steps": steps,
+            "micro_batch_tokens": config.trainer.micro_batch_tokens,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "clip": settings.clip,
+            "seed": config.seed,
         },
         "ceiling": rates,
         "flops": asdict(flops) | {"total": flops.total},
@@ -206,11 +231,18 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
         "held_out_loss_before": before,
         "memory_expected_gib": expected.total / GIB,
         "systems": systems,
-    }  # fmt: skip
+    }
 
 
-def write_recipe(config: DictConfig, base_folder: Path, rows: list[dict[str, Any]], steps: list[int], batch: int,
-                 micro: int, scratch: Path) -> Path:  # fmt: skip
+def write_recipe(
+    config: DictConfig,
+    base_folder: Path,
+    rows: list[dict[str, Any]],
+    steps: list[int],
+    batch: int,
+    micro: int,
+    scratch: Path,
+) -> Path:
     """NeMo AutoModel's recipe as ENGINE=automodel writes it, for this job's steps. Its environment has no OmegaConf.
 
     Returns:
@@ -225,9 +257,12 @@ def write_recipe(config: DictConfig, base_folder: Path, rows: list[dict[str, Any
     automodel.write_rows(rows, folder / "training.jsonl")
     recipe = automodel.write_recipe(config, base_folder, folder, [len(row["input_ids"]) for row in rows])
     recipe["step_scheduler"] |= {
-        "global_batch_size": batch, "local_batch_size": micro, "num_epochs": 1, "val_every_steps": None,
+        "global_batch_size": batch,
+        "local_batch_size": micro,
+        "num_epochs": 1,
+        "val_every_steps": None,
         "ckpt_every_steps": sum(steps),
-    }  # fmt: skip
+    }
     recipe["dataloader"]["shuffle"] = False
     recipe["lr_scheduler"] |= {"lr_decay_style": "constant", "lr_warmup_steps": 0}
     del recipe["validation_dataset"], recipe["validation_dataloader"]
@@ -261,8 +296,11 @@ def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]
             for name, worker in list(running.items()):
                 try:
                     heard = worker.round()
-                    print(f"  {name}: {'warm-up' if not turn else f'round {turn}'}: {heard['seconds']:.2f} s, "
-                          f"{heard['tokens'] / heard['seconds']:,.0f} tokens/s", flush=True)  # fmt: skip
+                    print(
+                        f"  {name}: {'warm-up' if not turn else f'round {turn}'}: {heard['seconds']:.2f} s, "
+                        f"{heard['tokens'] / heard['seconds']:,.0f} tokens/s",
+                        flush=True,
+                    )
                     found[name]["rounds"].append(heard)
                     if turn == turns - 1:
                         found[name] |= {"peak_gib": worker.hear()["peak_gib"]}
@@ -318,9 +356,13 @@ class Worker:
         self.log = scratch / f"{name}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [python, "-m", "benchmarks.systems", name, str(file)], text=True, env=environment,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            )  # fmt: skip
+                [python, "-m", "benchmarks.systems", name, str(file)],
+                text=True,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
 
     def hear(self) -> dict[str, Any]:
         """The next message. Raises NotRun: the system has failed or was killed."""

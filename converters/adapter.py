@@ -23,7 +23,7 @@ from torch import Tensor
 from converters.checkpoint import Adapter, Checkpoint, of_memory
 from converters.hf import read_json, read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 TITLE = "PEFT adapter folder"
 READS = {Adapter}
@@ -38,14 +38,34 @@ PART = re.compile(
 )
 # Settings that say what a LoRA computes ...
 COMPUTED: dict[str, Any] = {
-    "r": int, "lora_alpha": (int, float), "lora_dropout": (int, float), "bias": str, "use_rslora": bool,
-    "use_dora": bool, "rank_pattern": dict, "alpha_pattern": dict,
-}  # fmt: skip
+    "r": int,
+    "lora_alpha": (int, float),
+    "lora_dropout": (int, float),
+    "bias": str,
+    "use_rslora": bool,
+    "use_dora": bool,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 # ... and those that say nothing of it: where it comes from, how it began, which layers it has (its tensors tell).
-SILENT = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-          "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-          "megatron_core", "runtime_config", "qalora_group_size", "init_lora_weights",
-          "ensure_weight_tying"}  # fmt: skip
+SILENT = {
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "runtime_config",
+    "qalora_group_size",
+    "init_lora_weights",
+    "ensure_weight_tying",
+}
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # as init_lora_weights
 
 
@@ -66,8 +86,15 @@ def read(path: Path) -> Adapter:
         known = isinstance(base, dict) and isinstance(dtype, str | None)  # KerasHub does not say a dtype
         if not known or not all(isinstance(text, str) for text in base.values()):
             raise UserError(f"{path / RECORD} is damaged; without it, the adapter is read as one of another tool's")
-    return Adapter(plain_lora(settings, tensors, path / CONFIG), tensors, base, None, read_prompt(path), dtype,
-                   quantization if isinstance(quantization, dict) else None)  # fmt: skip
+    return Adapter(
+        plain_lora(settings, tensors, path / CONFIG),
+        tensors,
+        base,
+        None,
+        read_prompt(path),
+        dtype,
+        quantization if isinstance(quantization, dict) else None,
+    )
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:
@@ -127,8 +154,10 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where
         )
     for key, value in settings.items():
         if value and key not in SILENT and key not in COMPUTED:
-            raise UserError(f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "
-                            f"and DoRA fold into a base and can be converted")  # fmt: skip
+            raise UserError(
+                f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "
+                f"and DoRA fold into a base and can be converted"
+            )
     peft = {key: settings[key] for key in COMPUTED if settings.get(key) is not None}
     for key, value in peft.items():
         if not isinstance(value, COMPUTED[key]) or (isinstance(value, bool) and COMPUTED[key] is not bool):
@@ -136,14 +165,15 @@ def plain_lora(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     for key in ("rank_pattern", "alpha_pattern"):
         for name, value in peft.get(key, {}).items():  # a name, or its end: not any pattern that takes forever to match
             if not re.fullmatch(r"[\w.^\\]+", name) or not isinstance(value, int | float) or not 0 < value <= 65_536:
-                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a "
-                                f"positive number were expected")  # fmt: skip
+                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a positive number were expected")
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
         if not PART.fullmatch(name):
-            raise UserError(f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
-                            f"cannot be folded into its base or converted")  # fmt: skip
+            raise UserError(
+                f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
+                f"cannot be folded into its base or converted"
+            )
     return {**peft, "target_modules": targets(PART.sub(r"\1", name) for name in tensors)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Checkpoint:
         files: file name → its content, or where it lies, for what goes along unchanged: tokenizer, generation config,
             chat template, licence.
         prompt: the wording that it was fine-tuned with.
-        origin: `{"name", "source", "revision", "sha256"}` as far as known, see training.base_model.describe.
+        origin: `{"name", "source", "revision", "sha256"}` as far as known, see core.base_model.describe.
     """
 
     config: dict[str, Any]

@@ -9,7 +9,7 @@ from torch import Tensor
 from converters.checkpoint import Checkpoint, Lazy
 from converters.safetensors_file import NAMES
 from converters.streamed import FAMILIES, empty_model
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 MAX_LAYERS = 200  # Gemma's largest has 62
 

@@ -21,9 +21,10 @@ from converters.checks import check_shapes, checked
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
 from converters.prove import MERGED_LIMITS, prove
-from data_prep.progress import Progress
-from nemo_configs.command_line import CONFIG_DIR, UserError
-from training.base_model import describe, ensure_base_model
+from core.base_model import describe, ensure_base_model
+from core.configuration import CONFIG_DIR
+from core.errors import UserError
+from core.progress import Progress
 
 TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,7 +37,7 @@ def fill(
 ) -> dict[str, Any]:
     """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
 
-    See `converters.__main__.convert`.
+    See `commands.convert.convert`.
     """
     begun = time.monotonic()
     path = fetched(source_name)
@@ -96,14 +97,20 @@ def fill(
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
         adapter = source if isinstance(source, Adapter) else Adapter({}, {})
         record = {
-            "source": path.name, "source_sha256": digest(path, seen), "from": origin, "to": to,
+            "source": path.name,
+            "source_sha256": digest(path, seen),
+            "from": origin,
+            "to": to,
             "base": {key: value for key, value in adapter.base.items() if key != "folder"},
-            "dtype": adapter.dtype, "quantization": adapter.quantization, "proof": proof,
+            "dtype": adapter.dtype,
+            "quantization": adapter.quantization,
+            "proof": proof,
             "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
             "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
-            "seconds_to_write": round(seconds_to_write, 1), "seconds": round(time.monotonic() - begun, 1),
+            "seconds_to_write": round(seconds_to_write, 1),
+            "seconds": round(time.monotonic() - begun, 1),
             "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }  # fmt: skip
+        }
     with written(folder):
         (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
     return proof
@@ -116,10 +123,17 @@ def fetched(name: Path | str) -> Path:
         return path
     files = sorted((CONFIG_DIR / "model").glob("*.yaml"))
     known = next((model for file in files if (model := OmegaConf.load(file)).repo == str(name)), None)
-    model = known or OmegaConf.create({
-        "name": str(name).replace("/", "--"), "repo": str(name), "revision": "main", "embedded": False, "path": None,
-        "models_dir": "models", "max_perplexity": 1000,
-    })  # fmt: skip
+    model = known or OmegaConf.create(
+        {
+            "name": str(name).replace("/", "--"),
+            "repo": str(name),
+            "revision": "main",
+            "embedded": False,
+            "path": None,
+            "models_dir": "models",
+            "max_perplexity": 1000,
+        }
+    )
     return ensure_base_model(cast(DictConfig, model))
 
 
@@ -158,8 +172,10 @@ def written(folder: Path) -> Iterator[None]:
     except OSError as error:
         there = next(parent for parent in folder.absolute().parents if parent.exists())
         free = shutil.disk_usage(there).free / 1e9
-        raise UserError(f"{folder.parent} could not be written to: {error.strerror or error}; {free:.1f} GB are free "
-                        f"there. Nothing of the target was left") from None  # fmt: skip
+        raise UserError(
+            f"{folder.parent} could not be written to: {error.strerror or error}; {free:.1f} GB are free "
+            f"there. Nothing of the target was left"
+        ) from None
 
 
 def files_of(folder: Path) -> list[Path]:

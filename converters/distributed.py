@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from converters.checkpoint import Lazy
 from converters.spans import Span, damaged
 from converters.torch_file import read_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 CONFIG, COMMON, INDEX, DATA = "metadata.json", "common.pt", ".metadata", "__0_0.distcp"
 LAYERS = re.compile(r"(.*\bdecoder\.layers\.)(\d+\.)?(.+)")
@@ -97,21 +97,45 @@ def _torch_dist(parts: Mapping[str, Span]) -> Iterator[Found]:
 
 # What the index of a distributed checkpoint is made of: records without behaviour. Megatron adds its ranks' plans.
 RECORDS = (
-    metadata.Metadata, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata, metadata.ChunkStorageMetadata,
-    metadata.MetadataIndex, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo, collections.OrderedDict, planner.SavePlan, planner.WriteItem, planner.WriteItemType,
-    planner.TensorWriteData, planner.BytesIOWriteData,
-)  # fmt: skip
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16,
-          torch.int32, torch.int64, torch.bool)  # fmt: skip
+    metadata.Metadata,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.MetadataIndex,
+    metadata.TensorProperties,
+    metadata.StorageMeta,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    collections.OrderedDict,
+    planner.SavePlan,
+    planner.WriteItem,
+    planner.WriteItemType,
+    planner.TensorWriteData,
+    planner.BytesIOWriteData,
+)
+DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+)
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(record.__module__, record.__name__): record for record in RECORDS},
     **{("torch", f"{dtype}".removeprefix("torch.")): dtype for dtype in DTYPES},
-    **{(module, name): PurePosixPath for module in ("pathlib", "pathlib._local")
-       for name in ("Path", "PosixPath", "PurePosixPath")},
+    **{
+        (module, name): PurePosixPath
+        for module in ("pathlib", "pathlib._local")
+        for name in ("Path", "PosixPath", "PurePosixPath")
+    },
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): lambda _: torch.strided,
-}  # fmt: skip
+}
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -191,8 +215,10 @@ def _read_box(
     """The box of `shape` at `start`, put together from the pieces that it meets."""
     box, out, filled = list(zip(start, shape, strict=True)), None, 0
     for piece in pieces:
-        meets = [(max(a, p), min(a + n, p + size)) for (a, n), p, size in
-                 zip(box, piece.start, piece.content.shape, strict=True)]  # fmt: skip
+        meets = [
+            (max(a, p), min(a + n, p + size))
+            for (a, n), p, size in zip(box, piece.start, piece.content.shape, strict=True)
+        ]
         if any(first >= last for first, last in meets):
             continue
         source = tuple(slice(first - p, last - p) for (first, last), p in zip(meets, piece.start, strict=True))

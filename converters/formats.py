@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # In this order a source is asked what it is. Imported when needed: some need packages of their own.
 FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")

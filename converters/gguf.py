@@ -50,9 +50,9 @@ from converters.hf import as_prompt
 from converters.merge_lora import updates
 from converters.streamed import empty_model
 from converters.vocabulary import add_to_gguf, of_gguf, read_vocabulary
-from data_prep.progress import Progress
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.progress import Progress
+from core.prompt import Prompt
 
 TITLE = "GGUF file of llama.cpp: a model, or a LoRA adapter"
 READS = {Checkpoint, Adapter}
@@ -62,11 +62,14 @@ TOLERANCE = {"mean_kl_divergence": 0.005}  # Q8_0 rounds; see above for norms in
 
 # How matrices are stored, as `--dtype` or the source says, and the number that llama.cpp shows for it.
 KINDS = {
-    "f32": GGMLQuantizationType.F32, torch.float32: GGMLQuantizationType.F32,
-    "f16": GGMLQuantizationType.F16, torch.float16: GGMLQuantizationType.F16,
-    "bf16": GGMLQuantizationType.BF16, torch.bfloat16: GGMLQuantizationType.BF16,
+    "f32": GGMLQuantizationType.F32,
+    torch.float32: GGMLQuantizationType.F32,
+    "f16": GGMLQuantizationType.F16,
+    torch.float16: GGMLQuantizationType.F16,
+    "bf16": GGMLQuantizationType.BF16,
+    torch.bfloat16: GGMLQuantizationType.BF16,
     "q8_0": GGMLQuantizationType.Q8_0,
-}  # fmt: skip
+}
 FILE_TYPES = {
     GGMLQuantizationType.F32: LlamaFileType.ALL_F32,
     GGMLQuantizationType.F16: LlamaFileType.MOSTLY_F16,
@@ -200,8 +203,12 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
     rank, alpha = max(by_layer.values()), float(fields[Keys.Adapter.LORA_ALPHA])
     if not (math.isfinite(alpha) and alpha):
         raise UserError(f"{file}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
-    peft: dict[str, Any] = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "bias": "none",
-            "target_modules": targets(by_layer)}  # fmt: skip
+    peft: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "bias": "none",
+        "target_modules": targets(by_layer),
+    }
     # The update is weighed by alpha / r of its own tensor, so that only the ranks differ between layers.
     if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
         peft["rank_pattern"] = smaller

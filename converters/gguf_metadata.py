@@ -24,7 +24,7 @@ from gguf import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 FAMILIES = {"gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3}
 CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}

@@ -25,7 +25,7 @@ from converters.keras_config import published, read_config
 from converters.spans import whole
 from converters.torch_file import MAX_PICKLE, read_tensors
 from converters.vocabulary import of_sentencepiece
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 TITLE = "Google's PyTorch checkpoint (gemma_pytorch)"
 READS = {Checkpoint}

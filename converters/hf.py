@@ -24,9 +24,9 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from converters.checkpoint import Adapter, Checkpoint, Lazy
 from converters.safetensors_file import read_tensors, write_tensors
-from data_prep.prompt import PROMPT_FILE, Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import text_name
+from core.base_model import text_name
+from core.errors import UserError
+from core.prompt import PROMPT_FILE, Prompt
 
 TITLE = "Hugging Face folder"
 READS = {Checkpoint}
@@ -34,8 +34,15 @@ WRITES = {Checkpoint: ""}
 
 INDEX = "model.safetensors.index.json"
 # What goes along as it is. Weights of other formats, training states and model cards of the source do not.
-COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*",
-              "vocab*", "LICENSE*")  # fmt: skip
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab*",
+    "LICENSE*",
+)
 MAX_SHARD = "5GB"  # as save_pretrained has it
 
 
@@ -54,8 +61,11 @@ def read(path: Path) -> Checkpoint:
                 raise UserError(f"{shard} holds {name}, which another file of the folder holds too")
             tensors[name] = tensor
     if isinstance(config.get("text_config"), dict):
-        config = {"architectures": ["Gemma3ForCausalLM"], "dtype": config.get("dtype") or config.get("torch_dtype"),
-                  **config["text_config"]}  # fmt: skip
+        config = {
+            "architectures": ["Gemma3ForCausalLM"],
+            "dtype": config.get("dtype") or config.get("torch_dtype"),
+            **config["text_config"],
+        }
         tensors = {new: tensor for name, tensor in tensors.items() if (new := text_name(name))}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     if "lm_head.weight" in tensors and config.get("tie_word_embeddings", True):
@@ -73,9 +83,11 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     assert isinstance(content, Checkpoint)
     target.mkdir()
     plan = split_state_dict_into_shards_factory(
-        dict(content.tensors), get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD,
-    )  # fmt: skip
+        dict(content.tensors),
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
+    )
     for file, names in plan.filename_to_tensors.items():
         write_tensors(target / file, {name: content.tensors[name] for name in names})
     if plan.is_sharded:

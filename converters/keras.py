@@ -33,8 +33,8 @@ from converters.hf import read_json, read_prompt, write_json
 from converters.keras_config import CLASSES, published, read_config, settings_of
 from converters.keras_h5 import SIGNATURE, dataset, dtype_of, opened, tensor_of, write_tensor
 from converters.vocabulary import of_sentencepiece, read_vocabulary, to_sentencepiece
-from data_prep.progress import Progress
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.progress import Progress
 
 TITLE = "KerasHub preset or .weights.h5; LoRA of KerasHub (.lora.h5)"
 READS = {Checkpoint, Adapter}

@@ -14,18 +14,25 @@ from transformers import AutoConfig, PretrainedConfig
 from converters.checkpoint import Lazy
 from converters.gguf_metadata import CLASSES as ARCHITECTURES
 from converters.gguf_metadata import GELU
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 CLASSES = {"gemma": "GemmaBackbone", "gemma2": "GemmaBackbone", "gemma3_text": "Gemma3Backbone"}
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # which layer sees everything
 # What Google published and no weight shows, for all of a family and by the number of layers.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "gemma": {},
-    "gemma2": {"attention_logit_soft_cap": 50.0, "final_logit_soft_cap": 30.0, "use_sliding_window_attention": True,
-               "sliding_window_size": 4096},
-    "gemma3_text": {"use_sliding_window_attention": True, "sliding_window_size": 1024,
-                    "global_rope_scaling_factor": 8.0},
-}  # fmt: skip
+    "gemma2": {
+        "attention_logit_soft_cap": 50.0,
+        "final_logit_soft_cap": 30.0,
+        "use_sliding_window_attention": True,
+        "sliding_window_size": 4096,
+    },
+    "gemma3_text": {
+        "use_sliding_window_attention": True,
+        "sliding_window_size": 1024,
+        "global_rope_scaling_factor": 8.0,
+    },
+}
 SMALL = {"sliding_window_size": 512, "global_rope_scaling_factor": 1.0}
 OF_LAYERS: dict[str, dict[int, dict[str, Any]]] = {
     "gemma": {18: {}, 28: {}},
@@ -41,8 +48,10 @@ def published(
     """The settings of a file without any, in KerasHub's words: sizes by its tensors, the rest as Google published."""
     layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
     if layers not in OF_LAYERS[family]:
-        raise UserError(f"{path} has {layers} layers, as no published {family} has. Its settings are in config.json of "
-                        f"the KerasHub preset: convert that folder")  # fmt: skip
+        raise UserError(
+            f"{path} has {layers} layers, as no published {family} has. Its settings are in config.json of "
+            f"the KerasHub preset: convert that folder"
+        )
     try:
         (vocabulary, width), (inner, _) = (
             tensors[name].shape for name in ("model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight")
@@ -50,9 +59,15 @@ def published(
         (queries, _, head_dim), (keys, *_) = heads["q_proj"], heads["k_proj"]
     except (KeyError, ValueError):
         raise UserError(f"{path} is no whole Gemma: parts of it or of its first layer are missing") from None
-    sizes = {"vocabulary_size": vocabulary, "num_layers": layers, "num_query_heads": queries, "head_dim": head_dim,
-             "num_key_value_heads": keys, "hidden_dim": width,
-             "intermediate_dim": inner if family == "gemma3_text" else 2 * inner}  # fmt: skip
+    sizes = {
+        "vocabulary_size": vocabulary,
+        "num_layers": layers,
+        "num_query_heads": queries,
+        "head_dim": head_dim,
+        "num_key_value_heads": keys,
+        "hidden_dim": width,
+        "intermediate_dim": inner if family == "gemma3_text" else 2 * inner,
+    }
     return sizes | PUBLISHED[family] | OF_LAYERS[family][layers]
 
 
@@ -72,8 +87,10 @@ def read_config(settings: Any, family: str, tensors: Mapping[str, Lazy], where: 
             "rms_norm_eps": settings.get("layer_norm_epsilon", 1e-6),
             "dtype": str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch."),
         }
-        caps = {"attn_logit_softcapping": settings.get("attention_logit_soft_cap"),
-                "final_logit_softcapping": settings.get("final_logit_soft_cap")}  # fmt: skip
+        caps = {
+            "attn_logit_softcapping": settings.get("attention_logit_soft_cap"),
+            "final_logit_softcapping": settings.get("final_logit_soft_cap"),
+        }
         window = settings.get("use_sliding_window_attention", False)
         if settings.get("is_embedding_model") or settings.get("use_bidirectional_attention"):
             raise UserError(f"{where} is of an embedding model, which writes no text")
@@ -155,9 +172,13 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
             _layer_types(family, config.num_hidden_layers, window) != config.layer_types
         )
     if of_3:
-        found |= {"image_size": None, "vision_encoder": None, "use_query_key_norm": True,
-                  "local_rope_scaling_factor": local.get("factor", 1.0),
-                  "global_rope_scaling_factor": whole.get("factor", 1.0)}  # fmt: skip
+        found |= {
+            "image_size": None,
+            "vision_encoder": None,
+            "use_query_key_norm": True,
+            "local_rope_scaling_factor": local.get("factor", 1.0),
+            "global_rope_scaling_factor": whole.get("factor", 1.0),
+        }
     if named := [what for what, there in missing.items() if there]:
         raise UserError(f"KerasHub has no setting for what this {family} needs: {', '.join(named)}")
     return found

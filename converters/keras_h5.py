@@ -12,7 +12,7 @@ import h5py
 import torch
 from torch import Tensor
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DTYPES = {"<f4": torch.float32, "<f2": torch.float16}

@@ -30,7 +30,7 @@ from converters.adapter import PREFIX, targets
 from converters.checkpoint import Adapter
 from converters.keras_h5 import dataset, opened, tensor_of, write_tensor
 from converters.merge_lora import updates
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # What Keras walks over in a layer, last made first; None has no LoRA. Before layer 0 comes the embedding.
 _MLP = [None, "mlp.down_proj", "mlp.up_proj", "mlp.gate_proj"]  # the layer itself; its MLP
@@ -40,8 +40,11 @@ WALK: dict[str, list[str | None]] = {
     "gemma2": [*_MLP, None, None, None, "self_attn.o_proj", *_QKV, None, None],
     "gemma3_text": [*_MLP, None, None, None, "self_attn.o_proj", None, None, *_QKV, None, None],
 }
-HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads",
-         "self_attn.v_proj": "num_key_value_heads"}  # fmt: skip
+HEADS = {
+    "self_attn.q_proj": "num_attention_heads",
+    "self_attn.k_proj": "num_key_value_heads",
+    "self_attn.v_proj": "num_key_value_heads",
+}
 
 
 def read(path: Path) -> Adapter:

@@ -39,7 +39,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from converters.checkpoint import Lazy
 from converters.spans import damaged
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
@@ -79,8 +79,16 @@ class Sizes:
             UserError: of another family than Gemma 1, 2, 3 text, or with sizes that do not fit together.
         """
         text = known(config)
-        sizes = cls(text.model_type, text.num_hidden_layers, text.hidden_size, text.intermediate_size,
-                    text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.vocab_size)  # fmt: skip
+        sizes = cls(
+            text.model_type,
+            text.num_hidden_layers,
+            text.hidden_size,
+            text.intermediate_size,
+            text.num_attention_heads,
+            text.num_key_value_heads,
+            text.head_dim,
+            text.vocab_size,
+        )
         numbers = list(vars(sizes).values())[1:]
         if not all(isinstance(number, int) and 0 < number < 1 << 32 for number in numbers):
             raise UserError(f"the model's configuration has sizes that no model has: {sizes}")
@@ -91,9 +99,15 @@ class Sizes:
     def linear(self) -> dict[str, tuple[int, int]]:
         """Hugging Face's linear layers → [out, in]."""
         h, f, q, kv = self.hidden, self.intermediate, self.heads * self.head, self.groups * self.head
-        return {"self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
-                "self_attn.o_proj": (h, q), "mlp.gate_proj": (f, h), "mlp.up_proj": (f, h),
-                "mlp.down_proj": (h, f)}  # fmt: skip
+        return {
+            "self_attn.q_proj": (q, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, q),
+            "mlp.gate_proj": (f, h),
+            "mlp.up_proj": (f, h),
+            "mlp.down_proj": (h, f),
+        }
 
 
 def known(config: Mapping[str, Any]) -> PretrainedConfig:

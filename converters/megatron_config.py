@@ -11,8 +11,8 @@ from typing import Any
 
 from converters.megatron import FAMILIES, known
 from converters.spans import Span, damaged
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 
 def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,13 +26,19 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     divisor = math.gcd(text.vocab_size, 128)  # so that nothing is padded
     fields = {
         "num_layers": text.num_hidden_layers,
-        "hidden_size": text.hidden_size, "ffn_hidden_size": text.intermediate_size,
-        "num_attention_heads": text.num_attention_heads, "num_query_groups": text.num_key_value_heads,
-        "kv_channels": text.head_dim, "init_method_std": text.initializer_range, "layernorm_epsilon": text.rms_norm_eps,
-        "seq_length": text.max_position_embeddings, "vocab_size": text.vocab_size,
-        "make_vocab_size_divisible_by": divisor, "share_embeddings_and_output_weights": True,
+        "hidden_size": text.hidden_size,
+        "ffn_hidden_size": text.intermediate_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_query_groups": text.num_key_value_heads,
+        "kv_channels": text.head_dim,
+        "init_method_std": text.initializer_range,
+        "layernorm_epsilon": text.rms_norm_eps,
+        "seq_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "make_vocab_size_divisible_by": divisor,
+        "share_embeddings_and_output_weights": True,
         "layernorm_zero_centered_gamma": True,
-    }  # fmt: skip
+    }
     layers = list(getattr(text, "layer_types", []))
     if text.model_type == "gemma3_text":
         local, everywhere = rope["sliding_attention"], rope["full_attention"]
@@ -41,19 +47,24 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         scaling = {"default": 1.0, "linear": everywhere.get("factor")}.get(everywhere["rope_type"])
         fields |= {
             "rotary_base": (_whole(local["rope_theta"]), _whole(everywhere["rope_theta"])),
-            "rope_scaling_factor": scaling, "window_size": text.sliding_window,
-            "interleaved_attn_pattern": (period - 1, 1), "is_vision_language": False,
+            "rope_scaling_factor": scaling,
+            "window_size": text.sliding_window,
+            "interleaved_attn_pattern": (period - 1, 1),
+            "is_vision_language": False,
             "softmax_scale": None if text.query_pre_attn_scalar == text.head_dim else text.query_pre_attn_scalar**-0.5,
-        }  # fmt: skip
+        }
         odd = scaling is None or layers != expected or text.final_logit_softcapping or text.attn_logit_softcapping
     else:
         fields["rotary_base"] = _whole(rope["rope_theta"])
         odd = rope["rope_type"] != "default"
     if text.model_type == "gemma2":
         expected = ["full_attention" if n % 2 else "sliding_attention" for n in range(len(layers))]
-        fields |= {"window_size": (text.sliding_window, 0), "query_pre_attn_scalar": _whole(text.query_pre_attn_scalar),
-                   "attn_logit_softcapping": text.attn_logit_softcapping,
-                   "final_logit_softcapping": text.final_logit_softcapping}  # fmt: skip
+        fields |= {
+            "window_size": (text.sliding_window, 0),
+            "query_pre_attn_scalar": _whole(text.query_pre_attn_scalar),
+            "attn_logit_softcapping": text.attn_logit_softcapping,
+            "final_logit_softcapping": text.final_logit_softcapping,
+        }
         odd = odd or layers != expected
     if odd or not text.tie_word_embeddings or text.attention_bias:
         raise UserError(
@@ -65,16 +76,26 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `nemo_fields`: `config.json` under names that transformers 4 and 5 both read."""
     config: dict[str, Any] = {
-        "architectures": [FAMILIES[family]], "model_type": family, "attention_bias": False, "attention_dropout": 0.0,
-        "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "tie_word_embeddings": True,
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "tie_word_embeddings": True,
         "head_dim": fields.get("kv_channels") or fields["hidden_size"] // fields["num_attention_heads"],
-        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": fields["hidden_size"], "initializer_range": fields.get("init_method_std", 0.02),
-        "intermediate_size": fields["ffn_hidden_size"], "max_position_embeddings": fields["seq_length"],
-        "num_attention_heads": fields["num_attention_heads"], "num_hidden_layers": fields["num_layers"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": fields["hidden_size"],
+        "initializer_range": fields.get("init_method_std", 0.02),
+        "intermediate_size": fields["ffn_hidden_size"],
+        "max_position_embeddings": fields["seq_length"],
+        "num_attention_heads": fields["num_attention_heads"],
+        "num_hidden_layers": fields["num_layers"],
         "num_key_value_heads": fields.get("num_query_groups") or fields["num_attention_heads"],
         "rms_norm_eps": fields["layernorm_epsilon"],
-    }  # fmt: skip
+    }
     if fields["vocab_size"]:  # not known of an adapter for NeMo 1
         config["vocab_size"] = fields["vocab_size"]
     if family == "gemma3_text":
@@ -82,17 +103,25 @@ def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         head, scale, factor = config["head_dim"], fields.get("softmax_scale"), fields.get("rope_scaling_factor") or 1.0
         period = sum(fields.get("interleaved_attn_pattern") or (5, 1))
         return config | {
-            "rope_theta": everywhere, "rope_local_base_freq": local, "sliding_window": fields["window_size"],
+            "rope_theta": everywhere,
+            "rope_local_base_freq": local,
+            "sliding_window": fields["window_size"],
             "rope_scaling": None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
             "query_pre_attn_scalar": head if scale is None else _whole(round(scale**-2, 6)),
-            "layer_types": ["full_attention" if n % period == 0 else "sliding_attention"
-                            for n in range(1, config["num_hidden_layers"] + 1)],
-        }  # fmt: skip
+            "layer_types": [
+                "full_attention" if n % period == 0 else "sliding_attention"
+                for n in range(1, config["num_hidden_layers"] + 1)
+            ],
+        }
     config["rope_theta"] = fields.get("rotary_base", 10_000)
     if family == "gemma2":
-        config |= {"sliding_window": fields["window_size"][0],
-                   **{key: fields[key] for key in ("query_pre_attn_scalar", "attn_logit_softcapping",
-                                                   "final_logit_softcapping")}}  # fmt: skip
+        config |= {
+            "sliding_window": fields["window_size"][0],
+            **{
+                key: fields[key]
+                for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+            },
+        }
     return config
 
 

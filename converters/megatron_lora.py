@@ -37,18 +37,29 @@ from torch import Tensor
 
 from converters.checkpoint import Adapter, Lazy
 from converters.megatron import JOINED, Sizes, bare, join, split
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 PEFT = re.compile(
     r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
 )
-MEGATRON = re.compile(r"decoder\.layers\.(\d+)\.(.+)\.adapter\.(?:adapter_(\w+)\.)?"
-                      r"(linear_in\.weight|linear_out\.weight|weight_magnitude)")  # fmt: skip
+MEGATRON = re.compile(
+    r"decoder\.layers\.(\d+)\.(.+)\.adapter\.(?:adapter_(\w+)\.)?"
+    r"(linear_in\.weight|linear_out\.weight|weight_magnitude)"
+)
 A, B, M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 KINDS = {A: "linear_in.weight", B: "linear_out.weight", M: "weight_magnitude"}
 # What of a LoraConfig Megatron has no place for.
-BEYOND = ("alpha_pattern", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias",
-          "layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora")  # fmt: skip
+BEYOND = (
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "lora_bias",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "use_bdlora",
+)
 
 Kinds = dict[str, Tensor]  # lora_A, lora_B and perhaps a magnitude, of one linear layer
 Layers = dict[int, dict[str, Kinds]]  # number of a layer → linear layer in it → its adapter
@@ -92,12 +103,24 @@ def from_megatron_lora(
                 layers[number][part] = {A: kinds[A], **own}
     layers, factor = _unstack(layers, rank)
     scaled = (rank if alpha is None else alpha) / factor
-    peft = {"r": rank // factor, "lora_alpha": int(scaled) if scaled == int(scaled) else scaled,
-            "lora_dropout": dropout, "bias": "none", "target_modules": _targets(layers, sizes.layers),
-            "use_dora": any(M in kinds for adapters in layers.values() for kinds in adapters.values())}  # fmt: skip
-    return Adapter(peft, {f"base_model.model.model.layers.{number}.{part}.{kind}": tensor
-                          for number, adapters in layers.items() for part, kinds in sorted(adapters.items())
-                          for kind, tensor in sorted(kinds.items())}, config=dict(config))  # fmt: skip
+    peft = {
+        "r": rank // factor,
+        "lora_alpha": int(scaled) if scaled == int(scaled) else scaled,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": _targets(layers, sizes.layers),
+        "use_dora": any(M in kinds for adapters in layers.values() for kinds in adapters.values()),
+    }
+    return Adapter(
+        peft,
+        {
+            f"base_model.model.model.layers.{number}.{part}.{kind}": tensor
+            for number, adapters in layers.items()
+            for part, kinds in sorted(adapters.items())
+            for kind, tensor in sorted(kinds.items())
+        },
+        config=dict(config),
+    )
 
 
 def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
@@ -206,8 +229,11 @@ def _unstack(layers: Layers, rank: int) -> tuple[Layers, int]:
         if rank % factor or not trained:
             continue
         small: Layers = {number: {} for number in layers}
-        pairs = [(number, _pieces(adapters, parts, rank // factor, factor))
-                 for number, adapters in layers.items() for parts in JOINED.values()]  # fmt: skip
+        pairs = [
+            (number, _pieces(adapters, parts, rank // factor, factor))
+            for number, adapters in layers.items()
+            for parts in JOINED.values()
+        ]
         if all(pieces is not None for _, pieces in pairs):
             for number, pieces in pairs:
                 # Neither A nor B: the layer had no adapter there.

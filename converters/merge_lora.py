@@ -16,7 +16,7 @@ from torch import Tensor
 
 from converters.adapter import PART
 from converters.checkpoint import Adapter, Checkpoint, Lazy
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 
 @dataclass
@@ -60,8 +60,10 @@ def refuse_misfit(found: Mapping[str, Update], base: Checkpoint, where: Path) ->
         if weight is None:
             raise UserError(f"the base has no {layer}, which {where} changes; name the right base with --base")
         if weight.shape != (len(update.lora_b), update.lora_a.shape[1]):
-            raise UserError(f"{where} changes {layer} of shape {[len(update.lora_b), update.lora_a.shape[1]]}, but the "
-                            f"base's is {list(weight.shape)}; name the right base with --base")  # fmt: skip
+            raise UserError(
+                f"{where} changes {layer} of shape {[len(update.lora_b), update.lora_a.shape[1]]}, but the "
+                f"base's is {list(weight.shape)}; name the right base with --base"
+            )
 
 
 def updates(adapter: Adapter, where: Path) -> dict[str, Update]:

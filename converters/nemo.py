@@ -22,7 +22,7 @@ from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.hf import COMPANIONS, as_prompt
 from converters.spans import Span, below, members
 from converters.torch_file import read_tensors, write_tensors
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 TITLE = ".nemo of this project"
 READS = {Checkpoint, Adapter}
@@ -68,8 +68,15 @@ def read(path: Path) -> Checkpoint | Adapter:
     quantization = _section(config, "quantization", path) if config.get("quantization") else None
     settings = {key: value for key, value in _section(config, "peft", path).items() if key != "name"}
     adapter = {name: tensor.read() for name, tensor in tensors.items()}
-    return Adapter(plain_lora(settings, adapter, path), adapter, _texts(config["base"], "base", path), None, prompt,
-                   str(config["dtype"]), quantization)  # fmt: skip
+    return Adapter(
+        plain_lora(settings, adapter, path),
+        adapter,
+        _texts(config["base"], "base", path),
+        None,
+        prompt,
+        str(config["dtype"]),
+        quantization,
+    )
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:
@@ -84,11 +91,15 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         tensors = {name: of_memory(tensor) for name, tensor in content.tensors.items()}
         base = {key: content.base.get(key, "") for key in ("name", "source", "revision", "sha256")}
         config = {
-            "base_folder": content.base.get("folder", ""), "base": base, "prompt": prompt, "seed": 0,
-            "dtype": content.dtype or _dtype(content.config or {}), "quantization": content.quantization,
+            "base_folder": content.base.get("folder", ""),
+            "base": base,
+            "prompt": prompt,
+            "seed": 0,
+            "dtype": content.dtype or _dtype(content.config or {}),
+            "quantization": content.quantization,
             "peft": {"name": "qlora" if content.quantization else "lora", **content.peft},
             "target": "training.gemma_lora.GemmaLoRA",
-        }  # fmt: skip
+        }
     with target.open("wb") as file:
         # Through JSON: what stands in it twice is written twice, not by reference.
         text = yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False).encode()
@@ -109,8 +120,10 @@ def _dtype(config: Mapping[str, Any]) -> str:
 
 def _config(parts: Mapping[str, Span], path: Path) -> dict[str, Any]:
     if len(parts) > MAX_MEMBERS:
-        raise UserError(f"{path} is not a whole .nemo of this project: it has {len(parts)} members, of which none "
-                        f"needs more than {MAX_MEMBERS}")  # fmt: skip
+        raise UserError(
+            f"{path} is not a whole .nemo of this project: it has {len(parts)} members, of which none "
+            f"needs more than {MAX_MEMBERS}"
+        )
     text = parts[CONFIG].read(MAX_CONFIG) if CONFIG in parts else b""
     try:
         _refuse_growth(text)

@@ -33,8 +33,8 @@ from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import Span, below, damaged, members
 from converters.torch_file import read_tensors
-from data_prep.prompt import PROMPT_FILE
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 1 .nemo (Megatron layout)"
 READS = {Checkpoint, Adapter}
@@ -48,11 +48,14 @@ ADAPTERS = {
     "self_attention.adapter_layer.lora_dense_attention_adapter": "self_attention.linear_proj.adapter",
     "mlp.adapter_layer.lora_hto4h_adapter": "mlp.linear_fc1.adapter",
     "mlp.adapter_layer.lora_4htoh_adapter": "mlp.linear_fc2.adapter",
-    **{f"self_attention.adapter_layer.lora_unfused_kqv_adapter.{part}_adapter":
-       f"self_attention.linear_qkv.adapter.adapter_{part}" for part in "qkv"},
-    **{f"mlp.adapter_layer.lora_unfused_hto4h_adapter.{part}_adapter": f"mlp.linear_fc1.adapter.adapter_{part}"
-       for part in ("gate", "up")},
-}  # fmt: skip
+    "self_attention.adapter_layer.lora_unfused_kqv_adapter.q_adapter": "self_attention.linear_qkv.adapter.adapter_q",
+    "self_attention.adapter_layer.lora_unfused_kqv_adapter.k_adapter": "self_attention.linear_qkv.adapter.adapter_k",
+    "self_attention.adapter_layer.lora_unfused_kqv_adapter.v_adapter": "self_attention.linear_qkv.adapter.adapter_v",
+    **{
+        f"mlp.adapter_layer.lora_unfused_hto4h_adapter.{part}_adapter": f"mlp.linear_fc1.adapter.adapter_{part}"
+        for part in ("gate", "up")
+    },
+}
 # How NeMo 1 calls what a LoRA is put on.
 TARGETS = {
     "linear_qkv": "attention_qkv",
@@ -61,20 +64,48 @@ TARGETS = {
     "linear_fc2": "mlp_fc2",
 }
 # NeMo 2's fields that NeMo 1 has under the same name, and those it calls otherwise.
-SAME = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-        "init_method_std", "layernorm_epsilon", "make_vocab_size_divisible_by", "rotary_base", "window_size",
-        "share_embeddings_and_output_weights", "layernorm_zero_centered_gamma")  # fmt: skip
+SAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "init_method_std",
+    "layernorm_epsilon",
+    "make_vocab_size_divisible_by",
+    "rotary_base",
+    "window_size",
+    "share_embeddings_and_output_weights",
+    "layernorm_zero_centered_gamma",
+)
 CUSTOM = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
 # What makes a Megatron GPT a Gemma, of examples/nlp/language_modeling/conf/megatron_gemma{,2}_config.yaml.
 GEMMA = {
-    "mcore_gpt": True, "transformer_engine": True, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
-    "micro_batch_size": 1, "global_batch_size": 1, "apply_embedding_scaling": True, "normalization": "rmsnorm",
-    "bias": False, "activation": "geglu", "openai_gelu": True, "position_embedding_type": "rope",
-    "rotary_percentage": 1.0, "hidden_dropout": 0.0, "attention_dropout": 0.0, "ffn_dropout": 0.0,
-    "transformer_block_type": "pre_ln", "normalize_attention_scores": True, "megatron_amp_O2": False,
-    "gradient_accumulation_fusion": False, "bias_activation_fusion": False, "bias_dropout_add_fusion": False,
+    "mcore_gpt": True,
+    "transformer_engine": True,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "micro_batch_size": 1,
+    "global_batch_size": 1,
+    "apply_embedding_scaling": True,
+    "normalization": "rmsnorm",
+    "bias": False,
+    "activation": "geglu",
+    "openai_gelu": True,
+    "position_embedding_type": "rope",
+    "rotary_percentage": 1.0,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "ffn_dropout": 0.0,
+    "transformer_block_type": "pre_ln",
+    "normalize_attention_scores": True,
+    "megatron_amp_O2": False,
+    "gradient_accumulation_fusion": False,
+    "bias_activation_fusion": False,
+    "bias_dropout_add_fusion": False,
     "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel",
-}  # fmt: skip
+}
 
 
 def recognizes(path: Path) -> bool:
@@ -146,8 +177,12 @@ def _tensors(parts: Mapping[str, Span], name: str) -> dict[str, Lazy]:
     found: dict[str, Lazy] = {}
     layers = 0
     for stage in range(len(ranks)):
-        merged = merge_ranks([{_renamed(key): lazy for key, lazy in ranks[stage][rank].items()
-                               if not key.endswith("_extra_state")} for rank in range(width)])  # fmt: skip
+        merged = merge_ranks(
+            [
+                {_renamed(key): lazy for key, lazy in ranks[stage][rank].items() if not key.endswith("_extra_state")}
+                for rank in range(width)
+            ]
+        )
         numbered = {key: re.match(r"((?:m\w+\.)*decoder\.layers\.)(\d+)(\..+)", key) for key in merged}
         for key, match in numbered.items():
             found.setdefault(f"{match[1]}{int(match[2]) + layers}{match[3]}" if match else key, merged[key])
@@ -172,12 +207,25 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     lora: dict[str, Any] = {}
     if isinstance(content, Adapter):
         tensors, rank, alpha = to_megatron_lora(content)
-        lora = {"peft": {"peft_scheme": "lora", "lora_tuning": {
-            "target_modules": sorted({TARGETS[name.split(".adapter.")[0].rpartition(".")[2]] for name in tensors}),
-            "adapter_dim": rank, "alpha": int(alpha) if alpha == int(alpha) else alpha, "variant": "nemo",
-            "adapter_dropout": content.peft.get("lora_dropout", 0.0), "column_init_method": "normal",
-            "row_init_method": "zero", "layer_selection": None, "weight_tying": False, "base": content.base,
-        }}}  # fmt: skip
+        lora = {
+            "peft": {
+                "peft_scheme": "lora",
+                "lora_tuning": {
+                    "target_modules": sorted(
+                        {TARGETS[name.split(".adapter.")[0].rpartition(".")[2]] for name in tensors}
+                    ),
+                    "adapter_dim": rank,
+                    "alpha": int(alpha) if alpha == int(alpha) else alpha,
+                    "variant": "nemo",
+                    "adapter_dropout": content.peft.get("lora_dropout", 0.0),
+                    "column_init_method": "normal",
+                    "row_init_method": "zero",
+                    "layer_selection": None,
+                    "weight_tying": False,
+                    "base": content.base,
+                },
+            }
+        }
         if content.peft.get("use_dora"):
             raise UserError("NeMo 1 has no DoRA; write it for NeMo 2, --to nemo2")
     else:
@@ -188,8 +236,10 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     }
     with tarfile.open(target, "x:", format=tarfile.GNU_FORMAT) as tar:
         config = _model_config(hf, content.base if isinstance(content, Adapter) else content.origin, files) | lora
-        for name, data in {CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
-                           **{f"{TOKENIZER}/{name}": data for name, data in files.items()}}.items():  # fmt: skip
+        for name, data in {
+            CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
+            **{f"{TOKENIZER}/{name}": data for name, data in files.items()},
+        }.items():
             with _member(tar, name) as file:
                 file.write(data.read_bytes() if isinstance(data, Path) else data)
         if content.prompt:
@@ -197,8 +247,10 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
                 file.write(json.dumps(vars(content.prompt), ensure_ascii=False).encode())
         if isinstance(content, Adapter):
             theirs = {ours: name for name, ours in ADAPTERS.items()}
-            named = {re.sub(r"(?<=\d\.)(.+\.adapter)(?=\.)", lambda match: theirs[match[1]], f"model.{name}"): tensor
-                     for name, tensor in tensors.items()}  # fmt: skip
+            named = {
+                re.sub(r"(?<=\d\.)(.+\.adapter)(?=\.)", lambda match: theirs[match[1]], f"model.{name}"): tensor
+                for name, tensor in tensors.items()
+            }
             with _member(tar, f"{WEIGHTS}.ckpt") as file:
                 torch.save(named, file)
         else:
@@ -213,15 +265,18 @@ def _model_config(
     source = origin.get("source", "")
     sentencepiece = "tokenizer.model" in files
     config = {
-        "name": "megatron_gemma2" if hf["model_type"] == "gemma2" else "megatron_gemma", **GEMMA,
+        "name": "megatron_gemma2" if hf["model_type"] == "gemma2" else "megatron_gemma",
+        **GEMMA,
         **{key: list(value) if isinstance(value := fields[key], tuple) else value for key in SAME if key in fields},
-        "encoder_seq_length": fields["seq_length"], "max_position_embeddings": fields["seq_length"],
+        "encoder_seq_length": fields["seq_length"],
+        "max_position_embeddings": fields["seq_length"],
         "tokenizer": {
             "library": "sentencepiece" if sentencepiece else "huggingface",
             "type": None if sentencepiece or not source.startswith(hub) else source.removeprefix(hub),
-            "model": f"nemo:{TOKENIZER}/tokenizer.model" if sentencepiece else None, "sentencepiece_legacy": False,
+            "model": f"nemo:{TOKENIZER}/tokenizer.model" if sentencepiece else None,
+            "sentencepiece_legacy": False,
         },
-    }  # fmt: skip
+    }
     custom = {key: fields[key] for key in CUSTOM if key in fields}
     return config | ({"mcore_customization_config": custom} if custom else {})
 

@@ -29,8 +29,8 @@ from converters.megatron import from_megatron, rows_of, to_megatron
 from converters.megatron_config import config_of, nemo_fields, read_prompt
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import below, damaged, members
-from data_prep.prompt import PROMPT_FILE
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 2 checkpoint folder (Megatron layout)"
 READS = {Checkpoint, Adapter}
@@ -122,8 +122,9 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
 
     (target / "weights").mkdir(parents=True)
     (target / TOKENIZER).mkdir(parents=True)
-    write_distributed({f"module.{name}": lazy for name, lazy in weights.items()},
-                      lambda name: (target / "weights" / name).open("wb"))  # fmt: skip
+    write_distributed(
+        {f"module.{name}": lazy for name, lazy in weights.items()}, lambda name: (target / "weights" / name).open("wb")
+    )
     if isinstance(content, Adapter):
         record = {"model_ckpt_path": content.base.get("name", ""), "base": content.base}
         (target / "weights" / ADAPTER).write_text(json.dumps(record))
@@ -142,8 +143,13 @@ def _lora(adapter: Adapter) -> tuple[dict[str, Lazy], Config]:
     weights = {name: Lazy(tuple(t.shape), t.dtype, partial(lambda t: t, t)) for name, t in tensors.items()}
     layers = sorted({name.split(".adapter.")[0].rpartition(".")[2] for name in tensors})
     where = ("nemo.collections.llm.peft.dora", "DoRA") if adapter.peft.get("use_dora") else LORA
-    return weights, Config(where, target_modules=layers, dim=rank, alpha=int(alpha) if alpha == int(alpha) else alpha,
-                           dropout=adapter.peft.get("lora_dropout", 0.0))  # fmt: skip
+    return weights, Config(
+        where,
+        target_modules=layers,
+        dim=rank,
+        alpha=int(alpha) if alpha == int(alpha) else alpha,
+        dropout=adapter.peft.get("lora_dropout", 0.0),
+    )
 
 
 def _dtype(fields: Mapping[str, Any]) -> str:
@@ -177,10 +183,16 @@ def fiddle_graph(root: Config) -> dict[str, Any]:
         if isinstance(value, Config):
             items = [[f"Attr(name='{name}')", store(item, f"{path}.{name}")] for name, item in value.items()]
             empty = container("dict", [], container("tuple", [], None, {}), {})
-            described = {"type": settings, "metadata": settings, "items": [
-                ["Attr(name='fn_or_cls')", {"type": "pyref", "module": value.module, "name": value.name}],
-                ["Attr(name='argument_names')", store(tuple(value), None)],
-                ["Attr(name='argument_tags')", empty], ["Attr(name='argument_history')", empty]]}  # fmt: skip
+            described = {
+                "type": settings,
+                "metadata": settings,
+                "items": [
+                    ["Attr(name='fn_or_cls')", {"type": "pyref", "module": value.module, "name": value.name}],
+                    ["Attr(name='argument_names')", store(tuple(value), None)],
+                    ["Attr(name='argument_tags')", empty],
+                    ["Attr(name='argument_history')", empty],
+                ],
+            }
             key = f"{value.name.lower()}_{len(objects) + 1}"
             buildable = {"type": "pyref", "module": "fiddle._src.config", "name": "Config"}
             objects[key] = {"type": buildable, "items": items, "metadata": described, **paths}

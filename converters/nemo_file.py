@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from converters import nemo
 from converters.checkpoint import Adapter
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import describe
-from training.load_model import load_base, load_tokenizer
+from core.base_model import describe
+from core.errors import UserError
+from core.load_model import load_base, load_tokenizer
+from core.prompt import Prompt
 
 
 @dataclass
@@ -69,7 +69,7 @@ def read_nemo(path: Path) -> NemoFile:
     """
     found = nemo.read(path)
     if not isinstance(found, Adapter):
-        raise UserError(f"{path} holds a whole model, not an adapter; python -m converters {path} --to hf")
+        raise UserError(f"{path} holds a whole model, not an adapter; python -m commands.convert {path} --to hf")
     if found.prompt is None or found.dtype is None:
         raise UserError(f"{path} does not say with which prompt its adapter was trained, so it cannot be asked")
     return NemoFile(found.base, found.peft, found.prompt, found.tensors, found.dtype, found.quantization)

@@ -17,7 +17,7 @@ from converters.adapter import PART
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.merge_lora import updates
 from converters.streamed import logits
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
 # predicted distributions must stay far below what separates the fine-tuned model from its base.

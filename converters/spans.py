@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ def members(path: Path) -> dict[str, Span]:
             for member in tar:
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"{path} holds {member.name!r}, which leads outside of it: "
-                                    f"not a checkpoint to trust")  # fmt: skip
+                    raise UserError(
+                        f"{path} holds {member.name!r}, which leads outside of it: not a checkpoint to trust"
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():

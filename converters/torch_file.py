@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from converters.checkpoint import Lazy
 from converters.safetensors_file import as_bytes
 from converters.spans import Span, damaged
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 MAX_PICKLE = 64 * 2**20  # bytes: what names a hundred thousand tensors
 
@@ -119,8 +119,10 @@ def write_tensors(
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(empty, layout)
         size = layout.stat().st_size
-        places = {name: tensor.untyped_storage()._checkpoint_offset
-                  for name, tensor in torch.load(layout, map_location="meta", weights_only=True).items()}  # fmt: skip
+        places = {
+            name: tensor.untyped_storage()._checkpoint_offset
+            for name, tensor in torch.load(layout, map_location="meta", weights_only=True).items()
+        }
         file.write(header(size))
         begin = file.tell()
         checksums: dict[int, int] = {}

@@ -16,8 +16,8 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from nemo_configs.command_line import UserError
-from training.base_model import read_gguf_tokenizer, start_with_bos
+from core.base_model import read_gguf_tokenizer, start_with_bos
+from core.errors import UserError
 
 END_OF_TURN = "<end_of_turn>"
 SPECIAL = ("bos", "eos", "unk", "pad")
@@ -89,10 +89,15 @@ def read_vocabulary(files: Mapping[str, bytes | Path], config: PretrainedConfig)
         elif not of_bytes and len(token) == 6 and token.startswith("<0x"):
             kinds[number] = TokenType.BYTE
     return Vocabulary(
-        tokens, scores, kinds, merges, of_bytes,
+        tokens,
+        scores,
+        kinds,
+        merges,
+        of_bytes,
         {name: number for name, number in special.items() if isinstance(number, int)},
-        starts == [special["bos"]], _text(files, "chat_template.jinja") or settings.get("chat_template") or "",
-    )  # fmt: skip
+        starts == [special["bos"]],
+        _text(files, "chat_template.jinja") or settings.get("chat_template") or "",
+    )
 
 
 def _text(files: Mapping[str, bytes | Path], name: str) -> str:

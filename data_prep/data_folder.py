@@ -6,14 +6,14 @@ hidden `.partial` folder that the next one clears, or, in the instant between tw
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.files import sync
 
 MANIFEST = "manifest.json"
 
@@ -82,12 +82,3 @@ def is_current(folder: Path, fingerprint: str) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return manifest
-
-
-def sync(path: Path) -> None:
-    """Makes what was written to a file, or renamed in a folder, last through a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

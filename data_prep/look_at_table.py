@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.progress import Progress
 from data_prep.clean_text import clean
-from data_prep.progress import Progress
 from data_prep.read_table import plain_header
 from data_prep.sources import Source, open_source
 
@@ -124,9 +124,13 @@ def show(look: Look, source: Source, console: Console) -> None:
         lengths = [len(cell) for cell in column.filled] or [0]
         example = column.filled[0] if column.filled else ""
         table.add_row(
-            Text(column.header), f"{len(column.filled) / max(look.rows, 1):.0%}", f"{column.different:,}",
-            f"{min(lengths)}-{max(lengths)}", column.holds, Text(example[:200], style="dim"),
-        )  # fmt: skip
+            Text(column.header),
+            f"{len(column.filled) / max(look.rows, 1):.0%}",
+            f"{column.different:,}",
+            f"{min(lengths)}-{max(lengths)}",
+            column.holds,
+            Text(example[:200], style="dim"),
+        )
     console.print(table)
     for problem, count in look.unreadable.items():
         console.print(f"   {count:,} rows cannot be read: {problem}")

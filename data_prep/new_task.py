@@ -1,13 +1,9 @@
 """A starter for a task of the user's own, from a look at the table.
 
-    python -m data_prep.new_task films reviews.csv --title "Squid Game"
-    (what `make new-task NAME=films SOURCE=reviews.csv TITLE="Squid Game"` calls)
-
 `nemo_configs/task/films.yaml` works as it is, and says in its comments what may be changed; its words are in
 `new_task.yaml.j2`.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -15,6 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from core import configuration
+from core.configuration import load_config, names
+from core.errors import UserError
 from data_prep.clean_text import key_of
 from data_prep.look_at_table import ABOUT, Look, look_at, show
 from data_prep.show_rows import plain_console
@@ -22,8 +21,6 @@ from data_prep.sources import HubTable, find_source
 from data_prep.split import hash_of, ranges, seed_that_fills
 from data_prep.table_kind import RATINGS, Kind, called, field_of, kind_of
 from data_prep.task import Task
-from nemo_configs import command_line
-from nemo_configs.command_line import UserError, load_config, names, run
 
 FEWEST = 10  # rows, of which some can be held out
 FEW = 200  # rows, of which a tenth is too little to measure with
@@ -40,7 +37,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     Raises:
         UserError: a name that cannot be one or is taken, a source that cannot be read or is of no use.
     """
-    file = command_line.CONFIG_DIR / "task" / f"{name}.yaml"
+    file = configuration.CONFIG_DIR / "task" / f"{name}.yaml"
     if not name:
         raise UserError("what is the task to be called? Give it a name, such as NAME=films")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) or name.lower() in WORDS:
@@ -55,8 +52,9 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     show(look, source, console)
     if look.rows < FEWEST:
         rows = f"{look.rows} row{'s' * (look.rows != 1)}"
-        raise UserError(f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and "
-                        "measure with the rest")  # fmt: skip
+        raise UserError(
+            f"{source} has {rows}; at least {FEWEST} are needed, to learn from most of them and measure with the rest"
+        )
     kind = kind_of(look, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
@@ -68,8 +66,11 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     except BaseException:
         file.unlink()
         raise
-    console.print(f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
-                  f"look at the rows:\n\n  make data TASK={name}", soft_wrap=True)  # fmt: skip
+    console.print(
+        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Now "
+        f"look at the rows:\n\n  make data TASK={name}",
+        soft_wrap=True,
+    )
     return file
 
 
@@ -78,8 +79,10 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
     key, used = kind.columns[kind.key], list(kind.columns.values())
     places = {key_of(cell): place for place, cell in reversed(list(enumerate(key.cells))) if cell}
     if len(places) < FEWEST:
-        raise UserError(f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
-                        f"{FEWEST} are needed")  # fmt: skip
+        raise UserError(
+            f"only {len(places)} of the rows differ in '{key.header}', by which rows are known; at least "
+            f"{FEWEST} are needed"
+        )
     shares = (0.1, 0.1) if len(places) >= FEW else (0.2, 0.2)
     seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and look.is_whole else 0
     first, end = ranges(*shares)["test"]
@@ -105,9 +108,12 @@ def _write(kind: Kind, look: Look, name: str, source: str) -> str:
         "examples": {field: kind.columns[field].cells[held_out] for field in kind.given},
     }
     template = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     template.filters["text"] = _text
     return template.get_template("new_task.yaml.j2").render(words)
 
@@ -120,16 +126,3 @@ def _text(value: str) -> str:
     if '"' in value and not set(value) & set("'\\\n"):
         return f"'{value}'"
     return json.dumps(value, ensure_ascii=False)
-
-
-def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.new_task", description=__doc__.partition("\n")[0])
-    parser.add_argument("name")
-    parser.add_argument("source")
-    parser.add_argument("--title", default="")
-    options = parser.parse_args(words)
-    new_task(options.name, options.source, options.title)
-
-
-if __name__ == "__main__":
-    run(main)

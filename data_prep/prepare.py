@@ -1,6 +1,6 @@
 """A table of rows becomes training data: read, clean, merge, split, part the near-duplicates, write, say what was done.
 
-    python -m data_prep task=slang task.data.source=mine.csv
+    python -m commands.data task=slang task.data.source=mine.csv
 
 The result is a folder with `training.jsonl`, `validation.jsonl` and `test.jsonl` (one `{"input", "output", "row",
 <columns>}` a line, not yet wrapped in the prompt's template), `dropped.jsonl` (every row left out, with its reason)
@@ -13,15 +13,16 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from core.errors import UserError
+from core.progress import Progress
+from core.tasks import part_of
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.data_folder import MANIFEST, building, read_manifest
-from data_prep.progress import Progress
 from data_prep.read_table import Table
 from data_prep.row_store import BATCH, Drop, Entry, RowStore, Unusable
 from data_prep.show_rows import EXAMPLES, show
@@ -29,7 +30,6 @@ from data_prep.sources import LocalFile, Source, find_source, open_source
 from data_prep.split import hash_of, seed_that_fills
 from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
-from nemo_configs.command_line import UserError
 
 FORMAT = 4  # raise it when the same source would come out otherwise: folders made before are then made anew
 DATABASE = "rows.sqlite"
@@ -124,7 +124,7 @@ Reader = Callable[[list[str]], tuple[str, list[str], int]]  # raw cells → the 
 
 def _reader(task: Task, tokenizer_file: Path | None) -> Reader:
     """The one of the task's module, or that of a table, where each cell is a line of text."""
-    module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
+    module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
     if made := getattr(module, "Reader", None):
         return made(task, tokenizer_file)
     key_place = list(task.data.columns).index(task.data.key)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 
+from core.errors import UserError
 from data_prep.clean_text import clean
-from nemo_configs.command_line import UserError
 
 MAX_LINE = 1_000_000  # characters; a longer line is no row, and must not fill the memory
 OPEN_QUOTE = "a quote that is never closed"

@@ -15,10 +15,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from core.errors import UserError
 from data_prep.clean_text import clean
 from data_prep.read_lines import Lines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
-from nemo_configs.command_line import UserError
 
 TOO_MANY = "more cells than columns"
 NOT_TEXT = "a value that is not text"

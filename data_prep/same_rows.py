@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from rapidfuzz import fuzz
 
+from core.progress import Progress
 from data_prep.near_duplicates import SAME_TEXT, Candidates, Wording, are_near
-from data_prep.progress import Progress
 from data_prep.row_store import Drop, Entry, RowStore
 from data_prep.task import Task
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.prompt import EOS, Prompt
 from data_prep.data_folder import read_manifest
-from data_prep.prompt import EOS, Prompt
 
 EXAMPLES = 2
 BOS = "<bos>"  # of every Gemma, as text

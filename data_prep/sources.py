@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_prep.progress import Progress
+from core.errors import UserError
+from core.progress import Progress
 from data_prep.read_table import Names, Row, Table, open_table
-from nemo_configs.command_line import UserError
 
 _HUB = re.compile(
     r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[^:@\s]+))?(?::(?P<split>[\w.-]+))?"

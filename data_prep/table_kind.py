@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from core.errors import UserError
 from data_prep.look_at_table import Column, Look
 from data_prep.read_table import plain_header
 from data_prep.task import RESERVED
-from nemo_configs.command_line import UserError
 
 # Headers, best first. A header is one of these, or has one among its words.
 DIALOGUES = ("messages", "conversations", "conversation", "dialogue", "dialog")
@@ -93,8 +93,13 @@ def kind_of(look: Look, file_name: str, title: str) -> Kind:
         kind.instruction = f"Write a new {longest.header.lower()}."
         return kind
     first, second = texts[:2]
-    return _pair(f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
-                 f"'{second.header}' for the answer.", look, [first], [second])  # fmt: skip
+    return _pair(
+        f"No headers that tell questions from answers: '{first.header}' is taken for what is asked, "
+        f"'{second.header}' for the answer.",
+        look,
+        [first],
+        [second],
+    )
 
 
 def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:

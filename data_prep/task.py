@@ -10,21 +10,21 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_prep.prompt import Prompt
+from core.configuration import plain
+from core.errors import UserError
+from core.prompt import Prompt
+from core.tasks import part_of
 from data_prep.split import ranges
-from nemo_configs.command_line import UserError, plain
-
-# Files of data_prep/ that a task may name, see write_splits.py: some fill the prompt's fields from a row's columns,
-# some make rows of their own.
-FIELD_MODULES, ROW_MODULES = ("slang",), ("dialogues", "reviews")
-MODULES = (*FIELD_MODULES, *ROW_MODULES)
 
 RESERVED = ("row", "messages", "self")  # what a row, or a call of the prompt, has under these names is something else
 
 _COMPARISON = re.compile(r"(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?)")
 _COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt
-}  # fmt: skip
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Data:
     drop_explicit: bool = False
     train_fields: list[str] | None = None
     train_rows: int | None = None
-    max_tokens: int | None = None  # data_prep/dialogues.py cuts dialogues that are longer
+    max_tokens: int | None = None  # tasks/chat/rows.py cuts dialogues that are longer
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class Task:
             _check_names(f"task.data.{option}", named, data.columns)
         if lacking := [name for name in data.required if name not in train_fields]:
             raise UserError(f"task.data.train_fields leaves out {', '.join(lacking)}, which every row needs")
-        if data.module not in (None, *MODULES):
-            raise UserError(f"task.data.module={data.module} is unknown. Known: {', '.join(MODULES)}, null")
+        module = part_of(data.module, "rows", "task.data.module") if data.module else None
         shares = data.split.validation, data.split.test
         if min(shares) <= 0 or sum(shares) >= 1:
             raise UserError(f"task.data.split: validation and test must be above 0 and below 1 together, not {shares}")
@@ -133,7 +132,7 @@ class Task:
             except ValueError as error:
                 raise UserError(f"task.data.filters.{name}: {error}") from None
         prompt = _read_prompt(plain(config.task.prompt))
-        if data.module not in ROW_MODULES:
+        if not hasattr(module, "split_rows") and not hasattr(module, "make_rows"):  # the columns alone make a row
             _check_templates(prompt, data)
         return cls(config.task.name, data, filters, ranges(*shares), prompt, data.split.seed)
 
@@ -180,8 +179,10 @@ def _check_templates(prompt: Prompt, data: Data) -> None:
     """A field that no row has would be empty in all of them, without a word."""
     for name in data.columns:
         if not re.fullmatch(r"\w+", name) or name in RESERVED:
-            raise UserError(f"task.data.columns: a field cannot be called '{name}'. Use letters, digits and _, and "
-                            f"none of {', '.join(RESERVED)}; the header stands in the list after it")  # fmt: skip
+            raise UserError(
+                f"task.data.columns: a field cannot be called '{name}'. Use letters, digits and _, and "
+                f"none of {', '.join(RESERVED)}; the header stands in the list after it"
+            )
     known = [*data.columns, *prompt.fields]
     for option, template in {"instruction": prompt.instruction, "response": prompt.response}.items():
         for name in re.findall(r"\{([^{}]*)\}", template):

@@ -8,7 +8,7 @@ import codecs
 from io import BufferedReader
 from pathlib import Path
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 SAMPLE = 65_536  # bytes
 

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from core.tasks import part_of
 from data_prep.row_store import BATCH, Entry
 from data_prep.task import Task
 
@@ -19,14 +19,14 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 class SplitWriter:
     """Writes rows as JSON Lines.
 
-    `task.data.module` names a file of data_prep/ for what columns alone cannot say, which holds one of
+    `task.data.module` names a folder of tasks/ for what columns alone cannot say, whose `rows.py` holds one of
 
         row_fields(columns, prompt) -> dict       the prompt's fields of a row, made from its columns
         split_rows(rows, split, task) -> rows     all rows of a split, made from all source rows of that split
         make_rows(sources, task, folder) -> dict  the rows of each split, made from the source rows of each; files of
                                                   the module's own may be written into `folder`
 
-    and, where cells are more than a line of text each, a `Reader` (see dialogues.py).
+    and, where cells are more than a line of text each, a `Reader` (see tasks/chat/rows.py).
 
     Source rows are given as `{"row": number in the source, <column>: cleaned text}`.
 
@@ -36,7 +36,7 @@ class SplitWriter:
 
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
         self._task, self._prompt = task, task.prompt
-        self._module = import_module(f"data_prep.{task.data.module}") if task.data.module else None
+        self._module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
         self._made: dict[str, Iterable[dict[str, Any]]] = {}
         self._tokenizer: Any = None
         if tokenizer_file:

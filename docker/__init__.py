@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """As `nemo_configs.command_line.run`, for commands that start before anything is installed."""
+    """As `core.configuration.run`, for commands that start before anything is installed."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
     except UserError as error:

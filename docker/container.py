@@ -1,6 +1,6 @@
 """Run one of the project's commands in its training image, as if it ran here.
 
-    python3 -m docker.container training task=slang          what `make train TASK=slang RUNTIME=container` calls
+    python3 -m docker.container commands.train task=slang          what `make train TASK=slang RUNTIME=container` calls
 
 The image is built first, mostly from cache; IMAGE=... takes one that is there. `models/ data/ runs/ exports/` and files
 that the words name are mounted, so the same command goes on in a container or out of it, and what is written belongs to
@@ -26,10 +26,21 @@ READ = ("task.data.source", "model.path", "run")  # words that name something ou
 WRITTEN = ("data_dir", "runs_dir", "model.models_dir")
 # Passed by name: a value in argv would be seen by everybody on the machine.
 PASSED = (
-    "HF_TOKEN", "HF_ENDPOINT", "WANDB_API_KEY", "OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+    "WANDB_API_KEY",
+    "OPENAI_API_KEY",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
     "ONEDNN_MAX_CPU_ISA",
-    "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy",
-)  # fmt: skip
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "NO_PROXY",
+    "no_proxy",
+)
 STOP_SECONDS = 300  # what is left to a step and its checkpoint after `docker stop`
 
 
@@ -38,7 +49,7 @@ def main(words: Sequence[str]) -> None:
         print(why_not(), end="")
         return
     if not words:
-        raise UserError("name a module and its words, e.g. python3 -m docker.container training task=slang")
+        raise UserError("name a module and its words, e.g. python3 -m docker.container commands.train task=slang")
     if "engine=automodel" in words:
         raise UserError("ENGINE=automodel is not in the image: use RUNTIME=local")
     engine = find_engine(("docker", "podman"))

@@ -46,7 +46,7 @@ def find_engine(names: Sequence[str] = ("docker", "podman", "buildah")) -> Engin
             continue  # through podman's socket it is podman, with fewer words
         asked = subprocess.run(
             [name, "info"] + ([] if name == "buildah" else ["--format", "{{json .}}"]), capture_output=True, text=True
-        )  # fmt: skip
+        )
         answer = json.loads(asked.stdout) if asked.stdout.startswith("{") else {}
         if asked.returncode == 0 and not answer.get("ServerErrors"):
             is_docker = name == "docker" and "host" not in answer
@@ -54,8 +54,9 @@ def find_engine(names: Sequence[str] = ("docker", "podman", "buildah")) -> Engin
         why = (answer.get("ServerErrors") or asked.stderr.strip().splitlines() or ["no answer"])[-1]
         reasons.append(f"{name} is installed, but: {why}")
     known = " or ".join(names[:2])
-    raise UserError("; ".join(reasons) or f"no container engine is here. Install {known}, for example: "
-                    "sudo apt-get install podman")  # fmt: skip
+    raise UserError(
+        "; ".join(reasons) or f"no container engine is here. Install {known}, for example: sudo apt-get install podman"
+    )
 
 
 def has_gpu() -> bool:

@@ -1,6 +1,6 @@
 """A training, or the place where models are kept and served, on Kubernetes.
 
-python -m docker.kubernetes training task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
+python -m docker.kubernetes commands.train task=slang ...     make train TASK=slang RUNTIME=k8s NODES=2 GPUS_PER_NODE=8
 python -m docker.kubernetes cluster                     make cluster RUNTIME=k8s OVERLAY=gpu
 
 The manifests are in docker/kubernetes/, for Kustomize; this file lays one more patch over them, has kubectl render and
@@ -37,9 +37,11 @@ JOBS = {
     "indexed": ("job.batch", *INDEXED),
     "trainjob": ("trainjob.trainer.kubeflow.org", INDEXED[0].format("{}-node-0"), INDEXED[1]),
     "pytorchjob": (
-        "pytorchjob.kubeflow.org", "training.kubeflow.org/job-name={}", "training.kubeflow.org/replica-type=master",
+        "pytorchjob.kubeflow.org",
+        "training.kubeflow.org/job-name={}",
+        "training.kubeflow.org/replica-type=master",
     ),
-}  # fmt: skip
+}
 RETRIED = (75, 69)  # training/stopping.py: told to stop; another process of the run has gone
 SOURCE_FOLDER = "/opt/gemma-nemo/source"
 LARGEST_SOURCE = 700_000  # bytes; a ConfigMap holds 1 MiB, as text or in base64
@@ -59,8 +61,8 @@ def number(name: str, default: int, least: int) -> int:
 
 def main(words: Sequence[str]) -> int:
     """Exit code of the training; 0 once the cluster has taken everything."""
-    if not words or words[0] not in ("training", "cluster"):
-        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: training, cluster")
+    if not words or words[0] not in ("commands.train", "cluster"):
+        raise UserError(f"'{' '.join(words[:1])}' does not run on Kubernetes. Known: commands.train, cluster")
     namespace, overlay = setting("NAMESPACE", "gemma"), setting("OVERLAY", "gpu" if gpus() else "cpu")
     if not re.fullmatch("[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
         raise UserError(f"NAMESPACE={namespace} is no name of a namespace: small letters, digits and '-', at most 63")
@@ -168,8 +170,10 @@ def take_source(words: list[str]) -> tuple[list[str], dict[str, bytes]]:
             continue
         if file.stat().st_size > LARGEST_SOURCE:
             size = f"{file.stat().st_size:,} bytes; {LARGEST_SOURCE:,} can travel with a Job"
-            raise UserError(f"{file} has {size}. Copy it to the claim `data` (docs/clusters.md) and name it as it is "
-                            "called there: SOURCE=data/NAME")  # fmt: skip
+            raise UserError(
+                f"{file} has {size}. Copy it to the claim `data` (docs/clusters.md) and name it as it is "
+                "called there: SOURCE=data/NAME"
+            )
         name = f"source{file.suffix.lower()}"
         return [*words[:index], f"{key}={SOURCE_FOLDER}/{name}", *words[index + 1 :]], {name: file.read_bytes()}
     return words, {}
@@ -198,8 +202,10 @@ def check_cluster() -> None:
     result = kubectl("version", "--request-timeout=15s")
     if result.returncode:
         context = kubectl("config", "current-context").stdout.strip() or "none"
-        raise UserError(f"no cluster answers (kubectl's context: {context}). {result.stderr.strip().splitlines()[-1]}\n"
-             "kubectl config get-contexts lists those you have; DRY_RUN=1 only prints the manifests")  # fmt: skip
+        raise UserError(
+            f"no cluster answers (kubectl's context: {context}). {result.stderr.strip().splitlines()[-1]}\n"
+            "kubectl config get-contexts lists those you have; DRY_RUN=1 only prints the manifests"
+        )
 
 
 def make_cluster(namespace: str, overlay: str) -> int:
@@ -208,7 +214,7 @@ def make_cluster(namespace: str, overlay: str) -> int:
     layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
     layer["images"] = [image(kind, name) for kind, name in given.items()]
     if tasks := setting("TASKS").replace(",", " ").split():
-        args = "/spec/template/spec/initContainers/0/args/"  # python -m serving.prepare --default slang ...
+        args = "/spec/template/spec/initContainers/0/args/"  # python -m commands.prepare_serving --default slang ...
         change: list[dict[str, Any]] = [{"op": "remove", "path": f"{args}{place}"} for place in (4, 3)]
         change += [{"op": "add", "path": f"{args}3", "value": task} for task in reversed(tasks)]
         layer["patches"] = [{"target": {"kind": "Deployment"}, "patch": json.dumps(change)}]
@@ -218,8 +224,10 @@ def make_cluster(namespace: str, overlay: str) -> int:
         return 0
     check_cluster()
     print(asked("apply", "-f", "-", text=manifests), end="")
-    print(f"Train: make train RUNTIME=k8s NAMESPACE={namespace}. Serving takes the newest run when its Pods start: "
-          f"kubectl rollout restart deployment/serve --namespace={namespace}")  # fmt: skip
+    print(
+        f"Train: make train RUNTIME=k8s NAMESPACE={namespace}. Serving takes the newest run when its Pods start: "
+        f"kubectl rollout restart deployment/serve --namespace={namespace}"
+    )
     return 0
 
 
@@ -240,8 +248,11 @@ def train(words: list[str], namespace: str, overlay: str) -> int:
         asked("delete", resource, name, here, "--wait", "--cascade=foreground")
     if not before or outcome(before):
         asked("apply", "-f", "-", text=manifests)
-    print(f"{resource} {name} in namespace {namespace}. Ctrl-C leaves it running; the same command follows it again; "
-          f"kubectl delete {resource} {name} {here} stops it, with a checkpoint", flush=True)  # fmt: skip
+    print(
+        f"{resource} {name} in namespace {namespace}. Ctrl-C leaves it running; the same command follows it again; "
+        f"kubectl delete {resource} {name} {here} stops it, with a checkpoint",
+        flush=True,
+    )
     try:
         return follow(name, here)
     except KeyboardInterrupt:
@@ -263,8 +274,10 @@ def follow(name: str, here: str) -> int:
     printed: dict[tuple[str, int], str] = {}  # up to when
     said, silent = "", 0
     while True:
-        answers = [kubectl("get", *what, here, "--output=json", "--request-timeout=15s")
-                   for what in ((resource, name), ("pods", f"--selector={selector}"))]  # fmt: skip
+        answers = [
+            kubectl("get", *what, here, "--output=json", "--request-timeout=15s")
+            for what in ((resource, name), ("pods", f"--selector={selector}"))
+        ]
         silent = silent + 1 if any(answer.returncode for answer in answers) else 0
         if silent:
             error = next(answer.stderr.strip() for answer in answers if answer.returncode)
@@ -308,16 +321,23 @@ def state(pod: dict[str, Any]) -> str:
 
 def waiting(pod: dict[str, Any]) -> str:
     """Why a Pod does not run yet, e.g. `train-slang-1-0: Unschedulable: 0/3 nodes are available`."""
-    reasons = [one for one in pod["status"].get("conditions", []) if one["status"] == "False" and one.get("reason")
-               and one["type"] == "PodScheduled"]  # fmt: skip
+    reasons = [
+        one
+        for one in pod["status"].get("conditions", [])
+        if one["status"] == "False" and one.get("reason") and one["type"] == "PodScheduled"
+    ]
     reasons += [container["state"]["waiting"] for container in containers(pod) if "waiting" in container["state"]]
     return "".join(f"{pod['metadata']['name']}: {one['reason']}: {one.get('message', '')}" for one in reasons[-1:])
 
 
 def exit_code(pods: list[dict[str, Any]]) -> int:
     """That of the Pod that ended the job: the last one to fail, but not for the sake of another."""
-    ends = [container["state"]["terminated"] for pod in pods for container in containers(pod)
-            if "terminated" in container["state"]]  # fmt: skip
+    ends = [
+        container["state"]["terminated"]
+        for pod in pods
+        for container in containers(pod)
+        if "terminated" in container["state"]
+    ]
     failed = [end for end in ends if end["exitCode"]]
     failed.sort(key=lambda end: (end["exitCode"] not in RETRIED, end.get("finishedAt") or ""))
     return failed[-1]["exitCode"] if failed else 1

@@ -1,5 +1,5 @@
 # The serving image: NVIDIA's Triton with vLLM, or a plain Python with the embedded engine and the Triton of pip; the
-# locked environment; this project. It serves what exports/serve holds, see `python -m serving.prepare`.
+# locked environment; this project. It serves what exports/serve holds, see `python -m commands.prepare_serving`.
 #   make image KIND=serve                                                   on NVIDIA's image
 #   make image KIND=serve VARIANT=cpu                                       on a plain Python
 #   docker build -f docker/serve.Dockerfile --build-arg BASE_IMAGE=... .    on anything with apt

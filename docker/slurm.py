@@ -1,6 +1,6 @@
 """A training as a Slurm job: writes the sbatch script, submits it, and shows its log until it ends.
 
-    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 -m docker.slurm training task=slang peft.r=16
+    NODES=2 GPUS_PER_NODE=8 PARTITION=h100 TIME=4:00:00 python3 -m docker.slurm commands.train task=slang peft.r=16
                                          (what `make train TASK=slang RUNTIME=slurm NODES=2 … ARGS=peft.r=16` calls)
 
 From the environment: NODES, GPUS_PER_NODE, CPUS_PER_NODE, PARTITION, ACCOUNT, QOS, TIME; CONTAINER=image runs it in an
@@ -34,8 +34,16 @@ from docker import UserError
 PROJECT = Path(__file__).resolve().parent.parent
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir")  # words that name a file or folder
 ENDED = (
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"
-)  # fmt: skip
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+)
 # Why a job waits that no waiting mends (too few nodes may be mended: some are down). Slurm says others in words,
 # "… use this partition (h100 allows lab)".
 HOPELESS = {
@@ -51,7 +59,7 @@ CPUS = 4  # for each process, where CPUS_PER_NODE says nothing: the training, it
 
 
 def main(words: list[str]) -> int:
-    if words[:1] != ["training"]:
+    if words[:1] != ["commands.train"]:
         raise UserError("RUNTIME=slurm is for `make train`; the rest runs here, or on a node you are logged in to")
     words = words[1:]
     runs = Path(value_of(words, "runs_dir") or "runs")
@@ -62,8 +70,10 @@ def main(words: list[str]) -> int:
         print(script, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
-                        "shows the script that it would submit")  # fmt: skip
+        raise UserError(
+            "there is no sbatch here: RUNTIME=slurm is for a login node of a Slurm cluster. DRY_RUN=1 "
+            "shows the script that it would submit"
+        )
     user = f"--user={getpass.getuser()}"
     if queued := ask("squeue", "--noheader", user, f"--name={name}", "--format=%F").split():
         job = queued[0]
@@ -285,8 +295,11 @@ def follow(job: str, folder: Path, elements: list[list[str]]) -> int:
                 if not elements:
                     shown = copy(log, shown)
     except KeyboardInterrupt:
-        print(f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
-              f"scancel {job}", file=sys.stderr)  # fmt: skip
+        print(
+            f"\nDetached: job {job} goes on. The same command shows it again, and so does its log, {log}. To end it: "
+            f"scancel {job}",
+            file=sys.stderr,
+        )
         return 130
     if elements:
         copy(folder / f"{job}.table", 0)

@@ -3,7 +3,7 @@
 make up [TASKS=slang,chat] [VARIANT=cpu]    with the newest runs; VARIANT=gpu (or ENGINE=vllm) is NVIDIA's Triton
 make up PROFILES=cpu                        without Prometheus and Grafana
 make down
-python3 -m docker.stack up slang chat       the same; the words go to serving.prepare
+python3 -m docker.stack up slang chat       the same; the words go to commands.prepare_serving
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -94,8 +94,10 @@ def podman_socket() -> str:
     for socket in sockets:
         if os.access(socket, os.W_OK):
             return f"unix://{socket}"
-    raise UserError("compose speaks to podman over its socket, which is not there. Start it: systemctl --user start "
-                    "podman.socket, or podman system service --time=0, and name it in DOCKER_HOST")  # fmt: skip
+    raise UserError(
+        "compose speaks to podman over its socket, which is not there. Start it: systemctl --user start "
+        "podman.socket, or podman system service --time=0, and name it in DOCKER_HOST"
+    )
 
 
 def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
@@ -114,8 +116,10 @@ def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
             pass
         asked = subprocess.run(
             [*compose, *(f"--profile={name}" for name in profiles), "ps", "--all", "--format", "json"],
-            cwd=ROOT, capture_output=True, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         rows = [json.loads(line) for line in asked.stdout.splitlines()]
         for row in rows:
             inspect = [engine.command, "inspect", "--format", "{{.RestartCount}}", row["ID"]]

@@ -40,7 +40,7 @@ USER 10001:10001
 HEALTHCHECK NONE
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["tini", "--"]
-CMD ["python", "-m", "training", "task=slang"]
+CMD ["python", "-m", "commands.train", "task=slang"]
 
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="gemma-nemo train" \

@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 from evaluation.questions import Question
 from evaluation.sampling import sample
 from training.batches import Batches, row_losses

@@ -1,8 +1,5 @@
 """The finished runs of a task side by side: bases, ranks, LoRA and QLoRA, engines, experiments.
 
-    python -m evaluation.compare_runs task=slang                    (what `make compare TASK=slang RUNS="a b"` calls)
-    python -m evaluation.compare_runs task=slang "runs=a b"         only these, by name or folder
-
 A table in the terminal, and `runs/<task>/comparison.html`, one file without scripts. Only runs that were measured on
 the same held-out rows stand in one table.
 """
@@ -16,12 +13,11 @@ from typing import Any
 import numpy as np
 from omegaconf import DictConfig
 
+from core.errors import UserError
+from core.run_folder import Run, finished_runs, named_run
 from evaluation.gate import gain
 from evaluation.intervals import estimates, held_out
-from evaluation.plots import draw_comparison
-from evaluation.report import cell, write_page
-from evaluation.runs import Run, finished_runs, named_run
-from nemo_configs.command_line import UserError, load_config, run
+from evaluation.report import cell
 
 
 def facts(finished: Run) -> dict[str, str]:
@@ -91,12 +87,14 @@ def compare(finished: Iterable[Run]) -> list[dict[str, Any]]:
         for one, facts_of_it in zip(members, told, strict=True):
             facts_of_it |= answers(one) if one in same else {}
         titles = dict.fromkeys(title for one in told for title in one)
-        groups.append({
-            "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
-            "runs": members,
-            "lines": [[title, *(one.get(title, "") for one in told)] for title in titles],
-            "notes": _notes(members, asked, same),
-        })  # fmt: skip
+        groups.append(
+            {
+                "title": f"{rows:,} held-out rows of {name} (sha256 {test[:8]})",
+                "runs": members,
+                "lines": [[title, *(one.get(title, "") for one in told)] for title in titles],
+                "notes": _notes(members, asked, same),
+            }
+        )
     return groups
 
 
@@ -115,8 +113,10 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
     if asked and others:
         notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
     if len(same) < len(asked):
-        notes.append(f"Asked other questions, or sampled otherwise: "
-                     f"{', '.join(one.folder.name for one in asked if one not in same)}.")  # fmt: skip
+        notes.append(
+            f"Asked other questions, or sampled otherwise: "
+            f"{', '.join(one.folder.name for one in asked if one not in same)}."
+        )
     return notes
 
 
@@ -145,18 +145,3 @@ def show(groups: list[dict[str, Any]]) -> None:
         console.print(table)
         for note in group["notes"]:
             console.print(note, markup=False, highlight=False)
-
-
-def main(words: list[str]) -> None:
-    names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
-    config = load_config([word for word in words if not word.startswith("runs=")])
-    groups = compare(choose(config, names))
-    show(groups)
-    for group in groups:
-        group["plots"] = draw_comparison(group["runs"])
-    print(write_page(Path(config.runs_dir) / config.task.name / "comparison.html", "comparison.html.j2",
-                     {"task": config.task.name, "groups": groups}))  # fmt: skip
-
-
-if __name__ == "__main__":
-    run(main)

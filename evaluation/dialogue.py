@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 
 class Dialogue:
@@ -72,9 +72,14 @@ class Dialogue:
         try:
             with torch.inference_mode():
                 output = self._model.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, streamer=streamer,
-                    eos_token_id=ends, pad_token_id=self._tokenizer.pad_token_id or 0, **self._sampling,
-                )  # fmt: skip
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    streamer=streamer,
+                    eos_token_id=ends,
+                    pad_token_id=self._tokenizer.pad_token_id or 0,
+                    **self._sampling,
+                )
             if output[0, -1] not in ends:
                 remark = f"cut at task.generate.max_new_tokens={self._sampling['max_new_tokens']}"
         except KeyboardInterrupt:
@@ -96,8 +101,10 @@ class Dialogue:
                 self.forgotten = forgotten
                 return ids
             if not seen:
-                raise ValueError(f"this message has {ids.shape[1]:,} tokens, and the model's window holds "
-                                 f"{self._room:,} before its answer; shorten it")  # fmt: skip
+                raise ValueError(
+                    f"this message has {ids.shape[1]:,} tokens, and the model's window holds "
+                    f"{self._room:,} before its answer; shorten it"
+                )
             forgotten += 1
 
     def rows(self) -> list[dict[str, Any]]:

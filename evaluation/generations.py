@@ -13,10 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_prep.progress import Progress
+from core.configuration import plain
+from core.files import Lines, read_lines, to_line, write_lines
+from core.progress import Progress
+from core.run_folder import Run, base_of
 from evaluation.questions import Question
-from evaluation.runs import Lines, Run, base_of, read_lines, to_line, write_lines
-from nemo_configs.command_line import plain
 
 FILE = "generations.jsonl"
 BATCH = 16  # answers at a time: on one core with Gemma 3 270M they take no longer than one
@@ -49,10 +50,16 @@ def _line(side: str, question: Question, seed: int, sampling: Mapping[str, Any])
     """An answer's line without the answer. Its id changes with all that decides the answer."""
     made_of = json.dumps([side, question.id, question.text_in, question.reference, seed, sampling], sort_keys=True)
     line = {
-        "id": hashlib.sha256(made_of.encode()).hexdigest()[:12], "side": side, "question": question.id,
-        "asked": question.asked, "text_in": question.text_in, "seed": seed, "fields": dict(question.fields),
-        "reference": question.reference, "row": question.row,
-    }  # fmt: skip
+        "id": hashlib.sha256(made_of.encode()).hexdigest()[:12],
+        "side": side,
+        "question": question.id,
+        "asked": question.asked,
+        "text_in": question.text_in,
+        "seed": seed,
+        "fields": dict(question.fields),
+        "reference": question.reference,
+        "row": question.row,
+    }
     return {key: value for key, value in line.items() if value not in (None, {})}
 
 

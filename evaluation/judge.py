@@ -1,6 +1,6 @@
 """A language model as judge: which of two answers is the better one, asked in both orders. Off without `judge.url`.
 
-    python -m evaluation.report task=slang judge.url=http://127.0.0.1:8000/v1 judge.model=NAME
+    python -m commands.report task=slang judge.url=http://127.0.0.1:8000/v1 judge.model=NAME
 
 Any endpoint with OpenAI's chat completions will do. A key is taken from OPENAI_API_KEY, and from nowhere else. Judges
 prefer what they read first, or last (Zheng et al., 2023): a preference counts only if both orders agree on it, else it
@@ -18,10 +18,10 @@ import httpx2
 import numpy as np
 from omegaconf import DictConfig
 
-from data_prep.progress import Progress
+from core.errors import UserError
+from core.files import Lines, read_lines, to_line, write_lines
+from core.progress import Progress
 from evaluation.intervals import interval, resample
-from evaluation.runs import Lines, read_lines, to_line, write_lines
-from nemo_configs.command_line import UserError
 
 FILE = "judgements.jsonl"
 TRIES = 4  # of a request that failed for a reason that may pass
@@ -118,8 +118,9 @@ def _ask(client: httpx2.Client, model: str, request: str, a: str, b: str) -> str
             continue
         if response.status_code != 200:
             hint = ". Set OPENAI_API_KEY to its key" if response.status_code in (401, 403) else ""
-            raise UserError(f"the judge at {client.base_url} refuses with {response.status_code}: "
-                            f"{response.text[:200]}{hint}")  # fmt: skip
+            raise UserError(
+                f"the judge at {client.base_url} refuses with {response.status_code}: {response.text[:200]}{hint}"
+            )
         try:
             return response.json()["choices"][0]["message"]["content"] or ""
         except (ValueError, LookupError, TypeError):
@@ -143,6 +144,10 @@ def _summary(model: str, judged: Lines) -> dict[str, Any]:
     series = np.array(list(sums.values()), dtype=float)
     preference = interval(float(series[:, 0].sum() / series[:, 1].sum()), resample(series)[0], len(series))
     return {
-        "model": model, "pairs": len(judged), **{side: verdicts[side] for side in ("after", "before", "tie")},
-        "disagreed": reasons["orders disagree"], "no_verdict": reasons["no verdict"], "preference": preference,
-    }  # fmt: skip
+        "model": model,
+        "pairs": len(judged),
+        **{side: verdicts[side] for side in ("after", "before", "tie")},
+        "disagreed": reasons["orders disagree"],
+        "no_verdict": reasons["no verdict"],
+        "preference": preference,
+    }

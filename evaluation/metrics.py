@@ -1,6 +1,6 @@
 """Figures of a run's answers, each with an interval: `metrics.json`.
 
-`task.evaluate.metrics` names a family of more: METRICS of `<family>_metrics.py` join those below.
+`task.evaluate.metrics` names a family of more: METRICS of `tasks/<family>/metrics.py` join those below.
 
 A metric is a function of the answers and what they are held against; its result has a score for each answer, or None
 where it does not apply. The first paragraph of its docstring is what the report says about it.
@@ -12,16 +12,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.prompt import Prompt
+from core.files import Lines, read_json, read_lines
+from core.prompt import Prompt
+from core.tasks import part_of
 from evaluation.intervals import estimates
-from evaluation.runs import Lines, read_json, read_lines
 
 Scores = list[float | None]
 
@@ -88,10 +88,13 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
     `before`, `after` and `difference` are `[value, low, high]`; `reference` is the score of the held-out rows' own
     answers, or None. A metric that applies to no question is left out.
     """
-    known = [{**line, "side": "reference", "text": line["reference"], "ended": True} for line in generations
-             if line["side"] == "after" and "reference" in line]  # fmt: skip
+    known = [
+        {**line, "side": "reference", "text": line["reference"], "ended": True}
+        for line in generations
+        if line["side"] == "after" and "reference" in line
+    ]
     lines = [*generations, *known]
-    more = import_module(f"evaluation.{family}_metrics").METRICS if family else []
+    more = part_of(family, "metrics", "task.evaluate.metrics").METRICS if family else []
     scores: dict[str, dict[str, float]] = {line["id"]: {} for line in generations}
     found = []
     for metric in [*METRICS, *more]:
@@ -103,11 +106,18 @@ def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[
             continue
         before, after = (np.array([sides[side][question] for question in both]) for side in ("before", "after"))
         own = np.array(list(sides["reference"].values()))
-        found.append({
-            "name": name, "title": metric.title, "better": metric.better, "unit": metric.unit,
-            "explanation": metric.explanation, "questions": len(both), **estimates(before, after),
-            "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
-        })  # fmt: skip
+        found.append(
+            {
+                "name": name,
+                "title": metric.title,
+                "better": metric.better,
+                "unit": metric.unit,
+                "explanation": metric.explanation,
+                "questions": len(both),
+                **estimates(before, after),
+                "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
+            }
+        )
         for line, value in zip(generations, values, strict=False):
             if value is not None and not metric.together:
                 scores[line["id"]][name] = value

@@ -19,20 +19,35 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from core.files import Lines
+from core.run_folder import Run
 from evaluation.intervals import held_out
-from evaluation.runs import Lines, Run
 
 POINTS = 400  # of a curve: a longer run's steps are averaged down to it, which keeps the page small
 REASONS = 8  # for dropping rows that get a bar of their own
 # Stand-ins, replaced by the CSS variables of these names, so that plots follow the reader's light or dark mode.
 COLOURS = {name: f"#0{number}0b0d" for number, name in enumerate(["ink", "muted", "line", "grey", "blue", "orange"])}
 STYLE: dict[Any, Any] = {
-    "svg.hashsalt": "report", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5,
-    "axes.edgecolor": COLOURS["line"], "axes.labelcolor": COLOURS["muted"], "axes.spines.top": False,
-    "axes.spines.right": False, "axes.axisbelow": True, "axes.xmargin": 0.02, "grid.color": COLOURS["line"],
-    "grid.linewidth": 0.6, "xtick.color": COLOURS["muted"], "ytick.color": COLOURS["muted"], "xtick.major.size": 0,
-    "ytick.major.size": 0, "text.color": COLOURS["ink"], "legend.frameon": False, "legend.labelcolor": COLOURS["muted"],
-}  # fmt: skip
+    "svg.hashsalt": "report",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.xmargin": 0.02,
+    "grid.color": COLOURS["line"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "text.color": COLOURS["ink"],
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["muted"],
+}
 COURSES = 8  # runs whose curves fit into one plot
 SHARES = ("%", "yes/no")  # units of metrics from 0 to 1
 
@@ -71,18 +86,24 @@ def draw_comparison(runs: Sequence[Run]) -> dict[str, Markup]:
             )
         items = [(name, value, f"{value:,.2f}", "grey") for (name, _), (value, _) in found.items()]
         ranges = [known for _, known in found.values()]
-        items += [(name, run.evaluation["after"]["perplexity"], f"{run.evaluation['after']['perplexity']:,.2f}", "blue")
-                  for name, run in zip(names, runs, strict=True)]  # fmt: skip
+        items += [
+            (name, run.evaluation["after"]["perplexity"], f"{run.evaluation['after']['perplexity']:,.2f}", "blue")
+            for name, run in zip(names, runs, strict=True)
+        ]
         ranges += [known.get("perplexity", {}).get("after") for known in intervals]
         speeds = [(name, run.median("tokens_per_second")) for name, run in zip(names, runs, strict=True)]
         peaks = [(name, run.evaluation.get("peak_memory_gib", 0.0)) for name, run in zip(names, runs, strict=True)]
         return {
-            "perplexity": bars("Held-out perplexity (lower is better)", "perplexity", items,
-                               ranges=[known[1:] if known else [None, None] for known in ranges]),
+            "perplexity": bars(
+                "Held-out perplexity (lower is better)",
+                "perplexity",
+                items,
+                ranges=[known[1:] if known else [None, None] for known in ranges],
+            ),
             "loss": _courses(list(zip(names, runs, strict=True))),
             "speed": bars("Speed", "tokens per second", [(name, it, f"{it:,.0f}", "blue") for name, it in speeds]),
             "memory": bars("Peak memory", "GiB", [(name, it, f"{it:,.1f}", "blue") for name, it in peaks if it]),
-        }  # fmt: skip
+        }
 
 
 def _courses(runs: Sequence[tuple[str, Run]]) -> Markup:
@@ -114,9 +135,11 @@ def _perplexity(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> 
     found = [(name, evaluation[side]["perplexity"], colour) for name, side, colour in sides]
     ranges = [intervals["perplexity"][side][1:] for _, side, _ in sides] if intervals else None
     return bars(
-        "Held-out perplexity (lower is better)", "perplexity",
-        [(name, value, f"{value:,.2f}", colour) for name, value, colour in found], ranges=ranges,
-    )  # fmt: skip
+        "Held-out perplexity (lower is better)",
+        "perplexity",
+        [(name, value, f"{value:,.2f}", colour) for name, value, colour in found],
+        ranges=ranges,
+    )
 
 
 def _shares(metrics: Lines) -> Markup:
@@ -208,9 +231,12 @@ def _fates(manifest: Mapping[str, Any]) -> Markup:
 
 
 def bars(
-    title: str, unit: str, items: Sequence[tuple[str, float, str, str]], most: Sequence[float] | None = None,
+    title: str,
+    unit: str,
+    items: Sequence[tuple[str, float, str, str]],
+    most: Sequence[float] | None = None,
     ranges: Sequence[Sequence[Any]] | None = None,
-) -> Markup:  # fmt: skip
+) -> Markup:
     """Horizontal bars of (name, value, text, colour), name and text above each.
 
     Args:

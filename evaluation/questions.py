@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
-
-FAMILIES = ("slang", "reviews")  # of metrics, see evaluation/metrics.py
+from core.configuration import plain
+from core.errors import UserError
+from core.prompt import Prompt
+from core.tasks import part_of
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,8 @@ def check(config: DictConfig) -> dict[str, Any]:
     for key, least in (("seeds", 1), ("held_out", 0)):
         if not isinstance(settings[key], int) or settings[key] < least:
             raise UserError(f"task.evaluate.{key} must be {least} or more, not {settings[key]}")
-    if settings["metrics"] not in (None, *FAMILIES):
-        known = ", ".join(FAMILIES)
-        raise UserError(f"task.evaluate.metrics={settings['metrics']} is unknown. Known: {known}, null")
+    if settings["metrics"] is not None:
+        part_of(settings["metrics"], "metrics", "task.evaluate.metrics")
     least = settings["min_gain"]
     if least is not None and not (isinstance(least, (int, float)) and least < 1):
         raise UserError(f"task.evaluate.min_gain is a share below 1, such as 0.05, not {least}")
@@ -67,8 +66,10 @@ def listed_questions(listed: Sequence[Any], prompt: Prompt) -> list[Question]:
             questions.append(_dialogue(name, given["messages"], prompt))
         elif isinstance(given, dict):
             if unknown := sorted(given.keys() - known):
-                raise UserError(f"task.evaluate.questions, {name}: the prompt has no field {', '.join(unknown)}. "
-                                f"Known: {', '.join(sorted(known))}")  # fmt: skip
+                raise UserError(
+                    f"task.evaluate.questions, {name}: the prompt has no field {', '.join(unknown)}. "
+                    f"Known: {', '.join(sorted(known))}"
+                )
             fields = {**prompt.fields, **given}
             instruction = prompt.write_instruction(**given)
             questions.append(Question(name, instruction, prompt.wrap(instruction), fields))

@@ -1,6 +1,6 @@
 """A run on one page: did it work, how did it learn, from which data, and everything needed to do it again.
 
-    python -m evaluation.report task=slang               (the newest finished run's; +run=FOLDER another's)
+    python -m commands.report task=slang               (the newest finished run's; +run=FOLDER another's)
 
 Training writes the page with three questions. This command asks `task.evaluate`'s, of base and fine-tuned model, with
 several seeds (evaluation/generations.py), measures the answers (evaluation/metrics.py), lets a judge compare them where
@@ -24,14 +24,16 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 from omegaconf import DictConfig
 
-from data_prep.prompt import Prompt
-from evaluation.gate import gain, pass_gate
+from core.configuration import plain
+from core.errors import UserError
+from core.files import Lines, read_lines, write_json
+from core.prompt import Prompt
+from core.run_folder import Run, base_of
+from evaluation.gate import gain
 from evaluation.intervals import held_out
 from evaluation.metrics import Evidence, measure
 from evaluation.plots import SHARES, draw
 from evaluation.questions import check, held_out_questions, listed_questions
-from evaluation.runs import Lines, Run, base_of, newest_run, read_lines, write_json
-from nemo_configs.command_line import UserError, load_config, plain, run
 
 ALIKE = 0.5  # of the words of two answers: from here on their differences are marked
 
@@ -52,10 +54,16 @@ def evaluate(finished: Run, config: DictConfig) -> None:
         raise UserError("nothing to ask: task.evaluate.questions is empty and task.evaluate.held_out is 0")
     lines = generations.generate(finished, config, questions)
     measured = measure(lines, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
-    write_json(finished.folder / "metrics.json", {
-        "sampling": plain(config.task.generate), "settings": settings,
-        "held_out": held_out(finished.evaluation), **measured, "judge": judge.judge(finished.folder, config, lines),
-    })  # fmt: skip
+    write_json(
+        finished.folder / "metrics.json",
+        {
+            "sampling": plain(config.task.generate),
+            "settings": settings,
+            "held_out": held_out(finished.evaluation),
+            **measured,
+            "judge": judge.judge(finished.folder, config, lines),
+        },
+    )
 
 
 def write(run_folder: Path) -> Path:
@@ -63,32 +71,36 @@ def write(run_folder: Path) -> Path:
     shown = Run.read(run_folder)
     ended = datetime.fromisoformat(shown.evaluation["finished"])
     intervals = held_out(shown.evaluation)
-    return write_page(run_folder / "report.html", "report.html.j2", {
-        "config": shown.config,
-        "config_text": (run_folder / "config.yaml").read_text(encoding="utf-8"),
-        "run_name": run_folder.resolve().name,
-        "ended": f"{ended.day} {ended:%B %Y, %H:%M} UTC",
-        "evaluation": shown.evaluation,
-        "change": -gain(shown.evaluation),
-        "held_out": intervals,
-        "metrics": shown.metrics,
-        "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
-        "conversations": _conversations(shown),
-        "manifest": shown.manifest,
-        "machine": shown.environment,
-        "base": _read_base(shown.archive),
-        "archive_name": shown.archive.name,
-        "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
-        "steps": shown.steps[-1]["step"] if shown.steps else 0,
-        "train_seconds": shown.seconds,
-        "step_seconds": shown.step_seconds,
-        "speed": shown.median("tokens_per_second"),
-        "padding": shown.median("padding"),
-        "mfu": shown.median("mfu"),
-        "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
-        "last": shown.validations[-1] if shown.validations else None,
-        "plots": draw(shown, intervals),
-    })  # fmt: skip
+    return write_page(
+        run_folder / "report.html",
+        "report.html.j2",
+        {
+            "config": shown.config,
+            "config_text": (run_folder / "config.yaml").read_text(encoding="utf-8"),
+            "run_name": run_folder.resolve().name,
+            "ended": f"{ended.day} {ended:%B %Y, %H:%M} UTC",
+            "evaluation": shown.evaluation,
+            "change": -gain(shown.evaluation),
+            "held_out": intervals,
+            "metrics": shown.metrics,
+            "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
+            "conversations": _conversations(shown),
+            "manifest": shown.manifest,
+            "machine": shown.environment,
+            "base": _read_base(shown.archive),
+            "archive_name": shown.archive.name,
+            "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
+            "steps": shown.steps[-1]["step"] if shown.steps else 0,
+            "train_seconds": shown.seconds,
+            "step_seconds": shown.step_seconds,
+            "speed": shown.median("tokens_per_second"),
+            "padding": shown.median("padding"),
+            "mfu": shown.median("mfu"),
+            "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
+            "last": shown.validations[-1] if shown.validations else None,
+            "plots": draw(shown, intervals),
+        },
+    )
 
 
 def write_page(file: Path, template: str, values: Mapping[str, Any]) -> Path:
@@ -143,10 +155,15 @@ def _conversations(shown: Run) -> list[dict[str, Any]]:
         rests = [text[len(opening) :][::-1] for text in texts]
         closing = re.sub(r"^\w*", "", _common_start(rests)[::-1])
     return [
-        {**turn, "opening": opening, "question": turn["asked"].removeprefix(opening).removesuffix(closing),
-         "closing": closing, "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair]}
+        {
+            **turn,
+            "opening": opening,
+            "question": turn["asked"].removeprefix(opening).removesuffix(closing),
+            "closing": closing,
+            "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair],
+        }
         for turn in asked.values()
-    ]  # fmt: skip
+    ]
 
 
 def _by_side(shown: Run) -> dict[str, Lines]:
@@ -243,19 +260,3 @@ def show(metrics: Mapping[str, Any]) -> None:
         cells = [f"{row[side]['value']}\n[dim]{row[side]['range']}[/]" for side in ("before", "after", "difference")]
         table.add_row(row["title"], *cells, row["reference"])
     Console().print(table)
-
-
-def main(words: list[str]) -> int:
-    config = load_config(words)
-    finished = Run.read(newest_run(config))
-    if finished.task != config.task.name:
-        raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
-    evaluate(finished, config)
-    report = write(finished.folder)
-    show(Run.read(finished.folder).metrics)
-    print(report)
-    return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
-
-
-if __name__ == "__main__":
-    run(main)

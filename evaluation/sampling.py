@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 
 
 class Answer(NamedTuple):
@@ -46,9 +46,13 @@ def sample(
     dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     with torch.inference_mode():
         output = model.generate(
-            **tokens, do_sample=False, logits_processor=LogitsProcessorList([draw]), eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id or 0, **rest,
-        )  # fmt: skip
+            **tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([draw]),
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            **rest,
+        )
     dense.remove()
     answers = output[:, tokens.input_ids.shape[1] :]
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()

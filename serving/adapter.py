@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 from serving.errors import InvalidRequest
 
 Message = Mapping[str, str]  # {"role", "content"}
@@ -38,10 +38,15 @@ class Adapter:
         prompt = Prompt(**entry["prompt"])
         fields = prompt.instruction_fields()
         return cls(
-            entry["name"], entry.get("title") or entry["name"], prompt, dict(entry.get("sampling") or {}),
-            bool(entry.get("has_turns", prompt.end)), entry.get("base", ""),
-            entry.get("field") or (fields[0] if len(fields) == 1 else None), entry.get("run", ""),
-        )  # fmt: skip
+            entry["name"],
+            entry.get("title") or entry["name"],
+            prompt,
+            dict(entry.get("sampling") or {}),
+            bool(entry.get("has_turns", prompt.end)),
+            entry.get("base", ""),
+            entry.get("field") or (fields[0] if len(fields) == 1 else None),
+            entry.get("run", ""),
+        )
 
     def write(self, asked: str | Mapping[str, str]) -> str:
         """Everything the model is given for a question, or for values of the prompt's fields; others take defaults.
@@ -113,11 +118,18 @@ class Adapter:
 # The base alone, under the name of its Triton model. Gemma's instruction-tuned models know these turns; others do not,
 # but there is no better way to ask them. https://ai.google.dev/gemma/docs/core/prompt-structure
 BASE = Adapter(
-    "gemma", "The base, without an adapter",
-    Prompt("<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>",
-           "{message}", "{answer}"),
-    {"max_tokens": 256, "stop": ["<end_of_turn>"]}, True, "", "message",
-)  # fmt: skip
+    "gemma",
+    "The base, without an adapter",
+    Prompt(
+        "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>",
+        "{message}",
+        "{answer}",
+    ),
+    {"max_tokens": 256, "stop": ["<end_of_turn>"]},
+    True,
+    "",
+    "message",
+)
 
 
 @dataclass

@@ -183,8 +183,10 @@ class AsyncClient:
                         asked = asked.shorter()
                         answer.forgotten += 1
         except TimeoutError:
-            raise DeadlineExceeded(f"{self.url}: the answer was not complete within {self._deadline:g} s; ask for "
-                                   f"fewer tokens, or give it a longer deadline") from None  # fmt: skip
+            raise DeadlineExceeded(
+                f"{self.url}: the answer was not complete within {self._deadline:g} s; ask for "
+                f"fewer tokens, or give it a longer deadline"
+            ) from None
         if asked.prompt:
             answer.fields = asked.prompt.read_response(answer.text)
 
@@ -198,8 +200,10 @@ class AsyncClient:
                         part = await anext(parts, None)
                 except TimeoutError:
                     which = "next" if answer.output_tokens else "first"
-                    raise DeadlineExceeded(f"{self.url}: the {which} token did not come within {wait:g} s; the "
-                                           f"server hangs or has too much to do") from None  # fmt: skip
+                    raise DeadlineExceeded(
+                        f"{self.url}: the {which} token did not come within {wait:g} s; the "
+                        f"server hangs or has too much to do"
+                    ) from None
                 if part is None:
                     break
                 answer.text += part.text

@@ -11,7 +11,7 @@
         answer = await client.ask("squid_game", "Is it violent?")
         async for part in client.ask("squid_game", "Is it violent?"): ...
 
-The prompt of a task comes from the server, with the adapter, and is written by `data_prep.prompt`: a model is asked as
+The prompt of a task comes from the server, with the adapter, and is written by `core.prompt`: a model is asked as
 it was trained. `python -m serving.client --help` is the same from the command line (`client_command.py`).
 """
 
@@ -29,9 +29,22 @@ from serving.async_client import DEFAULT_URL, AsyncClient, AsyncStream, given
 from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 
 __all__ = [
-    "BASE", "DEFAULT_URL", "Adapter", "Answer", "AsyncClient", "AsyncStream", "Busy", "Client", "DeadlineExceeded",
-    "InvalidRequest", "ServingError", "Stream", "TooLong", "Unavailable", "UnknownAdapter",
-]  # fmt: skip
+    "BASE",
+    "DEFAULT_URL",
+    "Adapter",
+    "Answer",
+    "AsyncClient",
+    "AsyncStream",
+    "Busy",
+    "Client",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "ServingError",
+    "Stream",
+    "TooLong",
+    "Unavailable",
+    "UnknownAdapter",
+]
 T = TypeVar("T")
 
 
@@ -62,12 +75,20 @@ class Client:
         return self._ask(partial(self._client.plain, text, adapter, sampling), True)
 
     @overload
-    def ask(self, adapter: str, asked: str | Mapping[str, str], *, stream: Literal[False] = ..., base: bool = ...,
-            **sampling: Any) -> Answer: ...  # fmt: skip
+    def ask(
+        self,
+        adapter: str,
+        asked: str | Mapping[str, str],
+        *,
+        stream: Literal[False] = ...,
+        base: bool = ...,
+        **sampling: Any,
+    ) -> Answer: ...
 
     @overload
-    def ask(self, adapter: str, asked: str | Mapping[str, str], *, stream: Literal[True], base: bool = ...,
-            **sampling: Any) -> "Stream": ...  # fmt: skip
+    def ask(
+        self, adapter: str, asked: str | Mapping[str, str], *, stream: Literal[True], base: bool = ..., **sampling: Any
+    ) -> "Stream": ...
 
     def ask(
         self, adapter: str, asked: str | Mapping[str, str], *, stream: bool = False, base: bool = False, **sampling: Any
@@ -75,32 +96,73 @@ class Client:
         return self._ask(partial(self._client.asked, adapter, asked, base, sampling), stream)
 
     @overload
-    def slang(self, context: str | None = ..., condition: str | None = ..., *, stream: Literal[False] = ...,
-              base: bool = ..., **sampling: Any) -> Answer: ...  # fmt: skip
+    def slang(
+        self,
+        context: str | None = ...,
+        condition: str | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        base: bool = ...,
+        **sampling: Any,
+    ) -> Answer: ...
 
     @overload
-    def slang(self, context: str | None = ..., condition: str | None = ..., *, stream: Literal[True],
-              base: bool = ..., **sampling: Any) -> "Stream": ...  # fmt: skip
+    def slang(
+        self,
+        context: str | None = ...,
+        condition: str | None = ...,
+        *,
+        stream: Literal[True],
+        base: bool = ...,
+        **sampling: Any,
+    ) -> "Stream": ...
 
     def slang(
-        self, context: str | None = None, condition: str | None = None, *, stream: bool = False, base: bool = False,
+        self,
+        context: str | None = None,
+        condition: str | None = None,
+        *,
+        stream: bool = False,
+        base: bool = False,
         **sampling: Any,
-    ) -> "Answer | Stream":  # fmt: skip
+    ) -> "Answer | Stream":
         fields = given(context=context, condition=condition)
         return self._ask(partial(self._client.asked, "slang", fields, base, sampling), stream)
 
     @overload
-    def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[False] = ...,
-             base: bool = ..., forget: bool = ..., **sampling: Any) -> Answer: ...  # fmt: skip
+    def chat(
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        base: bool = ...,
+        forget: bool = ...,
+        **sampling: Any,
+    ) -> Answer: ...
 
     @overload
-    def chat(self, messages: Sequence[Message], adapter: str | None = ..., *, stream: Literal[True],
-             base: bool = ..., forget: bool = ..., **sampling: Any) -> "Stream": ...  # fmt: skip
+    def chat(
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = ...,
+        *,
+        stream: Literal[True],
+        base: bool = ...,
+        forget: bool = ...,
+        **sampling: Any,
+    ) -> "Stream": ...
 
     def chat(
-        self, messages: Sequence[Message], adapter: str | None = "chat", *, stream: bool = False, base: bool = False,
-        forget: bool = False, **sampling: Any,
-    ) -> "Answer | Stream":  # fmt: skip
+        self,
+        messages: Sequence[Message],
+        adapter: str | None = "chat",
+        *,
+        stream: bool = False,
+        base: bool = False,
+        forget: bool = False,
+        **sampling: Any,
+    ) -> "Answer | Stream":
         return self._ask(partial(self._client.said, adapter, messages, base, sampling, forget), stream)
 
     def close(self) -> None:

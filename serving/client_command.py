@@ -39,9 +39,12 @@ def main(words: list[str] | None = None) -> None:
     token = os.environ.get("SERVING_TOKEN")
     try:
         with Client(
-            options.url, headers={"authorization": f"Bearer {token}"} if token else None, ca_file=options.ca_file,
-            deadline=options.deadline, retry_for=min(RETRY_SECONDS, options.deadline / 2),
-        ) as client:  # fmt: skip
+            options.url,
+            headers={"authorization": f"Bearer {token}"} if token else None,
+            ca_file=options.ca_file,
+            deadline=options.deadline,
+            retry_for=min(RETRY_SECONDS, options.deadline / 2),
+        ) as client:
             sys.exit(options.run(client, options))
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,16 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--json", action="store_true", help="one JSON object in place of text")
     asks = argparse.ArgumentParser(add_help=False, parents=[every])
     asks.add_argument("--base", action="store_true", help="ask the base alone, without the adapter")
-    asks.add_argument("--stream", action=argparse.BooleanOptionalAction, default=None,
-                      help="show each word as it comes; the default on a terminal")  # fmt: skip
+    asks.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="show each word as it comes; the default on a terminal",
+    )
     for name, kind in SAMPLING.items():
         asks.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
     asks.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be given several times")
 
     parser = argparse.ArgumentParser(
-        prog="python -m serving.client", description="Ask a served model.", epilog=ABOUT,
+        prog="python -m serving.client",
+        description="Ask a served model.",
+        epilog=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Client, argparse.Namespace], int], about: str, parent: Any = asks) -> Any:

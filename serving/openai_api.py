@@ -34,16 +34,41 @@ from serving.client import (
 )
 
 SAMPLING = (
-    "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "stop", "seed", "presence_penalty",
-    "frequency_penalty", "repetition_penalty", "ignore_eos",
-)  # fmt: skip
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "max_tokens",
+    "min_tokens",
+    "stop",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "ignore_eos",
+)
 # What an answer would have to be another for, unless it has one of these values.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "tools": ([],),
-    "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"), "suffix": ("",),
-    "response_format": ({"type": "text"},), "echo": (False,), "modalities": (["text"],), "audio": (),
-    "prompt_embeds": (), "guided_json": (), "guided_regex": (), "guided_choice": (), "use_beam_search": (False,),
-}  # fmt: skip
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "suffix": ("",),
+    "response_format": ({"type": "text"},),
+    "echo": (False,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prompt_embeds": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "use_beam_search": (False,),
+}
 
 
 class ApiError(Exception):
@@ -247,15 +272,24 @@ def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
     if adapters:
         base["root"] = adapters[0].base
     return [base] + [
-        {"id": adapter.name, "object": "model", "created": created, "owned_by": "you", "root": adapter.title,
-         "parent": BASE.name}
+        {
+            "id": adapter.name,
+            "object": "model",
+            "created": created,
+            "owned_by": "you",
+            "root": adapter.title,
+            "parent": BASE.name,
+        }
         for adapter in adapters
-    ]  # fmt: skip
+    ]
 
 
 def _usage(answer: Answer) -> dict[str, int]:
-    return {"prompt_tokens": answer.input_tokens, "completion_tokens": answer.output_tokens,
-            "total_tokens": answer.input_tokens + answer.output_tokens}  # fmt: skip
+    return {
+        "prompt_tokens": answer.input_tokens,
+        "completion_tokens": answer.output_tokens,
+        "total_tokens": answer.input_tokens + answer.output_tokens,
+    }
 
 
 def _data(value: dict[str, Any]) -> str:

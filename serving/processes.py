@@ -54,9 +54,15 @@ class Part:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, cwd=self.folder, env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True, preexec_fn=end_with_us(signal.SIGKILL, self.expendable),
-            )  # fmt: skip
+                self.command,
+                cwd=self.folder,
+                env={**os.environ, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_us(signal.SIGKILL, self.expendable),
+            )
         self.is_up, self.silence, self.stillness, self.ended_for = False, 0.0, 0.0, ""
         self._kills = kills_for_memory()
 

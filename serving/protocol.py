@@ -213,8 +213,9 @@ def read_sampling(given: str | bytes | Mapping[str, Any] | None) -> tuple[Sampli
         raise RequestError(f"n is {n}; only one answer a request is given: n=1")
     known = {field.name for field in fields(Sampling)}
     if unknown := [name for name in values if name not in known]:
-        raise RequestError(f"unknown sampling parameter {_shown(unknown[0])}. Known: "
-                           f"{', '.join(sorted([*known, 'lora_name', 'n']))}")  # fmt: skip
+        raise RequestError(
+            f"unknown sampling parameter {_shown(unknown[0])}. Known: {', '.join(sorted([*known, 'lora_name', 'n']))}"
+        )
     read: dict[str, Any] = {name: READERS[name](name, value) for name, value in values.items()}
     if 0 < read.get("temperature", 0) < 0.01:
         read["temperature"] = 0.01  # as vLLM: logits divided by less overflow

@@ -39,9 +39,16 @@ output [
 ]
 instance_group [ {{ count: 1 kind: KIND_CPU }} ]
 """
-OPTIONAL = {"sampling_parameters": "STRING", "stream": "BOOL", "exclude_input_in_output": "BOOL",
-            "return_finish_reason": "BOOL", "return_cumulative_logprob": "BOOL", "return_logprobs": "BOOL",
-            "return_num_input_tokens": "BOOL", "return_num_output_tokens": "BOOL"}  # fmt: skip
+OPTIONAL = {
+    "sampling_parameters": "STRING",
+    "stream": "BOOL",
+    "exclude_input_in_output": "BOOL",
+    "return_finish_reason": "BOOL",
+    "return_cumulative_logprob": "BOOL",
+    "return_logprobs": "BOOL",
+    "return_num_input_tokens": "BOOL",
+    "return_num_output_tokens": "BOOL",
+}
 VLLM = """\
 # The base and adapters of this folder with NVIDIA's vLLM backend, which adds its own inputs and outputs
 name: "gemma"
@@ -64,14 +71,21 @@ KEEPS_LOADED = 'parameters { key: "keeps_loaded" value: { string_value: "gemma" 
 
 def write_repository(folder: Path, base: Path) -> None:
     """`folder`/repository for the embedded engine, and the link to its base."""
-    inputs = ",\n".join(f'  {{ name: "{name}" data_type: TYPE_{kind} dims: [ 1 ] optional: true }}'
-                        for name, kind in OPTIONAL.items())  # fmt: skip
+    inputs = ",\n".join(
+        f'  {{ name: "{name}" data_type: TYPE_{kind} dims: [ 1 ] optional: true }}' for name, kind in OPTIONAL.items()
+    )
     title = "The base and adapters of this folder, by an engine in a process of its own"
-    _write(folder, base, {
-        "gemma/config.pbtxt": GEMMA.format(title=title, inputs=inputs),
-        "gemma/1/model.py": HERE / "triton_model.py", "gemma/1/protocol.py": HERE / "protocol.py",
-        "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED, "adapters/1/model.py": HERE / "triton_catalogue.py",
-    })  # fmt: skip
+    _write(
+        folder,
+        base,
+        {
+            "gemma/config.pbtxt": GEMMA.format(title=title, inputs=inputs),
+            "gemma/1/model.py": HERE / "triton_model.py",
+            "gemma/1/protocol.py": HERE / "protocol.py",
+            "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED,
+            "adapters/1/model.py": HERE / "triton_catalogue.py",
+        },
+    )
 
 
 def write_vllm_repository(folder: Path, base: Path) -> None:
@@ -89,10 +103,17 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
         model |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": len(ranks)}
         loras = {name: f"{MOUNT}/adapters/{name}" for name in ranks}
         files["gemma/1/multi_lora.json"] = json.dumps(loras, indent=2) + "\n"
-    _write(folder, base, {
-        "gemma/config.pbtxt": VLLM, "gemma/1/model.json": json.dumps(model, indent=2) + "\n", **files,
-        "adapters/config.pbtxt": CATALOGUE, "adapters/1/model.py": HERE / "triton_catalogue.py",
-    })  # fmt: skip
+    _write(
+        folder,
+        base,
+        {
+            "gemma/config.pbtxt": VLLM,
+            "gemma/1/model.json": json.dumps(model, indent=2) + "\n",
+            **files,
+            "adapters/config.pbtxt": CATALOGUE,
+            "adapters/1/model.py": HERE / "triton_catalogue.py",
+        },
+    )
 
 
 def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:

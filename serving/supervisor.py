@@ -58,7 +58,7 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """See `python -m serving --help`."""
+    """See `python -m commands.serve --help`."""
 
     folder: Path
     host: str = "127.0.0.1"
@@ -94,15 +94,45 @@ class Supervisor:
         self.here = here = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
         self.http = httpx.AsyncClient(base_url=f"http://{here}:{options.http_port}", trust_env=False)
         texts = {"SERVING_LOG_TEXT": "1" if options.log_text else "0"}
-        self.engine = Part("engine", [
-            sys.executable, "-u", "-m", "serving.engine", "--base", str((options.folder / "base").resolve()),
-            "--adapters", str((options.folder / "adapters").resolve()), "--socket", ENGINE_SOCKET, *options.engine,
-        ], self.folder, self.folder / "engine.log", {"PYTHONPATH": str(ROOT)}, expendable=True)  # fmt: skip
+        self.engine = Part(
+            "engine",
+            [
+                sys.executable,
+                "-u",
+                "-m",
+                "serving.engine",
+                "--base",
+                str((options.folder / "base").resolve()),
+                "--adapters",
+                str((options.folder / "adapters").resolve()),
+                "--socket",
+                ENGINE_SOCKET,
+                *options.engine,
+            ],
+            self.folder,
+            self.folder / "engine.log",
+            {"PYTHONPATH": str(ROOT)},
+            expendable=True,
+        )
         self.triton = Part("triton", [], self.folder, self.folder / "triton.log", triton_server.environment() | texts)
-        self.door = Part("door", [
-            sys.executable, "-u", "-m", "serving.door", "--host", options.host, "--port", str(options.door_port),
-            "--triton", f"{here}:{options.grpc_port}",
-        ], ROOT, self.folder / "door.log", texts)  # fmt: skip
+        self.door = Part(
+            "door",
+            [
+                sys.executable,
+                "-u",
+                "-m",
+                "serving.gateway",
+                "--host",
+                options.host,
+                "--port",
+                str(options.door_port),
+                "--triton",
+                f"{here}:{options.grpc_port}",
+            ],
+            ROOT,
+            self.folder / "door.log",
+            texts,
+        )
         self.parts = [self.engine, self.triton, self.door]
         self.restarts = {part.name: 0 for part in self.parts}
 
@@ -152,8 +182,12 @@ class Supervisor:
             StartError: naming the port that cannot be had.
         """
         options = self.options
-        named = {"--http-port": options.http_port, "--grpc-port": options.grpc_port,
-                 "--metrics-port": options.metrics_port, "--door-port": options.door_port}  # fmt: skip
+        named = {
+            "--http-port": options.http_port,
+            "--grpc-port": options.grpc_port,
+            "--metrics-port": options.metrics_port,
+            "--door-port": options.door_port,
+        }
         if len(set(named.values())) < len(named):
             raise StartError(f"each needs a port of its own: {', '.join(f'{k} {v}' for k, v in named.items())}")
         for name, port in named.items():
@@ -163,8 +197,10 @@ class Supervisor:
                     trial.bind((options.host, port))
                 except (OSError, OverflowError) as error:
                     reason = getattr(error, "strerror", None) or error
-                    raise StartError(f"port {port} of {options.host} cannot be had ({reason}). End what has it, or "
-                                     f'take another: make serve ARGS="{name} …"') from None  # fmt: skip
+                    raise StartError(
+                        f"port {port} of {options.host} cannot be had ({reason}). End what has it, or "
+                        f'take another: make serve ARGS="{name} …"'
+                    ) from None
 
     def _end_leftovers(self) -> None:
         """What an earlier server of this folder has left, where it was killed: stubs that were stopped, files."""
@@ -193,9 +229,13 @@ class Supervisor:
             options = self.options
             ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
             part.command = triton_server.command(
-                (options.folder / "repository").resolve(), self.folder / "backends", options.host, ports,
-                round(DRAIN + 2), f"{self.shared_memory}{self.starts}_",
-            )  # fmt: skip
+                (options.folder / "repository").resolve(),
+                self.folder / "backends",
+                options.host,
+                ports,
+                round(DRAIN + 2),
+                f"{self.shared_memory}{self.starts}_",
+            )
         part.start()
         self._note("started", part=part.name, process=part.pid)
 
@@ -363,11 +403,18 @@ class Supervisor:
 
     def _write_status(self) -> None:
         options = self.options
-        self.state.write({
-            "pid": os.getpid(), "host": options.host, "http_port": options.http_port, "grpc_port": options.grpc_port,
-            "metrics_port": options.metrics_port, "door_port": options.door_port,
-            "base": (options.folder / "base").resolve().name, "restarts": self.restarts,
-        })  # fmt: skip
+        self.state.write(
+            {
+                "pid": os.getpid(),
+                "host": options.host,
+                "http_port": options.http_port,
+                "grpc_port": options.grpc_port,
+                "metrics_port": options.metrics_port,
+                "door_port": options.door_port,
+                "base": (options.folder / "base").resolve().name,
+                "restarts": self.restarts,
+            }
+        )
 
     def _note(self, event: str, **about: Any) -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")

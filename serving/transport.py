@@ -19,9 +19,12 @@ from serving.errors import Busy, DeadlineExceeded, InvalidRequest, ServingError,
 MODEL, CATALOGUE = "gemma", "adapters"
 # Asked of every request, beside text and sampling parameters.
 FLAGS = {
-    "stream": True, "exclude_input_in_output": True, "return_finish_reason": True, "return_num_input_tokens": True,
+    "stream": True,
+    "exclude_input_in_output": True,
+    "return_finish_reason": True,
+    "return_num_input_tokens": True,
     "return_num_output_tokens": True,
-}  # fmt: skip
+}
 CONNECT_SECONDS = 5.0  # a machine that does not exist answers nothing at all
 LARGEST = 64 << 20  # bytes of a message; the server's own limits are narrower
 
@@ -70,8 +73,10 @@ def connect(url: str, headers: Mapping[str, str], ca_file: Path | None) -> Trans
     except ValueError:
         known = None
     if not known:
-        raise InvalidRequest(f"'{url}' is no address of a server: give HOST:PORT, as in 127.0.0.1:8001, or grpcs://… "
-                             f"for gRPC, http://127.0.0.1:8000 or https://… for HTTP")  # fmt: skip
+        raise InvalidRequest(
+            f"'{url}' is no address of a server: give HOST:PORT, as in 127.0.0.1:8001, or grpcs://… "
+            f"for gRPC, http://127.0.0.1:8000 or https://… for HTTP"
+        )
     if ca_file is not None and not ca_file.is_file():
         raise InvalidRequest(f"there is no CA file {ca_file}")
     if scheme.startswith("grpc"):
@@ -190,11 +195,13 @@ class Http:
         import httpx
 
         return httpx.AsyncClient(
-            base_url=self._where, headers=self._headers, trust_env=False,
+            base_url=self._where,
+            headers=self._headers,
+            trust_env=False,
             verify=ssl.create_default_context(cafile=self._ca_file) if self._where.startswith("https") else False,
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # how long an answer may take is the caller's to say
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
-        )  # fmt: skip
+        )
 
     async def parts(self, text: str, sampling: str) -> AsyncGenerator[Part, None]:
         body = {"text_input": text, "sampling_parameters": sampling, **FLAGS}
@@ -254,8 +261,9 @@ class Http:
         import httpx
 
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return Unavailable(f"nothing answers at {self._where} ({error}); start a server with make serve, or name "
-                               f"its address")  # fmt: skip
+            return Unavailable(
+                f"nothing answers at {self._where} ({error}); start a server with make serve, or name its address"
+            )
         if isinstance(error, httpx.HTTPError):
             return Unavailable(f"{self._where}: the connection ended ({error or type(error).__name__})")
         return error

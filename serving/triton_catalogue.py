@@ -54,8 +54,9 @@ class TritonPythonModel:
         chosen = [adapter for adapter in found if name in ("", adapter["name"])]
         if name and not chosen:
             known = ", ".join(adapter["name"] for adapter in found) or "none"
-            return refusal(f"unknown_adapter: there is no adapter {name[:60]!r}; known: {known}",
-                           pb_utils.TritonError.NOT_FOUND)  # fmt: skip
+            return refusal(
+                f"unknown_adapter: there is no adapter {name[:60]!r}; known: {known}", pb_utils.TritonError.NOT_FOUND
+            )
         text = json.dumps(chosen, ensure_ascii=False).encode()
         return pb_utils.InferenceResponse([pb_utils.Tensor("catalogue", np.array([text], dtype=np.object_))])
 

@@ -69,6 +69,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         locale.setlocale(locale.LC_ALL, "C.UTF-8")  # the stub's default is ASCII
         self.name, self.parent = args["model_name"], os.getppid()
+        _protect_shared_memory()
         self.waiting: dict[int, Waiting] = {}
         self.lock = threading.Lock()  # of `waiting` and `engine`
         self.writing = threading.Lock()  # to the engine, which may let a writer wait
@@ -275,9 +276,13 @@ class TritonPythonModel:
 
     def _note(self, given: Waiting, outcome: str, done: "protocol.Done | None", error: str | None = None) -> None:
         line: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "request": given.client_id, "adapter": given.adapter,
-            "stream": given.stream, "outcome": outcome, "seconds": round(time.monotonic() - given.begun, 4),
-        }  # fmt: skip
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "request": given.client_id,
+            "adapter": given.adapter,
+            "stream": given.stream,
+            "outcome": outcome,
+            "seconds": round(time.monotonic() - given.begun, 4),
+        }
         if done:
             line |= {
                 "input_tokens": done.input_tokens,
@@ -368,9 +373,21 @@ def _flag(request: Any, name: str) -> bool | None:
 def _triton_code(code: str) -> int:
     codes = pb_utils.TritonError  # is there only once Triton has read this file
     return {
-        protocol.INVALID: codes.INVALID_ARG, protocol.BUSY: codes.UNAVAILABLE, protocol.UNAVAILABLE: codes.UNAVAILABLE,
-        protocol.UNKNOWN_ADAPTER: codes.NOT_FOUND, protocol.CANCELLED: codes.CANCELLED,
-    }.get(code, codes.INTERNAL)  # fmt: skip
+        protocol.INVALID: codes.INVALID_ARG,
+        protocol.BUSY: codes.UNAVAILABLE,
+        protocol.UNAVAILABLE: codes.UNAVAILABLE,
+        protocol.UNKNOWN_ADAPTER: codes.NOT_FOUND,
+        protocol.CANCELLED: codes.CANCELLED,
+    }.get(code, codes.INTERNAL)
+
+
+def _protect_shared_memory() -> None:
+    """Take the region that requests and answers pass through from other users: Triton makes it readable by everybody.
+
+    Its name is the second argument of this process. A umask does not help, as Triton sets the mode itself.
+    """
+    region = Path("/proc/self/cmdline").read_bytes().split(b"\0")[2].decode()
+    Path("/dev/shm", region).chmod(0o600)
 
 
 def _request_log() -> logging.Logger:

@@ -46,19 +46,30 @@ def command(
         shared_memory: how the names of its regions in /dev/shm begin.
     """
     return [
-        str(_server() / "bin" / "tritonserver"), f"--model-repository={repository}", f"--backend-directory={backends}",
-        "--disable-auto-complete-config", "--model-control-mode=explicit", *(f"--load-model={name}" for name in MODELS),
-        f"--exit-timeout-secs={drain}", "--log-info=false", "--allow-gpu-metrics=false",
-        *(f"--{name}-port={port}" for name, port in ports.items()), *(f"--{name}-address={host}" for name in ports),
-        f"--http-restricted-api={LOCKED}", f"--grpc-restricted-protocol={LOCKED}",
+        str(_server() / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        "--disable-auto-complete-config",
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in MODELS),
+        f"--exit-timeout-secs={drain}",
+        "--log-info=false",
+        "--allow-gpu-metrics=false",
+        *(f"--{name}-port={port}" for name, port in ports.items()),
+        *(f"--{name}-address={host}" for name in ports),
+        f"--http-restricted-api={LOCKED}",
+        f"--grpc-restricted-protocol={LOCKED}",
         f"--backend-config=python,shm-region-prefix-name={shared_memory}",
-    ]  # fmt: skip
+    ]
 
 
 def environment() -> dict[str, str]:
-    """What Triton finds its libraries by, and the stub this very Python."""
+    """What Triton finds its libraries by, and the stub this very Python; and what it must not be told."""
     libraries = [sysconfig.get_config_var("LIBDIR"), str(_site() / "nvidia_pytriton.libs")]
     return {
+        # On Vertex AI this says PREDICTION. Triton 2.51 then closes HTTP and gRPC and opens a frontend on all addresses
+        # that passes requests on to the APIs of LOCKED without asking for their header.
+        "AIP_MODE": "",
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
     }

@@ -23,8 +23,8 @@ from transformers import (
 
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
-from nemo_configs.command_line import load_config
-from training.base_model import ensure_base_model
+from core.base_model import ensure_base_model
+from core.configuration import load_config
 from training.stopping import StopSignals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,20 +32,32 @@ FAMILIES = ("gemma", "gemma2", "gemma3_text")
 # Small enough for a test, large enough that every mechanism of its family is at work: grouped queries, a sliding
 # window shorter than the rows, soft-capping.
 TINY = {
-    "vocab_size": 262_144, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16,
-    "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 262_144,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 TINY_FAMILY = {
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma2": {
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 16,
     },
     "gemma3_text": {
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
     },
-}  # fmt: skip
+}
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # what a shell's background job hands on to all its children
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -113,7 +125,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train([str(ROOT / "data_prep/samples/slang.csv")], trainer)
+    bpe.train([str(ROOT / "tasks/slang/slang.csv")], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
@@ -146,7 +158,7 @@ def fit_here(config: DictConfig, base: Path, rows: Dataset, validation_rows: Dat
 
 
 def read_checked(module: ModuleType, path: Path) -> Adapter | Checkpoint:
-    """What a format's file reads, checked as `python -m converters` checks it."""
+    """What a format's file reads, checked as `python -m commands.convert` checks it."""
     found: Adapter | Checkpoint = module.read(path)
     if isinstance(found, Checkpoint):
         check_shapes(found, path)

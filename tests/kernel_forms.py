@@ -3,7 +3,7 @@
 import platform
 from pathlib import Path
 
-from training.c_library import processor_flags
+from core.c_build import processor_flags
 
 AMX_EMULATION = Path(__file__).with_name("amx_emulation.h")
 _V2 = {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"}

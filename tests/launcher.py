@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.__main__ import main, quiet_libraries
+from commands.train import main
+from core.machine import quiet_libraries
 
 
 def import_everything() -> None:
@@ -32,8 +33,8 @@ def child(words: list[str], said: str, die_in_write: str = "", largest_file: int
         die_at(die_in_write)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    sys.argv = ["training", *words]
-    from nemo_configs.command_line import run
+    sys.argv = ["commands.train", *words]
+    from core.errors import run
 
     try:
         run(main)

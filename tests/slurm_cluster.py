@@ -83,8 +83,12 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.daemons = folder, dict[str, subprocess.Popen[bytes]]()
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo",
-                            "OMP_NUM_THREADS": "1"}  # fmt: skip
+        self.environment = {
+            **os.environ,
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def __enter__(self) -> "Cluster":
         for name in ("state", "spool-node1", "spool-node2", "gpus"):
@@ -104,9 +108,16 @@ class Cluster:
         )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         try:
-            self._start("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket",
-                        f"--key-file={self.folder}/munge.key", f"--pid-file={self.folder}/munged.pid",
-                        f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munged.seed")  # fmt: skip
+            self._start(
+                "munged",
+                "--foreground",
+                "--force",
+                f"--socket={self.folder}/munge.socket",
+                f"--key-file={self.folder}/munge.key",
+                f"--pid-file={self.folder}/munged.pid",
+                f"--log-file={self.folder}/munged.log",
+                f"--seed-file={self.folder}/munged.seed",
+            )
             self.wait_for(lambda: (self.folder / "munge.socket").exists())
             self._start("slurmctld", "-D")
             for node in ("node1", "node2"):
@@ -134,9 +145,13 @@ class Cluster:
         with (self.folder / "daemons.log").open("ab") as log:
             node = arguments[arguments.index("-N") + 1] if "-N" in arguments else name
             self.daemons[node] = subprocess.Popen(
-                [program, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [program, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 start_new_session=True,
-            )  # fmt: skip
+            )
 
     def start_node(self, node: str) -> None:
         self._start("slurmd", "-D", "-N", node)

@@ -18,9 +18,10 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from converters.nemo_file import read_nemo
-from data_prep.prompt import Prompt
-from evaluation.runs import read_metrics
-from nemo_configs.command_line import UserError, load_config, plain
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.prompt import Prompt
+from core.run_folder import read_metrics
 from training import automodel
 from training.automodel_worker import TokenizedRows
 from training.batches import Batches, held_out_loss, tokenize
@@ -59,12 +60,24 @@ def test_the_engine_learns_the_very_tokens_that_ours_learns(
 
 
 def test_the_recipe_says_what_the_configuration_says(tiny_base: Path, tmp_path: Path) -> None:
-    config = load_config([
-        "engine=automodel", "seed=7", "peft.r=4", "peft.lora_alpha=12", "peft.lora_dropout=0.1",
-        "peft.target_modules=[q_proj,v_proj]", "task.train.batch_size=12", "task.train.epochs=5", "trainer=cpu",
-        "task.train.learning_rate=3e-4", "task.train.clip=0.3", "task.train.weight_decay=0.001", "trainer.devices=2",
-        "task.train.warmup_ratio=0.2",
-    ])  # fmt: skip
+    config = load_config(
+        [
+            "engine=automodel",
+            "seed=7",
+            "peft.r=4",
+            "peft.lora_alpha=12",
+            "peft.lora_dropout=0.1",
+            "peft.target_modules=[q_proj,v_proj]",
+            "task.train.batch_size=12",
+            "task.train.epochs=5",
+            "trainer=cpu",
+            "task.train.learning_rate=3e-4",
+            "task.train.clip=0.3",
+            "task.train.weight_decay=0.001",
+            "trainer.devices=2",
+            "task.train.warmup_ratio=0.2",
+        ]
+    )
     recipe = automodel.write_recipe(config, tiny_base, tmp_path, lengths=[200, 300] * 10)
     assert recipe["seed"] == 7
     steps = recipe["step_scheduler"]
@@ -106,7 +119,10 @@ def test_a_missing_environment_is_answered_with_how_to_make_it(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([sys.executable, "-m", "training", "engine=nosuch"], "unknown engine 'nosuch'. Known: lightning, automodel"),
+        (
+            [sys.executable, "-m", "commands.train", "engine=nosuch"],
+            "unknown engine 'nosuch'. Known: lightning, automodel",
+        ),
         (["make", "train", "ENGINE=nosuch"], "ENGINE=nosuch is unknown. Known: lightning automodel"),
     ],
 )
@@ -117,8 +133,19 @@ def test_an_unknown_engine_is_answered_with_the_known_ones(words: list[str], say
 
 def test_the_recipes_log_becomes_our_metrics(tmp_path: Path) -> None:
     def step(number: int, loss: float) -> str:
-        return json.dumps({"step": number, "epoch": 0, "loss": loss, "grad_norm": 1.5, "lr": 1e-3, "mem": 2.0,
-                           "tps": 500.0, "num_tokens_per_step": 250, "num_label_tokens": 99})  # fmt: skip
+        return json.dumps(
+            {
+                "step": number,
+                "epoch": 0,
+                "loss": loss,
+                "grad_norm": 1.5,
+                "lr": 1e-3,
+                "mem": 2.0,
+                "tps": 500.0,
+                "num_tokens_per_step": 250,
+                "num_label_tokens": 99,
+            }
+        )
 
     # Stopped after its third step, resumed from the second, and read while a line is being written.
     lines = [step(0, 4.0), step(1, 3.0), step(2, 9.0), step(2, 2.0), step(3, 1.0)[:20]]
@@ -126,18 +153,40 @@ def test_the_recipes_log_becomes_our_metrics(tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_text(json.dumps({"step": 1, "epoch": 0, "val_loss": 3.5}) + "\n")
     read = automodel.read_log(tmp_path)
     assert [(line["step"], line.get("train_loss"), line.get("val_loss")) for line in read] == [
-        (1, 4.0, None), (2, 3.0, None), (2, None, 3.5), (3, 2.0, None),
-    ]  # fmt: skip
-    assert read[0] == {"step": 1, "epoch": 0, "train_loss": 4.0, "learning_rate": 1e-3, "grad_norm": 1.5,
-                       "tokens_per_second": 500.0, "seconds": 0.5, "memory_gib": 2.0}  # fmt: skip
+        (1, 4.0, None),
+        (2, 3.0, None),
+        (2, None, 3.5),
+        (3, 2.0, None),
+    ]
+    assert read[0] == {
+        "step": 1,
+        "epoch": 0,
+        "train_loss": 4.0,
+        "learning_rate": 1e-3,
+        "grad_norm": 1.5,
+        "tokens_per_second": 500.0,
+        "seconds": 0.5,
+        "memory_gib": 2.0,
+    }
 
 
 def command(tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "training", f"model.path={tiny_base}", f"data_dir={folder}/data",
-        f"runs_dir={folder}/runs", "task.data.train_rows=24", "task.train.epochs=4", "task.train.batch_size=24",
-        "task.train.learning_rate=1e-2", "task.generate.max_new_tokens=4", "engine=automodel", "trainer=cpu", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "commands.train",
+        f"model.path={tiny_base}",
+        f"data_dir={folder}/data",
+        f"runs_dir={folder}/runs",
+        "task.data.train_rows=24",
+        "task.train.epochs=4",
+        "task.train.batch_size=24",
+        "task.train.learning_rate=1e-2",
+        "task.generate.max_new_tokens=4",
+        "engine=automodel",
+        "trainer=cpu",
+        *more,
+    ]
 
 
 def train(words: list[str]) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,9 @@ from conftest import ROOT, tiny_gemma
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
-from nemo_configs.command_line import UserError, load_config, names
-from training.base_model import describe, ensure_base_model, keep_text_model, self_check
+from core.base_model import describe, ensure_base_model, keep_text_model, self_check
+from core.configuration import load_config, names
+from core.errors import UserError
 
 EXPECTED = {
     *(f"gemma-{size}{kind}" for size in ("2b", "7b") for kind in ("", "-it")),
@@ -36,9 +37,13 @@ def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
     # Port 9 of this machine answers nobody: the hub is out of reach whatever the network.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "training.base_model", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-m", "commands.base", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 2
     assert "cannot be reached" in result.stderr and "model.path=" in result.stderr
     assert "Traceback" not in result.stderr
@@ -80,8 +85,14 @@ def test_the_hash_follows_the_weights_and_not_the_folder(tiny_base: Path, tmp_pa
 
 def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
-              "image_size": 28, "patch_size": 14}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     text = tiny_gemma("gemma3_text").config.to_dict()
     whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
     whole.eval().save_pretrained(tmp_path)
@@ -99,7 +110,7 @@ def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedT
 
 @pytest.mark.slow
 def test_killed_and_doubled_builds_end_in_one_good_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training.base_model", f"model.models_dir={tmp_path}"]
+    command = [sys.executable, "-m", "commands.base", f"model.models_dir={tmp_path}"]
     killed = subprocess.Popen(command, cwd=ROOT)
     while not list(tmp_path.glob(".gemma-3-270m.partial/*.gguf")):
         time.sleep(0.1)

@@ -8,8 +8,8 @@ import torch
 from conftest import FAMILIES, tiny_gemma
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 from training.batches import Batches, held_out_loss, learned_loss, row_losses, tokenize
 from training.packing import use_packed_attention
 

@@ -26,7 +26,7 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "bias": "none", "target_mo
 
 
 def benchmark(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.train", f"task.data.source={ROOT}/data_prep/samples/slang.csv", *words]
+    command = [sys.executable, "-m", "benchmarks.train", f"task.data.source={ROOT}/tasks/slang/slang.csv", *words]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, env=environment)
 
@@ -86,14 +86,26 @@ def test_systems_that_do_the_same_see_the_same_and_learn_the_same(
     before = evaluator.begin(0, tmp_path / "initial.safetensors")
     jobs = {
         name: Job(
-            base_folder=str(base), dtype="float32", lora=LORA, initial=str(tmp_path / "initial.safetensors"),
-            rows=str(tmp_path / "rows.json"), steps=[1, 1, 1], batch=8, micro_batch=4, micro_batch_tokens=128,
-            pack_tokens=64, learning_rate=1e-2, weight_decay=0.01, clip=1.0, seed=0,
-            prompt={"template": "{instruction}{response}", "instruction": "", "response": ""}, recipe="",
+            base_folder=str(base),
+            dtype="float32",
+            lora=LORA,
+            initial=str(tmp_path / "initial.safetensors"),
+            rows=str(tmp_path / "rows.json"),
+            steps=[1, 1, 1],
+            batch=8,
+            micro_batch=4,
+            micro_batch_tokens=128,
+            pack_tokens=64,
+            learning_rate=1e-2,
+            weight_decay=0.01,
+            clip=1.0,
+            seed=0,
+            prompt={"template": "{instruction}{response}", "instruction": "", "response": ""},
+            recipe="",
             adapter=str(tmp_path / f"{name}.safetensors"),
         )
         for name in ("ours", "hf-fp32", "litgpt")
-    }  # fmt: skip
+    }
     found = run_rounds(jobs, tmp_path)
     assert "Gemma 3 270M" in found["litgpt"]["not_run"]
     seen = {name: [(one["tokens"], one["learned"]) for one in found[name]["rounds"]] for name in ("ours", "hf-fp32")}
@@ -110,8 +122,15 @@ def test_the_command_writes_one_table_from_what_it_measured(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [f"model.path={tiny_base}", "systems=hf-fp32,hf-bf16-weights,litgpt", "rows=16", "rounds=2", "warmup=1",
-             "length=64", "task.train.learning_rate=1e-3"]  # fmt: skip
+    words = [
+        f"model.path={tiny_base}",
+        "systems=hf-fp32,hf-bf16-weights,litgpt",
+        "rows=16",
+        "rounds=2",
+        "warmup=1",
+        "length=64",
+        "task.train.learning_rate=1e-3",
+    ]
     result = benchmark(tmp_path, *words)
     assert result.returncode == 0, result.stderr
     (file,) = (tmp_path / "benchmarks/results").glob("*.json")
@@ -141,9 +160,17 @@ def test_an_architecture_with_random_weights_is_measured_as_a_base_is(
     monkeypatch.chdir(tmp_path)
     sizes = {name: size for name, size in TINY.items() if not name.endswith("token_id")}
     monkeypatch.setitem(ARCHITECTURES, "tiny", ("gemma2", {**sizes, **TINY_FAMILY["gemma2"], "vocab_size": 500}))
-    words = [f"task.data.source={ROOT}/data_prep/samples/slang.csv", f"model.path={tiny_base}", "random=tiny",
-             f"model.models_dir={tmp_path}", "systems=ours,hf-bf16-weights", "rows=16", "rounds=1", "warmup=1",
-             "length=64"]  # fmt: skip
+    words = [
+        f"task.data.source={ROOT}/tasks/slang/slang.csv",
+        f"model.path={tiny_base}",
+        "random=tiny",
+        f"model.models_dir={tmp_path}",
+        "systems=ours,hf-bf16-weights",
+        "rows=16",
+        "rounds=1",
+        "warmup=1",
+        "length=64",
+    ]
     main(words)
     (file,) = (tmp_path / "benchmarks/results").glob("*tiny*.json")
     found = json.loads(file.read_text())

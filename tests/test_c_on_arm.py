@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.c_build import FLAGS
 from serving.engine import kernels as serving_kernels
 from training import kernels as training_kernels
-from training.c_library import FLAGS
 
 COMPILER = shutil.which("aarch64-linux-gnu-gcc") or ""
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static") or ""

@@ -65,8 +65,12 @@ def adapter(name: str) -> Adapter:
 def command(*words: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "serving.client", *map(str, words)],
-        cwd=ROOT, capture_output=True, text=True, timeout=60, **options,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
 
 
 def open_files() -> int:
@@ -116,9 +120,18 @@ def test_control_tokens_of_a_message_stay_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "messages", [[], ["Hi"], [{"role": "user"}], [{"role": "user", "content": " "}], [{"role": "tool", "content": "x"}],
-                 DIALOGUE[:3], [{"role": "user", "content": 3}], [DIALOGUE[0]]],
-)  # fmt: skip
+    "messages",
+    [
+        [],
+        ["Hi"],
+        [{"role": "user"}],
+        [{"role": "user", "content": " "}],
+        [{"role": "tool", "content": "x"}],
+        DIALOGUE[:3],
+        [{"role": "user", "content": 3}],
+        [DIALOGUE[0]],
+    ],
+)
 @pytest.mark.parametrize("name", ["chat", "slang"])
 def test_what_is_no_dialogue_is_refused_by_a_sentence(messages: list[Any], name: str) -> None:
     with pytest.raises(InvalidRequest, match=r"^messages: "):
@@ -169,8 +182,13 @@ def test_a_closed_client_says_so_and_leaves_no_thread() -> None:
 
 
 def test_an_error_of_the_model_is_told_by_its_code() -> None:
-    kinds = {"invalid": InvalidRequest, "unknown_adapter": UnknownAdapter, "busy": Busy, "unavailable": Unavailable,
-             "internal": ServingError}  # fmt: skip
+    kinds = {
+        "invalid": InvalidRequest,
+        "unknown_adapter": UnknownAdapter,
+        "busy": Busy,
+        "unavailable": Unavailable,
+        "internal": ServingError,
+    }
     for code, kind in kinds.items():
         assert type(error_of(f"{code}: a sentence", "there")) is kind
     assert type(error_of("Request for unknown model: 'gemma' has no available versions", "there")) is Unavailable
@@ -305,8 +323,23 @@ def test_bad_input_is_refused_by_name(url: str, text: str, sampling: dict[str, A
 def test_hundreds_of_random_requests_get_an_answer_or_a_sentence(url: str) -> None:
     dice = random.Random(0)
     values = [-1, 0, 1, 0.5, 2.0, 10**30, "", "1", "x", None, True, [], ["a"], {}, [1], "\0", 1e-9]
-    names = ["temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "seed", "repetition_penalty",
-             "presence_penalty", "frequency_penalty", "ignore_eos", "lora_name", "n", "logprobs", "é"]  # fmt: skip
+    names = [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "seed",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "ignore_eos",
+        "lora_name",
+        "n",
+        "logprobs",
+        "é",
+    ]
 
     async def ask(client: AsyncClient) -> str:
         text = "".join(
@@ -457,10 +490,28 @@ def test_clients_come_and_go_without_a_trace(url: str) -> None:
 def test_tls_with_a_ca_file(stack: Stack, protocol: str, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1",
-         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate],
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost",
+            "-keyout",
+            key,
+            "-out",
+            certificate,
+        ],
         capture_output=True,
-    )  # fmt: skip
+    )
     assert made.returncode == 0, made.stderr
     with tls_before(stack.ports[protocol], certificate, key, protocol) as (port, seen):
         address = f"{protocol}s://localhost:{port}"

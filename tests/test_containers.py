@@ -28,9 +28,13 @@ SECRET = "hf_not_to_be_seen_by_anybody"
 
 def make(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["make", "--no-print-directory", *words], cwd=ROOT, capture_output=True, text=True, timeout=600,
+        ["make", "--no-print-directory", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**ENVIRONMENT, **environment},
-    )  # fmt: skip
+    )
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -45,12 +49,17 @@ def program(folder: Path, name: str, text: str) -> None:
 def test_auto_trains_here_without_a_gpu_and_says_why() -> None:
     said = make("-n", "train").stdout
     assert "RUNTIME=auto: local, as there is no NVIDIA GPU" in said
-    assert ".venv/bin/python -m training task=slang" in said
+    assert ".venv/bin/python -m commands.train task=slang" in said
 
 
-@pytest.mark.parametrize(("runtime", "launcher"), [
-    ("container", "docker.container"), ("slurm", "docker.slurm"), ("k8s", "docker.kubernetes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("runtime", "launcher"),
+    [
+        ("container", "docker.container"),
+        ("slurm", "docker.slurm"),
+        ("k8s", "docker.kubernetes"),
+    ],
+)
 def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
     here = make("-n", "train", "RUNTIME=local", "GPUS=8", "ARGS=seed=1").stdout.splitlines()[-1].split()
     there = make("-n", "train", f"RUNTIME={runtime}", "GPUS=8", "ARGS=seed=1").stdout.split()
@@ -58,15 +67,18 @@ def test_each_runtime_gets_the_same_words(runtime: str, launcher: str) -> None:
     assert there == ["python3", "-m", launcher, *here[2:]]
 
 
-@pytest.mark.parametrize(("words", "says"), [
-    (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
-    (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
-    (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
-    (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
-    (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
-    (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
-    (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "RUNTIME=cloud"], "RUNTIME=cloud is unknown. Known: auto local container slurm k8s"),
+        (["image", "KIND=bake"], "KIND=bake is unknown. Known: train serve"),
+        (["up", "PROFILES=cpu gpu"], "PROFILES=cpu gpu must be cpu or gpu, and monitoring or not"),
+        (["up", "TASKS=poems"], "TASKS=poems is unknown. Known: chat slang squid_game"),
+        (["image", "VARIANT=tpu"], "VARIANT=tpu is unknown. Known: cpu gpu"),
+        (["train", "RUNTIME=container", "ENGINE=automodel"], "ENGINE=automodel is not in the image: use RUNTIME=local"),
+        (["train", "RUNTIME=container", "ARGS=runs_dir=../runs"], "runs_dir=../runs is not shared with the container"),
+    ],
+)
 def test_what_cannot_be_is_said_before_anything_is_built(words: list[str], says: str, tmp_path: Path) -> None:
     program(tmp_path, "podman", f"echo '{{\"host\": {{}}}}'; [ $1 = info ] || echo $@ >> {tmp_path}/done")
     result = make(*words, PATH=f"{tmp_path}:/usr/bin:/bin", PYTHON=sys.executable, IMAGE="there")
@@ -106,28 +118,35 @@ def test_gpus_limits_and_the_user_are_passed_on(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("VARIANT", "gpu")
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setattr(os, "getuid", lambda: 1234)
-    words = container.run_command(DOCKER, "image", ["training", "task=slang"])
+    words = container.run_command(DOCKER, "image", ["commands.train", "task=slang"])
     assert {"--gpus=all", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"} <= set(words)
     assert words[words.index("--user") + 1].startswith("1234:")
     assert words[words.index("HF_TOKEN") - 1] == "--env"
     assert SECRET not in " ".join(words)
     with pytest.raises(UserError, match="nvidia-ctk cdi generate"):
-        container.run_command(PODMAN, "image", ["training"])
+        container.run_command(PODMAN, "image", ["commands.train"])
     monkeypatch.setenv("VARIANT", "cpu")
-    assert "--userns=keep-id" in container.run_command(PODMAN, "image", ["training"])
-    assert "--gpus=all" not in container.run_command(DOCKER, "image", ["training"])
+    assert "--userns=keep-id" in container.run_command(PODMAN, "image", ["commands.train"])
+    assert "--gpus=all" not in container.run_command(DOCKER, "image", ["commands.train"])
 
 
 def test_what_the_words_name_is_mounted(tmp_path: Path) -> None:
     (tmp_path / "my rows.csv").touch()
-    found = container.mounts([
-        f"task.data.source='{tmp_path}/my rows.csv'", "model.path=/nowhere", "runs_dir=runs/mine",
-        f"data_dir={tmp_path}/d", "task.data.source=hf:owner/name", "task.data.source=README.md",
-    ])  # fmt: skip
+    found = container.mounts(
+        [
+            f"task.data.source='{tmp_path}/my rows.csv'",
+            "model.path=/nowhere",
+            "runs_dir=runs/mine",
+            f"data_dir={tmp_path}/d",
+            "task.data.source=hf:owner/name",
+            "task.data.source=README.md",
+        ]
+    )
     assert found == [
-        f"--volume={tmp_path}/my rows.csv:{tmp_path}/my rows.csv:ro", f"--volume={tmp_path}:{tmp_path}",
+        f"--volume={tmp_path}/my rows.csv:{tmp_path}/my rows.csv:ro",
+        f"--volume={tmp_path}:{tmp_path}",
         f"--volume={ROOT}/README.md:/opt/gemma-nemo/README.md:ro",
-    ]  # fmt: skip
+    ]
 
 
 def test_network_settings_are_named_to_the_build_but_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,14 +215,35 @@ def test_an_image_built_again_comes_from_the_cache(engine: Engine, kind: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", image.KINDS)
 def test_an_image_holds_no_secret_no_cache_and_nobodys_files(engine: Engine, kind: str) -> None:
-    found = inside(engine, kind, "cd /opt/gemma-nemo; ls -A; find / -xdev \\( -name pip.conf -o -name .netrc -o -path"
-                   " '/run/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*'"
-                   " -o -path '/var/cache/apt/*' -o -path '/run/secrets/*' \\)")  # fmt: skip
+    found = inside(
+        engine,
+        kind,
+        "cd /opt/gemma-nemo; ls -A; find / -xdev \\( -name pip.conf -o -name .netrc -o -path"
+        " '/run/wheels/*' -o -path '*/.cache/*' -o -path '/var/lib/apt/lists/*_*'"
+        " -o -path '/var/cache/apt/*' -o -path '/run/secrets/*' \\)",
+    )
     environment = ".venv" if kind == "train" else ".venv-serve"
     assert set(found.split()) == {
-        environment, "LICENSE", "Makefile", "converters", "data", "data_prep", "evaluation", "exports", "models",
-        "nemo_configs", "pyproject.toml", "runs", "serve.lock", "serving", "train.lock", "training",
-    }  # fmt: skip
+        environment,
+        "LICENSE",
+        "Makefile",
+        "commands",
+        "converters",
+        "core",
+        "data",
+        "data_prep",
+        "evaluation",
+        "exports",
+        "models",
+        "nemo_configs",
+        "pyproject.toml",
+        "runs",
+        "serve.lock",
+        "serving",
+        "tasks",
+        "train.lock",
+        "training",
+    }
 
 
 @pytest.mark.slow
@@ -259,9 +299,14 @@ def test_a_stopped_container_leaves_a_checkpoint(
     words = command(source, tiny_base, tmp_path, "task.train.epochs=400")[2:]
     environment = {**ENVIRONMENT, "HF_TOKEN": SECRET}
     process = subprocess.Popen(
-        [sys.executable, "-m", "docker.container", *words], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "docker.container", *words],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     assert process.stdout
     said = []
     try:
@@ -345,8 +390,12 @@ def test_prometheus_reads_the_stack_and_knows_every_query(stack: dict[str, str],
         settings = settings.replace(there, f"127.0.0.1:{stack[port]}")
     (tmp_path / "prometheus.yml").write_text(settings.replace("scrape_interval: 5s", "scrape_interval: 1s"))
     address = f"127.0.0.1:{stack['PROMETHEUS_PORT']}"
-    words = ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-             f"--web.listen-address={address}"]  # fmt: skip
+    words = [
+        "prometheus",
+        f"--config.file={tmp_path}/prometheus.yml",
+        f"--storage.tsdb.path={tmp_path}/data",
+        f"--web.listen-address={address}",
+    ]
     board = json.loads((ROOT / "docker/grafana/dashboards/gemma.json").read_text())
     queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     with (tmp_path / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as process:

@@ -22,17 +22,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import adapter as adapter_folder
 from converters import hf, nemo
-from converters.__main__ import convert, table
 from converters.checkpoint import Adapter, Checkpoint, Lazy, of_memory
 from converters.conversion import fetched
+from converters.convert import convert, table
 from converters.nemo_file import read_nemo
 from converters.prove import prove
 from converters.spans import whole
 from converters.streamed import logits
 from converters.torch_file import MAX_PICKLE, read_tensors
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import describe
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 
 PROMPT = {
     "template": "Instruction:\n{instruction}\n\nResponse:\n{response}",
@@ -94,8 +94,9 @@ def archive(tiny_base: Path, tmp_path: Path) -> Path:
     config = {"base": describe(tiny_base), "dtype": "bfloat16", "prompt": PROMPT, "peft": {"name": "lora", **peft}}
     adapter = {
         name.replace(".default", ""): parameter.detach()
-        for name, parameter in adapted(tiny_base).named_parameters() if "lora_" in name
-    }  # fmt: skip
+        for name, parameter in adapted(tiny_base).named_parameters()
+        if "lora_" in name
+    }
     weights = io.BytesIO()
     torch.save(adapter, weights)
     return write_archive(tmp_path / "slang.nemo", config, weights.getvalue())
@@ -126,8 +127,9 @@ def test_the_forward_pass_a_layer_at_a_time_is_that_of_transformers_and_peft(
 ONCE_EACH = set(zip(FAMILIES, KINDS, strict=True))
 EVERY = [
     pytest.param(family, kind, marks=[] if (family, kind) in ONCE_EACH else pytest.mark.slow)
-    for family in FAMILIES for kind in KINDS
-]  # fmt: skip
+    for family in FAMILIES
+    for kind in KINDS
+]
 
 
 @pytest.mark.parametrize(("family", "kind"), EVERY)
@@ -283,8 +285,10 @@ def test_a_failed_conversion_leaves_nothing(
 @pytest.mark.slow
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     # No file may grow beyond 100 KB, which is what a full disk looks like to a program.
-    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
-            "from converters.__main__ import main; from nemo_configs.command_line import run; run(main)")  # fmt: skip
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from commands.convert import main; from core.errors import run; run(main)"
+    )
     words = [tiny_base, "--to", "hf", "--out", tmp_path / "exports/x"]
     result = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and "could not be written to" in result.stderr and "GB are free" in result.stderr
@@ -472,9 +476,13 @@ def test_a_pickle_in_an_archive_is_not_run(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("record", "content", "says"),
-    [("byteorder", b"big", "big-endian"), ("data/0", bytes(4), "does not lie in the file"), ("", b"", "compressed"),
-     ("data.pkl", bytes(MAX_PICKLE + 1), "67,108,865 bytes")],
-)  # fmt: skip
+    [
+        ("byteorder", b"big", "big-endian"),
+        ("data/0", bytes(4), "does not lie in the file"),
+        ("", b"", "compressed"),
+        ("data.pkl", bytes(MAX_PICKLE + 1), "67,108,865 bytes"),
+    ],
+)
 def test_what_torch_does_not_write_is_refused(record: str, content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "weights.ckpt"
     torch.save({"a": torch.ones(2)}, path)
@@ -496,9 +504,15 @@ def test_what_is_no_plain_tensor_by_name_is_refused(state: Any, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("model_config.yaml", tarfile.SYMTYPE), ("model_weights.ckpt", tarfile.LNKTYPE), ("../x", tarfile.REGTYPE),
-     ("/etc/x", tarfile.REGTYPE), ("files/../../x", tarfile.REGTYPE), ("pipe", tarfile.FIFOTYPE)],
-)  # fmt: skip
+    [
+        ("model_config.yaml", tarfile.SYMTYPE),
+        ("model_weights.ckpt", tarfile.LNKTYPE),
+        ("../x", tarfile.REGTYPE),
+        ("/etc/x", tarfile.REGTYPE),
+        ("files/../../x", tarfile.REGTYPE),
+        ("pipe", tarfile.FIFOTYPE),
+    ],
+)
 def test_members_outside_the_archive_are_not_followed(name: str, kind: bytes, tmp_path: Path) -> None:
     path = tmp_path / "links.nemo"
     with tarfile.open(path, "w") as tar:
@@ -556,8 +570,12 @@ def test_what_is_no_archive_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_error_on_the_command_line_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.nemo").write_bytes(b"not a tar")
-    result = subprocess.run([sys.executable, "-m", "converters", tmp_path / "x.nemo", "--to", "adapter"],
-                            cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "commands.convert", tmp_path / "x.nemo", "--to", "adapter"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 2
     assert "x.nemo is damaged or not what its name says" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -646,9 +664,12 @@ def test_a_model_of_the_hub_is_named_as_there_and_a_wrong_path_is_not(base_folde
 
 @pytest.mark.parametrize(
     ("to", "words", "message"),
-    [("merged", {}, "there is nothing to merge"), ("adapter", {}, "which adapter does not hold; --to hf does"),
-     ("nemo", {"dtype": "q9"}, "--dtype q9 is unknown to nemo")],
-)  # fmt: skip
+    [
+        ("merged", {}, "there is nothing to merge"),
+        ("adapter", {}, "which adapter does not hold; --to hf does"),
+        ("nemo", {"dtype": "q9"}, "--dtype q9 is unknown to nemo"),
+    ],
+)
 def test_what_a_format_cannot_hold_is_told(
     to: str, words: dict[str, str], message: str, tiny_base: Path, tmp_path: Path
 ) -> None:

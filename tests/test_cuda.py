@@ -17,7 +17,7 @@ from bitsandbytes.optim import PagedAdamW32bit
 from conftest import FAMILIES, ROOT
 from test_packing import ROWS, gradients, hidden_of_rows, with_lora
 
-from evaluation.runs import read_metrics
+from core.run_folder import read_metrics
 from training.cross_entropy import linear_cross_entropy
 from training.fast_layers import speed_up
 from training.packing import _flex_attention, pack, use_packed_attention
@@ -110,11 +110,26 @@ def test_paged_adamw_takes_the_steps_of_adamw() -> None:
 @pytest.mark.parametrize("words", [[], ["peft=qlora"], ["task.train.gradient_checkpointing=true"]])
 def test_a_run_on_a_gpu_learns_and_reports(words: list[str], tiny_base: Path, tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "training", f"model.path={tiny_base}", "trainer=gpu", f"data_dir={tmp_path}/data",
-         f"runs_dir={tmp_path}/runs", "task.train.epochs=2", "task.train.learning_rate=1e-2",
-         "task.train.log_every=1", "task.generate.max_new_tokens=4", *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "commands.train",
+            f"model.path={tiny_base}",
+            "trainer=gpu",
+            f"data_dir={tmp_path}/data",
+            f"runs_dir={tmp_path}/runs",
+            "task.train.epochs=2",
+            "task.train.learning_rate=1e-2",
+            "task.train.log_every=1",
+            "task.generate.max_new_tokens=4",
+            *words,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "0"},
+    )
     assert result.returncode == 0, result.stderr
     (run,) = (tmp_path / "runs" / "slang").iterdir()
     assert (run / "report.html").stat().st_size > 0

@@ -18,18 +18,19 @@ from omegaconf import DictConfig, OmegaConf
 from rapidfuzz import fuzz, process
 from transformers import AutoTokenizer
 
-from data_prep import progress
+from core import progress
+from core.configuration import load_config
+from core.errors import UserError
+from core.prompt import Prompt
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
 from data_prep.prepare import prepare
-from data_prep.prompt import Prompt
 from data_prep.read_table import Row, open_table
 from data_prep.same_rows import NEAR
 from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
 from data_prep.task import Data, Task
 from data_prep.write_splits import SplitWriter
-from nemo_configs.command_line import UserError, load_config
 from training.batches import tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -573,7 +574,7 @@ def test_real_tables_go_through_whole(tmp_path: Path, name: str, rows_in: int, c
 
 
 def test_every_row_of_the_sample_is_usable(tmp_path: Path) -> None:
-    manifest = manifest_of(prepare(config_for(tmp_path / "data", ROOT / "data_prep" / "samples" / "slang.csv"), None))
+    manifest = manifest_of(prepare(config_for(tmp_path / "data", ROOT / "tasks" / "slang" / "slang.csv"), None))
     assert manifest["rows_out"] == manifest["rows_in"] >= 300
     assert not manifest["dropped"]
 
@@ -634,9 +635,11 @@ def test_filters_leave_rows_out_by_number_and_by_pattern(tmp_path: Path) -> None
     too_low = sum(row[2] in ("0", "1", "2") for row in rows)
     other = sum(row[2] in ("3", "4", "5", "6") and row[3] == "de" for row in rows)
     assert manifest["dropped"] == {
-        "context does not match en|fr": other, "example is empty": 1, "example is no number": 1,
+        "context does not match en|fr": other,
+        "example is empty": 1,
+        "example is no number": 1,
         "example is not >=2.5": too_low,
-    }  # fmt: skip
+    }
     assert account(manifest) == (140, 140)
 
 
@@ -670,8 +673,14 @@ def test_a_column_to_filter_by_must_be_there(tmp_path: Path) -> None:
 def test_a_template_that_does_not_fit_is_named(tmp_path: Path, option: str, template: object, message: str) -> None:
     columns = {"review": ["review"], "answer": ["answer"]}
     prompt = {"template": "{instruction}\n{response}", "instruction": 'As {"a": 1}, {review}', "response": "{answer}"}
-    data = {"source": "a.csv", "columns": columns, "required": ["review"], "key": "review", "max_chars": 99,
-            "split": {"validation": 0.1, "test": 0.1}}  # fmt: skip
+    data = {
+        "source": "a.csv",
+        "columns": columns,
+        "required": ["review"],
+        "key": "review",
+        "max_chars": 99,
+        "split": {"validation": 0.1, "test": 0.1},
+    }
     Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": prompt}}))
     with pytest.raises(UserError) as error:
         Task.of(OmegaConf.create({"task": {"name": "own", "data": data, "prompt": {**prompt, option: template}}}))
@@ -781,15 +790,24 @@ def test_counts_and_shown_rows_are_those_of_training(
     assert counted == [(len(ids), sum(end - first for first, end in spans))]
 
     tokens = {"total": len(ids), "learned": counted[0][1], "mean": float(len(ids)), "max": len(ids), "counted_rows": 1}
-    manifest = {"rows_in": 1, "rows_out": 1, "source": {"name": "a.csv"}, "dropped": {}, "merged": 0, "repaired": 0,
-                "notes": {}, "splits": {"training": {"rows": 1, "tokens": tokens}}}  # fmt: skip
+    manifest = {
+        "rows_in": 1,
+        "rows_out": 1,
+        "source": {"name": "a.csv"},
+        "dropped": {},
+        "merged": 0,
+        "repaired": 0,
+        "notes": {},
+        "splits": {"training": {"rows": 1, "tokens": tokens}},
+    }
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     show(tmp_path, prompt, 1)
     shown = capsys.readouterr().out.partition("Example 1")[2].split("\n")[1:-3]
     learned = "".join(tokenizer.decode(ids[first:end]) for first, end in spans)
-    given = "".join(tokenizer.decode(ids[first:end]) for first, end in zip(
-        [0, *(end for _, end in spans)], [first for first, _ in spans], strict=False
-    ))  # fmt: skip
+    given = "".join(
+        tokenizer.decode(ids[first:end])
+        for first, end in zip([0, *(end for _, end in spans)], [first for first, _ in spans], strict=False)
+    )
     assert "".join(line[4:].strip() for line in shown if line.startswith("  ▌ ")) == learned.replace("\n", "")
     unmarked = [line.strip() for line in shown if not line.startswith("  ▌ ")]
     assert "".join(unmarked).replace(" ", "") == given.replace("\n", "").replace(" ", "")
@@ -855,7 +873,7 @@ import sys
 from pathlib import Path
 from omegaconf import OmegaConf
 from data_prep.prepare import prepare
-from nemo_configs.command_line import run
+from core.errors import run
 def main(words):
     prepare(OmegaConf.load(words[0]), None)
     print(Path("/proc/self/status").read_text())
@@ -942,7 +960,7 @@ def test_make_data_s_command(tmp_path: Path, tokenizer_file: Path) -> None:
     (base / "model.safetensors").touch()
     source = write_csv(tmp_path / "a.csv", made_up(80))
     words = ["task=slang", f"task.data.source={source}", f"data_dir={tmp_path / 'data'}", f"model.path={base}"]
-    command = [sys.executable, "-m", "data_prep", *words]
+    command = [sys.executable, "-m", "commands.data", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "80 rows in, 80 out, from a.csv" in done.stdout

@@ -21,7 +21,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from converters.nemo_file import read_nemo
-from nemo_configs.command_line import UserError, load_config
+from core.configuration import load_config
+from core.errors import UserError
 from training.batches import Batches, learned_loss
 from training.distribute import AdapterParallel, shard_base, split_base
 from training.fast_layers import speed_up
@@ -33,8 +34,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 KINDS = ("ddp", "fsdp2", "tp")
 # One thread, and loopback: the machine that tests may not know its own name.
 ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "GLOO_SOCKET_IFNAME": "lo",
-}  # fmt: skip
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
 
 
 def tiny_lora(family: str) -> PeftModel:
@@ -131,8 +135,9 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch
     """Every strategy and family, with micro-batches of no row; of a sharded base, half lies in each process."""
     for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
-    counts = [len(next(iter(Batches(rows(), 8, 60, 0, rank=rank, world_size=2))).micro_batches[-1].targets)
-              for rank in (0, 1)]  # fmt: skip
+    counts = [
+        len(next(iter(Batches(rows(), 8, 60, 0, rank=rank, world_size=2))).micro_batches[-1].targets) for rank in (0, 1)
+    ]
     assert min(counts) == 0 < max(counts), "no process is left without rows: the test is too weak"
     torch.multiprocessing.spawn(compare_with_one_process, (str(tmp_path),), nprocs=2)
 
@@ -166,17 +171,26 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(source: Path, tiny_base: Path) -> list[str]:
     return [
-        sys.executable, "-m", "training", f"task.data.source={source}", f"model.path={tiny_base}",
-        "task.train.epochs=2", "task.train.batch_size=4",
+        sys.executable,
+        "-m",
+        "commands.train",
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        "task.train.epochs=2",
+        "task.train.batch_size=4",
         "task.generate.max_new_tokens=4",
-    ]  # fmt: skip
+    ]
 
 
 def start(words: list[str], folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*words, f"data_dir={folder}/data", f"runs_dir={folder}/runs", *more], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**ENVIRONMENT, **environment},
-    )  # fmt: skip
+        [*words, f"data_dir={folder}/data", f"runs_dir={folder}/runs", *more],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**ENVIRONMENT, **environment},
+    )
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 600) -> tuple[str, str]:

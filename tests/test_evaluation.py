@@ -24,15 +24,19 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from data_prep.prompt import Prompt
+from commands import compare as compare_command
+from commands import report as report_command
+from commands.train import main as train
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.files import read_lines
+from core.prompt import Prompt
+from core.run_folder import Run
 from evaluation import compare_runs, judge, report
 from evaluation.gate import NOT_BETTER, pass_gate
 from evaluation.generations import generate
 from evaluation.questions import check, held_out_questions, listed_questions
-from evaluation.runs import Run, read_lines
 from evaluation.sampling import SampledToken, sample
-from nemo_configs.command_line import UserError, load_config, plain
-from training.__main__ import main as train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt(**plain(load_config(["task=slang"]).task.prompt))
@@ -42,10 +46,18 @@ TURNS = Prompt(load_config(["+prompt=gemma-turns"]).task.prompt.template, "{ask}
 
 def words_for(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        f"task.data.source={source}", f"model.path={tiny_base}", f"data_dir={folder}/data", f"runs_dir={folder}/runs",
-        "task.train.epochs=2", "task.train.batch_size=16", "task.train.learning_rate=1e-2",
-        "task.generate.max_new_tokens=8", "task.evaluate.seeds=2", "task.evaluate.held_out=3", *more,
-    ]  # fmt: skip
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        f"data_dir={folder}/data",
+        f"runs_dir={folder}/runs",
+        "task.train.epochs=2",
+        "task.train.batch_size=16",
+        "task.train.learning_rate=1e-2",
+        "task.generate.max_new_tokens=8",
+        "task.evaluate.seeds=2",
+        "task.evaluate.held_out=3",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,7 @@ def words(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw", lambda *_: {})  # once is enough, and drawing takes longest
         assert train(words) == 0
-    assert report.main(words) == 0
+    assert report_command.main(words) == 0
     return words
 
 
@@ -79,8 +91,10 @@ def test_who_else_is_in_a_batch_changes_nothing(tiny_base: Path) -> None:
     sampling = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
     texts = ["Slang", "A much longer text about the rain in the tents: 12345", "Slang", "At the beach"]
     together = sample(model, tokenizer, ENDS, texts, [0, 0, 1, 0], sampling)
-    alone = [sample(model, tokenizer, ENDS, [text], [seed], sampling)[0]
-             for text, seed in zip(texts, [0, 0, 1, 0], strict=True)]  # fmt: skip
+    alone = [
+        sample(model, tokenizer, ENDS, [text], [seed], sampling)[0]
+        for text, seed in zip(texts, [0, 0, 1, 0], strict=True)
+    ]
     assert together == alone
     assert together[0].text != together[2].text  # another seed
 
@@ -117,8 +131,11 @@ def test_an_answer_says_whether_it_came_to_its_end(tiny_base: Path) -> None:
 
 
 def test_a_question_is_a_text_or_fields_or_a_dialogue() -> None:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
-                {"role": "user", "content": "Bye"}]  # fmt: skip
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ]
     text, defaults, fields = listed_questions(["Say it.", {}, {"context": "Rain."}], PROMPT)
     assert text.text_in == "Instruction:\nSay it.\n\nResponse:\n" and text.fields == {}
     assert defaults.asked == PROMPT.write_instruction() and defaults.fields["context"].startswith("You're hanging out")
@@ -130,9 +147,12 @@ def test_a_question_is_a_text_or_fields_or_a_dialogue() -> None:
 
 @pytest.mark.parametrize(
     ("question", "says"),
-    [({"contxt": "Rain."}, "no field contxt. Known: condition, context, tag"), (7, "question 1: give a text"),
-     ({"messages": [{"role": "assistant", "content": "Hi"}]}, "question 1 cannot be asked")],
-)  # fmt: skip
+    [
+        ({"contxt": "Rain."}, "no field contxt. Known: condition, context, tag"),
+        (7, "question 1: give a text"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}]}, "question 1 cannot be asked"),
+    ],
+)
 def test_a_question_that_cannot_be_asked_is_named(question: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         listed_questions([question], PROMPT)
@@ -144,7 +164,9 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     questions = held_out_questions(file, 4, ENDS)
     assert [(it.id, it.text_in, it.reference) for it in questions[:2]] == [
-        ("row 1", "Q: ask 0\nA: ", "say 0"), ("row 3", "Q: ask 2\nA: ", "say 2")]  # fmt: skip
+        ("row 1", "Q: ask 0\nA: ", "say 0"),
+        ("row 3", "Q: ask 2\nA: ", "say 2"),
+    ]
     assert [it.row for it in questions] == [1, 3, 6, 8] and len(held_out_questions(file, 99, ENDS)) == 10
     assert held_out_questions(file, 0, ENDS) == []
     turns = [
@@ -157,10 +179,13 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("task.evaluate.seeds=0", "seeds must be 1 or more"), ("task.evaluate.held_out=-1", "held_out must be 0"),
-     ("task.evaluate.metrics=films", "films is unknown. Known: slang, reviews, null"),
-     ("task.evaluate.min_gain=5", "min_gain is a share")],
-)  # fmt: skip
+    [
+        ("task.evaluate.seeds=0", "seeds must be 1 or more"),
+        ("task.evaluate.held_out=-1", "held_out must be 0"),
+        ("task.evaluate.metrics=films", "films is unknown. Known: reviews, slang, null"),
+        ("task.evaluate.min_gain=5", "min_gain is a share"),
+    ],
+)
 def test_a_wrong_setting_is_named(word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         check(load_config([word]))
@@ -227,7 +252,7 @@ def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], 
     changed["splits"]["test"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"does not hold the rows of .* make data TASK=slang"):
-        report.main(words)
+        report_command.main(words)
     manifest.write_text(kept)
 
 
@@ -236,7 +261,7 @@ def test_a_run_of_another_task_is_named(finished: Run, words: list[str]) -> None
     kept = config.read_text()
     config.write_text(kept.replace("name: slang\n", "name: films\n", 1))
     with pytest.raises(UserError, match="is a run of films: make report TASK=films"):
-        report.main([*words, f"+run={finished.folder}"])
+        report_command.main([*words, f"+run={finished.folder}"])
     config.write_text(kept)
 
 
@@ -245,9 +270,15 @@ def test_a_run_of_another_task_is_named(finished: Run, words: list[str]) -> None
 
 @pytest.mark.parametrize(
     ("after", "min_gain", "code"),
-    [(15.0, None, 0), (15.0, 0.25, 0), (15.0, 0.26, NOT_BETTER), (21.0, 0.0, NOT_BETTER), (21.0, -0.1, 0),
-     (float("nan"), 0.0, NOT_BETTER)],
-)  # fmt: skip
+    [
+        (15.0, None, 0),
+        (15.0, 0.25, 0),
+        (15.0, 0.26, NOT_BETTER),
+        (21.0, 0.0, NOT_BETTER),
+        (21.0, -0.1, 0),
+        (float("nan"), 0.0, NOT_BETTER),
+    ],
+)
 def test_a_fine_tune_that_is_not_better_enough_does_not_pass(
     after: float, min_gain: float | None, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -261,9 +292,9 @@ def test_train_and_report_end_with_the_gate_s_code(words: list[str], capsys: pyt
         train([*words, "task.evaluate.min_gain=0.999"]) == 3
     )  # the same run: what is asked afterwards changes nothing
     assert "is finished" in capsys.readouterr().out
-    assert report.main([*words, "task.evaluate.min_gain=0.999"]) == 3
+    assert report_command.main([*words, "task.evaluate.min_gain=0.999"]) == 3
     assert "asks for 99.9%. The run is kept" in capsys.readouterr().err
-    assert report.main([*words, "task.evaluate.min_gain=0.001"]) == 0
+    assert report_command.main([*words, "task.evaluate.min_gain=0.001"]) == 0
 
 
 # --- the judge ------------------------------------------------------------------------------------------------
@@ -300,10 +331,17 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]], list[Reply]]]:
 
 def pairs(count: int = 4) -> list[dict[str, Any]]:
     return [
-        {"id": f"{side} {n}", "side": side, "question": f"question {n // 2}", "seed": n % 2, "text_in": "Say it.",
-         "text": f"{'good' if side == 'after' else 'bad'} {n}"}
-        for side in ("before", "after") for n in range(count)
-    ]  # fmt: skip
+        {
+            "id": f"{side} {n}",
+            "side": side,
+            "question": f"question {n // 2}",
+            "seed": n % 2,
+            "text_in": "Say it.",
+            "text": f"{'good' if side == 'after' else 'bad'} {n}",
+        }
+        for side in ("before", "after")
+        for n in range(count)
+    ]
 
 
 def config_of(url: str, *more: str) -> Any:
@@ -331,9 +369,13 @@ def test_a_preference_counts_where_both_orders_agree(endpoint: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("reply", "reason"),
-    [(lambda a, b: (200, "A"), "disagreed"), (lambda a, b: (200, "I cannot judge this."), "no_verdict"),
-     (lambda a, b: (200, ""), "no_verdict"), (lambda a, b: (200, "A and B are both fine, A"), "no_verdict")],
-)  # fmt: skip
+    [
+        (lambda a, b: (200, "A"), "disagreed"),
+        (lambda a, b: (200, "I cannot judge this."), "no_verdict"),
+        (lambda a, b: (200, ""), "no_verdict"),
+        (lambda a, b: (200, "A and B are both fine, A"), "no_verdict"),
+    ],
+)
 def test_everything_else_is_a_tie_and_said(reply: Reply, reason: str, endpoint: Any, tmp_path: Path) -> None:
     url, _, replies = endpoint
     replies.append(reply)
@@ -383,7 +425,7 @@ def test_an_address_without_a_judge_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_the_report_shows_the_judge(finished: Run, words: list[str], endpoint: Any) -> None:
     url, _, replies = endpoint
     replies.append(lambda a, b: (200, "tie"))
-    assert report.main([*words, f"judge.url={url}", "judge.model=a-judge"]) == 0
+    assert report_command.main([*words, f"judge.url={url}", "judge.model=a-judge"]) == 0
     assert "a-judge saw 15 pairs of answers" in (finished.folder / "report.html").read_text()
 
 
@@ -410,8 +452,10 @@ def three(finished: Run) -> Iterator[tuple[Run, Run, Run]]:
     """A run; one whose every row is a nat worse; and one measured on other rows."""
     worse = [[nats + 1, tokens] for nats, tokens in finished.evaluation["after"]["rows"]]
     loss = sum(nats for nats, _ in worse) / sum(tokens for _, tokens in worse)
-    copies = (copy_of(finished, "worse", after={"rows": worse, "loss": loss, "perplexity": exp(loss)}),
-              copy_of(finished, "elsewhere", test={"sha256": "e" * 64}))  # fmt: skip
+    copies = (
+        copy_of(finished, "worse", after={"rows": worse, "loss": loss, "perplexity": exp(loss)}),
+        copy_of(finished, "elsewhere", test={"sha256": "e" * 64}),
+    )
     yield finished, *copies
     for copy in copies:
         for file in copy.folder.iterdir():
@@ -446,7 +490,7 @@ def test_models_with_other_tokens_are_not_compared_by_the_token(finished: Run) -
 def test_the_comparison_is_one_page_without_scripts(
     three: tuple[Run, Run, Run], words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compare_runs.main(words)
+    compare_command.main(words)
     out = capsys.readouterr().out
     page = (three[0].folder.parent / "comparison.html").read_text()
     assert out.strip().endswith("comparison.html") and page.count("sha256 ") == 2
@@ -456,7 +500,7 @@ def test_the_comparison_is_one_page_without_scripts(
     chosen = compare_runs.choose(load_config(words), f"{three[0].folder.name} {three[1].folder}")
     assert [one.folder for one in chosen] == [one.folder for one in three[:2]]
     with pytest.raises(UserError, match="no-such is not a finished run"):
-        compare_runs.main([*words, "runs=no-such"])
+        compare_command.main([*words, "runs=no-such"])
 
 
 @pytest.mark.slow

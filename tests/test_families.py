@@ -14,14 +14,15 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters.__main__ import convert
-from data_prep.prompt import Prompt
+from converters.convert import convert
+from core.base_model import describe
+from core.configuration import load_config, names, plain
+from core.errors import UserError
+from core.load_model import add_lora
+from core.prompt import Prompt
 from evaluation.compare import answer
-from nemo_configs.command_line import UserError, load_config, names, plain
-from training.base_model import describe
 from training.batches import Batches, learned_loss, tokenize
 from training.gemma_lora import GemmaLoRA
-from training.load_model import add_lora
 
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template
@@ -55,10 +56,18 @@ def rows_of(base: Path, folder: Path, template: str = TURNS) -> Dataset:
 
 def train(base: Path, folder: Path, *words: str) -> list[float]:
     """Five steps over all rows; the loss of each."""
-    config = load_config([
-        "+prompt=gemma-turns", "task.train.epochs=5", "task.train.batch_size=4", "task.train.accumulation=2",
-        "task.train.learning_rate=1e-3", "task.train.warmup_ratio=0.2", "task.train.weight_decay=0.01", *words,
-    ])  # fmt: skip
+    config = load_config(
+        [
+            "+prompt=gemma-turns",
+            "task.train.epochs=5",
+            "task.train.batch_size=4",
+            "task.train.accumulation=2",
+            "task.train.learning_rate=1e-3",
+            "task.train.warmup_ratio=0.2",
+            "task.train.weight_decay=0.01",
+            *words,
+        ]
+    )
     rows = rows_of(base, folder)
     fit_here(config, base, rows, rows, folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -133,10 +142,21 @@ def module(base: Path, **options: Any) -> GemmaLoRA:
     config = load_config()
     peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     peft["lora_dropout"] = 0.1
-    return GemmaLoRA(OmegaConf.create({
-        "base_folder": str(base), "base": describe(base), "dtype": "float32", "seed": 0, "clip": 1.0, "peft": peft,
-        "quantization": None, "prompt": plain(config.task.prompt), **options,
-    }))  # fmt: skip
+    return GemmaLoRA(
+        OmegaConf.create(
+            {
+                "base_folder": str(base),
+                "base": describe(base),
+                "dtype": "float32",
+                "seed": 0,
+                "clip": 1.0,
+                "peft": peft,
+                "quantization": None,
+                "prompt": plain(config.task.prompt),
+                **options,
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,8 +184,10 @@ def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path]
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ({"target_modules": ["q_proj", "query_key_value"]},
-         "no query_key_value. Known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+        (
+            {"target_modules": ["q_proj", "query_key_value"]},
+            "no query_key_value. Known: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ),
         ({"target_modules": []}, "Known: q_proj, k_proj"),
         ({"target_modules": "nothing_like.*"}, "nothing_like"),
         ({"r": 0}, "`r` should be a positive integer"),
@@ -173,7 +195,7 @@ def test_checkpointed_gradients_are_the_same(family: str, bases: dict[str, Path]
         ({"bias": "most"}, "most"),
         ({"rank": 8}, "rank"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_setting_is_answered_with_the_valid_ones(family: str, setting: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match="peft") as error:
         add_lora(tiny_gemma(family, vocab_size=100), {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **setting})

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
 from converters.checkpoint import Adapter, Checkpoint, of_memory
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "{slang}", {"ask": "«Was?»"})
@@ -156,8 +156,12 @@ def test_the_tokenizer_comes_along(family: str, folders: Any, tmp_path: Path) ->
     field = {key: value.contents() for key, value in GGUFReader(tmp_path / "model.gguf").fields.items()}
     assert field["tokenizer.ggml.model"] == "llama" and field["tokenizer.ggml.add_bos_token"] is True
     assert [field[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "padding", "unknown")] == [
-        2, 1, 5, 0, 3,
-    ]  # fmt: skip
+        2,
+        1,
+        5,
+        0,
+        3,
+    ]
     assert len(field["tokenizer.ggml.tokens"]) == hf.read(source).config["vocab_size"]
     assert field["tokenizer.ggml.tokens"][-1].startswith("[PAD") and field["tokenizer.ggml.token_type"][-1] == 5
     kinds = dict(zip(field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"], strict=True))
@@ -204,8 +208,14 @@ def test_blocks_of_every_kind_are_read(kind: str, tmp_path: Path) -> None:
     plain, kind_of = GGUFReader(tmp_path / "plain.gguf"), GGMLQuantizationType[kind]
     writer, expected = copy_of(plain, tmp_path / "model.gguf"), {}
     random_bytes = np.random.default_rng(0)
-    block, size = {"Q4_0": (32, 18), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210),
-                   "IQ4_NL": (32, 18)}[kind]  # fmt: skip
+    block, size = {
+        "Q4_0": (32, 18),
+        "Q5_1": (32, 24),
+        "Q8_0": (32, 34),
+        "Q4_K": (256, 144),
+        "Q6_K": (256, 210),
+        "IQ4_NL": (32, 18),
+    }[kind]
     for tensor in plain.tensors:
         if len(tensor.shape) == 2 and tensor.shape[0] % block == 0:
             # Bytes below 0x40 only: no scale of a block becomes infinite.
@@ -359,7 +369,7 @@ def field_of(name: str, kind: int, content: bytes) -> bytes:
         ([field_of("general.architecture", 8, struct.pack("<Q", 5) + b"gemma")], "gemma.block_count|num_hidden|field"),
         ([field_of("a", 0, b"\1")] * 2, "Duplicate"),
     ],
-)  # fmt: skip
+)
 def test_hostile_headers_are_refused_at_once(fields: list[bytes], named: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields) + bytes(64))
@@ -377,9 +387,11 @@ def test_wrong_tensors_are_named(change: str, small: bytes, tmp_path: Path) -> N
         values = np.array(tensor.data)
         if tensor.name == "blk.1.ffn_norm.weight":
             edit: dict[str, Callable[[], Any]] = {
-                "nan": lambda values=values: values.put(3, np.nan), "shape": lambda: None,
-                "missing": lambda: None, "unknown": lambda: None,
-            }  # fmt: skip
+                "nan": lambda values=values: values.put(3, np.nan),
+                "shape": lambda: None,
+                "missing": lambda: None,
+                "unknown": lambda: None,
+            }
             edit[change]()
             if change == "missing":
                 continue

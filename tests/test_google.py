@@ -17,7 +17,7 @@ from conftest import FAMILIES, read_checked, tiny_gemma
 from torch import Tensor
 
 from converters import google
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"gemma": 18, "gemma2": 26, "gemma3_text": 26}
@@ -110,8 +110,13 @@ def test_what_is_no_whole_gemma_is_refused(change: str, tmp_path: Path) -> None:
     else:
         tensors[name][5, 5] = torch.nan
     torch.save({"model_state_dict": tensors}, tmp_path / "gemma.ckpt")
-    named = {"quantized": "quantized", "heads": "heads of 256", "missing": "up_proj", "layers": "17 layers",
-             "nan": "not finite"}[change]  # fmt: skip
+    named = {
+        "quantized": "quantized",
+        "heads": "heads of 256",
+        "missing": "up_proj",
+        "layers": "17 layers",
+        "nan": "not finite",
+    }[change]
     with pytest.raises(UserError, match=named):
         for tensor in read(tmp_path / "gemma.ckpt").tensors.values():
             tensor.read()

@@ -26,19 +26,24 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import hf, keras
-from converters.__main__ import convert
 from converters.checkpoint import Adapter, Checkpoint, of_memory
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from converters.convert import convert
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "{slang}", {"ask": "«Was?»"})
 HEADS, PAIRS, SIZE = 4, 2, 16
 NAMES = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "output"}
 DENSE = {"gate_proj": "gating_ffw", "up_proj": "gating_ffw_2", "down_proj": "ffw_linear"}
-NORMS = {"input_layernorm": "pre_attention_norm", "post_attention_layernorm": "post_attention_norm",
-         "pre_feedforward_layernorm": "pre_ffw_norm", "post_feedforward_layernorm": "post_ffw_norm",
-         "q_norm": "attention/query_norm", "k_norm": "attention/key_norm"}  # fmt: skip
+NORMS = {
+    "input_layernorm": "pre_attention_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "pre_ffw_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "q_norm": "attention/query_norm",
+    "k_norm": "attention/key_norm",
+}
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -83,26 +88,46 @@ def keras_config(model: Any) -> dict[str, Any]:
     """`config.json` of a preset, as KerasHub serializes its backbone."""
     config, of_3 = model.config, model.config.model_type == "gemma3_text"
     settings = {
-        "name": "gemma_backbone", "trainable": True,
+        "name": "gemma_backbone",
+        "trainable": True,
         "dtype": {"module": "keras", "class_name": "DTypePolicy", "config": {"name": "float32"}},
-        "vocabulary_size": config.vocab_size, "num_layers": config.num_hidden_layers, "num_query_heads": HEADS,
-        "num_key_value_heads": PAIRS, "hidden_dim": config.hidden_size, "head_dim": SIZE, "layer_norm_epsilon": 1e-6,
-        "intermediate_dim": config.intermediate_size * (1 if of_3 else 2), "dropout": 0,
-    }  # fmt: skip
+        "vocabulary_size": config.vocab_size,
+        "num_layers": config.num_hidden_layers,
+        "num_query_heads": HEADS,
+        "num_key_value_heads": PAIRS,
+        "hidden_dim": config.hidden_size,
+        "head_dim": SIZE,
+        "layer_norm_epsilon": 1e-6,
+        "intermediate_dim": config.intermediate_size * (1 if of_3 else 2),
+        "dropout": 0,
+    }
     after = config.model_type != "gemma"
     settings |= {
-        "query_head_dim_normalize": True, "use_post_ffw_norm": after, "use_post_attention_norm": after,
+        "query_head_dim_normalize": True,
+        "use_post_ffw_norm": after,
+        "use_post_attention_norm": after,
         "attention_logit_soft_cap": 50.0 if config.model_type == "gemma2" else None,
         "final_logit_soft_cap": 30.0 if config.model_type == "gemma2" else None,
-        "use_sliding_window_attention": after, "sliding_window_size": 16 if after else 4096,
-    }  # fmt: skip
+        "use_sliding_window_attention": after,
+        "sliding_window_size": 16 if after else 4096,
+    }
     if of_3:
-        settings |= {"image_size": None, "vision_encoder": None, "use_query_key_norm": True,
-                     "local_rope_scaling_factor": 1.0, "global_rope_scaling_factor": 1.0,
-                     "use_bidirectional_attention": False, "is_embedding_model": False}  # fmt: skip
+        settings |= {
+            "image_size": None,
+            "vision_encoder": None,
+            "use_query_key_norm": True,
+            "local_rope_scaling_factor": 1.0,
+            "global_rope_scaling_factor": 1.0,
+            "use_bidirectional_attention": False,
+            "is_embedding_model": False,
+        }
     name = "Gemma3Backbone" if of_3 else "GemmaBackbone"
-    return {"module": "keras_hub.src.models.gemma.gemma_backbone", "class_name": name, "config": settings,
-            "registered_name": f"keras_hub>{name}"}  # fmt: skip
+    return {
+        "module": "keras_hub.src.models.gemma.gemma_backbone",
+        "class_name": name,
+        "config": settings,
+        "registered_name": f"keras_hub>{name}",
+    }
 
 
 def preset(model: Any, folder: Path) -> Path:
@@ -125,8 +150,13 @@ def same(found: Checkpoint, model: Any) -> None:
 def datasets(path: Path) -> dict[str, tuple[Any, ...]]:
     found = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: (item.shape, item.dtype.str, item[()].tobytes())})
-                        if isinstance(item, h5py.Dataset) else None)  # fmt: skip
+        file.visititems(
+            lambda name, item: (
+                found.update({name: (item.shape, item.dtype.str, item[()].tobytes())})
+                if isinstance(item, h5py.Dataset)
+                else None
+            )
+        )
     return found
 
 
@@ -155,8 +185,10 @@ def test_shards_and_a_whole_tasks_file_are_read(tmp_path: Path) -> None:
     model = tiny("gemma2")
     folder = preset(model, tmp_path / "sharded")
     (folder / "model.weights.h5").unlink()
-    parts = {"model_00000.weights.h5": lambda place: "decoder_block_1" in place,
-             "model_00001.weights.h5": lambda place: "decoder_block_1" not in place}  # fmt: skip
+    parts = {
+        "model_00000.weights.h5": lambda place: "decoder_block_1" in place,
+        "model_00001.weights.h5": lambda place: "decoder_block_1" not in place,
+    }
     for name, kept in parts.items():
         keras_file(model, folder / name, kept=kept)
     weight_map = {f"/layers/{number}": name for number, name in enumerate(parts)}
@@ -216,20 +248,38 @@ WALK = {
     "gemma2": (13, {**FEED_FORWARD, "output": 8, "value": 9, "key": 10, "query": 11}),
     "gemma3_text": (15, {**FEED_FORWARD, "output": 8, "value": 11, "key": 12, "query": 13}),
 }
-EQUATIONS = {"query": "td,ndr->tnr", "key": "td,ndr->tnr", "value": "td,ndr->tnr", "output": "tnh,nhr->tr",
-             "ffw_gating": "td,dr->tr", "ffw_gating_2": "td,dr->tr", "ffw_linear": "td,dr->tr"}  # fmt: skip
-OURS = {"query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj",
-        "output": "self_attn.o_proj", "ffw_gating": "mlp.gate_proj", "ffw_gating_2": "mlp.up_proj",
-        "ffw_linear": "mlp.down_proj"}  # fmt: skip
+EQUATIONS = {
+    "query": "td,ndr->tnr",
+    "key": "td,ndr->tnr",
+    "value": "td,ndr->tnr",
+    "output": "tnh,nhr->tr",
+    "ffw_gating": "td,dr->tr",
+    "ffw_gating_2": "td,dr->tr",
+    "ffw_linear": "td,dr->tr",
+}
+OURS = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "ffw_gating": "mlp.gate_proj",
+    "ffw_gating_2": "mlp.up_proj",
+    "ffw_linear": "mlp.down_proj",
+}
 
 
 def keras_lora(model: Any, path: Path, names: list[str], rank: int = 4) -> dict[tuple[int, str], tuple[Tensor, Tensor]]:
     """`backbone.save_lora_weights`, written out; (layer, name) → A and B."""
     config, draw = model.config, torch.Generator().manual_seed(7)
     width, inner = config.hidden_size, config.intermediate_size
-    shapes = {"query": ((HEADS, width), SIZE), "key": ((PAIRS, width), SIZE), "value": ((PAIRS, width), SIZE),
-              "output": ((HEADS, SIZE), width), "ffw_linear": ((inner,), width),
-              **dict.fromkeys(("ffw_gating", "ffw_gating_2"), ((width,), inner))}  # fmt: skip
+    shapes = {
+        "query": ((HEADS, width), SIZE),
+        "key": ((PAIRS, width), SIZE),
+        "value": ((PAIRS, width), SIZE),
+        "output": ((HEADS, SIZE), width),
+        "ffw_linear": ((inner,), width),
+        **dict.fromkeys(("ffw_gating", "ffw_gating_2"), ((width,), inner)),
+    }
     step, places = WALK[config.model_type]
     found = {}
     with h5py.File(path, "w") as file:
@@ -372,10 +422,19 @@ def missing(file: h5py.File, place: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(external, "link"), (soft, "link"), (stored_elsewhere, "plain array"), (virtual, "plain array"),
-     (references, "floats"), (bomb, "plain array"), (not_numbers, "not finite|not a number"), (whole_numbers, "int8"),
-     (too_long, "shape"), (missing, "has no")],
-)  # fmt: skip
+    [
+        (external, "link"),
+        (soft, "link"),
+        (stored_elsewhere, "plain array"),
+        (virtual, "plain array"),
+        (references, "floats"),
+        (bomb, "plain array"),
+        (not_numbers, "not finite|not a number"),
+        (whole_numbers, "int8"),
+        (too_long, "shape"),
+        (missing, "has no"),
+    ],
+)
 def test_what_keras_does_not_write_is_refused(change: Callable[..., None], named: str, tmp_path: Path) -> None:
     folder = preset(tiny("gemma2"), tmp_path / "preset")
     place = "layers/gemma_decoder_block_1/pre_ffw_norm/vars/0"
@@ -417,10 +476,14 @@ def test_damaged_files_end_in_one_sentence(of_lora: bool, trials: int, tmp_path:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"layer_types": ["full_attention"] + ["sliding_attention"] * 6}, "order"), ({"attention_bias": True}, "biases"),
-     ({"query_pre_attn_scalar": 77}, "query_pre_attn_scalar"), ({"hidden_activation": "relu"}, "activation"),
-     ({"model_type": "llama"}, "llama")],
-)  # fmt: skip
+    [
+        ({"layer_types": ["full_attention"] + ["sliding_attention"] * 6}, "order"),
+        ({"attention_bias": True}, "biases"),
+        ({"query_pre_attn_scalar": 77}, "query_pre_attn_scalar"),
+        ({"hidden_activation": "relu"}, "activation"),
+        ({"model_type": "llama"}, "llama"),
+    ],
+)
 def test_what_kerashub_has_no_setting_for_is_refused(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     found = read(preset(tiny("gemma3_text"), tmp_path / "preset"))
     found.config = {**found.config, **change}

@@ -23,8 +23,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from core.errors import UserError
 from evaluation.gate import NOT_BETTER
-from nemo_configs.command_line import UserError
 from training.stopping import LOST, TRY_AGAIN
 
 OVERLAYS = ("cpu", "gpu")
@@ -61,7 +61,7 @@ def clusters() -> dict[str, list[Document]]:
 @pytest.fixture(scope="module")
 def trainings() -> dict[tuple[str, str], list[Document]]:
     sizes: dict[str, dict[str, object]] = {"cpu": {"NODES": 2}, "gpu": {"NODES": 2, "GPUS_PER_NODE": 8}}
-    words = ("training", "task=squid_game", "seed=1")
+    words = ("commands.train", "task=squid_game", "seed=1")
     return {(overlay, job): rendered(*words, JOB=job, **sizes[overlay]) for overlay in OVERLAYS for job in JOBS}
 
 
@@ -92,8 +92,15 @@ def validate(document: Document) -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_serves_is_valid(clusters: dict[str, list[Document]], overlay: str) -> None:
     kinds = [document["kind"] for document in clusters[overlay]]
-    assert {"Namespace", "PersistentVolumeClaim", "Deployment", "Service", "PodDisruptionBudget",
-            "HorizontalPodAutoscaler", "NetworkPolicy"} == set(kinds)  # fmt: skip
+    assert {
+        "Namespace",
+        "PersistentVolumeClaim",
+        "Deployment",
+        "Service",
+        "PodDisruptionBudget",
+        "HorizontalPodAutoscaler",
+        "NetworkPolicy",
+    } == set(kinds)
     for document in clusters[overlay]:
         validate(document)
 
@@ -172,8 +179,10 @@ def test_pods_keep_the_restricted_pod_security_standard(
         for container in pod["containers"] + pod.get("initContainers", []):
             security = container["securityContext"]
             assert security == {
-                "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}, "readOnlyRootFilesystem": True,
-            }  # fmt: skip
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+                "readOnlyRootFilesystem": True,
+            }
             assert {"requests", "limits"} <= set(container["resources"]), container["name"]
             for variable in container.get("env", []):
                 if variable["name"] in ("HF_TOKEN", "SERVING_API_KEY"):
@@ -193,8 +202,11 @@ def test_names_that_refer_to_others_find_them(
         labels, containers = pod["metadata"]["labels"], pod["spec"]["containers"]
         ports = {port["name"]: port["containerPort"] for container in containers for port in container.get("ports", [])}
         volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
-        used = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if len(volume) == 2
-                and "persistentVolumeClaim" in volume}  # fmt: skip
+        used = {
+            volume["persistentVolumeClaim"]["claimName"]
+            for volume in volumes.values()
+            if len(volume) == 2 and "persistentVolumeClaim" in volume
+        }
         assert used == claims
         for container in containers + pod["spec"].get("initContainers", []):
             assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes)
@@ -218,7 +230,7 @@ def test_names_that_refer_to_others_find_them(
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_server_counts_as_ready_when_it_generates(clusters: dict[str, list[Document]], overlay: str) -> None:
     containers = one("Deployment", clusters[overlay])["spec"]["template"]["spec"]["containers"]
-    door = containers[-1]  # /health of the door has Triton generate a token: serving/door.py
+    door = containers[-1]  # /health of the door has Triton generate a token: serving/gateway.py
     assert door["readinessProbe"]["httpGet"] == {"path": "/health", "port": "openai"} == door["startupProbe"]["httpGet"]
     alive = containers[0]["livenessProbe"]
     assert (
@@ -243,7 +255,7 @@ def test_exit_codes_of_training_decide_what_is_tried_again(trainings: dict[tuple
 @CLUSTER
 def test_the_command_and_its_size_arrive_as_they_are() -> None:
     image = "registry.example:5000/me/train@sha256:" + 64 * "0"
-    words = ("training", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
+    words = ("commands.train", "task=squid_game", 'task.prompt.instruction="a b; $(c)"')
     job = one("Job", rendered(*words, NODES=3, GPUS_PER_NODE=4, NAMESPACE="lab-1", IMAGE=image))
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["args"] == ["python", "-m", *words, "trainer=gpu", "trainer.devices=4", "trainer.num_nodes=3"]
@@ -258,7 +270,7 @@ def test_the_command_and_its_size_arrive_as_they_are() -> None:
     assert environment["MASTER_ADDR"]["value"] == "$(JOB_NAME)-0.train"
     assert list(environment).index("JOB_NAME") < list(environment).index("MASTER_ADDR"), "used before it is set"
     assert re.fullmatch("train-squid-game-[0-9a-f]{8}", job["metadata"]["name"])
-    one_gpu = one("Job", rendered("training", "trainer.devices=1", GPUS_PER_NODE=1))
+    one_gpu = one("Job", rendered("commands.train", "trainer.devices=1", GPUS_PER_NODE=1))
     assert one_gpu["spec"]["template"]["spec"]["containers"][0]["args"].count("trainer.devices=1") == 1
 
 
@@ -267,7 +279,7 @@ def test_a_table_of_this_machine_travels_and_names_the_job(tmp_path: Path) -> No
     table = tmp_path / "my, slang's.CSV"
     text = 'Slang,Description\nlumami,"To dor a ""vex"""\nÄhm,été\n'
     table.write_text(text, encoding="utf-8")
-    words = ("training", f"task.data.source={table}")
+    words = ("commands.train", f"task.data.source={table}")
     first, again = rendered(*words), rendered(*words)
     assert first == again
     job, files = one("Job", first), one("ConfigMap", first)
@@ -308,13 +320,13 @@ def test_tasks_to_serve_and_their_engine_reach_the_container_that_prepares_them(
     ],
 )
 def test_a_mistake_is_answered_in_a_sentence(settings: dict[str, Any], says: str) -> None:
-    result = command("training", "task=slang", **settings)
+    result = command("commands.train", "task=slang", **settings)
     assert result.returncode == 2 and says in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed: bash .ci/kubernetes")
 def test_without_a_cluster_it_says_so_and_how_to_look() -> None:
-    for words in (("cluster",), ("training", "task=slang")):
+    for words in (("cluster",), ("commands.train", "task=slang")):
         result = command(*words)
         assert result.returncode == 2 and "no cluster answers" in result.stderr and "DRY_RUN=1" in result.stderr
 
@@ -361,16 +373,25 @@ def follow(folder: Path, jobs: list[Document], pods: list[list[Document]], befor
         (folder / f"job-{number}.json").write_text(json.dumps(job))
     for number, items in enumerate(pods):
         (folder / f"pod-{number}.json").write_text(json.dumps({"items": items}))
-    result = command("training", "task=slang", path=f"{folder}:{os.environ['PATH']}", NODES=2)
+    result = command("commands.train", "task=slang", path=f"{folder}:{os.environ['PATH']}", NODES=2)
     asked = [json.loads(line) for line in (folder / "asked").read_text().splitlines()]
     return result, asked
 
 
-FAILED = {"status": {"conditions": [
-    {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
-    {"type": "Failed", "status": "True", "reason": "PodFailurePolicy",
-     "message": "Container train for pod gemma/b-11 failed with exit code 3 matching FailJob rule at index 2"},
-]}}  # fmt: skip
+FAILED = {
+    "status": {
+        "conditions": [
+            {"type": "FailureTarget", "status": "True", "reason": "PodFailurePolicy"},
+            {
+                "type": "Failed",
+                "status": "True",
+                "reason": "PodFailurePolicy",
+                "message": "Container train for pod gemma/b-11 failed with exit code 3 matching FailJob rule "
+                "at index 2",
+            },
+        ]
+    }
+}
 
 
 def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) -> None:
@@ -388,8 +409,11 @@ def test_a_job_is_followed_over_its_pods_to_its_own_exit_code(tmp_path: Path) ->
 
 def test_the_same_command_follows_what_runs_and_makes_anew_what_has_ended(tmp_path: Path) -> None:
     complete = {"status": {"conditions": [{"type": "Complete", "status": "True"}]}}
-    for name, before, made in (("new", {}, ["apply"]), ("runs", {"status": {"active": 2}}, []),
-                               ("failed", FAILED, ["delete", "apply"])):  # fmt: skip
+    for name, before, made in (
+        ("new", {}, ["apply"]),
+        ("runs", {"status": {"active": 2}}, []),
+        ("failed", FAILED, ["delete", "apply"]),
+    ):
         (tmp_path / name).mkdir()
         result, asked = follow(tmp_path / name, [complete], [[pod("a-10", 0, ended(0))]], before)
         assert result.returncode == 0 and "log of a-10" in result.stdout
@@ -426,8 +450,9 @@ def serving_pod(clusters: dict[str, list[Document]], base_folder: Path, tmp_path
     for container in spec["containers"] + spec["initContainers"]:
         container["image"] = container["image"].replace("gemma-nemo/", "localhost/gemma-nemo/")
         container["imagePullPolicy"] = "Never"
-        container["ports"] = [{**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", [])
-                              if p["name"] == "openai"]  # fmt: skip
+        container["ports"] = [
+            {**p, "hostPort": port, "hostIP": "127.0.0.1"} for p in container.get("ports", []) if p["name"] == "openai"
+        ]
     # What podman 4 does otherwise than Kubernetes: init containers that end well are started again too, and the folder
     # that is to be /dev/shm belongs to root; it has one of its own.
     spec["restartPolicy"] = "Never"
@@ -463,8 +488,9 @@ def test_the_serving_pod_generates_in_a_container_engine(serving_pod: str) -> No
     asked = {"model": "gemma-3-270m", "prompt": "The capital of France is", "max_tokens": 5, "temperature": 0}
     with urllib.request.urlopen(f"{serving_pod}/v1/models", timeout=20) as answer:
         asked["model"] = json.load(answer)["data"][0]["id"]
-    request = urllib.request.Request(f"{serving_pod}/v1/completions", json.dumps(asked).encode(),
-                                     {"Content-Type": "application/json"})  # fmt: skip
+    request = urllib.request.Request(
+        f"{serving_pod}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         found = json.load(answer)
     assert found["usage"]["completion_tokens"] == 5 and "capital" in found["choices"][0]["text"]

@@ -32,8 +32,8 @@ from converters.distributed import read_distributed
 from converters.megatron import to_megatron
 from converters.megatron_lora import from_megatron_lora, to_megatron_lora
 from converters.spans import members
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -110,8 +110,14 @@ def megatron_forward(ranks: list[dict[str, Tensor]], config: Any, tokens: Tensor
     groups = config.num_key_value_heads // count
     queries = config.num_attention_heads // config.num_key_value_heads
     for number in range(config.num_hidden_layers):
-        layer = [{key.removeprefix(f"decoder.layers.{number}."): value for key, value in rank.items()
-                  if key.startswith(f"decoder.layers.{number}.")} for rank in ranks]  # fmt: skip
+        layer = [
+            {
+                key.removeprefix(f"decoder.layers.{number}."): value
+                for key, value in rank.items()
+                if key.startswith(f"decoder.layers.{number}.")
+            }
+            for rank in ranks
+        ]
         local = family != "gemma" and config.layer_types[number] == "sliding_attention"
         base = 10_000 if family != "gemma3_text" or local else 1_000_000
         distance = torch.arange(len(tokens))[:, None] - torch.arange(len(tokens))[None]
@@ -226,9 +232,11 @@ def test_the_tensors_are_those_of_nvidias_own_converter(family: str) -> None:
             module = module._modules[part]
         module.register_parameter(last, torch.nn.Parameter(torch.zeros_like(tensor)))
     target.config = types.SimpleNamespace(
-        num_attention_heads=model.config.num_attention_heads, num_query_groups=model.config.num_key_value_heads,
-        kv_channels=model.config.head_dim, hidden_size=model.config.hidden_size,
-    )  # fmt: skip
+        num_attention_heads=model.config.num_attention_heads,
+        num_query_groups=model.config.num_key_value_heads,
+        kv_channels=model.config.head_dim,
+        hidden_size=model.config.hidden_size,
+    )
     assert_same({k: v.detach() for k, v in importer.convert_state(object(), model, target).state_dict().items()}, ours)
 
 
@@ -247,9 +255,17 @@ def test_a_round_trip_gives_back_every_bit(format_: Any, family: str, dtype: tor
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_the_config_brought_along_the_fields_say_enough(family: str, tmp_path: Path) -> None:
-    options = {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
-               "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0}},
-               "query_pre_attn_scalar": 21} if family == "gemma3_text" else {}  # fmt: skip
+    options = (
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+            },
+            "query_pre_attn_scalar": 21,
+        }
+        if family == "gemma3_text"
+        else {}
+    )
     source, formats = checkpoint(family, **options), [nemo2, *([nemo1] if family in NEMO1 else [])]
     for format_ in formats:
         target = tmp_path / format_.__name__
@@ -382,11 +398,20 @@ def test_pieces_by_other_writers_are_put_together(tmp_path: Path) -> None:
             1 if tensor.dim() > 1 and "layers" in key else tensor.shape[0],
             *[-(-n // 3) for n in tensor.shape[1:]],
         ]
-        zarr = {"chunks": chunk, "compressor": None, "dtype": "bfloat16", "fill_value": None, "filters": None,
-                "order": "C", "shape": list(tensor.shape), "zarr_format": 2}  # fmt: skip
+        zarr = {
+            "chunks": chunk,
+            "compressor": None,
+            "dtype": "bfloat16",
+            "fill_value": None,
+            "filters": None,
+            "order": "C",
+            "shape": list(tensor.shape),
+            "zarr_format": 2,
+        }
         (where / ".zarray").write_text(json.dumps(zarr))
-        padded = F.pad(tensor, [n for size, c in zip(reversed(tensor.shape), reversed(chunk), strict=True)
-                                for n in (0, -size % c)])  # fmt: skip
+        padded = F.pad(
+            tensor, [n for size, c in zip(reversed(tensor.shape), reversed(chunk), strict=True) for n in (0, -size % c)]
+        )
         for place in torch.cartesian_prod(
             *[torch.arange(n // c) for n, c in zip(padded.shape, chunk, strict=True)]
         ).view(-1, tensor.dim()):
@@ -463,8 +488,11 @@ def test_a_joined_adapter_adds_the_same_and_comes_apart_again(family: str, modul
         if hasattr(module, "lora_A"):
             module.base_layer.weight.data = module.get_delta_weight("default").data.double()
     # The base's weights are now what peft adds; where it adds nothing they are made zero.
-    added = {name.replace(".base_layer", ""): t.double() if ".base_layer" in name else torch.zeros_like(t).double()
-             for name, t in base.state_dict().items() if "lora_" not in name and name != "lm_head.weight"}  # fmt: skip
+    added = {
+        name.replace(".base_layer", ""): t.double() if ".base_layer" in name else torch.zeros_like(t).double()
+        for name, t in base.state_dict().items()
+        if "lora_" not in name and name != "lm_head.weight"
+    }
     expected = read(to_megatron(lazies(added), adapter.config))
     for name, change in expected.items():
         layer = name.removesuffix(".weight")
@@ -582,9 +610,13 @@ def test_nemos_loader_finds_the_classes_and_their_arguments(tmp_path: Path, monk
     adapter, _ = trained_adapter("gemma2")
     nemo2.write(adapter, tmp_path / "lora")
     nemo2.write(checkpoint("gemma2"), tmp_path / "model")
-    for path in ("nemo.lightning.io.pl:TrainerContext", "nemo.collections.llm.gpt.model.gemma2:Gemma2Model",
-                 "nemo.collections.llm.gpt.model.gemma2:Gemma2Config", "nemo.collections.llm.peft.lora:LoRA",
-                 "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer"):  # fmt: skip
+    for path in (
+        "nemo.lightning.io.pl:TrainerContext",
+        "nemo.collections.llm.gpt.model.gemma2:Gemma2Model",
+        "nemo.collections.llm.gpt.model.gemma2:Gemma2Config",
+        "nemo.collections.llm.peft.lora:LoRA",
+        "nemo.collections.common.tokenizers.huggingface.auto_tokenizer:AutoTokenizer",
+    ):
         module, name = path.split(":")
         stand_in = sys.modules.get(module) or types.ModuleType(module)
         setattr(stand_in, name, type(name, (), {"__init__": lambda self, **arguments: vars(self).update(arguments)}))
@@ -690,9 +722,13 @@ def test_archives_that_lead_outside_are_refused(tmp_path: Path) -> None:
             tar.addfile(info)
         return target
 
-    hostile = {"../outside": {}, "/etc/outside": {}, "device": {"type": tarfile.CHRTYPE},
-               "link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
-               "hard": {"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"}}  # fmt: skip
+    hostile = {
+        "../outside": {},
+        "/etc/outside": {},
+        "device": {"type": tarfile.CHRTYPE},
+        "link": {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"},
+        "hard": {"type": tarfile.LNKTYPE, "linkname": "model_config.yaml"},
+    }
     for name, member in hostile.items():
         bad = archive(name, **member)
         assert nemo1.recognizes(bad)  # so that a user is told why, not that the format is unknown

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import FAMILIES, ROOT, tiny_gemma
 
-from nemo_configs.command_line import load_config, plain
+from core.configuration import load_config, plain
+from core.load_model import add_lora, load_base
 from training.fast_layers import speed_up
-from training.load_model import add_lora, load_base
 from training.memory import estimate, free_memory, layer_bytes
 from training.packing import pack, use_packed_attention
 
@@ -90,9 +90,10 @@ def test_advice_is_worth_following(base_folder: Path) -> None:
 def test_the_smaller_of_machine_and_control_group_counts(files: dict[str, str], free: int, tmp_path: Path) -> None:
     held = 1024 * 1024
     for name, text in {
-        "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {EIGHT // 1024} kB\n", "proc/self/status": "VmRSS:\t1024 kB\n",
+        "proc/meminfo": f"MemTotal: 1 kB\nMemAvailable: {EIGHT // 1024} kB\n",
+        "proc/self/status": "VmRSS:\t1024 kB\n",
         **{f"sys/fs/cgroup/{name}": text for name, text in files.items()},
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert free_memory("cpu", tmp_path) == free + held
@@ -100,10 +101,22 @@ def test_the_smaller_of_machine_and_control_group_counts(files: dict[str, str], 
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "training", f"data_dir={folder}/data", f"runs_dir={folder}/runs",
-         "task.train.epochs=1", "task.generate.max_new_tokens=4", *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "commands.train",
+            f"data_dir={folder}/data",
+            f"runs_dir={folder}/runs",
+            "task.train.epochs=1",
+            "task.generate.max_new_tokens=4",
+            *words,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow

@@ -6,14 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from safetensors.numpy import save_file
 
-from evaluation import metrics, reviews_metrics, slang_metrics
+from core.configuration import load_config, plain
+from core.tasks import having
+from evaluation import metrics
 from evaluation.embeddings import Embedder
 from evaluation.intervals import RESAMPLES, estimates, held_out, resample
 from evaluation.metrics import Evidence, measure
-from nemo_configs.command_line import load_config, plain
+from tasks.reviews import metrics as reviews_metrics
+from tasks.slang import metrics as slang_metrics
 
 TRAINING = [
     {"slang": "bussin", "description": "So good that you stop talking.", "example": "This soup is bussin."},
@@ -237,6 +239,4 @@ def test_measured_are_questions_that_both_models_were_asked(evidence: Evidence) 
 def test_every_metric_says_what_it_is() -> None:
     for metric in [*metrics.METRICS, *slang_metrics.METRICS, *reviews_metrics.METRICS]:
         assert len(metric.explanation) > 40 and metric.better in ("higher", "lower", ""), metric.title
-    assert {f"{name}.py" for name in ("slang_metrics", "reviews_metrics")} <= {
-        file.name for file in (ROOT / "evaluation").glob("*_metrics.py")
-    }
+    assert having("metrics") == ["reviews", "slang"]

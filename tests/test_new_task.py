@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig
 
-from data_prep.new_task import main, new_task
+from commands.new_task import main, new_task
+from core import configuration as command_line
+from core.configuration import load_config, names
+from core.errors import UserError
 from data_prep.prepare import prepare
-from nemo_configs import command_line
-from nemo_configs.command_line import UserError, load_config, names
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 PRAISE = ["a quiet, patient film", "the desert looks endless", "what a score", "I cried at the end", "the worms!"]
@@ -39,8 +40,10 @@ def write(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]], d
 def made_up(count: int, *words: int, seed: int = 0) -> list[list[str]]:
     """Rows of random words, so many to a cell."""
     letters = random.Random(seed)
-    return [[" ".join("".join(letters.choices("abdefgiklmnoprstu", k=6)) for _ in range(n)) for n in words]
-            for _ in range(count)]  # fmt: skip
+    return [
+        [" ".join("".join(letters.choices("abdefgiklmnoprstu", k=6)) for _ in range(n)) for n in words]
+        for _ in range(count)
+    ]
 
 
 def film_reviews(count: int) -> list[list[object]]:
@@ -129,9 +132,16 @@ def test_one_column_of_text(tmp_path: Path, rows_of: Callable[..., Any]) -> None
 
 
 def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    new_task("recipes", str(write(tmp_path / "a.csv", ["no", "Dish (name)", "How to"], [
-        [f"id-{n}", *row] for n, row in enumerate(made_up(60, 2, 9))
-    ])))  # fmt: skip
+    new_task(
+        "recipes",
+        str(
+            write(
+                tmp_path / "a.csv",
+                ["no", "Dish (name)", "How to"],
+                [[f"id-{n}", *row] for n, row in enumerate(made_up(60, 2, 9))],
+            )
+        ),
+    )
     row = rows_of("recipes")
     assert (row["input"], row["output"]) == (row["dish_name"], row["how_to"])
     assert "'Dish (name)' is taken for what is asked, 'How to' for the answer" in capsys.readouterr().out
@@ -164,7 +174,7 @@ def test_reviews_of_another_film(
 
 
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    pytest.importorskip("data_prep.reviews")
+    pytest.importorskip("tasks.reviews.rows")
     new_task("dune", str(write(tmp_path / "dune_reviews.csv", ["Review Text", "Rating"], film_reviews(60))))
     row = rows_of("dune")
     assert row["input"] and row["output"]

@@ -23,15 +23,17 @@ from training.packing import (
 
 BEGINNING = list(range(10, 40))
 OTHER = list(range(50, 74))
-ROWS = sorted([
-    [2, *BEGINNING, *range(100, 107)],
-    [2, *BEGINNING, *range(105, 145)],
-    [2, *BEGINNING],  # nothing but the beginning
-    [2, *OTHER, 7, 8],
-    [2, *OTHER, 9],
-    [2, 5, 6],
-    [2, *(n % 900 + 20 for n in range(300))],  # longer than a block of queries
-])  # fmt: skip
+ROWS = sorted(
+    [
+        [2, *BEGINNING, *range(100, 107)],
+        [2, *BEGINNING, *range(105, 145)],
+        [2, *BEGINNING],  # nothing but the beginning
+        [2, *OTHER, 7, 8],
+        [2, *OTHER, 9],
+        [2, 5, 6],
+        [2, *(n % 900 + 20 for n in range(300))],  # longer than a block of queries
+    ]
+)
 
 
 def with_lora(family: str) -> PeftModel:
@@ -102,8 +104,9 @@ def test_flex_attention_is_compiled_for_packs_of_any_length(monkeypatch: pytest.
     generator = torch.Generator().manual_seed(0)
     graphs = []
     for longest in (90, 20, 33, 120, 50):
-        rows = [[2, *BEGINNING, *range(100, 103 + int(torch.randint(longest, (), generator=generator)))]
-                for _ in range(12)]  # fmt: skip
+        rows = [
+            [2, *BEGINNING, *range(100, 103 + int(torch.randint(longest, (), generator=generator)))] for _ in range(12)
+        ]
         layout = pack(sorted(rows)).layout
         for window in (None, 16):
             tokens = layout.positions.shape[1]

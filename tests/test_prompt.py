@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.prompt import Prompt, exchanges
+from core.prompt import Prompt, exchanges
 
 SLANG = Prompt(
     template="Instruction:\n{instruction}\n\nResponse:\n{response}",
@@ -63,8 +63,12 @@ def test_a_template_that_cannot_be_trained_on_is_refused(template: str) -> None:
 
 
 TURNS = Prompt("<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<end_of_turn>", "", "")
-TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " hi "},
-        {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Bye"}]  # fmt: skip
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": " hi "},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Bye"},
+]
 
 
 def test_a_system_text_begins_the_first_message_and_spaces_around_a_text_are_lost() -> None:

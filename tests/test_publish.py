@@ -18,13 +18,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from commands.publish import main
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
-from converters.publish import main
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from training.base_model import describe
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKEN = "hf_" + "secret" * 6
@@ -49,8 +49,10 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     config = {"task": {"name": "slang", "train": train}, "model": {"name": "tiny", "path": str(tiny_base)}, "seed": 7}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "environment.json").write_text(json.dumps({"gpus": [], "cpu": "A processor"}))
-    sides = {name: {"perplexity": value, "answers": [f"Slang: {name}\nTwo lines"]} for name, value in
-             (("before", 44.084), ("after", 16.657))}  # fmt: skip
+    sides = {
+        name: {"perplexity": value, "answers": [f"Slang: {name}\nTwo lines"]}
+        for name, value in (("before", 44.084), ("after", 16.657))
+    }
     (run / "evaluation.json").write_text(json.dumps({"held_out_rows": 5, "questions": ["Rain?"], **sides}))
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(
@@ -91,8 +93,10 @@ class Answers(BaseHTTPRequestHandler):
             kind = "datasets/" if made.get("type") == "dataset" else ""
             return self.answer({"url": f"http://127.0.0.1:{self.server.server_port}/{kind}me/{made['name']}"})
         if "/preupload/" in self.path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for file in json.loads(body)["files"]
+            ]
             return self.answer({"files": files})
         if "/commit/" in self.path:
             lines = [json.loads(line)["value"] for line in body.splitlines() if json.loads(line)["key"] == "file"]
@@ -133,8 +137,17 @@ def test_a_dry_run_writes_what_would_be_sent_and_needs_no_token(work: Path, monk
     main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", "dry_run=true"])
     card = ModelCard.load(work / "exports/slang/hub/model/README.md")
     assert (card.data.license, card.data.datasets, card.data.library_name) == ("gemma", ["me/rows"], "peft")
-    for words in ("| 44.08 | 16.66 |", "on 5 held-out rows", "`mine.csv`", "r: 4", "epochs: 3", "Gemma Terms of Use",
-                  "Q:\n{instruction}\nA:\n{response}", "> Slang: after\n> Two lines", "A processor"):  # fmt: skip
+    for words in (
+        "| 44.08 | 16.66 |",
+        "on 5 held-out rows",
+        "`mine.csv`",
+        "r: 4",
+        "epochs: 3",
+        "Gemma Terms of Use",
+        "Q:\n{instruction}\nA:\n{response}",
+        "> Slang: after\n> Two lines",
+        "A processor",
+    ):
         assert words in card.text, words
     assert not re.search(r"\{[a-z_]+\}", card.text.replace("{instruction}", "").replace("{response}", ""))
     assert str(work) not in card.content and "came from another place than the hub (local folder)" in card.text
@@ -153,7 +166,9 @@ def test_model_and_rows_arrive_whole_and_private(
 ) -> None:
     main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", f"to={to}"])
     assert [(made["name"], made.get("private") or made.get("visibility")) for made in hub.created] in (
-        [("rows", True), ("slang-gemma", True)], [("rows", "private"), ("slang-gemma", "private")])  # fmt: skip
+        [("rows", True), ("slang-gemma", True)],
+        [("rows", "private"), ("slang-gemma", "private")],
+    )
     sent = {path.partition("/commit/")[0]: files for path, files in hub.commits.items()}
     model, rows = sent["/api/models/me/slang-gemma"], sent["/api/datasets/me/rows"]
     weights = "adapter_model.safetensors" if to == "adapter" else "model.safetensors"

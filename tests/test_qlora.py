@@ -15,15 +15,16 @@ from nemo.core.optim.optimizers import get_optimizer
 from torch import nn
 from transformers import AutoTokenizer
 
-from converters.__main__ import convert
+from converters.convert import convert
 from converters.nemo_file import read_nemo
-from data_prep.prompt import Prompt
+from core.configuration import load_config, plain
+from core.errors import UserError
+from core.load_model import add_lora, load_base
+from core.prompt import Prompt
 from evaluation.compare import answer
-from nemo_configs.command_line import UserError, load_config, plain
 from training.batches import tokenize
 from training.four_bit import speed_up_4bit
 from training.gemma_lora import GemmaLoRA, optimizer_here
-from training.load_model import add_lora, load_base
 from training.progress import RunProgress
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -126,8 +127,9 @@ def test_the_4_bit_layers_compute_what_peft_computes_on_the_dequantized_weights(
         else:
             weights = {
                 name: dequantize_4bit(layer.weight, layer.weight.quant_state)
-                for name, layer in base.named_modules() if isinstance(layer, Linear4bit)
-            }  # fmt: skip
+                for name, layer in base.named_modules()
+                if isinstance(layer, Linear4bit)
+            }
         torch.manual_seed(1)
         model = add_lora(base, {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}).train()
         for name, parameter in model.named_parameters():

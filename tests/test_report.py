@@ -15,9 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from commands import report as report_command
+from core.errors import UserError
+from core.run_folder import newest_run
 from evaluation import report
-from evaluation.runs import newest_run
-from nemo_configs.command_line import UserError
 
 EVIL = "<script>alert('boo')</script> 🔥 \"quoted\" & $x^2$"
 
@@ -39,8 +40,17 @@ def write_run(folder: Path, steps: int = 60) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
-        lines.append({"step": step, "epoch": 0, "train_loss": 3 / step, "learning_rate": 1e-4 / step, "grad_norm": 1.0,
-                      "tokens_per_second": 500.0 + step, "seconds": 2.0})  # fmt: skip
+        lines.append(
+            {
+                "step": step,
+                "epoch": 0,
+                "train_loss": 3 / step,
+                "learning_rate": 1e-4 / step,
+                "grad_norm": 1.0,
+                "tokens_per_second": 500.0 + step,
+                "seconds": 2.0,
+            }
+        )
         if step % max(1, steps // 3) == 0:
             lines.append({"step": step, "epoch": 0, "val_loss": 2.0 + step / 100})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -48,22 +58,45 @@ def write_run(folder: Path, steps: int = 60) -> Path:
         name: {"rows": rows, "tokens": {"mean": 134.4, "max": 1511, "counted_rows": rows}}
         for name, rows in (("training", 3081), ("validation", 407), ("test", 389))
     }
-    write_json(folder / "data_manifest.json", {
-        "source": {"name": "mine.csv", "sha256": "5ac" * 8, "bytes": 2048, "columns": {"slang": "Slang"}},
-        "rows_in": 5000, "rows_out": 3877, "dropped": {"explicit term": 1023}, "merged": 100, "repaired": 2,
-        "splits": splits,
-    })  # fmt: skip
-    write_json(folder / "environment.json", {
-        "command": "python -m training task=slang", "commit": "c0ffee", "python": "3.11.7",
-        "packages": {"torch": "2.13.0"}, "cpu": "A Processor", "cores": 2, "memory_gib": 23.5, "gpus": [],
-    })  # fmt: skip
-    write_json(folder / "evaluation.json", {
-        "held_out_rows": 389,
-        "questions": ["Make a word for a party. Be brief.", "Make a word for the rain. Be brief."],
-        "before": {"loss": 3.7832, "perplexity": 43.955, "answers": ["-\n-\n-", "rain rain"]},
-        "after": {"loss": 2.896, "perplexity": 18.102, "answers": ["Slang: mashup\nDefinition: A mix.", "Slang: drip"]},
-        "finished": "2026-11-21T10:20:30+00:00",
-    })  # fmt: skip
+    write_json(
+        folder / "data_manifest.json",
+        {
+            "source": {"name": "mine.csv", "sha256": "5ac" * 8, "bytes": 2048, "columns": {"slang": "Slang"}},
+            "rows_in": 5000,
+            "rows_out": 3877,
+            "dropped": {"explicit term": 1023},
+            "merged": 100,
+            "repaired": 2,
+            "splits": splits,
+        },
+    )
+    write_json(
+        folder / "environment.json",
+        {
+            "command": "python -m commands.train task=slang",
+            "commit": "c0ffee",
+            "python": "3.11.7",
+            "packages": {"torch": "2.13.0"},
+            "cpu": "A Processor",
+            "cores": 2,
+            "memory_gib": 23.5,
+            "gpus": [],
+        },
+    )
+    write_json(
+        folder / "evaluation.json",
+        {
+            "held_out_rows": 389,
+            "questions": ["Make a word for a party. Be brief.", "Make a word for the rain. Be brief."],
+            "before": {"loss": 3.7832, "perplexity": 43.955, "answers": ["-\n-\n-", "rain rain"]},
+            "after": {
+                "loss": 2.896,
+                "perplexity": 18.102,
+                "answers": ["Slang: mashup\nDefinition: A mix.", "Slang: drip"],
+            },
+            "finished": "2026-11-21T10:20:30+00:00",
+        },
+    )
     member = yaml.safe_dump({"base": {"name": "gemma-3-270m", "revision": "5e1ec7ed", "sha256": "ba5eba11"}}).encode()
     with tarfile.open(folder / "slang.nemo", "w") as tar:
         info = tarfile.TarInfo("./model_config.yaml")
@@ -113,10 +146,25 @@ def test_it_shows_what_was_measured(finished: tuple[Path, str]) -> None:
     words = words_of(finished[1])
     verdict = "on 389 rows it has never seen, perplexity fell from 43.95 to 18.10, 59% lower, after 2 min of training"
     assert f"It learned: {verdict}." in words
-    for fact in ["3.783 before and 2.896 after", "5,000 rows in, 3,877 kept", "100 merged", "1,023 dropped",
-                 "3,081 training rows, 3 epochs", "134 mean, 1,511 longest", "dropped: explicit term", "Slang: mashup",
-                 "rain rain", "Make a word for the rain", "A Processor", "c0ffee", "5e1ec7ed", "ba5eba11", "GPUs none",
-                 "530 tokens/s", "lowest, 2.200, at step 20 and is 2.600 at the end"]:  # fmt: skip
+    for fact in [
+        "3.783 before and 2.896 after",
+        "5,000 rows in, 3,877 kept",
+        "100 merged",
+        "1,023 dropped",
+        "3,081 training rows, 3 epochs",
+        "134 mean, 1,511 longest",
+        "dropped: explicit term",
+        "Slang: mashup",
+        "rain rain",
+        "Make a word for the rain",
+        "A Processor",
+        "c0ffee",
+        "5e1ec7ed",
+        "ba5eba11",
+        "GPUs none",
+        "530 tokens/s",
+        "lowest, 2.200, at step 20 and is 2.600 at the end",
+    ]:
         assert fact in words, fact
 
 
@@ -220,6 +268,6 @@ def test_the_newest_finished_run_is_found_or_the_one_named(tmp_path: Path) -> No
 
 def test_without_a_finished_run_it_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make train TASK=slang"):
-        report.main(["task=slang", f"runs_dir={tmp_path}"])
+        report_command.main(["task=slang", f"runs_dir={tmp_path}"])
     with pytest.raises(UserError, match="not a finished run"):
-        report.main(["task=slang", f"+run={tmp_path}"])
+        report_command.main(["task=slang", f"+run={tmp_path}"])

@@ -24,9 +24,12 @@ from training.checkpoints import newest_checkpoint, step_of
 pytestmark = pytest.mark.slow
 STEPS = 52  # 50 rows by 4, 4 epochs
 RECIPE = (
-    "task.train.epochs=4", "task.train.evaluate_every=5", "peft.lora_dropout=0.1", "task.prompt.fields.tag=x",
+    "task.train.epochs=4",
+    "task.train.evaluate_every=5",
+    "peft.lora_dropout=0.1",
+    "task.prompt.fields.tag=x",
     "task.prompt.fields.condition=y",
-)  # fmt: skip
+)
 
 
 class Training:
@@ -247,8 +250,12 @@ def test_another_configuration_beside_an_unfinished_run_says_what_differs(start:
 
 def test_early_stopping_ends_with_the_best_weights_however_often_it_was_killed(start: Start, tmp_path: Path) -> None:
     # A learning rate at which the validation loss soon rises.
-    words = ("task.train.early_stopping=1", "task.train.evaluate_every=null", "task.train.learning_rate=1.0",
-             "task.train.evaluate_every_tokens=1500")  # fmt: skip
+    words = (
+        "task.train.early_stopping=1",
+        "task.train.evaluate_every=null",
+        "task.train.learning_rate=1.0",
+        "task.train.evaluate_every_tokens=1500",
+    )
     left_alone, killed = tmp_path / "left alone", tmp_path / "killed"
     training = start(left_alone, *words)
     assert training.end() == 0, training.said

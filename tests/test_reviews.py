@@ -14,16 +14,17 @@ import yaml
 from omegaconf import DictConfig
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from core.configuration import load_config
+from core.errors import UserError
 from data_prep.clean_text import clean
-from data_prep.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
 from data_prep.prepare import prepare
-from data_prep.reviews import WORDS
-from nemo_configs.command_line import UserError, load_config
+from tasks.reviews.knowledge import LANGUAGES, QUOTE, RATING, Knowledge, ReviewReader
+from tasks.reviews.rows import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE = ROOT / "data_prep" / "samples" / "squid_game_reviews.csv"
+SAMPLE = ROOT / "tasks" / "reviews" / "squid_game_reviews.csv"
 REAL = ROOT.parent / "shared" / "data" / "squid_game_reviews.csv"
-QUESTIONS = yaml.safe_load((ROOT / "data_prep" / "review_questions.yaml").read_text(encoding="utf-8"))
+QUESTIONS = yaml.safe_load((ROOT / "tasks" / "reviews" / "review_questions.yaml").read_text(encoding="utf-8"))
 SPLITS = ("training", "validation", "test")
 
 
@@ -93,7 +94,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("A gripping story. Overrated, and far too long.", {"suspense": 1, "plot": 1, "hype": -1, "pacing": -1}),
         ("La actuación es excelente y el final es perfecto.", {}),  # not English: no guess
     ],
-)  # fmt: skip
+)
 def test_aspects_are_praised_and_criticised_clause_by_clause(
     reader: ReviewReader, text: str, said: dict[str, int]
 ) -> None:
@@ -114,13 +115,21 @@ def test_a_sentence_that_takes_both_sides_is_not_quoted_for_one(reader: ReviewRe
 @pytest.mark.parametrize(
     ("text", "language"),
     [
-        ("Amazing", "en"), ("loved it!!!", "en"), ("boring af", "en"), ("Craptacular, awful.", "en"),
-        ("The first season is really amazing.", "en"), ("Una serie muy entretenida, con un final excelente.", "es"),
-        ("Uma das melhores séries que já vi.", "pt"), ("C'est une série magnifique et violente.", "fr"),
-        ("Einfach großartig, spannend bis zur letzten Minute!", "de"), ("배우들의 연기가 훌륭해요", "ko"),
-        ("Сериал очень классный, жду второй сезон", "ru"), ("👍👍🔥", "unknown"), ("10/10", "unknown"),
+        ("Amazing", "en"),
+        ("loved it!!!", "en"),
+        ("boring af", "en"),
+        ("Craptacular, awful.", "en"),
+        ("The first season is really amazing.", "en"),
+        ("Una serie muy entretenida, con un final excelente.", "es"),
+        ("Uma das melhores séries que já vi.", "pt"),
+        ("C'est une série magnifique et violente.", "fr"),
+        ("Einfach großartig, spannend bis zur letzten Minute!", "de"),
+        ("배우들의 연기가 훌륭해요", "ko"),
+        ("Сериал очень классный, жду второй сезон", "ru"),
+        ("👍👍🔥", "unknown"),
+        ("10/10", "unknown"),
     ],
-)  # fmt: skip
+)
 def test_the_language_of_short_reviews(reader: ReviewReader, text: str, language: str) -> None:
     review = reader.read(1, text)
     assert review.language == language
@@ -150,9 +159,12 @@ def test_words_agree_with_ratings(reader: ReviewReader) -> None:
 
 def test_reviews_are_counted_once_per_aspect_and_by_side(reader: ReviewReader) -> None:
     texts = [
-        "The acting is superb. I mean it, wonderful acting.", "The acting is awful.", "Acting.",
-        "The acting of the lead is great but the acting of the rest is terrible.", "Not a word on that, but lovely.",
-    ]  # fmt: skip
+        "The acting is superb. I mean it, wonderful acting.",
+        "The acting is awful.",
+        "Acting.",
+        "The acting of the lead is great but the acting of the rest is terrible.",
+        "Not a word on that, but lovely.",
+    ]
     knowledge = Knowledge.of([reader.read(row, text) for row, text in enumerate(texts, 10)], "Squid Game", 5)
     (acting,) = (aspect for aspect in knowledge.aspects if aspect.name == "acting")
     assert (acting.favourable, acting.unfavourable, acting.both) == ([10], [11], [13])
@@ -288,15 +300,23 @@ def test_the_same_reviews_give_the_same_bytes(sample: Path, tmp_path: Path) -> N
 # --- other reviews ----------------------------------------------------------------------------------------------
 
 FILM = [
-    "A charming film with lovely songs and a dull villain.", "The animation is gorgeous, the jokes are tired.",
-    "My children adored it and I fell asleep.", "Wonderful music! The plot is thin but who cares.",
-    "Too long for small children, and the ending is rushed.", "Great voice cast, great fun.",
-    "The humour is fresh and the songs are catchy.", "Weak script. Beautiful pictures, though.",
-    "I loved the fox, the best character of them all.", "Boring and predictable.",
-    "A touching story about friendship, beautifully animated.", "The songs are forgettable, the villain is scary.",
-    "Perfect for a rainy afternoon with the family.", "I expected more from this director.",
-    "The finale made me cry happy tears.", "A masterpiece of animation, with a clever script.",
-]  # fmt: skip
+    "A charming film with lovely songs and a dull villain.",
+    "The animation is gorgeous, the jokes are tired.",
+    "My children adored it and I fell asleep.",
+    "Wonderful music! The plot is thin but who cares.",
+    "Too long for small children, and the ending is rushed.",
+    "Great voice cast, great fun.",
+    "The humour is fresh and the songs are catchy.",
+    "Weak script. Beautiful pictures, though.",
+    "I loved the fox, the best character of them all.",
+    "Boring and predictable.",
+    "A touching story about friendship, beautifully animated.",
+    "The songs are forgettable, the villain is scary.",
+    "Perfect for a rainy afternoon with the family.",
+    "I expected more from this director.",
+    "The finale made me cry happy tears.",
+    "A masterpiece of animation, with a clever script.",
+]
 
 
 def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
@@ -325,8 +345,8 @@ def test_another_film_needs_no_more_than_its_title(tmp_path: Path) -> None:
     ],
 )
 def test_ratings_in_any_form(cells: list[str], means: list[float | None], best: int) -> None:
-    from data_prep.reviews import _read_ratings
     from data_prep.task import Task
+    from tasks.reviews.rows import _read_ratings
 
     rows = [{"row": number, "rating": cell} for number, cell in enumerate(cells)]
     ratings, scale = _read_ratings(rows, Task.of(load_config(["task=squid_game", "trainer=cpu"])))

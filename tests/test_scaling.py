@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.scaling import GPUS, Message, Sizes, Words, architecture_of, messages, plan, sizes_of
-from nemo_configs.command_line import UserError, load_config
+from core.configuration import load_config
+from core.errors import UserError
 from training.batches import Batches
 from training.distribute import AdapterParallel, shard_base, split_base
 from training.flops import flops_of
@@ -34,10 +35,13 @@ CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [  # outside of the embedding: tables of the Gemma 1 and Gemma 2 technical reports
-        ("gemma-2b", 1_981_884_416), ("gemma-7b", 7_751_248_896), ("gemma-2-2b", 2_024_517_888),
-        ("gemma-2-9b", 8_324_201_984), ("gemma-2-27b", 26_047_480_320),
+        ("gemma-2b", 1_981_884_416),
+        ("gemma-7b", 7_751_248_896),
+        ("gemma-2-2b", 2_024_517_888),
+        ("gemma-2-9b", 8_324_201_984),
+        ("gemma-2-27b", 26_047_480_320),
     ],
-)  # fmt: skip
+)
 def test_architectures_have_the_parameters_that_their_reports_count(name: str, parameters: int) -> None:
     family, options = ARCHITECTURES[name]
     with torch.device("meta"):
@@ -74,8 +78,9 @@ def watch_a_step(rank: int, folder: str) -> None:
     for kind, checkpointing in (("ddp", False), ("fsdp2", False), ("fsdp2", True), ("tp", False), ("tp", True)):
         model = tiny_lora("gemma2")
         gemma = model.get_base_model()
-        in_layers, whole = (sum(p.nbytes for p in part.parameters() if not p.requires_grad)
-                            for part in (gemma.model.layers, gemma))  # fmt: skip
+        in_layers, whole = (
+            sum(p.nbytes for p in part.parameters() if not p.requires_grad) for part in (gemma.model.layers, gemma)
+        )
         layers, hidden = gemma.config.num_hidden_layers, gemma.config.hidden_size
         adapter = sum(p.nbytes for p in adapters(model))
         if checkpointing:
@@ -140,8 +145,9 @@ def test_a_process_is_expected_to_hold_its_share_of_the_base(tmp_path: Path) -> 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_arithmetic_with_checkpointing_is_what_torch_counts(checkpointing: bool) -> None:
     length, rank = 48, 4
-    model: PeftModel = get_peft_model(tiny_gemma("gemma2", attn_implementation="eager", sliding_window=64),
-                                      LoraConfig(r=rank, target_modules=TARGETS))  # fmt: skip
+    model: PeftModel = get_peft_model(
+        tiny_gemma("gemma2", attn_implementation="eager", sliding_window=64), LoraConfig(r=rank, target_modules=TARGETS)
+    )
     model.train()
     if checkpointing:
         model.enable_input_require_grads()
@@ -173,8 +179,10 @@ def test_messages_take_as_long_as_their_bytes_and_hops_say() -> None:
 
 
 def test_the_plan_says_what_lora_changes_and_where_sharding_stops_to_pay() -> None:
-    plans = {(gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora") for gpus, kind in
-             ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))}  # fmt: skip
+    plans = {
+        (gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora")
+        for gpus, kind in ((8, "ddp"), (512, "ddp"), (8, "fsdp2"), (512, "fsdp2"))
+    }
     sizes = sizes_of(architecture_of(load_config(["model=gemma-2-27b"])), 0)
     whole = sizes.layers * sizes.layer + sizes.rest
     assert plans[512, "ddp"].sent < 2 * whole / 100, "adapters' gradients are a small part of all gradients"

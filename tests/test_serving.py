@@ -39,15 +39,15 @@ from transformers import AutoModelForCausalLM
 from tritonclient.utils import InferenceServerException
 from vllm_contract import Refused, Server, tensors
 
+from commands.prepare_serving import prepare
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
-from serving.prepare import prepare
+from core.base_model import describe
+from core.errors import UserError
+from core.prompt import Prompt
 from serving.processes import Part, lives
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
-from training.base_model import describe
 
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 FUZZ_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "400"))
@@ -191,8 +191,13 @@ def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack
 
 def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_path: Path) -> None:
     write_tiny_adapter(stack, "late", tmp_path)
-    again = subprocess.run([SERVING_PYTHON, "-m", "serving", "--folder", stack.folder], cwd=ROOT, text=True,
-                           capture_output=True, timeout=60)  # fmt: skip
+    again = subprocess.run(
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     assert again.returncode == 0, again.stderr
     assert f"A server is running already (process {stack.process.pid}); it serves chat, late, slang" in again.stdout
     assert server.ask("http", "Hi", {**GREEDY, "lora_name": "late"}) != server.ask("http", "Hi", GREEDY)
@@ -236,8 +241,12 @@ def test_metrics_count_by_adapter_and_outcome(server: Server, stack: Stack) -> N
         found = re.search(rf"^gemma_{re.escape(name)} (\S+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0
 
-    names = ['requests{adapter="slang",outcome="length"}', 'tokens{adapter="slang"}',
-             'ttft_seconds_count{adapter="slang"}', 'requests{adapter="",outcome="invalid"}']  # fmt: skip
+    names = [
+        'requests{adapter="slang",outcome="length"}',
+        'tokens{adapter="slang"}',
+        'ttft_seconds_count{adapter="slang"}',
+        'requests{adapter="",outcome="invalid"}',
+    ]
     before = [figure(name) for name in names]
     server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
     with pytest.raises(Refused):
@@ -302,9 +311,17 @@ def test_bad_http_is_refused_with_a_reason(server: Server) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["repository/index", "repository/models/gemma/unload", "repository/models/gemma/load", "logging", "trace/setting",
-     "systemsharedmemory/region/x/register", "systemsharedmemory/status", "cudasharedmemory/region/x/register"],
-)  # fmt: skip
+    [
+        "repository/index",
+        "repository/models/gemma/unload",
+        "repository/models/gemma/load",
+        "logging",
+        "trace/setting",
+        "systemsharedmemory/region/x/register",
+        "systemsharedmemory/status",
+        "cudasharedmemory/region/x/register",
+    ],
+)
 def test_the_server_is_not_governed_from_outside(server: Server, path: str) -> None:
     ask = httpx.get if path.endswith("status") else httpx.post
     assert ask(f"{server.http}/v2/{path}", timeout=5, **({} if ask is httpx.get else {"json": {}})).status_code == 403
@@ -319,13 +336,49 @@ def test_the_server_is_not_governed_from_outside(server: Server, path: str) -> N
     assert server.is_ready()
 
 
-@pytest.mark.parametrize("call", ["load_model", "unload_model", "get_model_repository_index", "get_trace_settings",
-                                  "get_log_settings", "get_system_shared_memory_status"])  # fmt: skip
+@pytest.mark.parametrize(
+    "call",
+    [
+        "load_model",
+        "unload_model",
+        "get_model_repository_index",
+        "get_trace_settings",
+        "get_log_settings",
+        "get_system_shared_memory_status",
+    ],
+)
 def test_nor_over_grpc(server: Server, call: str) -> None:
     client = grpc_client.InferenceServerClient(server.grpc)
     with pytest.raises(InferenceServerException, match="restricted"):
         getattr(client, call)(*(["gemma"] if call in ("load_model", "unload_model") else []))
     assert server.is_ready()
+
+
+def test_the_security_policy_is_about_what_is_served(server: Server) -> None:
+    policy = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert f"Triton {httpx.get(f'{server.http}/v2', timeout=20).json()['version']}" in policy
+    pinned = re.search(r"nvidia-pytriton==([\d.]+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pinned and f"nvidia-pytriton {pinned[1]}" in policy
+    image = re.search(r"^ARG BASE_IMAGE=(\S+)", (ROOT / "docker/serve.Dockerfile").read_text(encoding="utf-8"), re.M)
+    assert image and f"`{image[1]}`" in policy
+
+
+def test_other_users_of_the_machine_cannot_read_requests(stack: Stack) -> None:
+    """Triton itself leaves the region of shared memory that they pass through readable by everybody."""
+    region = next(word for word in victim(stack, "gemma").cmdline() if word.startswith("triton_gemma_"))
+    assert Path("/dev/shm", region).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_variables_of_vertex_ai_open_no_other_frontend(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"AIP_MODE": "PREDICTION", "AIP_HTTP_PORT": str(free_ports(1)[0])}.items():
+        monkeypatch.setenv(name, value)
+    with serve_tiny(tiny_base, tmp_path) as running:
+        listening = [one.laddr for one in running.part("triton").net_connections() if one.status == "LISTEN"]
+        assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
+        assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
@@ -345,25 +398,59 @@ def test_random_requests_leave_it_unharmed(server: Server, stack: Stack) -> None
 
 def random_request(server: Server, draw: random.Random) -> str:
     """How one request of anything ends: answered, an error's code, triton (its own refusal), or silence."""
-    texts = ["Hi", "", "é" * draw.randint(1, 2000), "\x00", "<start_of_turn>", "a b " * draw.randint(1, 300),
-             draw.randbytes(draw.randint(1, 50)), "𓀀\u202e\ufffd", "word " * 20_000]  # fmt: skip
+    texts = [
+        "Hi",
+        "",
+        "é" * draw.randint(1, 2000),
+        "\x00",
+        "<start_of_turn>",
+        "a b " * draw.randint(1, 300),
+        draw.randbytes(draw.randint(1, 50)),
+        "𓀀\u202e\ufffd",
+        "word " * 20_000,
+    ]
     values = [0, -1, 1, 0.5, 1e308, -1e308, "0.7", "", None, True, [], ["a"], {}, "x" * 100, 2**70, float("nan"), 7]
-    names = ["temperature", "top_p", "top_k", "min_p", "min_tokens", "stop", "seed", "repetition_penalty", "n",
-             "presence_penalty", "frequency_penalty", "ignore_eos", "lora_name", "logprobs", ""]  # fmt: skip
+    names = [
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "min_tokens",
+        "stop",
+        "seed",
+        "repetition_penalty",
+        "n",
+        "presence_penalty",
+        "frequency_penalty",
+        "ignore_eos",
+        "lora_name",
+        "logprobs",
+        "",
+    ]
     sampling: Any = {"max_tokens": draw.choice([1, 3, 8]), "temperature": draw.choice([0, 1, "0.7"])}
     if draw.random() < 0.5:
         sampling[draw.choice(names)] = draw.choice(values)
     broken: list[Any] = ["{", "[]", "null", "1", '"x"', "[" * 5000, draw.randbytes(9)]
     encoded = json.dumps(sampling) if draw.random() < 0.8 else draw.choice(broken)
-    flags = {name: draw.choice([True, False]) for name in ("stream", "exclude_input_in_output", "return_finish_reason",
-             "return_logprobs", "return_num_input_tokens") if draw.random() < 0.25}  # fmt: skip
+    flags = {
+        name: draw.choice([True, False])
+        for name in (
+            "stream",
+            "exclude_input_in_output",
+            "return_finish_reason",
+            "return_logprobs",
+            "return_num_input_tokens",
+        )
+        if draw.random() < 0.25
+    }
     text = draw.choice(texts) if draw.random() < 0.6 else "Tell me"
     try:
         if draw.random() < 0.5:
             fields: dict[str, Any] = {"text_input": text, "sampling_parameters": encoded, **flags}
             if draw.random() < 0.2:
-                fields[draw.choice(list(fields))] = draw.choice([np.zeros((2, 2)), np.array([1]), True, "x",
-                                                                 np.array([["a"]], dtype=np.object_)])  # fmt: skip
+                fields[draw.choice(list(fields))] = draw.choice(
+                    [np.zeros((2, 2)), np.array([1]), True, "x", np.array([["a"]], dtype=np.object_)]
+                )
             return over_grpc(server, fields)
         body = {"text_input": _text(text), "sampling_parameters": _text(encoded), **flags}
         if draw.random() < 0.2:
@@ -404,8 +491,13 @@ def over_grpc(server: Server, fields: dict[str, Any]) -> str:
 # --- what it survives ---------------------------------------------------------------------------------------------
 
 
-IN_COMMAND = {"engine": "serving.engine", "triton": "bin/tritonserver", "door": "serving.door",
-              "gemma": "/gemma/1/model.py", "adapters": "/adapters/1/model.py"}  # fmt: skip
+IN_COMMAND = {
+    "engine": "serving.engine",
+    "triton": "bin/tritonserver",
+    "door": "serving.gateway",
+    "gemma": "/gemma/1/model.py",
+    "adapters": "/adapters/1/model.py",
+}
 
 
 def victim(stack: Stack, name: str) -> psutil.Process:
@@ -447,8 +539,10 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> t
                 server.ask(protocol, "Hi", LONG, **({"stream": True} if stream else {}))
         told.put(time.monotonic())
 
-    waiting = [threading.Thread(target=wait, args=way) for way in
-               (("http", False), ("http", True), ("grpc", False), ("grpc", True))]  # fmt: skip
+    waiting = [
+        threading.Thread(target=wait, args=way)
+        for way in (("http", False), ("http", True), ("grpc", False), ("grpc", True))
+    ]
     for thread in waiting:
         thread.start()
     until(lambda: stack.stats()["running"] > 1, 20)
@@ -512,8 +606,12 @@ def leftovers(stack: Stack) -> list[str]:
 def test_sigterm_lets_requests_end_and_leaves_nothing(tiny_base: Path, tmp_path: Path) -> None:
     with serve_tiny(tiny_base, tmp_path) as stack:
         server = Server(stack.http, stack.grpc)
-        parts = {protocol: server.responses(protocol, "Hi", {**LONG, "max_tokens": 200}, stream=True,
-                                            return_finish_reason=True) for protocol in ("http", "grpc")}  # fmt: skip
+        parts = {
+            protocol: server.responses(
+                protocol, "Hi", {**LONG, "max_tokens": 200}, stream=True, return_finish_reason=True
+            )
+            for protocol in ("http", "grpc")
+        }
         for stream in parts.values():
             next(stream)
         began = time.monotonic()
@@ -538,8 +636,12 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, t
 @contextmanager
 def serve_again(stack: Stack) -> Iterator[Stack]:
     words = [word for name, port in stack.ports.items() for word in (f"--{name}-port", str(port))]
-    process = subprocess.Popen([SERVING_PYTHON, "-m", "serving", "--folder", stack.folder, "--threads", "1", *words],
-                               cwd=ROOT, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder, "--threads", "1", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout
     assert any(line.startswith("Ready") for line in process.stdout)
     yield Stack(process, stack.folder, stack.ports)
@@ -552,21 +654,46 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        started = subprocess.run([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path, "--grpc-port", str(port)],
-                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+        started = subprocess.run(
+            [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, "--grpc-port", str(port)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert started.returncode == 2
     assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
     assert "--grpc-port" in started.stderr
+    assert "warning" not in started.stdout
+
+
+def test_an_address_that_lets_others_in_comes_with_a_warning(tiny_base: Path, tmp_path: Path) -> None:
+    write_repository(tmp_path, tiny_base)
+    (tmp_path / "adapters").mkdir()
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
+        port = taken.getsockname()[1]
+        words = ["--host", "0.0.0.0", "--grpc-port", str(port)]
+        started = subprocess.run([SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, *words],
+                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert started.returncode == 2
+    assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
+    assert "SECURITY.md" in started.stdout
 
 
 @pytest.mark.slow
 def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
     """Every few seconds something dies or hangs: of 32 clients, whoever is answered is right, the rest is told why."""
     adapters = [None, "slang", "squid_game", "chat"]
-    asked = [(f"Number {n} says", {**GREEDY, "max_tokens": 8 + 8 * (n % 4), **({"lora_name": adapters[n % 4]}
-             if n % 4 else {})}) for n in range(16)]  # fmt: skip
-    quiet = [server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"]
-             for text, sampling in asked]  # fmt: skip
+    asked = [
+        (
+            f"Number {n} says",
+            {**GREEDY, "max_tokens": 8 + 8 * (n % 4), **({"lora_name": adapters[n % 4]} if n % 4 else {})},
+        )
+        for n in range(16)
+    ]
+    quiet = [
+        server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"] for text, sampling in asked
+    ]
     before = usage(stack)
     outcomes: Counter[str] = Counter()
     longest = 0.0
@@ -623,16 +750,19 @@ def test_a_storm_of_kills(server: Server, stack: Stack) -> None:
         until(is_as_before, 2 * BACK_WITHIN * BUSY_MACHINE)
     until(lambda: stack.stats()["running"] == stack.stats()["waiting"] == 0, 20)
     after = usage(stack)
-    print(f"\n{STORM_SECONDS:.0f} s, kills {dict(kills)}\noutcomes {dict(outcomes)}\nlongest request {longest:.1f} s"
-          f"\nbefore {before}\nafter  {after}")  # fmt: skip
+    print(
+        f"\n{STORM_SECONDS:.0f} s, kills {dict(kills)}\noutcomes {dict(outcomes)}\nlongest request {longest:.1f} s"
+        f"\nbefore {before}\nafter  {after}"
+    )
     assert set(outcomes) <= {"right", "left", "unavailable", "busy"}, outcomes
     assert outcomes["right"] > 0
     assert longest < 30
     assert [after[key] for key in counted] == [before[key] for key in counted]
     assert after["supervisor MiB"] < before["supervisor MiB"] + 20
     assert after["files"] <= before["files"] + 5
-    assert [server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"]
-            for text, sampling in asked] == quiet  # fmt: skip
+    assert [
+        server.ask("http", text, sampling, exclude_input_in_output=True)[0]["text_output"] for text, sampling in asked
+    ] == quiet
 
 
 AWAY = re.compile(
@@ -657,9 +787,12 @@ def usage(stack: Stack) -> dict[str, int]:
         with suppress(psutil.NoSuchProcess):  # it has just ended
             memory += process.memory_info().rss
     return {
-        "processes": len(children), "shared memory": len(shared), "files": supervisor.num_fds(),
-        "supervisor MiB": supervisor.memory_info().rss >> 20, "all MiB": memory >> 20,
-    }  # fmt: skip
+        "processes": len(children),
+        "shared memory": len(shared),
+        "files": supervisor.num_fds(),
+        "supervisor MiB": supervisor.memory_info().rss >> 20,
+        "all MiB": memory >> 20,
+    }
 
 
 @pytest.mark.slow
@@ -672,8 +805,12 @@ def test_the_real_base_alone_as_a_user_starts_it(
     assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
-    process = subprocess.Popen([SERVING_PYTHON, "-m", "serving", "--folder", tmp_path / "serve", *words], cwd=ROOT,
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path / "serve", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout
         lines = iter(process.stdout.readline, "")

@@ -27,9 +27,12 @@ BARE = {"PATH": os.environ["PATH"], "HF_TOKEN": "hf_secret"}
 
 def write(*words: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "training", *words], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         env={**BARE, "DRY_RUN": "1", **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout
 
@@ -42,8 +45,13 @@ def options(script: str) -> dict[str, str]:
 def values(script: str, name: str, element: int = 0) -> list[str]:
     """What bash finds in an array that the script sets before it does anything."""
     head = script.partition("# What a job of")[0] + f'printf "%s\\n" "${{{name}[@]}}"'
-    done = subprocess.run(["bash", "-uc", head], text=True, capture_output=True, check=True,
-                          env={**BARE, "SLURM_ARRAY_TASK_ID": str(element)})  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-uc", head],
+        text=True,
+        capture_output=True,
+        check=True,
+        env={**BARE, "SLURM_ARRAY_TASK_ID": str(element)},
+    )
     return done.stdout.splitlines()
 
 
@@ -121,9 +129,12 @@ def test_the_script_is_sound_bash() -> None:
 )
 def test_what_cannot_be_is_one_sentence(environment: dict[str, str], words: tuple[str, ...], says: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "docker.slurm", "training", *words], cwd=ROOT, text=True, capture_output=True,
+        [sys.executable, "-m", "docker.slurm", "commands.train", *words],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
         env={**BARE, **environment},
-    )  # fmt: skip
+    )
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -149,10 +160,20 @@ class Submitted:
         folder.mkdir(exist_ok=True)
         with (folder / "said").open("ab") as said:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "docker.slurm", "training", *words, f"data_dir={folder}/data",
-                 f"runs_dir={folder}/runs"],
-                cwd=ROOT, stdout=said, stderr=said, env={**cluster.environment, **environment},
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "docker.slurm",
+                    "training",
+                    *words,
+                    f"data_dir={folder}/data",
+                    f"runs_dir={folder}/runs",
+                ],
+                cwd=ROOT,
+                stdout=said,
+                stderr=said,
+                env={**cluster.environment, **environment},
+            )
 
     @property
     def said(self) -> str:
@@ -204,19 +225,32 @@ class Submitted:
 @pytest.fixture(scope="module")
 def words(source: Path, tiny_base: Path) -> list[str]:
     return [
-        "task=slang", "trainer=cpu", f"task.data.source={source}", f"model.path={tiny_base}", "task.train.epochs=7",
-        "task.train.batch_size=4", "task.train.learning_rate=1e-2", "task.train.evaluate_every=4",
-        "task.prompt.fields.tag=x", "task.prompt.fields.condition=y", "task.generate.max_new_tokens=4",
-    ]  # fmt: skip
+        "task=slang",
+        "trainer=cpu",
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        "task.train.epochs=7",
+        "task.train.batch_size=4",
+        "task.train.learning_rate=1e-2",
+        "task.train.evaluate_every=4",
+        "task.prompt.fields.tag=x",
+        "task.prompt.fields.condition=y",
+        "task.generate.max_new_tokens=4",
+    ]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of four processes on one machine, which nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    local = [sys.executable, "-m", "training", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
-    done = subprocess.run([*local, "trainer.devices=4"], cwd=ROOT, text=True, capture_output=True,
-                          env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"})  # fmt: skip
+    local = [sys.executable, "-m", "commands.train", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    done = subprocess.run(
+        [*local, "trainer.devices=4"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"},
+    )
     assert done.returncode == 0, done.stderr
     (run,) = (folder / "runs/slang").iterdir()
     return run
@@ -245,8 +279,9 @@ def test_preempted_out_of_time_and_robbed_of_a_node_it_ends_as_one_machine_left_
         job.wait_for(lambda: f"start {start}," in job.said and f"Going on from step {before} of {STEPS}" in job.said)
 
     job.wait_for(lambda: job.step() >= 8)
-    urgent = cluster.ask("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
-                         "--wrap=true").strip()  # fmt: skip
+    urgent = cluster.ask(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
+    ).strip()
     job.wait_for_state("PENDING")
     assert "stopped by SIGTERM" in job.said and "checkpoint written" in job.said
     cluster.wait_for(lambda: cluster.job(urgent)["JobState"] == "COMPLETED")
@@ -334,8 +369,9 @@ def test_what_the_cluster_cannot_give_is_one_sentence(
 @pytest.mark.alone
 @pytest.mark.slow
 def test_ctrl_c_detaches_and_the_same_command_finds_the_job(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
-    other = cluster.ask("sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null",
-                        "--wrap=sleep 600").strip()  # fmt: skip
+    other = cluster.ask(
+        "sbatch", "--parsable", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 600"
+    ).strip()
     cluster.wait_for(lambda: cluster.job(other)["JobState"] == "RUNNING")
     job = Submitted(cluster, tmp_path, words)
     job.wait_for(lambda: "waits in the queue" in job.said)

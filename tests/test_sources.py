@@ -18,14 +18,16 @@ import pyarrow.parquet
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from core.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.read_table import Row, open_table
 from data_prep.sources import HubTable, find_source, open_source
-from nemo_configs.command_line import UserError
 
 LETTERS = random.Random(0)
-ROWS = [tuple(" ".join("".join(LETTERS.choices("abdegiklmnoprstu", k=6)) for _ in range(n)) for n in (4, 7))
-        for _ in range(60)]  # fmt: skip
+ROWS = [
+    tuple(" ".join("".join(LETTERS.choices("abdegiklmnoprstu", k=6)) for _ in range(n)) for n in (4, 7))
+    for _ in range(60)
+]
 NAMES = {"question": ["question"], "answer": ["answer"]}
 
 
@@ -42,8 +44,14 @@ def parquet_of(rows: list[tuple[str, ...]]) -> bytes:
 
 def config_for(source: object, folder: Path) -> DictConfig:
     split = {"validation": 0.2, "test": 0.2, "seed": 0}
-    data = {"source": str(source), "columns": NAMES, "required": ["question", "answer"], "key": "question",
-            "split": split, "max_chars": 4000}  # fmt: skip
+    data = {
+        "source": str(source),
+        "columns": NAMES,
+        "required": ["question", "answer"],
+        "key": "question",
+        "split": split,
+        "max_chars": 4000,
+    }
     prompt = {
         "template": "{instruction}\n{response}",
         "instruction": "{question}",
@@ -80,8 +88,12 @@ def test_parquet_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
 
 
 def test_a_parquet_row_is_dropped_for_what_is_no_text(tmp_path: Path) -> None:
-    columns = {"text": ["one", None, "three"], "number": [1.5, float("nan"), 3.0], "flag": [None, True, None],
-               "messages": [[{"role": "user", "content": "Hi"}], None, None]}  # fmt: skip
+    columns = {
+        "text": ["one", None, "three"],
+        "number": [1.5, float("nan"), 3.0],
+        "flag": [None, True, None],
+        "messages": [[{"role": "user", "content": "Hi"}], None, None],
+    }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     rows = read(tmp_path / "a.parquet", {name: [name] for name in (*columns, "missing")})
     assert [row.cells for row in rows] == [
@@ -185,10 +197,12 @@ class HubAnswer(BaseHTTPRequestHandler):
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").partition("-")[0])
         self.send_response(206 if first else 200)
         for header, value in {
-            "Content-Length": len(content) - first, "Accept-Ranges": "bytes", "X-Repo-Commit": commit,
+            "Content-Length": len(content) - first,
+            "Accept-Ranges": "bytes",
+            "X-Repo-Commit": commit,
             "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
             **({"Content-Range": f"bytes {first}-{len(content) - 1}/{len(content)}"} if first else {}),
-        }.items():  # fmt: skip
+        }.items():
             self.send_header(header, str(value))
         self.end_headers()
         if self.command == "HEAD":
@@ -241,9 +255,11 @@ def hub(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     shards = {f"data/train-0000{n}-of-00002.parquet": parquet_of(ROWS[n * 30 : n * 30 + 30]) for n in range(2)}
     script = {"script.py": b"raise SystemExit('run')", "notes.md": b"nothing to read"}
     server.repositories = {
-        "baker/bread": {FIRST: table}, "baker/shards": {FIRST: shards}, "baker/locked": {FIRST: table},
+        "baker/bread": {FIRST: table},
+        "baker/shards": {FIRST: shards},
+        "baker/locked": {FIRST: table},
         "baker/script": {FIRST: script},
-    }  # fmt: skip
+    }
     return server
 
 

@@ -16,10 +16,19 @@ from converters.nemo_file import read_nemo
 
 def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "training", f"task.data.source={source}", f"model.path={tiny_base}",
-        f"data_dir={folder}/data", f"runs_dir={folder}/runs", "task.train.epochs=3", "task.train.batch_size=4",
-        "task.train.learning_rate=1e-2", "task.generate.max_new_tokens=4", *more,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "commands.train",
+        f"task.data.source={source}",
+        f"model.path={tiny_base}",
+        f"data_dir={folder}/data",
+        f"runs_dir={folder}/runs",
+        "task.train.epochs=3",
+        "task.train.batch_size=4",
+        "task.train.learning_rate=1e-2",
+        "task.generate.max_new_tokens=4",
+        *more,
+    ]
 
 
 # One thread: a tiny model gains nothing from more, and waits for them on a busy machine. Vector units alone: in one of
@@ -128,7 +137,9 @@ def test_two_processes_do_not_train_one_run(source: Path, tiny_base: Path, tmp_p
     ],
 )
 def test_a_wrong_word_is_answered_with_a_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
-    result = train([sys.executable, "-m", "training", f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word])
+    result = train(
+        [sys.executable, "-m", "commands.train", f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word]
+    )
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr
 

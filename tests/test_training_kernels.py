@@ -11,8 +11,8 @@ from kernel_forms import forms
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from core.c_build import NoLibrary
 from training import kernels
-from training.c_library import NoLibrary
 from training.cross_entropy import linear_cross_entropy
 from training.fast_layers import _GatedGelu, _RMSNorm, _Rope, speed_up
 from training.packing import attend, pack, use_packed_attention

@@ -19,8 +19,8 @@ from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
+from core.configuration import load_config
 from data_prep.prepare import prepare
-from nemo_configs.command_line import load_config
 from serving.web.answers import _Shown
 from serving.web.dictionary import COLUMNS, Dictionary, Entry, csv_of
 from serving.web.evidence import Reviews
@@ -31,8 +31,9 @@ pytest_plugins = ("website",)
 pytestmark = needs_serving
 PAGES = ("/", "/reviews", "/chat", "/runs", "/privacy")
 PASSWORD = "correct horse"
-WORD = Entry("plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.",
-             "A friend always wins.")  # fmt: skip
+WORD = Entry(
+    "plot armor", "What keeps you safe in a story.", "He slept through the exam. Plot armor.", "A friend always wins."
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,9 @@ def folder(house: Path) -> Path:
     for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
         run = house / "runs/slang" / name
         run.mkdir(parents=True)
-        (run / "config.yaml").write_text("task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\n"
-                                         "peft: {name: lora, r: 8}\nseed: 0\n")  # fmt: skip
+        (run / "config.yaml").write_text(
+            "task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\npeft: {name: lora, r: 8}\nseed: 0\n"
+        )
         found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
         (run / "evaluation.json").write_text(json.dumps(found))
         (run / "report.html").write_text(report)
@@ -148,8 +150,15 @@ def test_every_response_has_a_strict_policy(site: Site, path: str) -> None:
     assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "same-origin"
 
 
-@pytest.mark.parametrize("method,path", [("POST", "/api/answer"), ("POST", "/api/dictionary"),
-                                         ("PUT", "/api/dictionary/1"), ("DELETE", "/api/dictionary/1")])  # fmt: skip
+@pytest.mark.parametrize(
+    "method,path",
+    [
+        ("POST", "/api/answer"),
+        ("POST", "/api/dictionary"),
+        ("PUT", "/api/dictionary/1"),
+        ("DELETE", "/api/dictionary/1"),
+    ],
+)
 @pytest.mark.parametrize("origin", ["", "null", "https://evil.example", "http://127.0.0.1:1"])
 def test_a_change_that_comes_from_another_site_is_refused(site: Site, method: str, path: str, origin: str) -> None:
     assert site.ask(method, path, headers={"origin": origin}, json={}).status_code == 403
@@ -159,13 +168,18 @@ def test_a_name_that_is_not_the_site_s_own_is_refused(site: Site) -> None:
     assert site.ask("GET", "/", headers={"host": "rebound.example"}).status_code == 400
 
 
-@pytest.mark.parametrize("wrong", [
-    {}, {"adapter": "slang", "seed": 1}, {"adapter": "slang", "fields": {}, "seed": -1},
-    {"adapter": "slang", "fields": {"context": "a" * 4001}, "seed": 1},
-    {"adapter": "slang", "fields": {}, "seed": 1, "temperature": -1},
-    {"adapter": "chat", "messages": [{"role": "system", "content": "obey"}], "seed": 1},
-    {"adapter": "chat", "messages": [{"role": "user", "content": "a"}] * 61, "seed": 1},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"adapter": "slang", "seed": 1},
+        {"adapter": "slang", "fields": {}, "seed": -1},
+        {"adapter": "slang", "fields": {"context": "a" * 4001}, "seed": 1},
+        {"adapter": "slang", "fields": {}, "seed": 1, "temperature": -1},
+        {"adapter": "chat", "messages": [{"role": "system", "content": "obey"}], "seed": 1},
+        {"adapter": "chat", "messages": [{"role": "user", "content": "a"}] * 61, "seed": 1},
+    ],
+)
 def test_a_malformed_question_is_refused_without_repeating_it(site: Site, wrong: dict[str, Any]) -> None:
     refused = site.ask("POST", "/api/answer", json=wrong)
     assert refused.status_code == 422
@@ -178,11 +192,20 @@ def test_a_body_that_is_too_large_is_refused(site: Site) -> None:
     assert site.ask("POST", "/api/evidence", content=chunks).status_code == 413
 
 
-@pytest.mark.parametrize("path", [
-    "/runs/slang/..%2f..%2f/report.html", "/runs/..%2f/good/report.html", "/runs/slang/half/report.html",
-    "/runs/%2e%2e/%2e%2e/report.html", "/static/..%2f..%2fapp.py", "/static/%2e%2e/app.py",
-    "/runs/slang/good/config.yaml", "/runs/slang/..%2f..%2fsecret.html", "/runs/slang/good%00/report.html",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/runs/slang/..%2f..%2f/report.html",
+        "/runs/..%2f/good/report.html",
+        "/runs/slang/half/report.html",
+        "/runs/%2e%2e/%2e%2e/report.html",
+        "/static/..%2f..%2fapp.py",
+        "/static/%2e%2e/app.py",
+        "/runs/slang/good/config.yaml",
+        "/runs/slang/..%2f..%2fsecret.html",
+        "/runs/slang/good%00/report.html",
+    ],
+)
 def test_no_path_leads_out_of_the_reports(site: Site, path: str) -> None:
     assert site.ask("GET", path).status_code == 404
 
@@ -200,8 +223,9 @@ def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callab
     page = open_page(site.address)
     others = [Entry(f"word {number}", "A meaning.", "", "") for number in range(3)]
     for entry in (*others, WORD):
-        page.request.post(f"{site.address}/api/dictionary", data={"token": site.token(entry)},
-                          headers={"origin": site.address})  # fmt: skip
+        page.request.post(
+            f"{site.address}/api/dictionary", data={"token": site.token(entry)}, headers={"origin": site.address}
+        )
     page.reload()
     entries = page.locator("#entries li")
     expect(entries).to_have_count(4)
@@ -227,8 +251,11 @@ def test_kept_words_are_found_voted_on_and_removed(site: Site, open_page: Callab
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_a_payload_in_the_dictionary_is_text(site: Site, open_page: Callable[..., Any], payload: str) -> None:
     page = open_page(site.address)
-    page.request.post(f"{site.address}/api/dictionary", headers={"origin": site.address},
-                      data={"token": site.token(Entry(payload, payload, payload, payload))})  # fmt: skip
+    page.request.post(
+        f"{site.address}/api/dictionary",
+        headers={"origin": site.address},
+        data={"token": site.token(Entry(payload, payload, payload, payload))},
+    )
     page.reload()
     expect(page.locator("#entries .term")).to_have_text([payload])
     assert page.title() == "Slang · Own Gemma"
@@ -260,7 +287,7 @@ def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
 
 def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     """The loop: what visitors kept is what data preparation reads, cell by cell."""
-    with (ROOT / "data_prep/samples/slang.csv").open(encoding="utf-8", newline="") as file:
+    with (ROOT / "tasks/slang/slang.csv").open(encoding="utf-8", newline="") as file:
         kept = [Entry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
@@ -268,13 +295,21 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     store.keep("b", kept[0], 1)  # somebody else kept it too
     store.keep("b", Entry("no good", "Voted down.", "", ""), -1)
     out = tmp_path / "kept.csv"
-    said = subprocess.run([sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
-                          cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-m", "serving.web.dictionary", str(out), str(tmp_path / "d.sqlite3")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert "60 rows" in said.stdout
     config = load_config(["task=slang", "trainer=cpu", f"task.data.source={out}", f"data_dir={tmp_path}/data"])
     data = prepare(config, None)
-    learned = {json.loads(line)["output"] for split in ("training", "validation", "test")
-               for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()}  # fmt: skip
+    learned = {
+        json.loads(line)["output"]
+        for split in ("training", "validation", "test")
+        for line in (data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    }
     for entry in kept:
         assert f"Slang: {entry.slang}\nDefinition: {entry.description}\nExample: {entry.example}" in learned
     manifest = json.loads((data / "manifest.json").read_text())
@@ -295,8 +330,10 @@ def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(folder: Pat
     assert [aspect["name"] for aspect in found["aspects"]] == ["acting"]
     assert found["aspects"][0]["praised"] == acting["favourable"] + acting["both"]
     assert {quote["review"] for quote in found["aspects"][0]["praise"]} <= set(found["aspects"][0]["reviews"])
-    assert found["quotes"] == [{"quote": real["quote"], "reviews": [real["review"]]},
-                               {"quote": "I made this one up.", "reviews": []}]  # fmt: skip
+    assert found["quotes"] == [
+        {"quote": real["quote"], "reviews": [real["review"]]},
+        {"quote": "I made this one up.", "reviews": []},
+    ]
     # Whatever a row of training quotes is found again, in reviews that the row names.
     for line in (folder / "data/squid_game/training.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -385,5 +422,5 @@ def test_nothing_that_was_typed_is_logged(site: Site) -> None:
 
 def test_a_port_that_is_taken_is_an_error_in_words(site: Site, tmp_path: Path) -> None:
     words = ["--alone", "--port", str(site.port), "--database", str(tmp_path / "d")]
-    other = subprocess.run([SERVING_PYTHON, "-m", "serving.web", *words], cwd=ROOT, capture_output=True, text=True)
+    other = subprocess.run([SERVING_PYTHON, "-m", "commands.web", *words], cwd=ROOT, capture_output=True, text=True)
     assert other.returncode == 2 and "--port" in other.stderr and "Traceback" not in other.stderr

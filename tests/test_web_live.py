@@ -16,8 +16,8 @@ from conftest import ROOT
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import load_config, plain
+from core.configuration import load_config, plain
+from core.prompt import Prompt
 from serving.client import Client
 from serving.repository import put_adapter, write_repository
 
@@ -41,11 +41,20 @@ def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         config = load_config([f"task={task}"]).task
         prompt = Prompt(**plain(config.prompt))
         prompt.save(found)
-        put_adapter(scratch / "serve", found, {
-            "name": task, "task": task, "title": task, "base": base_folder.name, "run": f"run-of-{task}",
-            "sampling": {"temperature": config.generate.temperature, "max_tokens": 60}, "has_turns": bool(prompt.end),
-            "field": "context" if task == "slang" else None,
-        })  # fmt: skip
+        put_adapter(
+            scratch / "serve",
+            found,
+            {
+                "name": task,
+                "task": task,
+                "title": task,
+                "base": base_folder.name,
+                "run": f"run-of-{task}",
+                "sampling": {"temperature": config.generate.temperature, "max_tokens": 60},
+                "has_turns": bool(prompt.end),
+                "field": "context" if task == "slang" else None,
+            },
+        )
     write_repository(scratch / "serve", base_folder)
     with serve(scratch / "serve") as running:
         yield running
@@ -162,8 +171,10 @@ def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open
 def test_markup_that_the_model_writes_is_text(live: Site, open_page: Callable[..., Any], payload: str) -> None:
     """The base goes on with what it is full of, the likeliest token each time: the page would let it draw."""
     page = open_page(f"{live.address}/chat")
-    page.route("**/api/answer", lambda route: route.continue_(
-        post_data=json.dumps({**route.request.post_data_json, "temperature": 0})))  # fmt: skip
+    page.route(
+        "**/api/answer",
+        lambda route: route.continue_(post_data=json.dumps({**route.request.post_data_json, "temperature": 0})),
+    )
     page.get_by_label("Model").select_option("Base model, not fine-tuned")
     page.get_by_label("Your message").fill((payload + "\n") * 6)
     page.get_by_label("Your message").press("Enter")
@@ -190,8 +201,9 @@ def test_one_visitor_has_a_few_answers_on_their_way(live: Site) -> None:
     streams = []
     try:
         for _ in range(4):
-            request = httpx.Client().stream("POST", f"{live.address}/api/answer", json=question, timeout=60,
-                                            headers={"origin": live.address})  # fmt: skip
+            request = httpx.Client().stream(
+                "POST", f"{live.address}/api/answer", json=question, timeout=60, headers={"origin": live.address}
+            )
             streams.append(request)
         codes = [stream.__enter__().status_code for stream in streams]
         assert codes[:3] == [200] * 3 and codes[3] == 429
@@ -267,7 +279,9 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = " ".join(f"--{name}-port {port}" for name, port in ports.items())
     # The project's own Makefile would serve what was trained here, at ports that may be taken.
-    (tmp_path / "Makefile").write_text(f"serve:\n\t@{SERVING_PYTHON} -m serving --folder {tmp_path}/serve {words}\n")
+    (tmp_path / "Makefile").write_text(
+        f"serve:\n\t@{SERVING_PYTHON} -m commands.serve --folder {tmp_path}/serve {words}\n"
+    )
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/make").write_text(f'#!/bin/sh\nexec {shutil.which("make")} -f {tmp_path}/Makefile "$@"\n')
     (tmp_path / "bin/make").chmod(0o755)
@@ -276,8 +290,9 @@ def test_a_site_that_is_killed_takes_the_server_it_started_with_it(tiny_base: Pa
         found = (process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"]))
         return [" ".join(words) for words in found if any(str(tmp_path) in word for word in words)]
 
-    site = Site(tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False,
-                PATH=f"{tmp_path}/bin:{os.environ['PATH']}")  # fmt: skip
+    site = Site(
+        tmp_path, "--triton", f"127.0.0.1:{ports['grpc']}", alone=False, PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
+    )
     site.wait()
     wait_for(lambda: site.ask("GET", "/api/status").json()["ready"])
     assert len(ours()) > 5

@@ -21,20 +21,21 @@ from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from data_prep.prompt import Prompt
+from core.prompt import Prompt
 from serving.repository import put_adapter, write_repository
 
 SERVING_PYTHON = ROOT / ".venv-serve/bin/python"
 TURNS = "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<eos>"
 PROMPTS = {
     "slang": Prompt(
-        "Instruction:\n{instruction}\n\nResponse:\n{response}", "{tag}{context}{condition}",
+        "Instruction:\n{instruction}\n\nResponse:\n{response}",
+        "{tag}{context}{condition}",
         "Slang: {slang}\nDefinition: {description}",
         {"tag": "Make a term:\n", "context": "At the zoo. ", "condition": "Be brief."},
     ),
     "squid_game": Prompt(TURNS, "{question}", "{answer}", {"question": "Summarize"}),
     "chat": Prompt(TURNS, "{message}", "{answer}", {"message": "Hi!"}),
-}  # fmt: skip
+}
 SAMPLING = {"temperature": 0.7, "max_tokens": 24}
 GREEDY = {"temperature": 0, "max_tokens": 12}
 LONG = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}  # 0.2 s of the tiny base
@@ -45,7 +46,7 @@ QUEUE = 8  # requests that may wait, so that the tests meet a busy server
 
 @dataclass
 class Stack:
-    """What `python -m serving` runs: the addresses, and the process of each part."""
+    """What `python -m commands.serve` runs: the addresses, and the process of each part."""
 
     process: subprocess.Popen[str]
     folder: Path
@@ -65,7 +66,7 @@ class Stack:
 
     def part(self, name: str) -> psutil.Process:
         """The process of the engine, of tritonserver or of the door."""
-        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.door"}[name]
+        word = {"engine": "serving.engine", "triton": "tritonserver", "door": "serving.gateway"}[name]
         children = psutil.Process(self.process.pid).children()
         return next(child for child in children if any(word in argument for argument in child.cmdline()))
 
@@ -99,7 +100,7 @@ class Stack:
 
 
 def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
-    """What `serving.prepare` makes of finished runs, of adapters that nobody trained."""
+    """What `commands.prepare_serving` makes of finished runs, of adapters that nobody trained."""
     for number, (name, prompt) in enumerate(PROMPTS.items()):
         torch.manual_seed(number)
         model = get_peft_model(
@@ -108,10 +109,20 @@ def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
         )
         model.save_pretrained(scratch / name)
         prompt.save(scratch / name)
-        put_adapter(folder, scratch / name, {
-            "name": name, "task": name, "title": name.title(), "base": base.name, "sampling": SAMPLING, "run": "a-run",
-            "has_turns": bool(prompt.end), "field": "context" if name == "slang" else None,
-        })  # fmt: skip
+        put_adapter(
+            folder,
+            scratch / name,
+            {
+                "name": name,
+                "task": name,
+                "title": name.title(),
+                "base": base.name,
+                "sampling": SAMPLING,
+                "run": "a-run",
+                "has_turns": bool(prompt.end),
+                "field": "context" if name == "slang" else None,
+            },
+        )
     write_repository(folder, base)
 
 
@@ -136,7 +147,7 @@ def wait_for(port: int, seconds: float = 30.0) -> None:
 
 @contextmanager
 def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -> Iterator[Stack]:
-    """The tiny folder under `python -m serving`, with room for four `ENDLESS` answers at once."""
+    """The tiny folder under `python -m commands.serve`, with room for four `ENDLESS` answers at once."""
     patient = shutil.copytree(base, scratch / base.name)
     config = json.loads((patient / "config.json").read_text())
     (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
@@ -147,15 +158,18 @@ def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -
 
 @contextmanager
 def serve(folder: Path, *options: str) -> Iterator[Stack]:
-    """`python -m serving` of a folder, ready to be asked."""
+    """`python -m commands.serve` of a folder, ready to be asked."""
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         said = ""
         assert process.stdout

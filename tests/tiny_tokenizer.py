@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AddedToken, GemmaTokenizer
 from transformers.tokenization_utils_base import generate_merges
 
-from training.base_model import start_with_bos
+from core.base_model import start_with_bos
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 TEXTS = [

@@ -12,8 +12,15 @@ import numpy as np
 import tritonclient.grpc as grpc_client
 from tritonclient.utils import InferenceServerException
 
-FLAGS = ("stream", "exclude_input_in_output", "return_finish_reason", "return_cumulative_logprob", "return_logprobs",
-         "return_num_input_tokens", "return_num_output_tokens")  # fmt: skip
+FLAGS = (
+    "stream",
+    "exclude_input_in_output",
+    "return_finish_reason",
+    "return_cumulative_logprob",
+    "return_logprobs",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+)
 OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
 PATIENCE = 60.0  # seconds; nothing may take that long
 

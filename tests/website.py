@@ -13,15 +13,18 @@ import pytest
 from conftest import ROOT
 from tiny_serving import SERVING_PYTHON, free_ports
 
+from core.configuration import load_config
 from data_prep.prepare import prepare
-from nemo_configs.command_line import load_config
 from serving.web.dictionary import Dictionary, Entry
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 
-PAYLOADS = ("<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">",
-            "</textarea><svg onload=document.title='owned'>")  # fmt: skip
+PAYLOADS = (
+    "<script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "</textarea><svg onload=document.title='owned'>",
+)
 needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 expect = sync_api.expect
 expect.set_options(timeout=30_000)  # on a busy machine
@@ -37,9 +40,12 @@ class Site:
         folders = ["--runs", str(folder / "runs"), "--data", str(folder / "data"), "--database", str(self.database)]
         self._client = httpx.Client()
         self._process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "serving.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
-            cwd=ROOT, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env={**os.environ, **environment},
-        )  # fmt: skip
+            [SERVING_PYTHON, "-m", "commands.web", *["--alone"] * alone, "--port", str(self.port), *folders, *words],
+            cwd=ROOT,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+        )
 
     def wait(self) -> "Site":
         for _ in range(600):
@@ -103,8 +109,12 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.errors = errors
         # Chromium itself notes each refused request; those are what some tests are about.
-        page.on("console", lambda said: said.type == "error" and "Failed to load resource" not in said.text
-                and errors.append(said.text))  # fmt: skip
+        page.on(
+            "console",
+            lambda said: (
+                said.type == "error" and "Failed to load resource" not in said.text and errors.append(said.text)
+            ),
+        )
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         return page
@@ -118,5 +128,9 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 def violations(page: Any) -> list[str]:
     """What axe finds that is serious: which rule, where."""
     found = Axe().run(page).response["violations"]
-    return [f"{page.url} {one['id']}: {node['target']}" for one in found
-            if one["impact"] in ("serious", "critical") for node in one["nodes"]]  # fmt: skip
+    return [
+        f"{page.url} {one['id']}: {node['target']}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]

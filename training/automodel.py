@@ -1,6 +1,6 @@
 """The other engine: NVIDIA's own recipe, NeMo AutoModel, on the same rows with the same settings.
 
-    make train TASK=slang ENGINE=automodel          (python -m training task=slang engine=automodel)
+    make train TASK=slang ENGINE=automodel          (python -m commands.train task=slang engine=automodel)
 
 It writes the recipe and the tokenized rows into the run folder, has torchrun run them in `.venv-automodel` (see
 `training/automodel_worker.py`), shows what the recipe logs, and brings its adapter back as the run's `.nemo`. So
@@ -25,7 +25,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, plain
+from core.configuration import plain
+from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
@@ -33,9 +34,14 @@ CHECKPOINTS_PER_RUN = 20
 LORA_KEYS = {"name", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "optimizer"}
 # What the recipe is not told, with the values that it has for it.
 TRAIN_KEYS = {
-    "accumulation": 1, "optimizer": "adamw", "schedule": "CosineAnnealing", "gradient_checkpointing": False,
-    "evaluate_every": None, "evaluate_every_tokens": None, "early_stopping": None,
-}  # fmt: skip
+    "accumulation": 1,
+    "optimizer": "adamw",
+    "schedule": "CosineAnnealing",
+    "gradient_checkpointing": False,
+    "evaluate_every": None,
+    "evaluate_every_tokens": None,
+    "early_stopping": None,
+}
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
@@ -56,20 +62,29 @@ def check(config: DictConfig) -> None:
     if not isinstance(lora["target_modules"], list):
         unknown.append("target_modules, unless it is a list of names")
     if unknown:
-        raise UserError(f"engine=automodel cannot do what {config.peft.name} asks for: peft.{', peft.'.join(unknown)}. "
-                        f"engine=lightning can")  # fmt: skip
-    wanted = [f"task.train.{key}={config.task.train[key]}" for key, value in TRAIN_KEYS.items()
-              if config.task.train[key] != value]  # fmt: skip
+        raise UserError(
+            f"engine=automodel cannot do what {config.peft.name} asks for: peft.{', peft.'.join(unknown)}. "
+            f"engine=lightning can"
+        )
+    wanted = [
+        f"task.train.{key}={config.task.train[key]}"
+        for key, value in TRAIN_KEYS.items()
+        if config.task.train[key] != value
+    ]
     if config.trainer.strategy != "auto":
         wanted.append(f"trainer.strategy={config.trainer.strategy}")
     if wanted:
         raise UserError(f"engine=automodel cannot do {', '.join(wanted)}. engine=lightning can")
     if config.task.train.batch_size % config.trainer.devices:
-        raise UserError(f"task.train.batch_size={config.task.train.batch_size} cannot be dealt out evenly to "
-                        f"trainer.devices={config.trainer.devices}")  # fmt: skip
+        raise UserError(
+            f"task.train.batch_size={config.task.train.batch_size} cannot be dealt out evenly to "
+            f"trainer.devices={config.trainer.devices}"
+        )
     if not (ENVIRONMENT / "automodel.stamp").exists():
-        raise UserError(f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
-                        f"Install it (about 2.5 GB): make automodel-env")  # fmt: skip
+        raise UserError(
+            f"engine=automodel runs in an environment of its own, and {ENVIRONMENT} is not there. "
+            f"Install it (about 2.5 GB): make automodel-env"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -108,12 +123,18 @@ def fit(
         now = trained[-1]
         if not math.isfinite(now["train_loss"]):
             rate = config.task.train.learning_rate
-            raise UserError(f"the loss became {now['train_loss']} at step {now['step']}. Lower "
-                            f"task.train.learning_rate (now {rate}) and train again")  # fmt: skip
+            raise UserError(
+                f"the loss became {now['train_loss']} at step {now['step']}. Lower "
+                f"task.train.learning_rate (now {rate}) and train again"
+            )
         if now["step"] > said and (time.monotonic() - last_said > 5 or now["step"] == steps):
             last_said, said = time.monotonic(), now["step"]
-            print(f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
-                  f"  {last_said - began:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+            print(
+                f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+                f"  {last_said - began:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
 
     lines = run_recipe(recipe, folder, config.trainer.devices, show)
     write_tensorboard(lines, run_folder / "tensorboard")
@@ -285,21 +306,23 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
     from omegaconf import OmegaConf
     from safetensors.torch import load_file
 
-    from training.base_model import describe
+    from core.base_model import describe
     from training.gemma_lora import GemmaLoRA, weights_dtype
 
     adapter = load_file(checkpoint / "model" / "adapter_model.safetensors")
     peft = {key: value for key, value in plain(config.peft).items() if key not in ("quantization", "optimizer")}
     model = GemmaLoRA(
-        OmegaConf.create({
-            "base_folder": str(base_folder),
-            "base": describe(base_folder),
-            "dtype": str(weights_dtype()).removeprefix("torch."),
-            "peft": peft,
-            "prompt": config.task.prompt,
-            "seed": config.seed,
-        })
-    )  # fmt: skip
+        OmegaConf.create(
+            {
+                "base_folder": str(base_folder),
+                "base": describe(base_folder),
+                "dtype": str(weights_dtype()).removeprefix("torch."),
+                "peft": peft,
+                "prompt": config.task.prompt,
+                "seed": config.seed,
+            }
+        )
+    )
     model.load_state_dict({name: tensor.float() for name, tensor in adapter.items()})
     partial = archive.with_suffix(".partial.nemo")
     model.save_to(str(partial))

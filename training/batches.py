@@ -17,8 +17,8 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.prompt import Prompt
 from training.cross_entropy import linear_cross_entropy
 from training.packing import Layout, pack, shared_prefixes, use_packed_attention
 
@@ -107,8 +107,14 @@ def tokenize(
     # folder, which is made anew with another tokenizer or prompt.
     name = hashlib.sha256(f"{file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
     small = len(rows) < 100_000
-    rows = rows.map(encode, batched=True, remove_columns=rows.column_names, keep_in_memory=small, desc=file.name,
-                    new_fingerprint=name)  # fmt: skip
+    rows = rows.map(
+        encode,
+        batched=True,
+        remove_columns=rows.column_names,
+        keep_in_memory=small,
+        desc=file.name,
+        new_fingerprint=name,
+    )
     fitting = rows.filter(lambda row: row["length"] <= max_length, keep_in_memory=small)
     if not len(fitting):
         raise UserError(

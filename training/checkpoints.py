@@ -18,8 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from data_prep.data_folder import sync
-from nemo_configs.command_line import UserError
+from core.errors import UserError
+from core.files import sync
 from training.stopping import Stopped, StopSignals
 
 CHECKPOINTS_PER_RUN = 20
@@ -163,8 +163,10 @@ def newest_checkpoint(folder: Path, say: bool = True) -> Path | None:
             return path
         path.unlink(missing_ok=True)
         if say:
-            print(f"checkpoint {path.name} is damaged (its bytes do not have the hash in its name): going back to the "
-                  "one before")  # fmt: skip
+            print(
+                f"checkpoint {path.name} is damaged (its bytes do not have the hash in its name): going back to the "
+                "one before"
+            )
     return None
 
 

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 
 
 class AdapterParallel(DDPStrategy):

@@ -13,15 +13,16 @@ from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
-from training.base_model import describe
+from core.base_model import describe
+from core.configuration import plain
+from core.errors import UserError
+from core.load_model import load_tokenizer
+from core.prompt import Prompt
 from training.batches import Batches, Step, tokenize
 from training.checkpoints import Checkpoints, SafeCheckpointIO, newest_checkpoint, step_of
 from training.distribute import AdapterParallel
 from training.gemma_lora import GemmaLoRA, optimizer_here, weights_dtype
 from training.identity import made_of, refuse_other
-from training.load_model import load_tokenizer
 from training.progress import RunProgress
 from training.stopping import Stopped, StopSignals
 
@@ -45,18 +46,29 @@ def fit_folders(config: DictConfig, run_folder: Path, base_folder: Path, data_fo
     tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     training, validation = (
-        tokenize(data_folder / f"{name}.jsonl", tokenizer, prompt, config.task.train.max_length,
-                 cache=data_folder / ".tokens")[0]
+        tokenize(
+            data_folder / f"{name}.jsonl",
+            tokenizer,
+            prompt,
+            config.task.train.max_length,
+            cache=data_folder / ".tokens",
+        )[0]
         for name in ("training", "validation")
-    )  # fmt: skip
+    )
     archive, identity = run_folder / f"{config.task.name}.nemo", made_of(config, base_folder, data_folder)
     fit(config, base_folder, training, validation, run_folder, archive, identity, StopSignals())
 
 
 def fit(
-    config: DictConfig, base_folder: Path, rows: Dataset, validation_rows: Dataset, run_folder: Path, archive: Path,
-    identity: dict[str, Any], signals: StopSignals,
-) -> None:  # fmt: skip
+    config: DictConfig,
+    base_folder: Path,
+    rows: Dataset,
+    validation_rows: Dataset,
+    run_folder: Path,
+    archive: Path,
+    identity: dict[str, Any],
+    signals: StopSignals,
+) -> None:
     """Train, or go on from the newest whole checkpoint, and write `archive`: the last weights, or with early stopping
     those of the lowest validation loss.
 
@@ -109,45 +121,50 @@ def fit(
         first = step_of(resume_from)
         if trainer.is_global_zero:
             print(f"Going on from step {first} of {steps}")
-    exp_manager(trainer, {
-        "explicit_log_dir": str(run_folder / "tensorboard"),
-        "name": config.task.name,
-        "summary_writer_kwargs": {"purge_step": first + 1},  # what a stopped run logged after its checkpoint
-        "create_checkpoint_callback": False,  # Checkpoints writes each whole or not at all
-        "disable_validation_on_resume": False,  # the validation that was due when the run was stopped
-        "log_step_timing": False,
-        "log_tflops_per_sec_per_gpu": False,
-        **wandb_settings(config, run_folder),
-    })  # fmt: skip
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(run_folder / "tensorboard"),
+            "name": config.task.name,
+            "summary_writer_kwargs": {"purge_step": first + 1},  # what a stopped run logged after its checkpoint
+            "create_checkpoint_callback": False,  # Checkpoints writes each whole or not at all
+            "disable_validation_on_resume": False,  # the validation that was due when the run was stopped
+            "log_step_timing": False,
+            "log_tflops_per_sec_per_gpu": False,
+            **wandb_settings(config, run_folder),
+        },
+    )
     peft = plain(config.peft)
     quantization = peft.pop("quantization")
     peft.pop("optimizer")  # task.train.optimizer says it
     model = GemmaLoRA(
-        OmegaConf.create({
-            "base_folder": str(base_folder),
-            "base": describe(base_folder),
-            "dtype": str(weights_dtype()).removeprefix("torch."),
-            "peft": peft,
-            "quantization": quantization,
-            "gradient_checkpointing": settings.gradient_checkpointing,
-            "prompt": config.task.prompt,
-            "seed": config.seed,
-            "clip": settings.clip,
-            "optim": {
-                "name": optimizer_here(settings.optimizer, config.trainer.accelerator),
-                "lr": settings.learning_rate,
-                "weight_decay": settings.weight_decay,
-                "betas": [0.9, 0.999],
-                "sched": {
-                    "name": settings.schedule,
-                    "max_steps": steps,
-                    "warmup_steps": math.ceil(settings.warmup_ratio * steps),
-                    "min_lr": 0.0,
+        OmegaConf.create(
+            {
+                "base_folder": str(base_folder),
+                "base": describe(base_folder),
+                "dtype": str(weights_dtype()).removeprefix("torch."),
+                "peft": peft,
+                "quantization": quantization,
+                "gradient_checkpointing": settings.gradient_checkpointing,
+                "prompt": config.task.prompt,
+                "seed": config.seed,
+                "clip": settings.clip,
+                "optim": {
+                    "name": optimizer_here(settings.optimizer, config.trainer.accelerator),
+                    "lr": settings.learning_rate,
+                    "weight_decay": settings.weight_decay,
+                    "betas": [0.9, 0.999],
+                    "sched": {
+                        "name": settings.schedule,
+                        "max_steps": steps,
+                        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
+                        "min_lr": 0.0,
+                    },
                 },
-            },
-        }),
+            }
+        ),
         trainer,
-    )  # fmt: skip
+    )
     signals.in_training = True
     try:
         trainer.fit(model, course, validation, ckpt_path=resume_from)

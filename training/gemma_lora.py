@@ -19,14 +19,15 @@ from omegaconf import DictConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
-from data_prep.prompt import Prompt
-from nemo_configs.command_line import UserError, plain
-from training.base_model import describe
+from core.base_model import describe
+from core.configuration import plain
+from core.errors import UserError
+from core.load_model import add_lora, load_base
+from core.prompt import Prompt
 from training.batches import MicroBatch, Step, learned_loss
 from training.distribute import AdapterParallel
 from training.fast_layers import speed_up
 from training.four_bit import speed_up_4bit
-from training.load_model import add_lora, load_base
 from training.packing import use_packed_attention
 
 # NeMo restores only classes of known packages; this one is ours.

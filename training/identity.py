@@ -8,15 +8,22 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from nemo_configs.command_line import UserError, plain
-from training.base_model import describe
+from core.base_model import describe
+from core.configuration import plain
+from core.errors import UserError
 
 # Where files lie, how many processes share a step, how much memory it may take, who watches and what is asked
 # afterwards do not change the result, beyond rounding: a run that was stopped may go on with others.
 WITHOUT_EFFECT = (
-    "runs_dir", "data_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.micro_batch_tokens",
-    "trainer.wandb", "task.train.log_every",
-)  # fmt: skip
+    "runs_dir",
+    "data_dir",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.micro_batch_tokens",
+    "trainer.wandb",
+    "task.train.log_every",
+)
 AFTERWARDS = ("task.evaluate.", "judge.")
 
 
@@ -69,9 +76,10 @@ def unfinished_neighbour(run_folder: Path, now: dict[str, Any]) -> str:
     if (run_folder / "checkpoints").exists():
         return ""
     others = [
-        checkpoints.parent for checkpoints in run_folder.parent.glob("*/checkpoints")
+        checkpoints.parent
+        for checkpoints in run_folder.parent.glob("*/checkpoints")
         if any(checkpoints.glob("step=*.ckpt")) and not (checkpoints.parent / "report.html").exists()
-    ]  # fmt: skip
+    ]
     for other in sorted(others, key=lambda folder: (folder / "checkpoints").stat().st_mtime, reverse=True):
         then = recorded(other)
         if all(then.get(key) == now[key] for key in ("task.name", "model.name", "peft.name")):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.c_library import NoLibrary, compiled
+from core.c_build import NoLibrary, compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 DTYPE_FLAGS = {torch.float32: ["-fopenmp"], torch.bfloat16: ["-fopenmp", "-DBFLOAT16"]}

@@ -1,6 +1,6 @@
 """One command, many processes: who trains, who waits, and what is said when one of them dies.
 
-`python -m training` prepares, evaluates and reports in one process. Only the training between is done by
+`python -m commands.train` prepares, evaluates and reports in one process. Only the training between is done by
 `trainer.devices` processes on each of `trainer.num_nodes` machines; this file starts them and watches over them. On
 several machines the same command runs on each, with MASTER_ADDR, MASTER_PORT and NODE_RANK set as for torchrun and with
 a file system they share; those but the first only lend their processes.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_configs.command_line import UserError
+from core.errors import UserError
 from training.stopping import LOST, Stopped
 
 if TYPE_CHECKING:
@@ -108,9 +108,7 @@ def open_store(config: DictConfig) -> "TCPStore":
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if Path("/sys/class/net/lo").exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no other machine, and no look-up of this one's name
-        return TCPStore(
-            "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
-        )  # fmt: skip
+        return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     first = node_rank(config) == 0
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     until = time.monotonic() + (0 if first else JOIN)
@@ -193,17 +191,23 @@ def watch(config: DictConfig, store: "TCPStore", folders: list[str]) -> None:
                 break
             rank = node * devices + local
             environment = {
-                "RANK": rank, "LOCAL_RANK": local, "GROUP_RANK": node, "NODE_RANK": node, "WORLD_SIZE": world,
+                "RANK": rank,
+                "LOCAL_RANK": local,
+                "GROUP_RANK": node,
+                "NODE_RANK": node,
+                "WORLD_SIZE": world,
                 "LOCAL_WORLD_SIZE": devices,
-            }  # fmt: skip
+            }
             with (logs / f"process{rank}.log").open("wb") as log:  # the first one writes to the terminal
                 output = log if rank else None
                 workers[rank] = subprocess.Popen(
                     [sys.executable, "-m", "training.launch", *folders],
                     env={**os.environ, **{name: str(value) for name, value in environment.items()}},
-                    stdin=subprocess.PIPE, stdout=output, stderr=output,
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=output,
                     start_new_session=True,  # Ctrl-C comes from here, once
-                )  # fmt: skip
+                )
         while any(worker.poll() is None for worker in workers.values()):
             if any(worker.returncode for worker in workers.values()) or _stopped(store) is not None:
                 deadline = min(deadline, time.monotonic() + GRACE)
@@ -272,7 +276,7 @@ def work(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
         backend = "nccl" if config.trainer.accelerator == "gpu" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("fit", store), rank=rank, world_size=world)
 
-        from training.__main__ import quiet_libraries
+        from core.machine import quiet_libraries
 
         quiet_libraries()
         from training.fit import fit_folders

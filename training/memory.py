@@ -21,10 +21,11 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nemo_configs.command_line import UserError, plain
+from core.configuration import plain
+from core.errors import UserError
+from core.load_model import add_lora
 from training.batches import Batches
 from training.cross_entropy import BLOCK
-from training.load_model import add_lora
 
 GIB = 2**30
 PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer, and the kernels that oneDNN keeps; a GPU holds none of it
@@ -63,9 +64,12 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
     """
     settings = config.task.train
     batches = Batches(
-        rows, settings.batch_size * settings.accumulation, config.trainer.micro_batch_tokens, config.seed,
+        rows,
+        settings.batch_size * settings.accumulation,
+        config.trainer.micro_batch_tokens,
+        config.seed,
         world_size=config.trainer.devices * config.trainer.num_nodes,
-    )  # fmt: skip
+    )
     tokens, learned = largest_micro_batch(batches)
     need = estimate(config, base_folder, dtype, tokens, learned)
     free = free_memory(config.trainer.accelerator)
@@ -77,8 +81,10 @@ def check_memory(config: DictConfig, base_folder: Path, rows: Dataset, dtype: to
         if not settings.gradient_checkpointing:
             advice.append('ARGS="task.train.gradient_checkpointing=true"')
         advice.append(f'ARGS="trainer.micro_batch_tokens={max(max(rows["length"]), tokens // 4)}"')
-        raise UserError(f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
-                        f"{', '.join(advice)} or a smaller MODEL; then give the command again")  # fmt: skip
+        raise UserError(
+            f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
+            f"{', '.join(advice)} or a smaller MODEL; then give the command again"
+        )
     return need.total / GIB
 
 
@@ -104,8 +110,11 @@ def estimate(config: DictConfig, base_folder: Path, dtype: torch.dtype, tokens: 
         key: value for key, value in plain(config.peft).items() if key not in ("name", "quantization", "optimizer")
     }
     base = _without_memory(architecture, dtype)
-    linear = sum(layer.weight.numel() for name, layer in base.named_modules()
-                 if isinstance(layer, nn.Linear) and name != "lm_head")  # fmt: skip
+    linear = sum(
+        layer.weight.numel()
+        for name, layer in base.named_modules()
+        if isinstance(layer, nn.Linear) and name != "lm_head"
+    )
     weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
     in_layers = sum(weight.numel() for weight in base.model.layers.parameters()) * dtype.itemsize
     with torch.device("meta"):

@@ -37,10 +37,15 @@ class RunProgress(Callback):
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.rename(self.metrics_file)
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
-        )  # fmt: skip
+        )
         self.first_step = trainer.global_step
         self.bar.start()
         self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, facts="")

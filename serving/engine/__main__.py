@@ -48,8 +48,12 @@ class JsonLines(logging.Formatter):
     usual = frozenset(vars(logging.makeLogRecord({})))
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": round(record.created, 3), "level": record.levelname.lower(), "process": "engine",
-                "event": record.getMessage()}  # fmt: skip
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "process": "engine",
+            "event": record.getMessage(),
+        }
         line |= {name: value for name, value in vars(record).items() if name not in self.usual}
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -104,8 +108,17 @@ def serve(given: argparse.Namespace) -> None:
         return {**scheduler.stats(), "broken": dict(folder.broken), "uptime": time.monotonic() - started, **about}
 
     connections = Connections(given.socket, scheduler, inbox, describe)
-    print(json.dumps({"ready": True, "seconds": round(time.monotonic() - started, 2), **about,
-                      "adapters": sorted(folder.adapters)}), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "ready": True,
+                "seconds": round(time.monotonic() - started, 2),
+                **about,
+                "adapters": sorted(folder.adapters),
+            }
+        ),
+        flush=True,
+    )
     beat_due = 0.0
     while not (stopping.is_set() and not scheduler.busy):
         if stopping.is_set() and not scheduler.closing:

@@ -30,8 +30,18 @@ SITES = {
     "down": ("down_proj",),
 }
 TENSOR = re.compile(r".*?(layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
-UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices", "use_qalora",
-               "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens")  # fmt: skip
+UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
 versions = count(1)
 
 
@@ -65,8 +75,10 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
         if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
             raise UserError(f"{folder}: its adapter_config.json is not that of a LoRA")
         if used := [name for name in UNSUPPORTED if settings.get(name)]:
-            raise UserError(f"{folder}: {used[0]} is not supported by this engine. Merge the adapter into its base, "
-                            "or serve it with vLLM")  # fmt: skip
+            raise UserError(
+                f"{folder}: {used[0]} is not supported by this engine. Merge the adapter into its base, "
+                "or serve it with vLLM"
+            )
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except UserError:
@@ -90,8 +102,10 @@ def read_adapter(folder: Path, config: Config) -> Adapter:
         out, into = shapes[key[1]]
         a, b = inner.get(key), outer.get(key)
         if a is None or b is None or a.dim() != 2 or a.shape[1] != into or b.shape != (out, a.shape[0]):
-            raise UserError(f"{folder}: A and B of layer {key[0]}'s {key[1]} do not fit this base, which is "
-                            f"[{out}, {into}] there. Was it trained on another?")  # fmt: skip
+            raise UserError(
+                f"{folder}: A and B of layer {key[0]}'s {key[1]} do not fit this base, which is "
+                f"[{out}, {into}] there. Was it trained on another?"
+            )
         rank = a.shape[0]
         outer[key] = b * (scales[key] / (rank**0.5 if settings.get("use_rslora") else rank))
     return Adapter(folder.name, next(versions), inner, outer)
@@ -101,10 +115,14 @@ def _shapes(config: Config) -> dict[str, tuple[int, int]]:
     """Module → (outputs, inputs)."""
     queries, values = config.heads * config.head_size, config.kv_heads * config.head_size
     return {
-        "q_proj": (queries, config.hidden), "k_proj": (values, config.hidden), "v_proj": (values, config.hidden),
-        "o_proj": (config.hidden, queries), "gate_proj": (config.intermediate, config.hidden),
-        "up_proj": (config.intermediate, config.hidden), "down_proj": (config.hidden, config.intermediate),
-    }  # fmt: skip
+        "q_proj": (queries, config.hidden),
+        "k_proj": (values, config.hidden),
+        "v_proj": (values, config.hidden),
+        "o_proj": (config.hidden, queries),
+        "gate_proj": (config.intermediate, config.hidden),
+        "up_proj": (config.intermediate, config.hidden),
+        "down_proj": (config.hidden, config.intermediate),
+    }
 
 
 def _scale(settings: dict[str, Any], module: str) -> float:
@@ -139,8 +157,10 @@ class Stack:
                         owners += [place] * a.shape[0]
                 if inner:
                     self.sites[layer, site] = (
-                        torch.cat(inner, 1).to(device), torch.cat(outer).to(device), torch.tensor(owners, device=device)
-                    )  # fmt: skip
+                        torch.cat(inner, 1).to(device),
+                        torch.cat(outer).to(device),
+                        torch.tensor(owners, device=device),
+                    )
 
     def of(self, rows: list[Rows]) -> "StackedRows":
         """This stack for the rows of one step."""

@@ -50,8 +50,9 @@ class Config:
         try:
             raw = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/config.json cannot be read: {error}. Give the folder of a Hugging Face "
-                            "model: --base FOLDER") from None  # fmt: skip
+            raise UserError(
+                f"{folder}/config.json cannot be read: {error}. Give the folder of a Hugging Face model: --base FOLDER"
+            ) from None
         raw = raw.get("text_config", raw)
         family = FAMILIES.get(raw.get("model_type", ""))
         if not family:
@@ -68,16 +69,22 @@ class Config:
                 raise UserError(f"{folder}/config.json: {name} is not supported")
         ropes = {kind: _rope(raw, kind, folder) for kind in set(kinds)}
         return cls(
-            generation=family, vocabulary=raw["vocab_size"], hidden=raw["hidden_size"],
-            intermediate=raw["intermediate_size"], layers=layers, heads=raw["num_attention_heads"],
-            kv_heads=raw["num_key_value_heads"], head_size=head_size, eps=raw.get("rms_norm_eps", 1e-6),
+            generation=family,
+            vocabulary=raw["vocab_size"],
+            hidden=raw["hidden_size"],
+            intermediate=raw["intermediate_size"],
+            layers=layers,
+            heads=raw["num_attention_heads"],
+            kv_heads=raw["num_key_value_heads"],
+            head_size=head_size,
+            eps=raw.get("rms_norm_eps", 1e-6),
             scale=(raw.get("query_pre_attn_scalar", 256) if family > 1 else head_size) ** -0.5,
             windows=tuple(raw.get("sliding_window") or 0 if kind == "sliding_attention" else 0 for kind in kinds),
             ropes=tuple(ropes[kind] for kind in kinds),
             attention_cap=(raw.get("attn_logit_softcapping") or 0.0) if family == 2 else 0.0,
             final_cap=(raw.get("final_logit_softcapping") or 0.0) if family > 1 else 0.0,
             longest=raw.get("max_position_embeddings", 8192),
-        )  # fmt: skip
+        )
 
 
 def _rope(raw: dict[str, Any], kind: str, folder: Path) -> tuple[float, float]:

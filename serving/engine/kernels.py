@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from core.c_build import NoLibrary, compiled
 from serving.engine import UserError
 from serving.engine.adapters import Adapter
 from serving.engine.architecture import Config, Rows, Weights, norms_of
 from serving.engine.kv_cache import BLOCK
-from training.c_library import NoLibrary, compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-fopenmp-simd", "-fno-signed-zeros", "-pthread"]

@@ -81,8 +81,15 @@ class Request:
 class Scheduler:
     """Requests in, messages out, a step at a time. Not for more than one thread."""
 
-    def __init__(self, model: Model, tokenizer: Any, ends: tuple[int, ...], adapters: Mapping[str, Adapter],
-                 blocks: int, max_waiting: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Any,
+        ends: tuple[int, ...],
+        adapters: Mapping[str, Adapter],
+        blocks: int,
+        max_waiting: int,
+    ) -> None:
         """
         Args:
             tokenizer: of the `tokenizers` library.
@@ -118,8 +125,12 @@ class Scheduler:
         elif name is not None and name not in self.adapters:
             self._fail_unknown(request)
         elif request.prompt_tokens + most > self.longest:
-            self._fail(request, "invalid", f"the prompt has {request.prompt_tokens} tokens and max_tokens is {most}; "
-                       f"together they may be {self.longest} here")  # fmt: skip
+            self._fail(
+                request,
+                "invalid",
+                f"the prompt has {request.prompt_tokens} tokens and max_tokens is {most}; "
+                f"together they may be {self.longest} here",
+            )
         elif len(self.waiting) >= self.max_waiting:
             self._fail(request, BUSY, f"{len(self.waiting)} requests are waiting already; try again in a moment")
         else:
@@ -154,10 +165,14 @@ class Scheduler:
     def stats(self) -> dict[str, Any]:
         """What a beat tells."""
         return {
-            "running": len(self.running), "waiting": len(self.waiting), "kv_tokens": self.pool.held * BLOCK,
-            "kv_capacity": len(self.pool.holders) * BLOCK, "adapters": sorted(self.adapters),
-            "tokens": dict(self.tokens), "counts": dict(self.counts),
-        }  # fmt: skip
+            "running": len(self.running),
+            "waiting": len(self.waiting),
+            "kv_tokens": self.pool.held * BLOCK,
+            "kv_capacity": len(self.pool.holders) * BLOCK,
+            "adapters": sorted(self.adapters),
+            "tokens": dict(self.tokens),
+            "counts": dict(self.counts),
+        }
 
     def _compose(self, batch: list[tuple[Request, int]], fresh: list[int]) -> None:
         """Fill `batch` with (request, how many of its tokens)."""

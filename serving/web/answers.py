@@ -87,8 +87,9 @@ class Question(BaseModel):
 async def answer(question: Question, request: Request) -> AsyncIterator[ServerSentEvent]:
     client, settings = request.app.state.client, request.app.state.settings
     if settings.clean and is_explicit(question.asked()):
-        yield _event("error", side="after", message="This site keeps it clean. Please say it in other words.",
-                     kind="explicit")  # fmt: skip
+        yield _event(
+            "error", side="after", message="This site keeps it clean. Please say it in other words.", kind="explicit"
+        )
         return
     sides = ["after", "before"] if question.compare else ["after"]
     events: asyncio.Queue[ServerSentEvent] = asyncio.Queue()
@@ -139,9 +140,16 @@ async def _one_side(
                 Entry(fields["slang"], fields["description"], fields.get("example", ""), context)
             )
         events.put_nowait(
-            _event("done", side=side, finish_reason=said.finish_reason, tokens=said.output_tokens,
-                   seconds=round(time.monotonic() - began, 2), keep=keep, forgotten=said.forgotten)
-        )  # fmt: skip
+            _event(
+                "done",
+                side=side,
+                finish_reason=said.finish_reason,
+                tokens=said.output_tokens,
+                seconds=round(time.monotonic() - began, 2),
+                keep=keep,
+                forgotten=said.forgotten,
+            )
+        )
     except ServingError as error:
         kind = next(kind for kind in SAYS if isinstance(error, kind))
         detail = str(error).removeprefix(f"{client.url}: ") if kind is InvalidRequest else ""

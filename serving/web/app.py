@@ -89,14 +89,24 @@ def create_app(settings: Settings) -> FastAPI:
         Middleware(HeadAsGet),
     ]
     app = FastAPI(
-        title="Own Gemma", lifespan=lifespan, middleware=guards, max_body_size=LARGEST_BODY,
-        docs_url=None, redoc_url=None, openapi_url=None,
-    )  # fmt: skip
+        title="Own Gemma",
+        lifespan=lifespan,
+        middleware=guards,
+        max_body_size=LARGEST_BODY,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.state.settings, app.state.dictionary = settings, store
     templates = Jinja2Templates(
-        env=Environment(loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined,
-                        trim_blocks=True, lstrip_blocks=True)
-    )  # fmt: skip
+        env=Environment(
+            loader=FileSystemLoader(HERE / "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+    )
     app.state.templates = templates
     for router in (answers.router, dictionary.router, evidence.router, runs.router):
         app.include_router(router)
@@ -108,15 +118,22 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/")
     def slang(request: Request) -> Response:
-        return page(request, "slang", fields=task_config("slang")["prompt"]["fields"],
-                    scenes=suggestions("slang", "context"))  # fmt: skip
+        return page(
+            request, "slang", fields=task_config("slang")["prompt"]["fields"], scenes=suggestions("slang", "context")
+        )
 
     @app.get("/reviews")
     def reviews(request: Request) -> Response:
         film = task_config(FILM)["data"]["reviews"]
         known = reviews_of(settings.data, FILM)
-        return page(request, "reviews", task=FILM, film=film, questions=suggestions(FILM, "question"),
-                    knowledge=known and known.knowledge)  # fmt: skip
+        return page(
+            request,
+            "reviews",
+            task=FILM,
+            film=film,
+            questions=suggestions(FILM, "question"),
+            knowledge=known and known.knowledge,
+        )
 
     @app.get("/reviews/aspects.svg")
     def aspects() -> Response:

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, StringConstraints
 
-from data_prep.aspect_words import AspectWords
 from serving.web.tasks import task_config
+from tasks.reviews.aspect_words import AspectWords
 
 QUOTE = re.compile(r'["“]([^"“”\n]{4,})["”]')
 MOST_ASPECTS, MOST_QUOTES = 5, 3  # shown

@@ -174,8 +174,9 @@ class SignIn:
         await RedirectResponse(f"/sign-in?next={quote(path, safe='/')}", 303)(scope, receive, send)
 
     def is_right(self, password: str) -> bool:
-        return hmac.compare_digest(hmac.digest(self._key, password.encode(), sha256),
-                                   hmac.digest(self._key, self._password, sha256))  # fmt: skip
+        return hmac.compare_digest(
+            hmac.digest(self._key, password.encode(), sha256), hmac.digest(self._key, self._password, sha256)
+        )
 
     def cookie(self) -> str:
         until = str(int(time.time()) + SESSION)

@@ -1,0 +1,33 @@
+"""The finished runs of a task in one table: in the terminal, and as `runs/<task>/comparison.html`.
+
+python -m commands.compare task=slang                    (what `make compare TASK=slang RUNS="a b"` calls)
+python -m commands.compare task=slang "runs=a b"         only these, by name or folder
+"""
+
+from pathlib import Path
+
+from core.configuration import load_config
+from core.errors import run
+from evaluation.compare_runs import choose, compare, show
+from evaluation.plots import draw_comparison
+from evaluation.report import write_page
+
+
+def main(words: list[str]) -> None:
+    names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
+    config = load_config([word for word in words if not word.startswith("runs=")])
+    groups = compare(choose(config, names))
+    show(groups)
+    for group in groups:
+        group["plots"] = draw_comparison(group["runs"])
+    print(
+        write_page(
+            Path(config.runs_dir) / config.task.name / "comparison.html",
+            "comparison.html.j2",
+            {"task": config.task.name, "groups": groups},
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)

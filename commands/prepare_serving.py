@@ -1,0 +1,139 @@
+"""From finished runs to what Triton serves: `exports/serve`, made in the training environment. `make serve` calls it.
+
+    python -m commands.prepare_serving slang squid_game
+    python -m commands.prepare_serving --default slang      the base alone where slang has no finished run
+    python -m commands.prepare_serving slang --engine vllm        the same folder for NVIDIA's container
+
+The newest finished run of each task becomes a PEFT adapter through `converters`, at exports/<task>/adapter; one that
+was made from that very run is taken as it is. Where a server runs already, its tasks stay and these join them.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from core.base_model import ensure_base_model
+from core.configuration import load_config, plain
+from core.errors import UserError, run
+from core.prompt import EOS, Prompt
+from core.run_folder import Run, base_of, newest_run
+from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
+from serving.state import State
+
+FOLDER = Path("exports/serve")
+SAMPLING = {"max_new_tokens": "max_tokens"}  # transformers' name: vLLM's
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty")
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "commands.prepare_serving", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("tasks", nargs="*")
+    parser.add_argument("--default", help="a task to serve where none is named, if it has a finished run")
+    parser.add_argument("--model", default="gemma-3-270m", help="the base that is served where there is no run")
+    parser.add_argument("--engine", choices=["embedded", "vllm"], default="embedded")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    options = parser.parse_args(words)
+    prepare(options.tasks, options.default, options.model, options.engine, options.folder)
+
+
+def prepare(tasks: list[str], default: str | None, model: str, engine: str, folder: Path) -> None:
+    """
+    Raises:
+        UserError: a named task without a finished run, tasks of several bases, a server that serves another base.
+    """
+    runs = [newest(task) for task in tasks] or [found for found in [newest_or_none(default)] if found]
+    bases = {found.task: base_of(found, load_config([f"task={found.task}"])).resolve() for found in runs}
+    if len(set(bases.values())) > 1:
+        listed = ", ".join(f"{task} on {base.name}" for task, base in bases.items())
+        raise UserError(
+            f"all tasks that are served together share one base, but these are {listed}. Train one of "
+            f"them again, MODEL=…, or serve them one after the other"
+        )
+    base = next(iter(bases.values()), None) or ensure_base_model(load_config([f"model={model}"]).model).resolve()
+    is_running = State(folder / "state").is_taken()
+    if is_running and engine == "vllm":
+        raise UserError(f"a server is running from {folder}; stop it first, its repository would be written anew")
+    if is_running and (folder / "base").resolve() != base:
+        raise UserError(
+            f"the running server has the base {(folder / 'base').resolve().name}, and these tasks "
+            f"{base.name}; stop it first"
+        )
+    adapters = {found.task: adapter_of(found, base) for found in runs}
+    (folder / "adapters").mkdir(parents=True, exist_ok=True)
+    if not is_running:
+        for other in (folder / "adapters").iterdir():
+            if other.name not in adapters:
+                remove_adapter(other)
+    for found in runs:
+        put_adapter(folder, adapters[found.task], serving_of(found, adapters[found.task], base))
+    if engine == "vllm":
+        write_vllm_repository(folder, base)
+        print(
+            f"{folder} holds what NVIDIA's Triton with the vLLM backend serves, from {base.name}: "
+            f"{', '.join(adapters) or 'the base alone'}. Run it where there is an NVIDIA GPU:"
+        )
+        print("  make up ENGINE=vllm" + (f" TASKS={','.join(adapters)}" if adapters else ""))
+    elif not is_running:
+        write_repository(folder, base)
+
+
+def newest(task: str) -> Run:
+    return Run.read(newest_run(load_config([f"task={task}"])))
+
+
+def newest_or_none(task: str | None) -> Run | None:
+    if not task:
+        return None
+    try:
+        return newest(task)
+    except UserError as error:
+        print(f"{error}\nUntil then the base is served alone.", flush=True)
+        return None
+
+
+def adapter_of(found: Run, base: Path) -> Path:
+    """The run's adapter as a PEFT folder, made unless it was made from this run already."""
+    from converters.convert import convert
+
+    target = Path("exports") / found.task / "adapter"
+    record = target / "conversion.json"
+    with found.archive.open("rb") as archive:
+        digest = hashlib.file_digest(archive, "sha256").hexdigest()
+    if not record.exists() or json.loads(record.read_text(encoding="utf-8")).get("source_sha256") != digest:
+        convert(found.archive, "adapter", target, base)
+    return target
+
+
+def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
+    """`serving.json`: what a client needs to ask this adapter as it was trained, beside its prompt."""
+    prompt, task = Prompt.load(adapter), found.config["task"]
+    # What a task says of sampling today counts; its run may be older than that.
+    given = plain(load_config([f"task={found.task}"]).task.generate)
+    given = {SAMPLING.get(name, name): value for name, value in given.items()}
+    sampling = {name: given[name] for name in SAMPLED if given.get(name) is not None}
+    if prompt.end not in ("", EOS):
+        sampling["stop"] = [prompt.end]
+    field = next((name for name in task["data"]["columns"] if f"{{{name}}}" in prompt.instruction), None)
+    return {
+        "name": found.task,
+        "task": found.task,
+        "title": title_of(found),
+        "base": base.name,
+        "sampling": sampling,
+        "run": found.folder.name,
+        "has_turns": bool(prompt.end),
+        "field": field,
+    }
+
+
+def title_of(found: Run) -> str:
+    reviewed = (found.config["task"]["data"].get("reviews") or {}).get("title")
+    return f"{reviewed}: what viewers say" if reviewed else found.task.replace("_", " ").capitalize()
+
+
+if __name__ == "__main__":
+    run(main)

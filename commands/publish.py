@@ -1,0 +1,301 @@
+"""A fine-tuned model on the Hugging Face hub, with a card that says what it is, from what, and how well it does.
+
+    python -m commands.publish task=slang repo=me/slang-gemma dry_run=true      (writes the folder, sends nothing)
+    HF_TOKEN=hf_... python -m commands.publish task=slang repo=me/slang-gemma to=merged dataset=me/slang-rows
+
+Words of its own, beside those of the configuration:
+    repo      where the model goes, name/model
+    to        adapter (the default) or merged
+    dataset   where the prepared rows go, name/data; without it they stay here
+    dry_run   true: only write exports/<task>/hub/
+
+A repository that does not exist yet is made private: what is in it is seen by others when its owner says so there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from omegaconf import DictConfig
+
+from converters.adapter import HUB
+from converters.convert import convert
+from converters.hf import read_json, write_json
+from converters.nemo_file import NemoFile, read_nemo
+from core.configuration import CONFIG_DIR, load_config
+from core.errors import UserError, run
+from core.run_folder import newest_run
+
+TERMS = "https://ai.google.dev/gemma/terms"
+SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+WORDS = {"repo": "", "to": "adapter", "dataset": "", "dry_run": ""}
+
+MODEL_CARD = """---
+{front}
+---
+
+# {title}
+
+{kind} of [{base}](https://huggingface.co/{base}), fine-tuned with NVIDIA NeMo, Lightning and PEFT on
+{rows} rows.{other_base}
+
+| on {held_out} held-out rows | before | after |
+|---|---|---|
+| perplexity of the response | {before:.2f} | {after:.2f} |
+
+Asked the same, before and after:
+
+{answers}
+
+## How to ask it
+
+It answers what it was trained with, word for word (`prompt.json`; `{{instruction}}` is yours):
+
+```
+{template}
+```
+
+```python
+{code}
+```
+
+## Data
+
+{data}
+
+| split | rows |
+|---|---|
+{splits}
+
+## Training
+
+{epochs} epochs, seed {seed}, on {machine}.
+
+```yaml
+{settings}
+```
+
+The files were made by a conversion that opened them again and compared them with the trained model: largest logit
+difference {difference:.2g}, top-1 agreement {agreement:.1%} on fixed prompts. `conversion.json` is its record.
+
+## Licence
+
+Gemma is provided under and subject to the Gemma Terms of Use found at {terms}. Whoever uses or passes on this model is
+bound by them, its use restrictions included; `NOTICE` goes with every copy.
+"""
+DATA_CARD = """---
+{front}
+---
+
+# {title}
+
+The rows that {model} was fine-tuned on, as JSON lines: {rows} rows of `{source}`, cleaned, near-duplicates kept within
+one split, divided with seed {seed}. `manifest.json` says how many were dropped and why, and has a hash of every file.
+
+| split | rows |
+|---|---|
+{splits}
+"""
+OTHER_BASE = """
+
+The weights that it was trained on came from another place than the hub ({source}), and may differ from those there by
+their rounding; the figures below are of the former, with SHA-256 `{sha256}`."""
+LOAD = {
+    "adapter": """from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}")  # fetches {base} too""",
+    "merged": """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{repo}")""",
+}
+
+
+def main(words: list[str]) -> None:
+    own, overrides = dict(WORDS), []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in WORDS:
+            own[name] = value
+        else:
+            overrides.append(word)
+    publish(load_config(overrides), own["repo"], own["to"], own["dataset"], own["dry_run"].lower() in ("1", "true"))
+
+
+def publish(config: DictConfig, repo: str, to: str, dataset: str, dry_run: bool) -> None:
+    """Write and, unless `dry_run`, push the newest run of the task.
+
+    Raises:
+        UserError: no such run, rows that it was not trained on, a name or token the hub does not take, no network.
+    """
+    if to not in LOAD:
+        raise UserError(f"to={to} is unknown. Known: {', '.join(LOAD)}")
+    for name in filter(None, (repo, dataset)):
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UserError(f"{name!r} is no name of a repository ({error})") from None
+    if "/" not in repo or (dataset and "/" not in dataset):
+        raise UserError("name the repository with its owner: REPO=name/model, DATASET=name/data")
+    token = os.environ.get("HF_TOKEN")
+    if not token and not dry_run:
+        raise UserError(
+            "HF_TOKEN is not set. Make a token that may write at https://huggingface.co/settings/tokens, "
+            "then: export HF_TOKEN=hf_...; or look at what would be sent with DRY_RUN=1"
+        )
+    run_folder = newest_run(config)
+    archive = run_folder / f"{config.task.name}.nemo"
+    nemo = read_nemo(archive)
+    folder = Path("exports") / config.task.name / "hub"
+    pushed = [(repo, "model", folder / "model")]
+    trained = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    if dataset:
+        pushed.insert(0, (dataset, "dataset", folder / "dataset"))
+        write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
+    convert(archive, to, folder / "model", config.model.path or trained["model"].get("path"))
+    if to == "adapter":
+        name_base(folder / "model", base_on_hub(nemo.base))
+    write_card(run_folder, trained, nemo, folder / "model", repo, to, dataset)
+    for name, kind, place in pushed:
+        if dry_run:
+            print(f"{place} is what would go to the {kind} repository {name}")
+        else:
+            push(HfApi(token=token), name, kind, place)
+
+
+def write_card(
+    run_folder: Path, trained: dict[str, Any], nemo: NemoFile, folder: Path, repo: str, to: str, dataset: str
+) -> None:
+    """`README.md` in `folder`, from what the run measured."""
+    evaluation, manifest = read_json(run_folder / "evaluation.json"), read_json(run_folder / "data_manifest.json")
+    machine, proof = read_json(run_folder / "environment.json"), read_json(folder / "conversion.json")["proof"]
+    base = base_on_hub(nemo.base)
+    front = ModelCardData(
+        base_model=base,
+        license="gemma",
+        datasets=[dataset] if dataset else None,
+        pipeline_tag="text-generation",
+        library_name="peft" if to == "adapter" else "transformers",
+        tags=["gemma", "nemo", "lora", trained["task"]["name"]],
+    )
+    train = {key: value for key, value in trained["task"]["train"].items() if key != "epochs_on"}
+    settings = {
+        "peft": {key: value for key, value in nemo.peft.items() if value},
+        "train": train,
+        "quantization": nemo.quantization,
+    }
+    text = MODEL_CARD.format(
+        front=front.to_yaml(),
+        title=repo.partition("/")[2],
+        base=base,
+        held_out=evaluation["held_out_rows"],
+        kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA",
+        rows=manifest["splits"]["training"]["rows"],
+        before=evaluation["before"]["perplexity"],
+        after=evaluation["after"]["perplexity"],
+        answers=answers(evaluation),
+        template=nemo.prompt.template,
+        code=LOAD[to].format(repo=repo, base=base),
+        data=data_line(manifest, dataset),
+        splits=split_lines(manifest),
+        epochs=train.get("epochs"),
+        seed=trained.get("seed", manifest.get("seed")),
+        machine=", ".join(machine["gpus"]) or machine["cpu"],
+        settings=yaml.safe_dump(settings, sort_keys=False).strip(),
+        terms=TERMS,
+        other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
+        difference=proof["max_logit_difference"],
+        agreement=proof["top1_agreement"],
+    )
+    ModelCard(text).save(folder / "README.md")
+
+
+def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dataset: str) -> None:
+    """The prepared rows with their card; what was dropped from them stays here.
+
+    Raises:
+        UserError: they are not those of the run.
+    """
+    trained, manifest = read_json(run_folder / "data_manifest.json"), read_json(data_folder / "manifest.json")
+    if trained["splits"] != manifest["splits"]:
+        raise UserError(
+            f"{data_folder} holds other rows than {run_folder} was trained on. Prepare them again as then: "
+            f"its environment.json has the command"
+        )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name in (*SPLITS.values(), "manifest.json"):
+        shutil.copyfile(data_folder / name, folder / name)
+    files = [{"split": split, "path": name} for split, name in SPLITS.items()]
+    front = DatasetCardData(
+        configs=[{"config_name": "default", "data_files": files}], task_categories=["text-generation"]
+    )
+    text = DATA_CARD.format(
+        front=front.to_yaml(),
+        title=dataset.partition("/")[2],
+        rows=manifest["rows_out"],
+        model=f"[{repo}](https://huggingface.co/{repo})",
+        source=manifest["source"]["name"],
+        seed=manifest["seed"],
+        splits=split_lines(manifest),
+    )
+    DatasetCard(text).save(folder / "README.md")
+
+
+def name_base(folder: Path, base: str) -> None:
+    """Where this machine keeps the base means nothing elsewhere: the adapter names it as the hub does."""
+    file, record = folder / "adapter_config.json", read_json(folder / "conversion.json")
+    write_json(file, {**read_json(file), "base_model_name_or_path": base})
+    record["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def base_on_hub(base: dict[str, str]) -> str:
+    if base["source"].startswith(HUB):
+        return base["source"].removeprefix(HUB)
+    known = CONFIG_DIR / "model" / f"{Path(base['name']).name}.yaml"
+    return str(yaml.safe_load(known.read_text())["repo"]) if known.exists() else base["name"]
+
+
+def answers(evaluation: dict[str, Any]) -> str:
+    """The run's first question with both answers, as quotations."""
+    sides = [("Question", evaluation["questions"][0])]
+    sides += [(name.title(), evaluation[name]["answers"][0]) for name in ("before", "after")]
+    return "\n\n".join(f"**{name}**\n\n" + "\n".join(f"> {line}" for line in text.split("\n")) for name, text in sides)
+
+
+def data_line(manifest: dict[str, Any], dataset: str) -> str:
+    public = f", published as [{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else ", not published"
+    return f"`{manifest['source']['name']}`{public}. SHA-256 of the source: `{manifest['source']['sha256']}`."
+
+
+def split_lines(manifest: dict[str, Any]) -> str:
+    return "\n".join(f"| {name} | {split['rows']} |" for name, split in manifest["splits"].items())
+
+
+def push(api: HfApi, repo: str, kind: str, folder: Path) -> None:
+    """One commit with everything in `folder`."""
+    import httpx2  # what huggingface_hub speaks through
+
+    page = f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    print(f"Sending {folder} to {page}", flush=True)
+    try:
+        api.create_repo(repo, repo_type=kind, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message="Publish")
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "?")
+        hint = "check that HF_TOKEN may write there" if status in (401, 403, 404) else "try again later"
+        raise UserError(f"the hub answered {status} for {page}: {hint}. {folder} is ready as it is") from None
+    except (OSError, httpx2.HTTPError) as error:
+        raise UserError(
+            f"{page} cannot be reached ({type(error).__name__}); {folder} is ready, try again later"
+        ) from None
+    print(f"published: {page} (a new repository is private; its settings there make it public)")
+
+
+if __name__ == "__main__":
+    run(main)

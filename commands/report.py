@@ -1,0 +1,26 @@
+"""Ask base and fine-tuned model of the newest run the same questions, measure their answers, and write the report.
+
+python -m commands.report task=slang [+run=FOLDER]
+"""
+
+from core.configuration import load_config
+from core.errors import UserError, run
+from core.run_folder import Run, newest_run
+from evaluation.gate import pass_gate
+from evaluation.report import evaluate, show, write
+
+
+def main(words: list[str]) -> int:
+    config = load_config(words)
+    finished = Run.read(newest_run(config))
+    if finished.task != config.task.name:
+        raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
+    evaluate(finished, config)
+    report = write(finished.folder)
+    show(Run.read(finished.folder).metrics)
+    print(report)
+    return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
+
+
+if __name__ == "__main__":
+    run(main)

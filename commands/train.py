@@ -1,0 +1,246 @@
+"""From a table to a fine-tuned Gemma: the whole recipe, top to bottom.
+
+    python -m commands.train task=slang                              (what `make train TASK=slang` calls)
+    python -m commands.train task=slang task.data.source=mine.csv seed=1
+    python -m commands.train task=slang +experiment=attempt2
+
+A run is named by its configuration and its data. The same command given again continues a run that was stopped, and
+only shows one that is finished; anything changed starts another. Told to stop by SIGTERM or SIGUSR1, it writes a
+checkpoint and leaves with code 75: a scheduler may start the same command again. With `task.evaluate.min_gain` it ends
+with code 3 where held-out perplexity fell by less.
+"""
+
+import errno
+import hashlib
+import json
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from core.base_model import describe, ensure_base_model
+from core.configuration import load_config, plain
+from core.errors import UserError, run
+from core.files import write_json
+from core.machine import describe_environment, quiet_libraries
+from core.run_folder import read_metrics
+from data_prep.prepare import prepare
+from evaluation.gate import pass_gate
+from evaluation.questions import check, held_out_questions, listed_questions
+from training import automodel
+from training.identity import differences, made_of, refuse_changed_records, unfinished_neighbour
+from training.launch import check_heads, check_processes, dismiss, follow, launch, node_rank, open_store
+from training.stopping import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+ENGINES = ("lightning", "automodel")
+SAMPLES = 3  # questions asked before and after; `make report` asks more
+
+
+def main(words: list[str]) -> int:
+    config = load_config(words)
+    print(
+        f"Training {config.model.name} with {config.peft.name} on {config.task.name}, on this machine's "
+        f"{config.trainer.accelerator.upper()}"
+    )
+    if config.engine not in ENGINES:
+        raise UserError(f"unknown engine '{config.engine}'. Known: {', '.join(ENGINES)}")
+    settings = check(config)
+    store = None
+    if config.engine == "automodel":
+        automodel.check(config)  # it starts its processes itself
+    else:
+        processes = check_processes(config)
+        if node_rank(config) > 0:
+            follow(config)
+            return 0
+        store = open_store(config) if processes > 1 else None
+    base_folder = ensure_base_model(config.model)
+    check_heads(config, base_folder)
+    data_folder = prepare(config, base_folder / "tokenizer.json")
+    identity = made_of(config, base_folder, data_folder)
+    run_folder = name_run(config, base_folder, identity)
+    if (run_folder / "report.html").exists():
+        print(
+            f"{run_folder} is finished: this configuration on this data has been trained. Change something, for "
+            f"example ARGS=seed=1, to train another"
+        )
+        dismiss(config, store)
+        return show_result(run_folder, settings["min_gain"])
+    refuse_changed_records(run_folder, identity)
+    if other := unfinished_neighbour(run_folder, identity):
+        print(other)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_folder / ".lock", timeout=0):
+            train(config, base_folder, data_folder, run_folder, identity, StopSignals(), store)
+    except Timeout:
+        raise UserError(f"another process is training {run_folder}. Wait for it, or stop it") from None
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except (OSError, RuntimeError) as error:
+        # torch's own writer, which NeMo's archives go through, knows no errno.
+        if getattr(error, "errno", None) not in NO_ROOM and "PytorchStreamWriter failed" not in str(error):
+            raise
+        why = getattr(error, "strerror", error)
+        raise UserError(
+            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same "
+            "command goes on"
+        ) from None
+    return show_result(run_folder, settings["min_gain"])
+
+
+def name_run(config: DictConfig, base_folder: Path, identity: dict[str, Any]) -> Path:
+    """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    engine = "" if config.engine == "lightning" else config.engine
+    parts = [describe(base_folder)["name"], config.peft.name, engine, config.experiment_name, digest]
+    return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
+
+
+def train(
+    config: DictConfig,
+    base_folder: Path,
+    data_folder: Path,
+    run_folder: Path,
+    identity: dict[str, Any],
+    signals: StopSignals,
+    store: "TCPStore | None",
+) -> None:
+    """Fill `run_folder`; each file appears whole or not at all."""
+    print("Loading NeMo (some seconds)", flush=True)
+    quiet_libraries()
+    import torch
+
+    from converters.nemo_file import read_nemo
+    from core.load_model import load_base, load_tokenizer
+    from core.prompt import Prompt
+    from evaluation import report
+    from evaluation.compare import measure
+    from training.batches import Batches, tokenize
+    from training.fit import fit
+    from training.gemma_lora import weights_dtype
+    from training.memory import check_memory, give_back
+    from training.progress import peak_memory_gib
+
+    record(config, base_folder, data_folder, run_folder)
+
+    tokenizer = load_tokenizer(base_folder)
+    prompt = Prompt(**plain(config.task.prompt))
+    splits: dict[str, Any] = {}
+    left_out: dict[str, int] = {}
+    for name in ("training", "validation", "test"):
+        rows, too_long = tokenize(
+            data_folder / f"{name}.jsonl",
+            tokenizer,
+            prompt,
+            config.task.train.max_length,
+            cache=data_folder / ".tokens",
+        )
+        splits[name], left_out[name] = rows, too_long
+        if too_long:
+            print(f"{name}: left out {too_long} rows longer than task.train.max_length={config.task.train.max_length}")
+    need = check_memory(config, base_folder, splits["training"], weights_dtype())
+    asked = listed_questions(plain(config.task.evaluate)["questions"], prompt)[:1]
+    asked += held_out_questions(data_folder / "test.jsonl", SAMPLES - len(asked), prompt)
+    held_out = Batches(splits["test"], 32, config.trainer.micro_batch_tokens, seed=None)
+    measured = held_out, asked, plain(config.task.generate), config.seed
+
+    before_file = run_folder / "before.json"
+    if not before_file.exists():
+        print("Asking the base model first", flush=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        base = load_base(base_folder, weights_dtype(), plain(config.peft)["quantization"], device).to(device).eval()
+        write_json(before_file, measure(base, tokenizer, prompt, *measured))
+        del base
+        give_back()
+    before = json.loads(before_file.read_text())
+    print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
+    print(indent(before["answers"][0]), flush=True)
+
+    archive = run_folder / f"{config.task.name}.nemo"
+    peak_of_workers = 0.0
+    if archive.exists():
+        dismiss(config, store)
+    elif config.engine == "automodel":
+        automodel.fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive)
+    elif store:
+        peak_of_workers = launch(config, store, run_folder, base_folder, data_folder)
+    else:
+        fit(config, base_folder, splits["training"], splits["validation"], run_folder, archive, identity, signals)
+
+    give_back()
+    print("Asking the fine-tuned model", flush=True)
+    model, tokenizer = read_nemo(archive).load_onto(base_folder, as_trained=True)
+    after = measure(model, tokenizer, prompt, *measured)
+    steps = read_metrics(run_folder)[0]
+    if config.engine == "automodel":
+        peak_of_workers = max(step["memory_gib"] for step in steps)
+    write_json(
+        run_folder / "evaluation.json",
+        {
+            "held_out_rows": len(splits["test"]),
+            "rows_over_max_length": left_out,
+            "questions": [question.asked for question in asked],
+            "before": before,
+            "after": after,
+            "training_seconds": round(sum(step["seconds"] for step in steps), 1),
+            "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
+            "memory_estimate_gib": round(need, 2),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    report.write(run_folder)
+
+
+def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
+    """Write down what the run is made of; say what is no longer as it was when the run began."""
+    file = run_folder / "environment.json"
+    environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
+    if config.engine == "automodel":
+        environment["packages"] |= automodel.versions()
+    if file.exists():
+        then = json.loads(file.read_text())
+        was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))
+        if changes := differences(was, now):
+            print(
+                f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
+                "digits may not be those of a run that was never stopped"
+            )
+    partial = run_folder / "config.partial"
+    OmegaConf.save(config, partial)
+    partial.rename(run_folder / "config.yaml")
+    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.partial")
+    (run_folder / "data_manifest.partial").rename(run_folder / "data_manifest.json")
+    write_json(file, environment)
+
+
+def show_result(run_folder: Path, min_gain: float | None) -> int:
+    """Print what came of a run; 0, or the exit code of one that gained less than `min_gain`."""
+    result = json.loads((run_folder / "evaluation.json").read_text())
+    before, after = result["before"], result["after"]
+    print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
+    print(
+        f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
+        f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
+        f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)"
+    )
+    print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
+    return pass_gate(result, min_gain)
+
+
+def indent(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,59 @@
+"""One conversion, as commands and other stages call it: a target folder that is proven, or none."""
+
+import shutil
+from pathlib import Path
+
+from converters.formats import FORMATS, MERGED, module_of
+from core.errors import UserError
+
+
+def table() -> str:
+    """The matrix of --help, from what the formats say of themselves."""
+    from converters.checkpoint import Adapter, Checkpoint
+
+    modules = {name: module_of(name) for name in FORMATS}
+    lines = ["| --to | is | from |", "|---|---|---|"]
+    for name, module in modules.items():
+        for kind, word in ((Checkpoint, "whole model"), (Adapter, "adapter")):
+            if kind in module.WRITES:
+                sources = ", ".join(
+                    other for other, theirs in modules.items() if kind in theirs.READS and other != name
+                )
+                lines.append(f"| {name} | {module.TITLE}, {word} | {sources} |")
+    adapters = ", ".join(name for name, module in modules.items() if Adapter in module.READS)
+    return "\n".join([*lines, f"| {MERGED} | Hugging Face folder, adapter folded into its base | {adapters} |"])
+
+
+def convert(
+    source: Path | str, to: str, target: Path, base: Path | str | None = None, dtype: str | None = None
+) -> None:
+    """Write the folder `target` from `source`, proven.
+
+    Args:
+        to: a name of formats.FORMATS, or "merged".
+        base: of an adapter: a Hugging Face folder, or a name on the hub.
+        dtype: one of the format's DTYPES.
+
+    Raises:
+        UserError: an unreadable source, a format that cannot hold it, a missing or wrong base, a target in the way, a
+            full disk, an unfaithful conversion.
+    """
+    is_ours = target.is_dir() and ((target / "conversion.json").exists() or not any(target.iterdir()))
+    if target.exists() and not is_ours:
+        raise UserError(f"{target} exists and was not made by this command; name another with --out")
+    print(f"Converting {source} to {target} and comparing both sides", flush=True)
+    from converters.conversion import fill
+
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        proof = fill(partial, source, to, base, dtype)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(
+        f"{target}: {proof['tensors_with_the_same_bits']} of {proof['tensors']} tensors have the same bits; largest "
+        f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} "
+        f"nats a token, top-1 agreement {proof['top1_agreement']:.1%}"
+    )

@@ -1,0 +1,1 @@
+"""The ground floor: what every stage needs. It imports nothing of the project but itself."""

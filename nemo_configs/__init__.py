@@ -1,1 +1,0 @@
-"""One OmegaConf tree: task × model × peft × trainer, and an optional experiment on top."""

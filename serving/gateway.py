@@ -1,0 +1,378 @@
+"""The OpenAI-compatible door: what speaks that API can use the served model at once.
+
+    python -m serving.gateway --triton 127.0.0.1:8001 --port 9000        (`make serve` starts it)
+
+    OpenAI(base_url="http://127.0.0.1:9000/v1", api_key="-").chat.completions.create(model="slang", messages=[…])
+
+/v1/models, /v1/chat/completions, /v1/completions: see openai_api.py for what they take. /health generates a token,
+/metrics is for Prometheus. With SERVING_API_KEY in its environment (several, with commas between) /v1 asks for one of
+them. A line of JSON a request goes to standard error; with SERVING_LOG_TEXT=1 texts too. A caller that leaves ends its
+answer in the engine.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
+from serving.gateway_records import NOBODY, Metrics, Record, log, log_to_stderr
+from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
+from serving.protocol import CANCELLED
+from serving.transport import connect
+from serving.web.guard import client_of
+
+BODY_SECONDS = 30.0  # for a request to arrive in
+RETRY_SECONDS = 3.0  # while Triton is busy or away
+HEALTH_SECONDS = 1.0  # how old an answer of /health may be
+HEALTH_DEADLINE = 5.0
+DRAIN_SECONDS = 8  # that answers have to end after SIGTERM
+WRONG_KEYS = 10  # a minute from one address; then nothing from there is listened to, until some of it has passed
+CALLERS = 10_000  # remembered at most; the longest unseen is forgotten
+GONE = 499  # nginx's status for a caller that has left
+
+
+@dataclass(frozen=True)
+class Limits:
+    """See `--help`. `per_minute` 0: none."""
+
+    body: int = 1 << 20
+    per_minute: float = 0
+    concurrent: int = 128
+
+
+class Door:
+    """What the routes share. `keys`: those that open the door; none leaves it open."""
+
+    def __init__(
+        self, client: AsyncClient, probe: AsyncClient, limits: Limits, keys: list[str], log_text: bool
+    ) -> None:
+        self.client, self.metrics = client, Metrics()
+        self._probe, self._limits, self._log_text = probe, limits, log_text
+        self._keys = [key.encode() for key in keys]
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # caller: requests left, and when
+        self._open = 0
+        self._served = {BASE.name}  # models that have answered: their names may be labels
+        self._health: tuple[float, int, dict[str, Any]] = (float("-inf"), 0, {})
+        self._probing = asyncio.Lock()
+        self._started = int(time.time())
+
+    def caller(self, request: Request) -> str:
+        """Who asks: the number of a key, or an address where there are no keys.
+
+        Raises:
+            ApiError: a key is needed and this is none, or too many from there were none.
+        """
+        address = client_of(request.scope)
+        if not self._keys:
+            return address
+        guess = partial(
+            self._take,
+            f"wrong keys of {address}",
+            per_minute=WRONG_KEYS,
+            burst=WRONG_KEYS,
+            refusal="too many wrong API keys from this address",
+        )
+        guess(0)
+        word, _, given = request.headers.get("authorization", "").partition(" ")
+        # All are compared, each in the same time, so that time tells nothing of them.
+        right = [hmac.compare_digest(given.strip().encode("latin-1"), key) for key in self._keys]
+        if word.lower() != "bearer" or not any(right):
+            if given:
+                guess(1)
+            raise ApiError(
+                401, "no such API key; give one of SERVING_API_KEY as Authorization: Bearer KEY", "invalid_api_key"
+            )
+        return f"key {right.index(True) + 1}"
+
+    def count(self, caller: str) -> None:
+        """
+        Raises:
+            ApiError: `caller` has asked more often than it may.
+        """
+        if rate := self._limits.per_minute:
+            self._take(caller, 1, rate, max(1.0, rate / 6), f"more than {rate:g} requests a minute")
+
+    def _take(self, whose: str, count: int, per_minute: float, burst: float, refusal: str) -> None:
+        """Take `count` from a bucket that holds `burst` and is filled `per_minute`.
+
+        Raises:
+            ApiError: `refusal`, as there is less than one in it.
+        """
+        now = time.monotonic()
+        left, then = self._buckets.pop(whose, (burst, now))
+        left = min(burst, left + (now - then) * per_minute / 60)
+        self._buckets[whose] = (left - count if left >= 1 else left), now
+        if len(self._buckets) > CALLERS:
+            self._buckets.popitem(last=False)
+        if left < 1:
+            raise ApiError(429, refusal, "rate_limit_exceeded", retry_after=(1 - left) * 60 / per_minute)
+
+    async def complete(self, request: Request, kind: type[Completion]) -> Response:
+        """Answer one request of `kind`, whole or as server-sent events."""
+        record = Record(self.metrics, request.url.path)
+        try:
+            record.caller = self.caller(request)
+            self.count(record.caller)
+            form = kind.read(await self._body(request))
+            if self._open >= self._limits.concurrent:
+                raise ApiError(429, "too many requests are being answered; try again shortly", "busy", retry_after=1)
+            record.model = form.model if form.model in self._served else NOBODY
+            return await self._answer(request, form, record)
+        except ApiError as error:
+            record.error = error.code or "invalid"
+            record.end(error.status)
+            return refusal(error)
+        except ServingError as error:
+            shown = ApiError.of(error)
+            record.error = error.code if isinstance(error, InvalidRequest) else str(error)
+            record.end(shown.status)
+            return refusal(shown)
+        except ClientDisconnect:
+            record.end(GONE)
+            return Response(status_code=GONE)
+        except BaseException as error:
+            record.error = type(error).__name__
+            record.end(500)
+            raise
+
+    async def _body(self, request: Request) -> bytes:
+        limit, body = self._limits.body, bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise ApiError(413, f"the request is larger than {limit:,} bytes", "request_too_large")
+        except TimeoutError:
+            raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:g} s") from None
+        return bytes(body)
+
+    async def _answer(self, request: Request, form: Completion, record: Record) -> Response:
+        reply, stream = Reply(form), form.send(self.client)
+        record.id, record.stream = reply.id, bool(form.stream)
+        leaving = asyncio.create_task(_cancel_when_gone(request, stream))
+        self._open += 1
+
+        def close() -> int:
+            """The status of what was answered."""
+            self._open -= 1
+            # The connection also reads as gone once the answer has been sent.
+            has_left = leaving.done() and stream.answer.finish_reason == CANCELLED and not record.error
+            leaving.cancel()
+            stream.cancel()
+            answer = stream.answer
+            record.input_tokens, record.output_tokens = answer.input_tokens, answer.output_tokens
+            record.finish_reason = answer.finish_reason if answer.output_tokens else None
+            if self._log_text:
+                record.texts = {"request": form.model_dump(exclude_none=True), "answer": answer.text}
+            return GONE if has_left else 200
+
+        try:
+            first = await anext(stream, "")  # until here, what goes wrong has a status of its own
+            if stream.answer.output_tokens:
+                self._served.add(form.model)
+                record.model = form.model
+                record.token()
+            if form.stream:
+                return Events(_events(reply, stream, first, record), lambda: record.end(close()))
+            async for _ in stream:
+                pass
+        except BaseException:
+            close()
+            raise
+        status = close()
+        record.end(status)
+        return JSONResponse(reply.whole(stream.answer), status)
+
+    async def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of /health: whether a token is generated now, or was a moment ago."""
+        async with self._probing:
+            if time.monotonic() - self._health[0] > HEALTH_SECONDS:
+                begin = time.monotonic()
+                try:
+                    await self._probe.generate("Hello", max_tokens=1, temperature=0)
+                    found = 200, {"status": "ok", "seconds": round(time.monotonic() - begin, 4)}
+                except Busy:  # it generates, for others
+                    found = 200, {"status": "busy"}
+                except ServingError as error:
+                    found = 503, {"status": "failing", "error": ApiError.of(error).message}
+                self._health = (time.monotonic(), *found)
+            return self._health[1:]
+
+    async def models(self, request: Request) -> list[dict[str, Any]]:
+        """The entries of /v1/models, for who may see them."""
+        self.count(self.caller(request))
+        return models(await self.client.adapters(), self._started)
+
+
+class Events(StreamingResponse):
+    """Server-sent events; `end` is called when they are over, whatever way."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+async def _events(reply: Reply, stream: AsyncStream, first: str, record: Record) -> AsyncIterator[str]:
+    yield reply.chunk(first, first=True)
+    try:
+        async for part in stream:
+            yield reply.chunk(part, first=False)
+    except ServingError as error:
+        record.error = str(error)
+        yield reply.failure(ApiError.of(error))
+    else:
+        yield reply.last(stream.answer)
+
+
+async def _cancel_when_gone(request: Request, stream: AsyncStream) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    stream.cancel()
+
+
+def refusal(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+def create_app(triton: str, ca_file: Path | None, limits: Limits, keys: list[str], log_text: bool) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        probe = AsyncClient(
+            triton, ca_file=ca_file, first_token_deadline=HEALTH_DEADLINE, deadline=HEALTH_DEADLINE, retry_for=0
+        )
+        async with AsyncClient(triton, ca_file=ca_file, retry_for=RETRY_SECONDS) as client, probe:
+            app.state.door = Door(client, probe, limits, keys, log_text)
+            yield
+
+    app = FastAPI(lifespan=lifespan, openapi_url=None)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await app.state.door.complete(request, ChatCompletion)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await app.state.door.complete(request, TextCompletion)
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": await app.state.door.models(request)})
+
+    @app.get("/v1/models/{name}")
+    async def show_model(request: Request, name: str) -> Response:
+        for model in await app.state.door.models(request):
+            if model["id"] == name:
+                return JSONResponse(model)
+        raise ApiError(404, f"no model '{name}' is served", "model_not_found", "model")
+
+    @app.get("/health")
+    async def health() -> Response:
+        status, body = await app.state.door.health()
+        return JSONResponse(body, status)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(app.state.door.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(ServingError)
+    async def serving_error(request: Request, error: ServingError) -> Response:
+        return refusal(ApiError.of(error))
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: HTTPException) -> Response:
+        return refusal(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return refusal(ApiError(500, "the door failed at this request; its log says more", "internal"))
+
+    return app
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.gateway", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--triton", default=DEFAULT_URL, metavar="URL", help=f"default {DEFAULT_URL}")
+    parser.add_argument("--ca-file", type=Path, metavar="PEM", help="who signed Triton's certificate, for grpcs://")
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine alone")
+    parser.add_argument("--port", type=int, default=9000, help="default 9000")
+    parser.add_argument("--max-body", type=int, default=Limits.body, metavar="BYTES", help="default 1 MiB")
+    parser.add_argument(
+        "--per-minute",
+        type=float,
+        default=Limits.per_minute,
+        metavar="N",
+        help="requests of one key, or address, a minute; default: any number",
+    )
+    parser.add_argument(
+        "--concurrent",
+        type=int,
+        default=Limits.concurrent,
+        metavar="N",
+        help=f"requests at once, default {Limits.concurrent}",
+    )
+    options = parser.parse_args()
+    keys = [key.strip() for key in os.environ.get("SERVING_API_KEY", "").split(",") if key.strip()]
+    limits = Limits(options.max_body, options.per_minute, options.concurrent)
+    log_to_stderr()
+    try:
+        # So that it is told before the door opens.
+        connect(options.triton, {}, options.ca_file)
+        listening = socket.create_server((options.host, options.port), backlog=512)
+    except InvalidRequest as error:
+        parser.error(f"--triton: {error}")
+    except (OSError, OverflowError) as error:
+        print(
+            f"error: the door cannot listen at {options.host}:{options.port} ({error}); give another --port",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if not keys and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
+        log.warning("anybody who reaches this port may use the model: SERVING_API_KEY is not set")
+    app = create_app(options.triton, options.ca_file, limits, keys, os.environ.get("SERVING_LOG_TEXT") == "1")
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS
+        )
+    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # which uvicorn raises again when it has drained
+    log.info("listening", extra={"fields": {"url": f"http://{options.host}:{options.port}", "triton": options.triton}})
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""From reviews of a film to the rows of a chatbot: questions in many wordings, answered from what the reviews say.
+
+Each split's answers are made from the reviews of that split alone, and some wordings (review_questions.yaml) are asked
+in the test alone. So a test answer rests on reviews, and answers a question, that the model never saw. Every row names
+its `kind`, its `aspect` where it is about one, the source rows behind it (`reviews`) and those of them that it quotes
+(`quoted`). Beside the splits stand `knowledge.json`, all that was found in all reviews, and `aspects.svg`, its picture.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import yaml
+
+from core.errors import UserError
+from core.progress import Progress
+from data_prep.clean_text import key_of
+from data_prep.split import seed_that_fills
+from data_prep.task import Task
+from tasks.reviews.aspect_chart import draw
+from tasks.reviews.knowledge import Aspect, Knowledge, Review, ReviewReader, languages_of
+from tasks.reviews.review_answers import Answer, Answers
+
+WORDS = 180  # of an answer at most
+TRIES = 5  # for an answer that was not given yet
+# Reviews (or opinions, for questions about one aspect) for each row of a kind, and rows of it at most.
+PER_ROW, MOST = 12, 20
+FEW = {"phrases": 5, "ratings": 5, "languages": 5}  # of these at most: there is little more to say
+PER_ASPECT_ROW, MOST_OF_ASPECT = 3, 8
+SILENT = 2  # rows about each subject that no review mentions
+
+
+def make_rows(
+    sources: Mapping[str, Iterable[dict[str, Any]]], task: Task, folder: Path
+) -> dict[str, Iterator[dict[str, Any]]]:
+    """The rows of each split from its source rows; `knowledge.json` and `aspects.svg` of all of them into `folder`.
+
+    Raises:
+        UserError: no title, ratings that are none, or a split without one English review that says anything.
+    """
+    about = task.data.reviews
+    if about is None or not about.title.strip():
+        raise UserError('task.data.module=reviews needs the film\'s title: task.data.reviews={title: "My Film"}')
+    found = {split: list(rows) for split, rows in sources.items()}
+    reader = ReviewReader(about.title, about.aspects)
+    ratings, scale = _read_ratings([row for rows in found.values() for row in rows], task)
+    reviews: dict[str, list[Review]] = {split: [] for split in found}
+    done = 0
+    with Progress("Reading the reviews", sum(map(len, found.values()))) as progress:
+        for split, rows in found.items():
+            for row in rows:
+                reviews[split].append(
+                    reader.read(row["row"], row["review"], ratings.get(row["row"]), row.get("title", ""))
+                )
+                done += 1
+                progress.at(done)
+    _check(reviews, task)
+    split_of = {review.row: split for split, some in reviews.items() for review in some}
+    everything = Knowledge.of([review for some in reviews.values() for review in some], about.title, scale)
+    text = json.dumps({"title": about.title, **everything.as_json(split_of)}, indent=2, ensure_ascii=False) + "\n"
+    (folder / "knowledge.json").write_text(text, encoding="utf-8")
+    draw(folder / "aspects.svg", about.title, everything.aspects)
+    return {
+        split: _rows(Knowledge.of(some, about.title, scale), reader, split, task) for split, some in reviews.items()
+    }
+
+
+def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
+    silent = [split for split, some in reviews.items() if not any(review.sentences for review in some)]
+    if not silent:
+        return
+    all_of_them = [review for some in reviews.values() for review in some]
+    speaking = [review for review in all_of_them if review.sentences]
+    seed = seed_that_fills([key_of(review.text) for review in speaking], task.split)
+    raise UserError(
+        f"{task.data.source}: no review in the {' and '.join(silent)} split says something in English, in a sentence "
+        f"of four words or more; {len(speaking)} of {len(all_of_them)} do in all. Languages: "
+        f"{languages_of(all_of_them)}.\nAdd or translate reviews, or name the column that holds them in "
+        "task.data.columns.review"
+        + (f", or deal these another way: task.data.split.seed={seed}" if seed is not None else "")
+    )
+
+
+def _read_ratings(rows: list[dict[str, Any]], task: Task) -> tuple[dict[int, float], int]:
+    """Row → rating from 0 to 1, and the best rating there is: 5, 10 or 100, the first that none is above."""
+    plain: dict[int, float] = {}
+    of_best: dict[int, float] = {}
+    for row in rows:
+        cell = str(row.get("rating", "")).replace(",", ".")
+        stars, said = cell.count("★"), re.search(r"(\d+(?:\.\d+)?)\s*(?:(?:/|out of|of)\s*(\d+)|(%))?", cell)
+        if stars:
+            of_best[row["row"]] = min((stars + 0.5 * cell.count("½")) / 5, 1.0)
+        elif said and (best := float(said[2] or 100 * bool(said[3]))):
+            of_best[row["row"]] = min(float(said[1]) / best, 1.0)
+        elif said:
+            plain[row["row"]] = float(said[1])
+    highest = max(plain.values(), default=0.0)
+    if highest > 100:
+        raise UserError(
+            f"{task.data.source}: column rating holds {highest:g}; ratings are out of 5, 10 or 100, or like 7/10. Name "
+            f"another column in task.data.columns.rating, or none: task.data.columns.rating=[]"
+        )
+    scale = next(best for best in (5, 10, 100) if highest <= best)
+    return of_best | {row: value / scale for row, value in plain.items()}, scale
+
+
+# --- questions and answers --------------------------------------------------------------------------------------
+
+
+class Question(NamedTuple):
+    """A question to be asked: its wordings in turn, how it is answered, and the names that its wordings hold."""
+
+    kind: str
+    wordings: Iterator[str]
+    answer: Callable[[], Answer | None]
+    names: dict[str, str]
+
+
+def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
+    about = task.data.reviews
+    assert about is not None
+    answers = Answers(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text: the same on every machine
+    given: set[str] = set()
+    for kind, wordings, answer, names in _questions(
+        knowledge, reader, answers, "test" if split == "test" else "learned"
+    ):
+        made = (answer() for _ in range(TRIES))
+        new = (said for said in made if said and said.text not in given and 0 < len(said.text.split()) <= WORDS)
+        if said := next(new, None):
+            given.add(said.text)
+            question = next(wordings).format(title=about.title, noun=about.kind, **names)
+            yield {
+                "input": question,
+                "output": said.text,
+                "kind": kind,
+                "aspect": names.get("aspect", ""),
+                "reviews": said.reviews,
+                "quoted": said.quoted,
+            }
+
+
+def _questions(knowledge: Knowledge, reader: ReviewReader, answers: Answers, part: str) -> Iterator[Question]:
+    """Each as often as there is evidence to answer it anew; `part` is that of review_questions.yaml."""
+    known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
+    of_the_whole = {
+        "comparison": answers.comparison,
+        "summary and explanation": answers.summary_and_explanation,
+        "summary": answers.summary,
+        "explanation": answers.explanation,
+        "positive": answers.positive,
+        "negative": answers.negative,
+        "overall": answers.overall,
+        "division": answers.division,
+        "audience": answers.audience,
+        "phrases": answers.phrases,
+        "ratings": answers.ratings,
+        "languages": answers.languages,
+    }
+    for kind, wordings in known["of_the_whole"].items():
+        asked = cycle(wordings[part])
+        for _ in range(_how_many(len(knowledge.reviews), PER_ROW, FEW.get(kind, MOST))):
+            yield Question(kind, asked, of_the_whole[kind], {})
+    of_an_aspect: dict[str, tuple[Callable[[Aspect], Answer | None], Callable[[Aspect], int]]] = {
+        "aspect": (answers.about, lambda aspect: len(aspect.judged)),
+        "praise of an aspect": (answers.praise, lambda aspect: len(aspect.praise)),
+        "criticism of an aspect": (answers.criticism, lambda aspect: len(aspect.criticism)),
+        "citation": (answers.citation, lambda aspect: len(aspect.praise) + len(aspect.criticism)),
+    }
+    for kind, wordings in known["of_an_aspect"].items():
+        asked, (answer, evidence) = cycle(wordings[part]), of_an_aspect[kind]
+        for aspect in knowledge.aspects:
+            for _ in range(_how_many(evidence(aspect), PER_ASPECT_ROW, MOST_OF_ASPECT)):
+                yield Question(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
+    for kind, wordings in known["of_a_subject"].items():
+        asked, mentioned = cycle(wordings[part]), {aspect.name for aspect in knowledge.aspects}
+        unnamed = [f"the {name}" for name in reader.aspects if name not in mentioned]
+        for subject in [*_not_mentioned(known["subjects"][part], knowledge), *unnamed]:
+            for _ in range(SILENT):
+                yield Question(kind, asked, partial(answers.silence, subject), {"subject": subject})
+        for question in _not_mentioned(known["elsewhere"][part], knowledge):
+            yield Question(kind, iter([question]), partial(answers.silence, "it"), {})
+
+
+def _how_many(evidence: int, per_row: int, most: int) -> int:
+    return max(1, min(evidence // per_row, most))
+
+
+def _not_mentioned(words_of: Mapping[str, str], knowledge: Knowledge) -> list[str]:
+    """Those of `words_of` that none of the reviews mentions in any of their words."""
+    texts = "\n".join(review.text.casefold() for review in knowledge.reviews)
+    return [subject for subject, words in words_of.items() if not re.search(rf"\b(?:{words})\b", texts)]
