@@ -12,6 +12,7 @@ import pytest
 import torch
 from training.c_library import FLAGS
 
+from core.c_build import FLAGS
 from serving.engine import kernels as serving_kernels
 from training import kernels as training_kernels
 
