@@ -27,6 +27,7 @@ from converters.streamed import empty_model
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.files import write_whole
 from core.machine import describe_environment
 
 DOCS = Path("docs/converters.md")
@@ -99,7 +100,7 @@ def main(words: list[str]) -> None:
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         note=NOTE,
     )
-    DOCS.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(DOCS, text + "\n".join(lines) + "\n")
     print(f"written: {DOCS}")
 
 

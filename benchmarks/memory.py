@@ -18,6 +18,7 @@ from pathlib import Path
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.files import write_whole
 from core.machine import describe_environment
 
 DOCS = Path("docs/memory.md")
@@ -67,9 +68,7 @@ def main(words: list[str]) -> None:
     machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
     command = " ".join(["python -m benchmarks.memory", *words])
     text = HEADER.format(command=command, machine=machine, date=datetime.now(UTC).date(), model=model.name)
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(text + "".join(table))
-    partial.rename(DOCS)
+    write_whole(DOCS, text + "".join(table))
     print(f"written: {DOCS}")
 
 

@@ -37,6 +37,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from core.files import write_json, write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/serving")
 DOCS = Path("docs/serving.md")
@@ -472,15 +474,12 @@ def write_docs() -> Path:
     )
     before, mark, rest = text.partition(MARKS[0])
     after = rest.partition(MARKS[1])[2] if mark else ""
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(before.rstrip("\n") + "\n\n" + section + (after or "\n"), encoding="utf-8")
-    partial.rename(DOCS)
+    write_whole(DOCS, before.rstrip("\n") + "\n\n" + section + (after or "\n"))
     return DOCS
 
 
 def main(words: list[str]) -> None:
     from core.errors import UserError
-    from core.files import write_json
 
     given = dict(DEFAULTS)
     for word in words:

@@ -8,6 +8,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.files import write_whole, writing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -152,9 +154,7 @@ def write_docs(results: Path) -> Path:
         ]
     DOCS.parent.mkdir(exist_ok=True)
     _plot(found)
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text("\n".join(text), encoding="utf-8")
-    partial.rename(DOCS)
+    write_whole(DOCS, "\n".join(text))
     return DOCS
 
 
@@ -193,11 +193,10 @@ def _plot(found: list[dict[str, Any]]) -> None:
 
 
 def save(figure: "Figure", file: Path) -> None:
-    """As PNG, under a partial name until it is whole."""
+    """As PNG; the file is replaced when it is complete."""
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.rename(file)
+    with writing(file) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)

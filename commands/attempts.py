@@ -13,6 +13,7 @@ from commands.train import name_run
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
+from core.files import write_whole
 from core.run_folder import Run
 from data_prep.prepare import prepare
 from evaluation.compare_runs import facts
@@ -52,7 +53,7 @@ def main(words: list[str]) -> None:
         results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
     if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
-    TARGET.write_text(write(results, words), encoding="utf-8")
+    write_whole(TARGET, write(results, words))
     print(f"\nwritten: {TARGET}")
 
 

@@ -13,7 +13,6 @@ with code 3 where held-out perplexity fell by less.
 import errno
 import hashlib
 import json
-import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
-from core.files import write_json
+from core.files import write_json, write_whole
 from core.machine import describe_environment, quiet_libraries
 from core.run_folder import read_metrics
 from data_prep.prepare import prepare
@@ -216,11 +215,8 @@ def record(config: DictConfig, base_folder: Path, data_folder: Path, run_folder:
                 f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
                 "digits may not be those of a run that was never stopped"
             )
-    partial = run_folder / "config.partial"
-    OmegaConf.save(config, partial)
-    partial.rename(run_folder / "config.yaml")
-    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.partial")
-    (run_folder / "data_manifest.partial").rename(run_folder / "data_manifest.json")
+    write_whole(run_folder / "config.yaml", OmegaConf.to_yaml(config))
+    write_whole(run_folder / "data_manifest.json", (data_folder / "manifest.json").read_bytes())
     write_json(file, environment)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from converters.formats import FORMATS, MERGED, module_of
 from core.errors import UserError
+from core.files import beside, commit, restore
 
 
 def table() -> str:
@@ -42,14 +43,15 @@ def convert(
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with --out")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.conversion import fill
+    from converters.conversion import fill, written
 
-    partial = target.with_name(f".{target.name}.partial")
+    restore(target)
+    partial = beside(target, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         proof = fill(partial, source, to, base, dtype)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with written(partial):
+            commit(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(

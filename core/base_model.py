@@ -24,6 +24,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from core.errors import UserError
+from core.files import beside, commit, write_json
 
 RECORD = "base.json"
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -55,16 +56,15 @@ def ensure_base_model(model: DictConfig) -> Path:
         if (folder / RECORD).exists():  # the other process has finished it
             return _intact(folder)
         print(f"Preparing {model.name} once, in {folder}. Its use is under the Gemma Terms of Use: {TERMS}")
-        partial = folder.parent / f".{model.name}.partial"  # stays after a kill: a download resumes
+        partial = beside(folder, "partial")  # stays after a kill: a download resumes
         partial.mkdir(exist_ok=True)
         origin = _build_embedded(partial) if model.embedded else _download(model, partial)
         perplexity = self_check(partial, model.max_perplexity)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
         record = {"name": model.name, **origin, "self_check_perplexity": perplexity, "files": files}
         record["sizes"] = {name: (partial / name).stat().st_size for name in files}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # a folder without its record is of no use
-        partial.rename(folder)
+        write_json(partial / RECORD, record)
+        commit(partial, folder)
         print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
     return folder
 

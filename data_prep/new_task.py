@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core import configuration
 from core.configuration import load_config, names
 from core.errors import UserError
+from core.files import write_whole
 from data_prep.clean_text import key_of
 from data_prep.look_at_table import ABOUT, Look, look_at, show
 from data_prep.show_rows import plain_console
@@ -58,9 +59,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     kind = kind_of(look, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
-    partial = file.with_suffix(".partial")
-    partial.write_text(_write(kind, look, name, str(source)), encoding="utf-8")
-    partial.rename(file)
+    write_whole(file, _write(kind, look, name, str(source)))
     try:
         Task.of(load_config([f"task={name}"]))
     except BaseException:

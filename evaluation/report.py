@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 
 from core.configuration import plain
 from core.errors import UserError
-from core.files import Lines, read_lines, write_json
+from core.files import Lines, read_lines, write_json, write_whole
 from core.prompt import Prompt
 from core.run_folder import Run, base_of
 from evaluation.gate import gain
@@ -113,9 +113,7 @@ def write_page(file: Path, template: str, values: Mapping[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    partial = file.with_suffix(".partial")
-    partial.write_text(environment.get_template(template).render(values), encoding="utf-8", errors="replace")
-    partial.rename(file)
+    write_whole(file, environment.get_template(template).render(values).encode(errors="replace"))
     return file
 
 

@@ -15,6 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from core.files import commit, write_json
+
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where NVIDIA's container sees this folder
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
@@ -125,13 +127,12 @@ def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
-    text = json.dumps(serving, indent=2, ensure_ascii=False) + "\n"
-    (partial / "serving.json").write_text(text, encoding="utf-8")
+    write_json(partial / "serving.json", serving)
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)
         return False
     remove_adapter(target)
-    partial.rename(target)
+    commit(partial, target)
     return True
 
 
@@ -162,8 +163,7 @@ def _write(folder: Path, base: Path, files: dict[str, str | Path]) -> None:
             shutil.copyfile(content, partial / name)
         else:
             (partial / name).write_text(content, encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    commit(partial, target)
     link = folder / ".base.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(base.resolve(), folder.resolve()))

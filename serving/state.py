@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from core.files import write_json
 from serving import protocol
 
 STATUS = "status.json"
@@ -67,9 +68,7 @@ class State:
         raise ConnectionError("the engine has ended")
 
     def write(self, status: dict[str, Any]) -> None:
-        partial = self.folder / f".{STATUS}.partial"
-        partial.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.folder / STATUS)
+        write_json(self.folder / STATUS, status)
 
     def read(self) -> dict[str, Any]:
         """What the server has written; {} where there is nothing yet."""

@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 
 from core.configuration import plain
 from core.errors import UserError
+from core.files import write_lines, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
@@ -116,7 +117,7 @@ def fit(
 
     def show(lines: Metrics) -> None:
         nonlocal last_said, said
-        write_whole(run_folder / "metrics.jsonl", lines)
+        write_lines(run_folder / "metrics.jsonl", lines)
         trained = [line for line in lines if "train_loss" in line]
         if not trained:
             return
@@ -147,7 +148,7 @@ def write_rows(rows: Iterable[dict[str, Any]], file: Path) -> None:
     AutoModel could tokenize `{"input", "output"}` itself, but its templates are not our prompt; so both engines learn
     the very same tokens.
     """
-    write_whole(file, ({key: row[key] for key in ("input_ids", "learned")} for row in rows))
+    write_lines(file, ({key: row[key] for key in ("input_ids", "learned")} for row in rows))
 
 
 def write_recipe(config: DictConfig, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:
@@ -324,9 +325,8 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
         )
     )
     model.load_state_dict({name: tensor.float() for name, tensor in adapter.items()})
-    partial = archive.with_suffix(".partial.nemo")
-    model.save_to(str(partial))
-    partial.rename(archive)
+    with writing(archive) as partial:
+        model.save_to(str(partial))
 
 
 def write_tensorboard(lines: Metrics, folder: Path) -> None:
@@ -336,13 +336,6 @@ def write_tensorboard(lines: Metrics, folder: Path) -> None:
         for line in lines:
             for name in line.keys() - {"step", "epoch"}:
                 writer.add_scalar(name, line[name], line["step"])
-
-
-def write_whole(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as out:
-        out.writelines(f"{json.dumps(line)}\n" for line in lines)
-    partial.rename(file)
 
 
 def last_words(log: Path) -> str:

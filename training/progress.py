@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from core.files import write_whole
 from training.batches import Step
 from training.checkpoints import check_finite
 from training.flops import bf16_peak, flops_of, layer_shapes
@@ -33,9 +34,7 @@ class RunProgress(Callback):
         if trainer.is_global_zero and self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines()
             kept = [line for line in lines if _goes_before(line, trainer.global_step)]
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.rename(self.metrics_file)
+            write_whole(self.metrics_file, "".join(f"{line}\n" for line in kept))
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
