@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from converters import hf
 from converters.convert import table
 from converters.streamed import empty_model
+from core.artifacts import Conversion
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -96,7 +97,7 @@ def main(words: list[str]) -> None:
     text = HEADER.format(
         table=table(),
         words=" ".join(words),
-        machine=f"{machine['cpu']}, {machine['cores']} cores",
+        machine=f"{machine.cpu}, {machine.cores} cores",
         date=f"{datetime.now(UTC):%Y-%m-%d}",
         note=NOTE,
     )
@@ -133,7 +134,7 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[str]:
         seconds, busy, peak = measured(command)
         copied = copied or busy
         record = target / "conversion.json"
-        until = f"{hf.read_json(record)['seconds_to_write']:.1f}" if record.exists() else ""
+        until = f"{Conversion.read(record).seconds_to_write:.1f}" if record.exists() else ""
         # A process begins with its parent's peak in its books, so that cp's would be this one's.
         memory = f"{peak:.2f} | {allowed:.2f}" if name != "cp" else " | "
         lines.append(

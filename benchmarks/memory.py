@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
+from core.artifacts import Evaluation
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -65,7 +66,7 @@ def main(words: list[str]) -> None:
                 f"| {name} | {' '.join(RUNS[name])} | {expected:.2f} | {measured:.2f} | {expected / measured:.2f} |\n"
             )
     environment = describe_environment()
-    machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
+    machine = environment.gpus[0] if environment.gpus else f"{environment.cpu}, {environment.cores} cores"
     command = " ".join(["python -m benchmarks.memory", *words])
     text = HEADER.format(command=command, machine=machine, date=datetime.now(UTC).date(), model=model.name)
     write_whole(DOCS, text + "".join(table))
@@ -84,8 +85,9 @@ def measure(name: str, folder: Path) -> tuple[float, float]:
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")
-    figures = json.loads(file.read_text())
-    return figures["memory_estimate_gib"], figures["peak_memory_gib"]
+    evaluation = Evaluation.read(file)
+    assert evaluation.memory_estimate_gib and evaluation.peak_memory_gib
+    return evaluation.memory_estimate_gib, evaluation.peak_memory_gib
 
 
 def long_dialogues(file: Path) -> Path:

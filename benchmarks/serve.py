@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from core.files import write_json, write_whole
+from core.machine import short_processor_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/serving")
@@ -406,7 +407,7 @@ def measure(given: dict[str, str], scratch: Path) -> dict[str, Any]:
             system["streams"] = {str(n): summary(found) for n, found in arrivals.items() if found}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": f"{short_processor_name()}, {os.cpu_count()} cores",
         "model": Path(given["base"]).name,
         "tokens": job["tokens"],
         "rounds": rounds,
@@ -420,12 +421,6 @@ def _left_out(name: str, reason: Exception, running: dict[str, Worker]) -> dict[
     if worker := running.pop(name, None):
         worker.stop()
     return {"not_run": str(reason)}
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{re.sub(r'[(](R|TM)[)]', '', name)}, {os.cpu_count()} cores"
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

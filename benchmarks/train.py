@@ -120,7 +120,7 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     from benchmarks import ceiling
     from benchmarks.rows import as_dataset, read_rows
     from benchmarks.systems import Job
-    from core.machine import describe_environment, quiet_libraries
+    from core.machine import describe_environment, quiet_libraries, short_processor_name
     from training.flops import flops_of
 
     quiet_libraries()
@@ -196,12 +196,11 @@ def measure(own: Words, config: DictConfig, base_folder: Path, scratch: Path) ->
     rates = ceiling.higher(rates, ceiling.measure(*shape))
     flops = flops_of(gemma, lengths, learned, lora["r"], lora["target_modules"])
     environment = describe_environment()
-    cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": environment["gpus"][0] if environment["gpus"] else f"{cpu}, {environment['cores']} cores",
-        "environment": {key: environment[key] for key in ("commit", "python", "cpu", "cores", "memory_gib", "gpus")},
+        "machine": environment.gpus[0] if environment.gpus else f"{short_processor_name()}, {environment.cores} cores",
+        "environment": environment.model_dump(include={"commit", "python", "cpu", "cores", "memory_gib", "gpus"}),
         "versions": versions,
         "model": f"{own.random} (random weights)" if own.random else describe(base_folder)["name"],
         "data": {

@@ -51,7 +51,8 @@ def main(words: list[str]) -> None:
         base_folder = ensure_base_model(config.model)
         data_folder = prepare(config, base_folder / "tokenizer.json")
         results.append(Run.read(name_run(config, base_folder, made_of(config, base_folder, data_folder))))
-    if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
+    manifests = [result.manifest for result in results if result.manifest]
+    if len({manifest.splits["test"].sha256 for manifest in manifests}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
     write_whole(TARGET, write(results, words))
     print(f"\nwritten: {TARGET}")
@@ -59,43 +60,43 @@ def main(words: list[str]) -> None:
 
 def write(results: list[Run], words: list[str]) -> str:
     first = results[0]
-    environment, before = first.environment, first.evaluation["before"]
+    environment, before, manifest = first.environment, first.evaluation.before, first.manifest
+    assert environment and manifest  # training writes them
     told = [facts(result) for result in results]
-    given = [field for field, column in first.manifest["source"]["columns"].items() if column]
+    given = [field for field, column in manifest.source.columns.items() if column]
     for row, result in zip(told, results, strict=True):
         row["columns"] = str(len(result.config["task"]["data"]["train_fields"] or given))
     base = {
         "run": "base model",
-        "held-out loss": f"{before['loss']:.3f}",
-        "held-out perplexity": f"{before['perplexity']:.2f}",
+        "held-out loss": f"{before.loss:.3f}",
+        "held-out perplexity": f"{before.perplexity:.2f}",
     }
     table = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     table += [f"| {' | '.join(row.get(column, '') for column in COLUMNS)} |" for row in (base, *told)]
-    answers = [("base model", before["answers"])]
-    answers += [(row["run"], result.evaluation["after"]["answers"]) for row, result in zip(told, results, strict=True)]
+    answers = [("base model", before.answers)]
+    answers += [(row["run"], result.evaluation.after.answers) for row, result in zip(told, results, strict=True)]
     samples = []
-    for number, question in enumerate(first.evaluation["questions"]):
+    for number, question in enumerate(first.evaluation.questions):
         samples.append(f"**Prompt.** {' '.join(question.split())}\n")
         for name, texts in answers:
             quoted = "\n".join(f"> {line}" for line in texts[number].splitlines())
             samples.append(f"{name}:\n\n{quoted}\n")
-    source = first.manifest["source"]
     more = [word for word in words if not word.startswith(("task.data.source=", "model="))]
     arguments = f' ARGS="{" ".join(more)}"' if more else ""
     return "\n".join(
         [
             "# The three attempts, measured",
             "",
-            f"Made by `make attempts SOURCE={source['name']}{arguments}` (rows in: {first.manifest['rows_in']}, sha256 "
-            f"{source['sha256'][:12]}). Base: {first.config['model']['name']}, "
+            f"Made by `make attempts SOURCE={manifest.source.name}{arguments}` (rows in: {manifest.rows_in}, sha256 "
+            f"{manifest.source.sha256[:12]}). Base: {first.config['model']['name']}, "
             f"{first.config['peft']['name']} on all linear layers; the authors' base was Gemma 2 2B. Every line is "
-            f"measured on the same {first.evaluation['held_out_rows']} held-out rows with all columns; loss is "
+            f"measured on the same {first.evaluation.held_out_rows} held-out rows with all columns; loss is "
             "the mean cross-entropy of a response token, gain the share by which the base's perplexity fell, with the "
             "range that it would keep in 95 of 100 cases with other rows.",
             "",
-            f"Machine: {environment['cpu']}, {environment['cores']} cores, "
-            f"{', '.join(environment['gpus']) or 'no GPU'}; torch {environment['packages']['torch']}, "
-            f"NeMo {environment['packages']['nemo-toolkit']}.",
+            f"Machine: {environment.cpu}, {environment.cores} cores, "
+            f"{', '.join(environment.gpus) or 'no GPU'}; torch {environment.packages['torch']}, "
+            f"NeMo {environment.packages['nemo-toolkit']}.",
             "",
             *table,
             "",

@@ -16,15 +16,15 @@ from evaluation.report import write_page
 def main(words: list[str]) -> None:
     names = " ".join(word.removeprefix("runs=") for word in words if word.startswith("runs="))
     config = load_config([word for word in words if not word.startswith("runs=")])
-    groups = compare(choose(config, names))
-    show(groups)
-    for group in groups:
-        group["plots"] = draw_comparison(group["runs"])
+    comparisons = compare(choose(config, names))
+    show(comparisons)
+    for comparison in comparisons:
+        comparison.plots = draw_comparison(comparison.runs)
     print(
         write_page(
             Path(config.runs_dir) / config.task.name / "comparison.html",
             "comparison.html.j2",
-            {"task": config.task.name, "groups": groups},
+            {"task": config.task.name, "groups": comparisons},
         )
     )
 

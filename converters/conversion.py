@@ -1,7 +1,6 @@
 """One conversion from its source to a folder with its proof: read, checked, written, read again, compared, recorded."""
 
 import hashlib
-import json
 import re
 import resource
 import shutil
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +20,7 @@ from converters.checks import check_shapes, checked
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import merge, refuse_misfit, refuse_other_base, updates
 from converters.prove import MERGED_LIMITS, prove
+from core.artifacts import Conversion, Proof
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
@@ -32,9 +32,7 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
 PASSES = 8  # over the weights: read and written, hashed, compared, run, on both sides
 
 
-def fill(
-    folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
-) -> dict[str, Any]:
+def fill(folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None) -> Proof:
     """Make `folder`, which does not exist: the converted model, licence notice, `conversion.json`. Returns the proof.
 
     See `commands.convert.convert`.
@@ -96,23 +94,23 @@ def fill(
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
         adapter = source if isinstance(source, Adapter) else Adapter({}, {})
-        record = {
-            "source": path.name,
-            "source_sha256": digest(path, seen),
-            "from": origin,
-            "to": to,
-            "base": {key: value for key, value in adapter.base.items() if key != "folder"},
-            "dtype": adapter.dtype,
-            "quantization": adapter.quantization,
-            "proof": proof,
-            "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
-            "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
-            "seconds_to_write": round(seconds_to_write, 1),
-            "seconds": round(time.monotonic() - begun, 1),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }
+        record = Conversion(
+            source=path.name,
+            source_sha256=digest(path, seen),
+            source_format=origin,
+            to=to,
+            base={key: value for key, value in adapter.base.items() if key != "folder"},
+            dtype=adapter.dtype,
+            quantization=adapter.quantization,
+            proof=proof,
+            files={str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
+            packages={name: version(name) for name in PACKAGES if name in sys.modules},
+            seconds_to_write=round(seconds_to_write, 1),
+            seconds=round(time.monotonic() - begun, 1),
+            peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        )
     with written(folder):
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        record.write(folder / "conversion.json")
     return proof
 
 

@@ -55,7 +55,7 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"{target}: {proof['tensors_with_the_same_bits']} of {proof['tensors']} tensors have the same bits; largest "
-        f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} "
-        f"nats a token, top-1 agreement {proof['top1_agreement']:.1%}"
+        f"{target}: {proof.tensors_with_the_same_bits} of {proof.tensors} tensors have the same bits; largest "
+        f"logit difference {proof.max_logit_difference:.2g}, KL divergence {proof.mean_kl_divergence:.2g} "
+        f"nats a token, top-1 agreement {proof.top1_agreement:.1%}"
     )

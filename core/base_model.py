@@ -23,8 +23,9 @@ from typing import Any
 from filelock import FileLock
 from omegaconf import DictConfig
 
+from core.artifacts import BaseRecord
 from core.errors import UserError
-from core.files import beside, commit, write_json
+from core.files import beside, commit
 
 RECORD = "base.json"
 TERMS = "https://ai.google.dev/gemma/terms"
@@ -61,28 +62,35 @@ def ensure_base_model(model: DictConfig) -> Path:
         origin = _build_embedded(partial) if model.embedded else _download(model, partial)
         perplexity = self_check(partial, model.max_perplexity)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
-        record = {"name": model.name, **origin, "self_check_perplexity": perplexity, "files": files}
-        record["sizes"] = {name: (partial / name).stat().st_size for name in files}
-        write_json(partial / RECORD, record)
+        sizes = {name: (partial / name).stat().st_size for name in files}
+        record = BaseRecord(
+            name=model.name,
+            source=origin["source"],
+            revision=origin["revision"],
+            self_check_perplexity=perplexity,
+            files=files,
+            sizes=sizes,
+        )
+        record.write(partial / RECORD)
         commit(partial, folder)
         print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
     return folder
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, str]:
     """`{"name", "source", "revision", "sha256"}` of a base model, as written into checkpoints.
 
     `sha256` covers the weights (the hash of the sorted `name hash` lines of the safetensors files), so a folder
     that was copied or renamed is still known as the same model.
     """
-    record = _read_record(folder) if (folder / RECORD).exists() else {}
+    record = _read_record(folder) if (folder / RECORD).exists() else BaseRecord(name=folder.resolve().name)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    hashes = {name: record.get("files", {}).get(name) or _sha256(folder / name) for name in weights}
+    hashes = {name: record.files.get(name) or _sha256(folder / name) for name in weights}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
     return {
-        "name": record.get("name", folder.resolve().name),
-        "source": record.get("source", "local folder"),
-        "revision": record.get("revision", ""),
+        "name": record.name,
+        "source": record.source,
+        "revision": record.revision,
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
 
@@ -236,7 +244,7 @@ def self_check(folder: Path, max_perplexity: float) -> float:
 
 def _intact(folder: Path) -> Path:
     """Cheap check on every start: all recorded files are there in their recorded size."""
-    for name, size in _read_record(folder)["sizes"].items():
+    for name, size in _read_record(folder).sizes.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
             raise UserError(f"{path} is missing or not {size} bytes long. Delete {folder} and run again")
@@ -259,11 +267,11 @@ def _local_folder(folder: Path) -> Path:
     return folder
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> BaseRecord:
     try:
-        return json.loads((folder / RECORD).read_text())
-    except ValueError:
-        raise UserError(f"{folder / RECORD} is damaged. Delete {folder} and run again") from None
+        return BaseRecord.read(folder / RECORD)
+    except UserError as error:
+        raise UserError(f"{error}. Delete {folder} and run again") from None
 
 
 def lock_is_held(lock: FileLock) -> bool:

@@ -3,12 +3,11 @@
 It is left as it is while its fingerprint, a hash of everything that decides its content, stays the same.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from core.artifacts import Manifest
 from core.errors import UserError
 from core.files import restore, writing_folder
 
@@ -55,13 +54,16 @@ def is_current(folder: Path, fingerprint: str) -> bool:
     """Whether `folder` was made from the same things and its split files are as long as they were then."""
     try:
         manifest = read_manifest(folder)
-        return manifest["fingerprint"] == fingerprint and all(
-            (folder / f"{name}.jsonl").stat().st_size == split["bytes"] for name, split in manifest["splits"].items()
+        return manifest.fingerprint == fingerprint and all(
+            (folder / f"{name}.jsonl").stat().st_size == split.bytes for name, split in manifest.splits.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # not there, or not ours to understand: made anew
+    except (OSError, UserError):
+        return False  # missing, damaged or of another format: made again
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        UserError: there is none, or it is damaged or of an unknown format.
+    """
+    return Manifest.read(folder / MANIFEST)

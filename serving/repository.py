@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from core.files import commit, write_json
+from core.artifacts import ServedAdapter
+from core.files import commit
 
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where NVIDIA's container sees this folder
@@ -118,16 +119,16 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
     )
 
 
-def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
+def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
     """Bring the PEFT folder `source` to `folder`/adapters, with `serving` as its serving.json. False: it is there."""
-    name = serving["name"]
+    name = serving.name
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
-    write_json(partial / "serving.json", serving)
+    serving.write(partial / "serving.json")
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)
         return False

@@ -9,9 +9,8 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
-from core.files import write_json
+from core.artifacts import EngineStats, ServerStatus
 from serving import protocol
 
 STATUS = "status.json"
@@ -52,11 +51,12 @@ class State:
             self._opened = os.open(self.folder, os.O_PATH)
         return f"/proc/self/fd/{self._opened}/{ENGINE_SOCKET}"
 
-    def ask_engine(self, seconds: float) -> dict[str, Any]:
+    def ask_engine(self, seconds: float) -> EngineStats:
         """What the running engine says of itself.
 
         Raises:
             OSError: there is none, or it does not answer.
+            UserError: it is of another version.
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(seconds)
@@ -64,15 +64,12 @@ class State:
             connection.sendall(protocol.encode({"op": "stats"}))
             for line in connection.makefile("rb"):
                 if stats := protocol.decode(line).get("stats"):
-                    return stats
+                    return EngineStats.parse(json.dumps(stats), "the statistics of the running engine")
         raise ConnectionError("the engine has ended")
 
-    def write(self, status: dict[str, Any]) -> None:
-        write_json(self.folder / STATUS, status)
+    def write(self, status: ServerStatus) -> None:
+        status.write(self.folder / STATUS)
 
-    def read(self) -> dict[str, Any]:
-        """What the server has written; {} where there is nothing yet."""
-        try:
-            return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+    def read(self) -> ServerStatus:
+        """What the server has written. Raises UserError: it has not yet, or that is damaged."""
+        return ServerStatus.read(self.folder / STATUS)

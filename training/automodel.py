@@ -25,9 +25,10 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
+from core.artifacts import MetricsLine
 from core.configuration import plain
 from core.errors import UserError
-from core.files import write_lines, writing
+from core.files import write_lines, write_whole, writing
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-automodel"
@@ -46,7 +47,7 @@ TRAIN_KEYS = {
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
-Metrics = list[dict[str, Any]]
+Metrics = list[MetricsLine]
 
 
 def check(config: DictConfig) -> None:
@@ -117,21 +118,21 @@ def fit(
 
     def show(lines: Metrics) -> None:
         nonlocal last_said, said
-        write_lines(run_folder / "metrics.jsonl", lines)
-        trained = [line for line in lines if "train_loss" in line]
+        write_whole(run_folder / "metrics.jsonl", "".join(line.to_line() for line in lines))
+        trained = [line for line in lines if line.train_loss is not None]
         if not trained:
             return
         now = trained[-1]
-        if not math.isfinite(now["train_loss"]):
+        if not math.isfinite(now.train_loss or 0):
             rate = config.task.train.learning_rate
             raise UserError(
-                f"the loss became {now['train_loss']} at step {now['step']}. Lower "
+                f"the loss became {now.train_loss} at step {now.step}. Lower "
                 f"task.train.learning_rate (now {rate}) and train again"
             )
-        if now["step"] > said and (time.monotonic() - last_said > 5 or now["step"] == steps):
-            last_said, said = time.monotonic(), now["step"]
+        if now.step > said and (time.monotonic() - last_said > 5 or now.step == steps):
+            last_said, said = time.monotonic(), now.step
             print(
-                f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+                f"step {now.step}/{steps}  loss {now.train_loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
                 f"  {last_said - began:.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -278,7 +279,7 @@ def read_log(folder: Path) -> Metrics:
     Steps count from 1, epochs from 0. Of a step that a resumed run took twice, the later counts. `memory_gib` is the
     most that one process has held: GPU memory, or main memory where there is no GPU.
     """
-    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    lines: dict[tuple[int, str], MetricsLine] = {}
     for name, kind in (("training", "train_loss"), ("validation", "val_loss")):
         file = folder / f"{name}.jsonl"
         for text in file.read_text().splitlines() if file.exists() else []:
@@ -286,19 +287,17 @@ def read_log(folder: Path) -> Metrics:
                 said = json.loads(text)
             except ValueError:  # a line not yet whole
                 continue
-            line = {"step": said["step"] + 1, "epoch": said["epoch"]}
+            line = MetricsLine(step=said["step"] + 1, epoch=said["epoch"])
             if kind == "train_loss":
-                line |= {
-                    "train_loss": said["loss"],
-                    "learning_rate": said["lr"],
-                    "grad_norm": said["grad_norm"],
-                    "tokens_per_second": round(said["tps"], 1),
-                    "seconds": round(said["num_tokens_per_step"] / said["tps"], 4),
-                    "memory_gib": round(said["mem"], 2),
-                }
+                line.train_loss = said["loss"]
+                line.learning_rate = said["lr"]
+                line.grad_norm = said["grad_norm"]
+                line.tokens_per_second = round(said["tps"], 1)
+                line.seconds = round(said["num_tokens_per_step"] / said["tps"], 4)
+                line.memory_gib = round(said["mem"], 2)
             else:
-                line["val_loss"] = said["val_loss"]
-            lines[line["step"], kind] = line
+                line.val_loss = said["val_loss"]
+            lines[line.step, kind] = line
     return [lines[key] for key in sorted(lines)]
 
 
@@ -334,8 +333,8 @@ def write_tensorboard(lines: Metrics, folder: Path) -> None:
 
     with SummaryWriter(str(folder)) as writer:
         for line in lines:
-            for name in line.keys() - {"step", "epoch"}:
-                writer.add_scalar(name, line[name], line["step"])
+            for name in line.model_fields_set - {"format", "step", "epoch"}:
+                writer.add_scalar(name, getattr(line, name), line.step)
 
 
 def last_words(log: Path) -> str:

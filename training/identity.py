@@ -1,13 +1,13 @@
 """What a run is made of, so that one run never mixes two configurations, bases or data sets."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig
 
+from core.artifacts import Environment, Manifest
 from core.base_model import describe
 from core.configuration import plain
 from core.errors import UserError
@@ -33,15 +33,15 @@ def made_of(config: DictConfig, base_folder: Path, data_folder: Path) -> dict[st
     Raises:
         UserError: the rows are not those that were prepared.
     """
-    manifest = json.loads((data_folder / "manifest.json").read_text())
-    for name, split in manifest["splits"].items():
+    manifest = Manifest.read(data_folder / "manifest.json")
+    for name, split in manifest.splits.items():
         file = data_folder / f"{name}.jsonl"
         with file.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
-        if found != split["sha256"]:
+        if found != split.sha256:
             raise UserError(
                 f"{file} was changed after it was prepared: its sha256 is {found[:12]}…, manifest.json says "
-                f"{split['sha256'][:12]}…. Delete {data_folder} to prepare it anew; give rows of your own as SOURCE"
+                f"{split.sha256[:12]}…. Delete {data_folder} to prepare it anew; give rows of your own as SOURCE"
             )
     return _identity(plain(config), describe(base_folder)["sha256"], manifest)
 
@@ -90,8 +90,8 @@ def unfinished_neighbour(run_folder: Path, now: dict[str, Any]) -> str:
 def recorded(run_folder: Path) -> dict[str, Any]:
     """`made_of` as a run's folder has it on record."""
     config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
-    base = json.loads((run_folder / "environment.json").read_text())["base"]
-    return _identity(config, base, json.loads((run_folder / "data_manifest.json").read_text()))
+    base = Environment.read(run_folder / "environment.json").base
+    return _identity(config, base, Manifest.read(run_folder / "data_manifest.json"))
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
@@ -100,11 +100,11 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{key} {_short(then.get(key))} → {_short(now.get(key))}" for key in keys)
 
 
-def _identity(config: dict[str, Any], base: str, manifest: dict[str, Any]) -> dict[str, Any]:
+def _identity(config: dict[str, Any], base: str, manifest: Manifest) -> dict[str, Any]:
     flat = {key: value for key, value in _flat(config) if not key.startswith(("task.data.", "model.", *AFTERWARDS))}
     for key in WITHOUT_EFFECT:
         flat.pop(key, None)
-    data = {f"data.{name}": split["sha256"] for name, split in manifest["splits"].items()}
+    data = {f"data.{name}": split.sha256 for name, split in manifest.splits.items()}
     return {**flat, "model.name": config["model"]["name"], "base": base, **data}
 
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from core.artifacts import MetricsLine
 from core.files import write_whole
 from training.batches import Step
 from training.checkpoints import check_finite
@@ -115,7 +116,7 @@ class RunProgress(Callback):
         step = trainer.global_step
         epoch = max(0, step - 1) // self.steps_per_epoch
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            file.write(MetricsLine.model_validate({"step": step, "epoch": epoch, **values}).to_line())
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
 

@@ -83,6 +83,7 @@ def main(words: list[str]) -> int:
 
 def serve(given: argparse.Namespace) -> None:
     """Load, open the socket, generate until a signal ends it."""
+    from core.artifacts import EngineStats
     from serving.engine.connections import Connections, Inbox
     from serving.protocol import BEAT_SECONDS
 
@@ -105,7 +106,8 @@ def serve(given: argparse.Namespace) -> None:
     about = {"base": given.base.name, "dtype": given.dtype, "threads": given.threads, "pid": os.getpid()}
 
     def describe() -> dict[str, Any]:
-        return {**scheduler.stats(), "broken": dict(folder.broken), "uptime": time.monotonic() - started, **about}
+        uptime = time.monotonic() - started
+        return EngineStats(**scheduler.stats(), broken=dict(folder.broken), uptime=uptime, **about).to_dict()
 
     connections = Connections(given.socket, scheduler, inbox, describe)
     print(

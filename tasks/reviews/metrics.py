@@ -3,15 +3,15 @@
 import re
 from typing import Any
 
-from core.files import Lines
-from evaluation.metrics import Evidence, Metric, Scores, words
+from core.artifacts import Generation
+from evaluation.metrics import Evidence, Generations, Metric, Scores, words
 
 QUOTE = re.compile(r'["“]([^"“”\n]+)["”]')
 SHORTEST_QUOTE = 3  # words; fewer are a title or a doubt
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-def aspects_named(generations: Lines, evidence: Evidence) -> Scores:
+def aspects_named(generations: Generations, evidence: Evidence) -> Scores:
     """How many aspects of the film, such as acting or pacing, the answer names that the reviews speak of too.
 
     By the words of tasks/reviews/film_words.yaml and `task.data.reviews.aspects`; an aspect counts once.
@@ -20,7 +20,7 @@ def aspects_named(generations: Lines, evidence: Evidence) -> Scores:
     return [float(len(known & review.mentions)) for review in _understood(generations, evidence)]
 
 
-def agreement(generations: Lines, evidence: Evidence) -> Scores:
+def agreement(generations: Generations, evidence: Evidence) -> Scores:
     """Of the reviewers who judge an aspect that the answer judges too, how many judge it the same way; the mean over
     the answer's aspects.
 
@@ -43,7 +43,7 @@ def agreement(generations: Lines, evidence: Evidence) -> Scores:
     return scores
 
 
-def unsupported(generations: Lines, evidence: Evidence) -> Scores:
+def unsupported(generations: Generations, evidence: Evidence) -> Scores:
     """Quotes in the answer that no review holds, and numbers that are none of the counts: how many in an answer.
 
     A quote, of three words or more between quotation marks, is looked for in all rows' answers, which quote reviews
@@ -53,11 +53,11 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
     said = f" {' '.join(words(' '.join([*rows, *_texts(evidence.knowledge)])))} "
     counted = {number for text in [*rows, *_texts(evidence.knowledge)] for number in NUMBER.findall(text)}
 
-    def count(line: dict[str, Any]) -> float:
-        quotes = [quote for quote in map(words, QUOTE.findall(line["text"])) if len(quote) >= SHORTEST_QUOTE]
+    def count(line: Generation) -> float:
+        quotes = [quote for quote in map(words, QUOTE.findall(line.text)) if len(quote) >= SHORTEST_QUOTE]
         invented = [quote for quote in quotes if f" {' '.join(quote)} " not in said]
-        unquoted = QUOTE.sub(" ", line["text"])
-        asked = NUMBER.findall(line["text_in"])
+        unquoted = QUOTE.sub(" ", line.text)
+        asked = NUMBER.findall(line.text_in)
         return float(
             len(invented) + sum(number not in counted and number not in asked for number in NUMBER.findall(unquoted))
         )
@@ -65,13 +65,13 @@ def unsupported(generations: Lines, evidence: Evidence) -> Scores:
     return [count(line) for line in generations]
 
 
-def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
+def _understood(generations: Generations, evidence: Evidence) -> list[Any]:
     """Each answer read as a review is."""
     from tasks.reviews.knowledge import ReviewReader
 
     film = evidence.data["reviews"]
     reader = ReviewReader(film["title"], film.get("aspects") or {})
-    return [reader.read(0, line["text"]) for line in generations]
+    return [reader.read(0, line.text) for line in generations]
 
 
 def _texts(tree: Any) -> list[str]:
