@@ -23,13 +23,14 @@ OrEmpty = Annotated[
     BeforeValidator(lambda value: None if value == {} else value),
     WrapSerializer(lambda value, serialize: {} if value is None else serialize(value)),
 ]
-Estimate = tuple[float, float | None, float | None]  # value, low, high; no bounds for a single unit
+# Value, low, high; without bounds for a single unit. A list will do: JSON that went through a validator has no tuples.
+Estimate = Annotated[tuple[float, float | None, float | None], Field(strict=False)]
 
 
 class Record(BaseModel):
     """An object in an artifact."""
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
     def to_dict(self) -> dict[str, Any]:
         """What was set, as JSON holds it; defaults of fields that were not set are left out."""
@@ -100,7 +101,7 @@ class Artifact(Record):
                 "wrote it, or make it again with this one"
             )
         try:
-            return cls.model_validate_json(text, strict=True)
+            return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(map(str, first["loc"])) or "the whole"
@@ -195,7 +196,7 @@ class Environment(Artifact):
     @property
     def machine(self) -> str:
         """In one line: its GPUs, else its processor."""
-        return ", ".join(self.gpus) or (f"{self.cpu}, {self.cores} cores" if self.cpu else "")
+        return ", ".join(self.gpus) or (f"{self.cores} cores, {self.cpu}" if self.cpu else "")
 
 
 class MetricsLine(Artifact):

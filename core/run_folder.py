@@ -154,5 +154,8 @@ def read_metrics(run_folder: Path) -> tuple[list[MetricsLine], list[MetricsLine]
     steps: dict[int, MetricsLine] = {}
     validations: dict[int, MetricsLine] = {}
     for line in MetricsLine.read_lines(run_folder / "metrics.jsonl"):
-        (validations if line.train_loss is None else steps)[line.step] = line
+        if line.train_loss is not None:
+            steps[line.step] = line
+        elif line.val_loss is not None:
+            validations[line.step] = line
     return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]

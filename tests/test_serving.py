@@ -838,7 +838,8 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         data = {"columns": {"slang": [], "context": []} if task == "slang" else {"message": []}}
         config = {"task": {"name": task, "data": data}, "model": {"name": "tiny", "path": str(tiny_base)}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        (run / "evaluation.json").write_text("{}")
+        measured = {"loss": 3.0, "perplexity": 20.1}
+        (run / "evaluation.json").write_text(json.dumps({"held_out_rows": 4, "before": measured, "after": measured}))
     return tmp_path
 
 
