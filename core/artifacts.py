@@ -163,7 +163,7 @@ class Manifest(Artifact):
 
     task: str = Field(default="", description="name of the task")
     fingerprint: str = Field(default="", description="hash of all that decides the content")
-    source: Source
+    source: Source = Field(description="the table")
     rows_in: int = Field(description="rows of the table")
     rows_out: int = Field(description="rows that were kept")
     dropped: dict[str, int] = Field(default={}, description="reason → number of rows; dropped.jsonl lists them")
@@ -387,7 +387,7 @@ class Conversion(Artifact):
     base: dict[str, Any] = Field(default={}, description="of an adapter: name, source, revision and sha256 of its base")
     dtype: str | None = Field(default=None, description="of an adapter: what its base was trained in")
     quantization: dict[str, Any] | None = Field(default=None, description="of an adapter: 4-bit settings of its base")
-    proof: Proof
+    proof: Proof = Field(description="what was compared, and how far the sides differ")
     files: dict[str, str] = Field(default={}, description="file of the target → sha256")
     packages: dict[str, str] = Field(default={}, description="package → version")
     seconds_to_write: float | None = Field(default=None, description="from the start until the target was written")

@@ -253,7 +253,7 @@ def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], 
     changed = json.loads(kept)
     changed["splits"]["test"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"does not hold the rows of .* make data TASK=slang"):
+    with pytest.raises(UserError, match=r"does not hold the examples that .* make data TASK=slang"):
         report_command.main(words)
     manifest.write_text(kept)
 
