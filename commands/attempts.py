@@ -23,7 +23,7 @@ ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 TARGET = Path("docs/attempts.md")
 COLUMNS = (
     "run",
-    "training rows",
+    "training examples",
     "columns",
     "epochs",
     "rank",

@@ -1,7 +1,7 @@
 """The finished runs of a task side by side: bases, ranks, LoRA and QLoRA, engines, experiments.
 
-A table in the terminal, and `runs/<task>/comparison.html`, one file without scripts. Only runs that were measured on
-the same held-out rows stand in one table.
+A table in the terminal, and `runs/<task>/comparison.html`, one file without scripts. A table holds only runs that were
+measured on the same test split.
 """
 
 import json
@@ -23,7 +23,7 @@ from evaluation.report import cell
 
 
 def facts(finished: Run) -> dict[str, str]:
-    """Column → what it says of a run: what it is made of, what it cost, what came of it."""
+    """Column → its text for a run: configuration, cost and results."""
     config, evaluation = finished.config, finished.evaluation
     before, after = evaluation.before, evaluation.after
     engine = "" if config.get("engine", "lightning") == "lightning" else f", {config['engine']}"
@@ -35,7 +35,7 @@ def facts(finished: Run) -> dict[str, str]:
         "peft": f"{config['peft']['name']}{engine}",
         "rank": str(config["peft"]["r"]),
         "learning rate": f"{float(config['task']['train']['learning_rate']):g}",
-        "training rows": f"{training.rows:,}" if training else "",
+        "training examples": f"{training.rows:,}" if training else "",
         "epochs": str(config["task"]["train"]["epochs"]),
         "steps": f"{finished.steps[-1].step:,}" if finished.steps else "",
         "training time": f"{finished.seconds / 60:.1f} min",
@@ -50,7 +50,7 @@ def facts(finished: Run) -> dict[str, str]:
 
 
 def behind(finished: Run, best: Run) -> str:
-    """How much higher a run's held-out loss is than the best one's, with a paired interval; '' where tokens differ."""
+    """By how much a run's held-out loss exceeds the best, with a paired interval; "" where their tokens differ."""
     ours, theirs = (np.array(one.evaluation.after.rows, dtype=float) for one in (finished, best))
     if finished is best:
         return "the best"
@@ -122,22 +122,22 @@ def _notes(members: list[Run], asked: list[Run], same: list[Run]) -> list[str]:
     notes = []
     if len({tuple(tokens for _, tokens in one.evaluation.after.rows) for one in members}) > 1:
         notes.append(
-            "Not all of these models cut the rows into the same tokens: losses and perplexities are per token, and do "
-            "not compare between them. A gain is over each run's own base."
+            "These models tokenize the examples differently: losses and perplexities are per token and cannot be "
+            "compared between them. Gains are relative to each run's own base."
         )
     others = [one.folder.name for one in members if one not in asked]
     if asked and others:
         notes.append(f"Answers not measured yet (make report ARGS=+run=FOLDER): {', '.join(others)}.")
     if len(same) < len(asked):
         notes.append(
-            f"Asked other questions, or sampled otherwise: "
+            f"Evaluated with other questions or another sampling: "
             f"{', '.join(one.folder.name for one in asked if one not in same)}."
         )
     return notes
 
 
 def choose(config: DictConfig, names: str) -> list[Run]:
-    """All finished runs of the task, or those of `names`, by name or folder, parted by spaces."""
+    """All finished runs of the task, or those of `names`, by name or folder, separated by spaces."""
     tasks = Path(config.runs_dir) / config.task.name
     folders = [named_run(tasks / name if (tasks / name).exists() else Path(name)) for name in names.split()]
     chosen = [Run.read(folder) for folder in folders or finished_runs(config)]

@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG that stands inside its page and takes its colours from the page's style."""
+"""The plots of a report, as SVG inside the page, with the colours of the page's style."""
 
 import hashlib
 import html

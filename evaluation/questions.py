@@ -1,4 +1,4 @@
-"""What both models are asked: the questions of `task.evaluate`, and held-out rows, whose own answers are known."""
+"""What both models are asked: the questions of `task.evaluate`, and held-out examples, whose answers are known."""
 
 import json
 import re
@@ -17,14 +17,14 @@ from core.tasks import part_of
 
 @dataclass(frozen=True)
 class Question:
-    """Something to ask.
+    """Something to ask a model.
 
     Attributes:
         id: `question 2`, or `row 17` for line 17 of `test.jsonl`.
         asked: the instruction, or the dialogue, as a person reads it.
         text_in: everything the model is given.
-        fields: what the prompt's fields hold, where they are known.
-        reference: the row's own answer.
+        fields: values of the prompt's fields, where they are known.
+        reference: the example's own answer.
         row: the line of `test.jsonl`, from 1.
     """
 
@@ -79,7 +79,7 @@ def listed_questions(listed: Sequence[Any], prompt: Prompt) -> list[Question]:
 
 
 def held_out_questions(file: Path, count: int, prompt: Prompt) -> list[Question]:
-    """`count` rows of a split file, spread evenly over it: rows of one kind often stand together."""
+    """`count` examples of a split file, spread evenly over it, since similar ones are often neighbours."""
     known = re.findall(r"\{(\w+)\}", prompt.instruction)
     questions = []
     for number, row in _spread(file, count):

@@ -1,4 +1,4 @@
-"""Answers sampled in batches, each with random numbers of its own, so that who else is in a batch changes nothing."""
+"""Answers sampled in batches, each with its own random numbers, so that an answer does not depend on its batch."""
 
 from collections.abc import Mapping, Sequence
 from random import Random

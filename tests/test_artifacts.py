@@ -37,7 +37,7 @@ OLD_RUN = {
   "command": "python -m commands.train task=slang", "commit": "c0ffee", "python": "3.11.7",
   "packages": {"torch": "2.13.0"}, "cpu": "A Processor", "cores": 2, "memory_gib": 23.5, "gpus": [], "base": "ba5e"
 }""",
-    "metrics.jsonl": """{"step": 1, "epoch": 0, "train_loss": 3.5, "learning_rate": 1e-4, "grad_norm": 2, "seconds": 2.0}
+    "metrics.jsonl": """{"step": 1, "epoch": 0, "train_loss": 3.5, "grad_norm": 2, "seconds": 2.0}
 {"step": 2, "epoch": 0, "train_loss": NaN, "learning_rate": 0.0001, "grad_norm": 1.5, "seconds": 4.0, "steps": 2}
 {"step": 2, "epoch": 0, "val_loss": 3.0}
 {"step": 3, "epoch": 0, "train_""",

@@ -229,7 +229,7 @@ def test_a_turn_is_learned_with_its_end_and_an_answer_stops_there(bases: dict[st
 
 
 def test_a_model_without_the_turn_s_end_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ends in <end_of_turn>, which is no token of this model"):
+    with pytest.raises(UserError, match="ends in <end_of_turn>, which is not a token of this model"):
         rows_of(tiny_base, tmp_path)
 
 
