@@ -43,6 +43,7 @@ from commands.prepare_serving import prepare
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
+from core.artifacts import ServedAdapter
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
@@ -220,7 +221,7 @@ def write_tiny_adapter(stack: Stack, name: str, scratch: Path) -> None:
     )
     model.save_pretrained(scratch / name)
     Prompt("{instruction}\n{response}", "{context}", "{slang}").save(scratch / name)
-    put_adapter(stack.folder, scratch / name, {"name": name, "task": name, "sampling": {}})
+    put_adapter(stack.folder, scratch / name, ServedAdapter(name=name, task=name, sampling={}, has_turns=False))
 
 
 def test_a_broken_adapter_hurts_nobody_else(server: Server, stack: Stack, tmp_path: Path) -> None:
