@@ -44,17 +44,17 @@ class Evidence:
         return read_lines(self._folder / "training.jsonl")
 
     @cached_property
-    def rows(self) -> Lines:
+    def examples(self) -> Lines:
         """The examples of all splits."""
         return [
-            row for split in ("validation", "test") for row in read_lines(self._folder / f"{split}.jsonl")
+            example for split in ("validation", "test") for example in read_lines(self._folder / f"{split}.jsonl")
         ] + self.training
 
     @cached_property
     def targets(self) -> list[str]:
         """The target text of each training example: its answer, or all the model's turns."""
-        examples = (self.prompt.pieces(row) for row in self.training)
-        return ["\n".join(text for text, learned in pieces if learned) for pieces in examples]
+        examples = map(self.prompt.pieces, self.training)
+        return ["\n".join(text for text, is_target in pieces if is_target) for pieces in examples]
 
     @cached_property
     def knowledge(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ TRAIN_KEYS = {
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
-Metrics = list[MetricsLine]
+Lines = list[MetricsLine]
 
 
 def check(config: DictConfig) -> None:
@@ -115,9 +115,13 @@ def fit(
     steps = recipe["lr_scheduler"]["lr_decay_steps"]
     began = last_said = time.monotonic()
     said = 0
+    written: Lines = []
 
-    def show(lines: Metrics) -> None:
-        nonlocal last_said, said
+    def show(lines: Lines) -> None:
+        nonlocal last_said, said, written
+        if lines == written:
+            return
+        written = lines
         write_whole(run_folder / "metrics.jsonl", "".join(line.to_line() for line in lines))
         trained = [line for line in lines if line.train_loss is not None]
         if not trained:
@@ -238,8 +242,8 @@ def rows_at_once(config: DictConfig, longest: int) -> int:
 
 
 def run_recipe(
-    recipe: dict[str, Any], folder: Path, devices: int, show: Callable[[Metrics], None] = lambda lines: None
-) -> Metrics:
+    recipe: dict[str, Any], folder: Path, devices: int, show: Callable[[Lines], None] = lambda lines: None
+) -> Lines:
     """Run `recipe` on `devices` processes; `show` gets what it has logged, twice a second.
 
     A process of this run never outlives this one: a later run may go on from the checkpoints.
@@ -273,7 +277,7 @@ def run_recipe(
     return lines
 
 
-def read_log(folder: Path) -> Metrics:
+def read_log(folder: Path) -> Lines:
     """The recipe's logs as lines of `metrics.jsonl`: those of steps and of validations, ordered by step.
 
     Steps count from 1, epochs from 0. Of a step that a resumed run took twice, the later counts. `memory_gib` is the
@@ -328,7 +332,7 @@ def save(checkpoint: Path, config: DictConfig, base_folder: Path, archive: Path)
         model.save_to(str(partial))
 
 
-def write_tensorboard(lines: Metrics, folder: Path) -> None:
+def write_tensorboard(lines: Lines, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

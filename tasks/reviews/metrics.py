@@ -49,7 +49,7 @@ def unsupported(generations: Generations, evidence: Evidence) -> Scores:
     A quote, of three words or more between quotation marks, is looked for in all rows' answers, which quote reviews
     word for word, and in knowledge.json; so is a number, which may be found there and still be another thing's.
     """
-    rows = [str(row.get("output", "")) for row in evidence.rows]
+    rows = [str(row.get("output", "")) for row in evidence.examples]
     said = f" {' '.join(words(' '.join([*rows, *_texts(evidence.knowledge)])))} "
     counted = {number for text in [*rows, *_texts(evidence.knowledge)] for number in NUMBER.findall(text)}
 
