@@ -27,6 +27,7 @@ from benchmarks.figures import RESULTS, refresh
 from converters import hf
 from converters.layerwise_forward import empty_model
 from core.arguments import Arguments, parse
+from core.artifacts import Conversion
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> None:
     machine = describe_environment()
     result = {
         "command": " ".join(["python -m benchmarks.convert", *argv]),
-        "machine": f"{machine['cpu']}, {machine['cores']} cores",
+        "machine": f"{machine.cpu}, {machine.cores} cores",
         "finished": f"{datetime.now(UTC):%Y-%m-%d}",
         "rows": rows,
     }
@@ -121,7 +122,7 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
             "by": name,
             "gigabytes": round(size, 1),
             "seconds": round(seconds, 1),
-            "seconds_to_write": hf.read_json(record)["seconds_to_write"] if record.exists() else None,
+            "seconds_to_write": Conversion.read(record).seconds_to_write if record.exists() else None,
             "processor_seconds": round(busy, 1),
             "times_cp": round(busy / copied, 1),
             # A process begins with its parent's peak in its books, so that cp's would be this one's.

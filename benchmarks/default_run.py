@@ -8,7 +8,7 @@ Takes the newest finished run of the default configuration and writes benchmarks
 import re
 from pathlib import Path
 
-from core.configuration import load_config
+from core.configuration import load_config, plain
 from core.errors import UserError, run
 from core.files import write_json
 from core.run_folder import Run, finished_runs
@@ -20,28 +20,30 @@ def main(words: list[str]) -> None:
     config = load_config(words)
     runs = [Run.read(folder) for folder in finished_runs(config)]
     default = [
-        found for found in runs if found.config["task"]["train"] == config.task.train and not found.config["seed"]
+        found
+        for found in runs
+        if found.config["task"]["train"] == plain(config.task.train) and not found.config["seed"]
     ]
     if not default:
         raise UserError("no finished run of the default configuration. Train one: make train TASK=slang")
-    found, environment = default[-1], default[-1].environment
-    evaluation = found.evaluation
-    machine = f"{environment['cpu']}, {environment['cores']} cores"
+    evaluation, environment = default[-1].evaluation, default[-1].environment
+    assert environment  # training writes it
+    machine = f"{environment.cpu}, {environment.cores} cores"
     RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
     write_json(
         file,
         {
             "machine": machine,
-            "finished": evaluation["finished"],
-            "commit": environment["commit"],
-            "command": environment["command"],
-            "packages": environment["packages"],
-            "training_seconds": evaluation["training_seconds"],
-            "peak_memory_gib": evaluation["peak_memory_gib"],
-            "perplexity_before": evaluation["before"]["perplexity"],
-            "perplexity_after": evaluation["after"]["perplexity"],
-            "held_out_rows": evaluation["held_out_rows"],
+            "finished": evaluation.finished,
+            "commit": environment.commit,
+            "command": environment.command,
+            "packages": environment.packages,
+            "training_seconds": evaluation.training_seconds,
+            "peak_memory_gib": evaluation.peak_memory_gib,
+            "perplexity_before": evaluation.before.perplexity,
+            "perplexity_after": evaluation.after.perplexity,
+            "held_out_rows": evaluation.held_out_rows,
         },
     )
     print(file)

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from benchmarks.figures import RESULTS, refresh
 from core.arguments import Arguments, parse
+from core.artifacts import Evaluation
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
             overrides = RUNS[name]
             rows.append({"run": name, "overrides": overrides, "expected_gib": expected, "measured_gib": measured})
     environment = describe_environment()
-    machine = environment["gpus"][0] if environment["gpus"] else f"{environment['cpu']}, {environment['cores']} cores"
+    machine = environment.gpus[0] if environment.gpus else f"{environment.cpu}, {environment.cores} cores"
     result = {
         "command": " ".join(["python -m benchmarks.memory", *argv]),
         "machine": machine,
@@ -81,8 +82,9 @@ def measure(name: str, folder: Path) -> tuple[float, float]:
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")
-    evaluation = json.loads(file.read_text())
-    return evaluation["memory_estimate_gib"], evaluation["peak_memory_gib"]
+    evaluation = Evaluation.read(file)
+    assert evaluation.memory_estimate_gib and evaluation.peak_memory_gib
+    return evaluation.memory_estimate_gib, evaluation.peak_memory_gib
 
 
 def long_dialogues(file: Path) -> Path:

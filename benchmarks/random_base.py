@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.files import writing_folder
 
 # As the published configurations: https://huggingface.co/google/gemma-2-2b/blob/main/config.json and its like.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -154,11 +155,10 @@ def random_base(name: str, tokenizer_folder: Path, models_dir: Path) -> Path:
     if folder.exists():
         return folder
     family, options = ARCHITECTURES[name]
-    partial = models_dir / f".random-{name}.partial"
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **options, bos_token_id=2, eos_token_id=1, pad_token_id=0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(partial)
-    for file in tokenizer_folder.glob("tokenizer*"):
-        shutil.copy(file, partial)
-    partial.rename(folder)
+    with writing_folder(folder) as partial:
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(partial)
+        for file in tokenizer_folder.glob("tokenizer*"):
+            shutil.copy(file, partial)
     return folder

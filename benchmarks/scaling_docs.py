@@ -5,6 +5,7 @@ from pathlib import Path
 
 from benchmarks.scaling_model import COMPUTE_EFFICIENCY, HOP_SECONDS, LINK_EFFICIENCY, USABLE_MEMORY, Plan
 from benchmarks.table import save
+from core.files import write_whole
 
 DOCS, PLOT = Path("docs/scaling.md"), Path("docs/scaling.png")
 HEADER = [
@@ -108,9 +109,7 @@ def write(plans: list[Plan], sentences: list[str]) -> Path:
         table="\n".join(f"| {' | '.join(cells)} |" for cells in rows),
     )
     plot(plans)
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(DOCS)
+    write_whole(DOCS, text)
     return DOCS
 
 

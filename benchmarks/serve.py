@@ -312,6 +312,8 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
 
 def measure(given: Any, scratch: Path) -> dict[str, Any]:
     """Load all systems, then measure them in interleaved rounds."""
+    from core.machine import short_processor_name  # a peer's environment may have no pydantic
+
     streams, rounds = given.streams, given.rounds
     job = {
         "base": str(given.base.resolve()),
@@ -356,7 +358,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
             system["streams"] = {str(n): summary(found) for n, found in arrivals.items() if found}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": _machine(),
+        "machine": f"{short_processor_name()}, {os.cpu_count()} cores",
         "model": given.base.name,
         "tokens": job["tokens"],
         "rounds": rounds,
@@ -370,12 +372,6 @@ def _left_out(name: str, reason: Exception, running: dict[str, ServingWorker]) -
     if worker := running.pop(name, None):
         worker.stop()
     return {"not_run": str(reason)}
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return f"{re.sub(r'[(](R|TM)[)]', '', name)}, {os.cpu_count()} cores"
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.files import writing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -171,13 +173,12 @@ def plot(found: list[dict[str, Any]]) -> None:
 
 
 def save(figure: "Figure", file: Path) -> None:
-    """Save as PNG, under a partial name until it is complete."""
+    """As PNG; the file is replaced when it is complete."""
     import matplotlib.pyplot as plt
 
     figure.tight_layout()
-    partial = file.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.rename(file)
+    with writing(file) as partial:
+        figure.savefig(partial, format="png", dpi=110)
     plt.close(figure)
 
 

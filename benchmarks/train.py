@@ -84,7 +84,7 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     from benchmarks.samples import as_dataset, read_samples
     from benchmarks.systems import Job
     from core.load_model import lora_settings
-    from core.machine import describe_environment, quiet_libraries
+    from core.machine import describe_environment, quiet_libraries, short_processor_name
     from training.flops import flops_of
 
     quiet_libraries()
@@ -162,12 +162,11 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     rates = roofline.higher(rates, roofline.measure(*shape))
     flops = flops_of(gemma, lengths, target_tokens, lora["r"], lora["target_modules"])
     environment = describe_environment()
-    cpu = re.sub(r"\((R|TM)\)", "", environment["cpu"])
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": environment["gpus"][0] if environment["gpus"] else f"{cpu}, {environment['cores']} cores",
-        "environment": {key: environment[key] for key in ("commit", "python", "cpu", "cores", "memory_gib", "gpus")},
+        "machine": environment.gpus[0] if environment.gpus else f"{short_processor_name()}, {environment.cores} cores",
+        "environment": environment.model_dump(include={"commit", "python", "cpu", "cores", "memory_gib", "gpus"}),
         "versions": versions,
         "model": f"{options.random} (random weights)" if options.random else describe(base_folder)["name"],
         "data": {

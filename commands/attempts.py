@@ -38,7 +38,8 @@ def main(argv: list[str]) -> None:
         base_folder = ensure_base_model(config.model)
         data_folder = prepare(config, base_folder / "tokenizer.json")
         results.append(Run.read(name_run(config, base_folder, run_fingerprint(config, base_folder, data_folder))))
-    if len({result.manifest["splits"]["test"]["sha256"] for result in results}) != 1:
+    manifests = [result.manifest for result in results if result.manifest]
+    if len({manifest.splits["test"].sha256 for manifest in manifests}) != 1:
         raise UserError("the attempts were measured on different held-out rows; run them on one SOURCE")
     write_json(RESULTS / "attempts.json", summarize(results, argv))
     print(f"\nwritten: {RESULTS / 'attempts.json'}, {', '.join(refresh())}")
@@ -47,36 +48,37 @@ def main(argv: list[str]) -> None:
 def summarize(results: list[Run], argv: list[str]) -> dict[str, Any]:
     """What benchmarks/figures.py shows of the attempts."""
     first = results[0]
-    environment, before = first.environment, first.evaluation["before"]
+    environment, before, manifest = first.environment, first.evaluation.before, first.manifest
+    assert environment and manifest  # training writes them
     table = [facts(result) for result in results]
-    given = [field for field, column in first.manifest["source"]["columns"].items() if column]
+    given = [field for field, column in manifest.source.columns.items() if column]
     for row, result in zip(table, results, strict=True):
         row["columns"] = str(len(result.config["task"]["data"]["train_fields"] or given))
     base = {
         "run": "base model",
-        "held-out loss": f"{before['loss']:.3f}",
-        "held-out perplexity": f"{before['perplexity']:.2f}",
+        "held-out loss": f"{before.loss:.3f}",
+        "held-out perplexity": f"{before.perplexity:.2f}",
     }
-    answers = {"base model": before["answers"]}
-    answers |= {row["run"]: result.evaluation["after"]["answers"] for row, result in zip(table, results, strict=True)}
-    source = first.manifest["source"]
+    answers = {"base model": before.answers}
+    answers |= {row["run"]: result.evaluation.after.answers for row, result in zip(table, results, strict=True)}
+    source = manifest.source
     more = [word for word in argv if not word.startswith(("task.data.source=", "model="))]
     arguments = f' ARGS="{" ".join(more)}"' if more else ""
     return {
-        "command": f"make attempts SOURCE={source['name']}{arguments}",
-        "source": source["name"],
-        "source_sha256": source["sha256"][:12],
-        "rows_in": first.manifest["rows_in"],
-        "held_out_rows": first.evaluation["held_out_rows"],
+        "command": f"make attempts SOURCE={source.name}{arguments}",
+        "source": source.name,
+        "source_sha256": source.sha256[:12],
+        "rows_in": manifest.rows_in,
+        "held_out_rows": first.evaluation.held_out_rows,
         "model": first.config["model"]["name"],
         "peft": first.config["peft"]["name"],
         "seed": first.config["seed"],
-        "machine": f"{environment['cpu']}, {environment['cores']} cores, {', '.join(environment['gpus']) or 'no GPU'}",
-        "packages": {name: environment["packages"][name] for name in ("torch", "nemo-toolkit")},
+        "machine": f"{environment.cpu}, {environment.cores} cores, {', '.join(environment.gpus) or 'no GPU'}",
+        "packages": {name: environment.packages[name] for name in ("torch", "nemo-toolkit")},
         "table": [base, *table],
         "samples": [
             {"prompt": " ".join(question.split()), "answers": {name: texts[number] for name, texts in answers.items()}}
-            for number, question in enumerate(first.evaluation["questions"])
+            for number, question in enumerate(first.evaluation.questions)
         ],
     }
 

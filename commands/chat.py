@@ -9,7 +9,6 @@ dialogue; where it asks one question, as slang's does, each line is one by itsel
 prompt's instruction that is a column of the task's data (slang's `context`), or is the whole instruction.
 """
 
-import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from core.configuration import load_config, plain
 from core.errors import run
+from core.files import write_lines
 from core.run_folder import Run, base_of, newest_run
 
 if TYPE_CHECKING:
@@ -147,14 +147,12 @@ def _save(dialogue: "Dialogue", name: str) -> str:
         return "nothing was said yet, so there is nothing to save"
     if file.exists():
         return f"{file} is there already and is left as it is; give another name"
-    partial = file.with_name(f".{file.name}.partial")
+    rows = dialogue.rows()
     try:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in dialogue.rows()]
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.rename(file)
+        write_lines(file, rows)
     except OSError as error:
         return f"{file} cannot be written: {error.strerror}"
-    return f"saved {len(lines)} {'dialogue' if len(lines) == 1 else 'dialogues'} to {file}"
+    return f"saved {len(rows)} {'dialogue' if len(rows) == 1 else 'dialogues'} to {file}"
 
 
 def _say(console: Console, text: str) -> None:

@@ -22,15 +22,15 @@ class Options(Arguments):
 
 def main(argv: list[str]) -> None:
     config, options = load_config(argv, Options)
-    groups = compare(choose(config, options.runs))
-    show(groups)
-    for group in groups:
-        group["plots"] = draw_comparison(group["runs"])
+    comparisons = compare(choose(config, options.runs))
+    show(comparisons)
+    for comparison in comparisons:
+        comparison.plots = draw_comparison(comparison.runs)
     print(
         write_page(
             Path(config.runs_dir) / config.task.name / "comparison.html",
             "comparison.html.j2",
-            {"task": config.task.name, "groups": groups},
+            {"task": config.task.name, "groups": comparisons},
         )
     )
 

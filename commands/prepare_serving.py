@@ -9,13 +9,13 @@ was made from that very run is taken as it is. Where a server runs already, its 
 """
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from core.arguments import Arguments, parse
+from core.artifacts import Conversion, ServedAdapter
 from core.base_model import ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
@@ -105,12 +105,13 @@ def adapter_of(found: Run, base: Path) -> Path:
     record = target / "conversion.json"
     with found.archive.open("rb") as archive:
         digest = hashlib.file_digest(archive, "sha256").hexdigest()
-    if not record.exists() or json.loads(record.read_text(encoding="utf-8")).get("source_sha256") != digest:
+    made = Conversion.read_if_there(record)
+    if not made or made.source_sha256 != digest:
         convert(found.archive, "adapter", target, base)
     return target
 
 
-def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
+def serving_of(found: Run, adapter: Path, base: Path) -> ServedAdapter:
     """`serving.json`: what a client needs to ask this adapter as it was trained, beside its prompt."""
     prompt, task = Prompt.load(adapter), found.config["task"]
     # The task's title and sampling of today count; its run may be older than they are.
@@ -121,16 +122,16 @@ def serving_of(found: Run, adapter: Path, base: Path) -> dict[str, Any]:
     if prompt.end not in ("", EOS):
         sampling["stop"] = [prompt.end]
     field = next((name for name in task["data"]["columns"] if f"{{{name}}}" in prompt.instruction), None)
-    return {
-        "name": found.task,
-        "task": found.task,
-        "title": task.get("title") or today.title or found.task.replace("_", " ").capitalize(),
-        "base": base.name,
-        "sampling": sampling,
-        "run": found.folder.name,
-        "has_turns": bool(prompt.end),
-        "field": field,
-    }
+    return ServedAdapter(
+        name=found.task,
+        task=found.task,
+        title=task.get("title") or today.title or found.task.replace("_", " ").capitalize(),
+        base=base.name,
+        sampling=sampling,
+        run=found.folder.name,
+        has_turns=bool(prompt.end),
+        field=field,
+    )
 
 
 if __name__ == "__main__":

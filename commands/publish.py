@@ -7,7 +7,6 @@ A repository that does not exist yet is made private: what is in it is seen by o
 """
 
 import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import Field
 
 from core.arguments import Arguments
+from core.artifacts import Conversion, Environment, Evaluation, Manifest
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
 from core.run_folder import newest_run
@@ -168,10 +168,11 @@ def write_card(
 ) -> None:
     """`README.md` in `folder`, from what the run measured."""
     from converters.adapter import HUB
-    from converters.hf import read_json
 
-    evaluation, manifest = read_json(run_folder / "evaluation.json"), read_json(run_folder / "data_manifest.json")
-    machine, proof = read_json(run_folder / "environment.json"), read_json(folder / "conversion.json")["proof"]
+    evaluation = Evaluation.read(run_folder / "evaluation.json")
+    manifest = Manifest.read(run_folder / "data_manifest.json")
+    environment = Environment.read(run_folder / "environment.json")
+    proof = Conversion.read(folder / "conversion.json").proof
     base = base_on_hub(nemo.base)
     front = ModelCardData(
         base_model=base,
@@ -191,24 +192,24 @@ def write_card(
         front=front.to_yaml(),
         title=repo.partition("/")[2],
         base=base,
-        held_out=evaluation["held_out_rows"],
+        held_out=evaluation.held_out_rows,
         kind="A LoRA adapter" if to == "adapter" else "The merged weights of a LoRA",
-        rows=manifest["splits"]["training"]["rows"],
-        before=evaluation["before"]["perplexity"],
-        after=evaluation["after"]["perplexity"],
+        rows=manifest.splits["training"].rows,
+        before=evaluation.before.perplexity,
+        after=evaluation.after.perplexity,
         answers=answers(evaluation),
         template=nemo.prompt.template,
         code=LOAD[to].format(repo=repo, base=base),
         data=data_line(manifest, dataset),
         splits=split_lines(manifest),
         epochs=train.get("epochs"),
-        seed=trained.get("seed", manifest.get("seed")),
-        machine=", ".join(machine["gpus"]) or machine["cpu"],
+        seed=trained.get("seed", manifest.seed),
+        machine=", ".join(environment.gpus) or environment.cpu,
         settings=yaml.safe_dump(settings, sort_keys=False).strip(),
         terms=TERMS,
         other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
-        difference=proof["max_logit_difference"],
-        agreement=proof["top1_agreement"],
+        difference=proof.max_logit_difference,
+        agreement=proof.top1_agreement,
     )
     ModelCard(text).save(folder / "README.md")
 
@@ -219,10 +220,8 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
     Raises:
         UserError: they are not those of the run.
     """
-    from converters.hf import read_json
-
-    trained, manifest = read_json(run_folder / "data_manifest.json"), read_json(data_folder / "manifest.json")
-    if trained["splits"] != manifest["splits"]:
+    trained, manifest = Manifest.read(run_folder / "data_manifest.json"), Manifest.read(data_folder / "manifest.json")
+    if trained.splits != manifest.splits:
         raise UserError(
             f"{data_folder} holds other rows than {run_folder} was trained on. Prepare them again as then: "
             f"its environment.json has the command"
@@ -238,10 +237,10 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
     text = DATA_CARD.format(
         front=front.to_yaml(),
         title=dataset.partition("/")[2],
-        rows=manifest["rows_out"],
+        rows=manifest.rows_out,
         model=f"[{repo}](https://huggingface.co/{repo})",
-        source=manifest["source"]["name"],
-        seed=manifest["seed"],
+        source=manifest.source.name,
+        seed=manifest.seed,
         splits=split_lines(manifest),
     )
     DatasetCard(text).save(folder / "README.md")
@@ -251,10 +250,10 @@ def name_base(folder: Path, base: str) -> None:
     """Where this machine keeps the base means nothing elsewhere: the adapter names it as the hub does."""
     from converters.hf import read_json, write_json
 
-    file, record = folder / "adapter_config.json", read_json(folder / "conversion.json")
+    file, record = folder / "adapter_config.json", Conversion.read(folder / "conversion.json")
     write_json(file, {**read_json(file), "base_model_name_or_path": base})
-    record["files"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+    record.files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    record.write(folder / "conversion.json")
 
 
 def base_on_hub(base: dict[str, str]) -> str:
@@ -266,20 +265,20 @@ def base_on_hub(base: dict[str, str]) -> str:
     return str(yaml.safe_load(known.read_text())["repo"]) if known.exists() else base["name"]
 
 
-def answers(evaluation: dict[str, Any]) -> str:
+def answers(evaluation: Evaluation) -> str:
     """The run's first question with both answers, as quotations."""
-    sides = [("Question", evaluation["questions"][0])]
-    sides += [(name.title(), evaluation[name]["answers"][0]) for name in ("before", "after")]
+    sides = [("Question", evaluation.questions[0])]
+    sides += [("Before", evaluation.before.answers[0]), ("After", evaluation.after.answers[0])]
     return "\n\n".join(f"**{name}**\n\n" + "\n".join(f"> {line}" for line in text.split("\n")) for name, text in sides)
 
 
-def data_line(manifest: dict[str, Any], dataset: str) -> str:
+def data_line(manifest: Manifest, dataset: str) -> str:
     public = f", published as [{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else ", not published"
-    return f"`{manifest['source']['name']}`{public}. SHA-256 of the source: `{manifest['source']['sha256']}`."
+    return f"`{manifest.source.name}`{public}. SHA-256 of the source: `{manifest.source.sha256}`."
 
 
-def split_lines(manifest: dict[str, Any]) -> str:
-    return "\n".join(f"| {name} | {split['rows']} |" for name, split in manifest["splits"].items())
+def split_lines(manifest: Manifest) -> str:
+    return "\n".join(f"| {name} | {split.rows} |" for name, split in manifest.splits.items())
 
 
 def push(api: HfApi, repo: str, kind: str, folder: Path) -> None:

@@ -3,6 +3,7 @@
 python -m commands.report task=slang [run=FOLDER]
 """
 
+from core.artifacts import Metrics
 from core.configuration import load_config
 from core.errors import UserError, run
 from core.run_folder import Run, newest_run
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
     evaluate(finished, config)
     report = write(finished.folder)
-    show(Run.read(finished.folder).metrics)
+    show(Metrics.read(finished.folder / "metrics.json"))
     print(report)
     return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
 

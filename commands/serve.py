@@ -11,12 +11,12 @@ import asyncio
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from rich.console import Console
 
 from core.arguments import Arguments, parse
+from core.artifacts import EngineStats, ServerStatus
 from core.errors import UserError, run
 from serving.state import State
 from serving.supervisor import ServerOptions, Supervisor
@@ -95,40 +95,39 @@ def joined(folder: Path, state: State, console: Console) -> None:
     Raises:
         UserError: it has not, after a while.
     """
-    status = state.read()
     wanted = sorted(path.name for path in (folder / "adapters").iterdir())
     until = time.monotonic() + PATIENCE
-    while missing := [name for name in wanted if name not in (found := engine_of(state)).get("adapters", [])]:
-        reason = found.get("broken", {}).get(missing[0])
+    while missing := sorted({*wanted} - {*(found := engine_of(state)).adapters}):
+        reason = found.broken.get(missing[0])
         if reason or time.monotonic() > until:
             raise UserError(
-                f"the running server (process {status.get('pid')}) has not taken {missing[0]}: "
+                f"the running server (process {state.read().pid}) has not taken {missing[0]}: "
                 f"{reason or f'what it said is in {state.folder}'}"
             )
         time.sleep(0.25)
-    what = ", ".join(wanted) or "the base"
-    console.print(f"A server is running already (process {status['pid']}); it serves {what}.", markup=False)
+    what, status = ", ".join(wanted) or "the base", state.read()
+    console.print(f"A server is running already (process {status.pid}); it serves {what}.", markup=False)
     console.print(addresses(status, wanted), markup=False)
 
 
-def engine_of(state: State) -> dict[str, Any]:
-    """What the running engine says of itself; nothing while it is being started."""
+def engine_of(state: State) -> EngineStats:
+    """What the running engine says of itself; an idle one without adapters while it is being started."""
     try:
         return state.ask_engine(5)
     except OSError:
-        return {}
+        return EngineStats(running=0, waiting=0, kv_tokens=0, kv_capacity=0)
 
 
-def addresses(status: dict[str, Any], adapters: list[str]) -> str:
-    host = status["host"]
+def addresses(status: ServerStatus, adapters: list[str]) -> str:
+    host = status.host
     parameters = json.dumps({"max_tokens": 60, **({"lora_name": adapters[0]} if adapters else {})})
     asked = json.dumps({"text_input": "Hello! ", "parameters": json.loads(parameters)})
     return (
-        f"  gRPC     {host}:{status['grpc_port']}\n"
-        f"  HTTP     http://{host}:{status['http_port']}/v2/models/gemma/generate\n"
-        f"  OpenAI   http://{host}:{status['gateway_port']}/v1\n"
-        f"  metrics  http://{host}:{status['metrics_port']}/metrics\n"
-        f"Try: curl http://{host}:{status['http_port']}/v2/models/gemma/generate -d '{asked}'"
+        f"  gRPC     {host}:{status.grpc_port}\n"
+        f"  HTTP     http://{host}:{status.http_port}/v2/models/gemma/generate\n"
+        f"  OpenAI   http://{host}:{status.gateway_port}/v1\n"
+        f"  metrics  http://{host}:{status.metrics_port}/metrics\n"
+        f"Try: curl http://{host}:{status.http_port}/v2/models/gemma/generate -d '{asked}'"
     )
 
 

@@ -13,7 +13,6 @@ with code 3 where held-out perplexity fell by less.
 import errno
 import hashlib
 import json
-import shutil
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from core.artifacts import Before, Environment, Evaluation
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain, write_config
 from core.errors import UserError, run
-from core.files import write_json
+from core.files import write_whole
 from core.machine import describe_environment, quiet_libraries
 from core.run_folder import read_metrics
 from core.schema import Config
@@ -158,12 +158,12 @@ def train(
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         quantization = plain(config.peft.quantization) if config.peft.quantization else None
         base = load_base(base_folder, weights_dtype(), quantization, device).to(device).eval()
-        write_json(before_file, measure(base, tokenizer, prompt, *measured))
+        measure(base, tokenizer, prompt, *measured).write(before_file)
         del base
         release_memory()
-    before = json.loads(before_file.read_text())
-    print(f"  before: perplexity {before['perplexity']:.2f} on {len(splits['test'])} held-out rows. It answers:")
-    print(indent(before["answers"][0]), flush=True)
+    before = Before.read(before_file)
+    print(f"  before: perplexity {before.perplexity:.2f} on {len(splits['test'])} held-out rows. It answers:")
+    print(indent(before.answers[0]), flush=True)
 
     archive = run_folder / f"{config.task.name}.nemo"
     peak_of_workers = 0.0
@@ -182,55 +182,48 @@ def train(
     after = measure(model, tokenizer, prompt, *measured)
     steps = read_metrics(run_folder)[0]
     if config.engine == "automodel":
-        peak_of_workers = max(step["memory_gib"] for step in steps)
-    write_json(
-        run_folder / "evaluation.json",
-        {
-            "held_out_rows": len(splits["test"]),
-            "rows_over_max_length": left_out,
-            "questions": [question.asked for question in asked],
-            "before": before,
-            "after": after,
-            "training_seconds": round(sum(step["seconds"] for step in steps), 1),
-            "peak_memory_gib": round(max(peak_memory_gib(), peak_of_workers), 2),
-            "memory_estimate_gib": round(need, 2),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
-    )
+        peak_of_workers = max(line.memory_gib or 0 for line in steps)
+    Evaluation(
+        held_out_rows=len(splits["test"]),
+        rows_over_max_length=left_out,
+        questions=[question.asked for question in asked],
+        before=before,
+        after=after,
+        training_seconds=round(sum(line.seconds or 0 for line in steps), 1),
+        peak_memory_gib=round(max(peak_memory_gib(), peak_of_workers), 2),
+        memory_estimate_gib=round(need, 2),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+    ).write(run_folder / "evaluation.json")
     report.write(run_folder)
 
 
 def record(config: Config, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
     """Write down what the run is made of; say what is no longer as it was when the run began."""
     file = run_folder / "environment.json"
-    environment = describe_environment() | {"base": describe(base_folder)["sha256"]}
+    environment = describe_environment()
+    environment.base = describe(base_folder)["sha256"]
     if config.engine == "automodel":
-        environment["packages"] |= automodel.package_versions()
-    if file.exists():
-        then = json.loads(file.read_text())
-        was, now = ({**made["packages"], "cpu": made["cpu"], "gpus": made["gpus"]} for made in (then, environment))
+        environment.packages |= automodel.package_versions()
+    if then := Environment.read_if_there(file):
+        was, now = ({**made.packages, "cpu": made.cpu, "gpus": made.gpus} for made in (then, environment))
         if changes := differences(was, now):
             print(
                 f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "
                 "digits may not be those of a run that was never stopped"
             )
-    partial = run_folder / "config.partial"
-    write_config(config, partial)
-    partial.rename(run_folder / "config.yaml")
-    shutil.copy(data_folder / "manifest.json", run_folder / "data_manifest.partial")
-    (run_folder / "data_manifest.partial").rename(run_folder / "data_manifest.json")
-    write_json(file, environment)
+    write_config(config, run_folder / "config.yaml")
+    write_whole(run_folder / "data_manifest.json", (data_folder / "manifest.json").read_bytes())
+    environment.write(file)
 
 
 def show_result(run_folder: Path, min_gain: float | None) -> int:
     """Print what came of a run; 0, or the exit code of one that gained less than `min_gain`."""
-    result = json.loads((run_folder / "evaluation.json").read_text())
-    before, after = result["before"], result["after"]
-    print(f"\nThe fine-tuned model answers:\n{indent(after['answers'][0])}\n")
+    result = Evaluation.read(run_folder / "evaluation.json")
+    print(f"\nThe fine-tuned model answers:\n{indent(result.after.answers[0])}\n")
     print(
-        f"perplexity on {result['held_out_rows']} held-out rows: {before['perplexity']:.2f} before, "
-        f"{after['perplexity']:.2f} after {result['training_seconds'] / 60:.1f} minutes of training, at most "
-        f"{result['peak_memory_gib']:.1f} GiB of memory ({result['memory_estimate_gib']:.1f} expected)"
+        f"perplexity on {result.held_out_rows} held-out rows: {result.before.perplexity:.2f} before, "
+        f"{result.after.perplexity:.2f} after {(result.training_seconds or 0) / 60:.1f} minutes of training, at most "
+        f"{result.peak_memory_gib or 0:.1f} GiB of memory ({result.memory_estimate_gib or 0:.1f} expected)"
     )
     print(f"model:  {next(run_folder.glob('*.nemo'))}\nreport: {run_folder / 'report.html'}")
     return pass_gate(result, min_gain)

@@ -1,7 +1,6 @@
 """One conversion: read the source, validate it, write the target, read that again, compare, and record the proof."""
 
 import hashlib
-import json
 import re
 import resource
 import shutil
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -21,6 +19,7 @@ from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
 from converters.prove import MERGED_LIMITS, prove
 from converters.validation import check_shapes, validated
+from core.artifacts import Conversion, Proof
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
@@ -35,7 +34,7 @@ PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare
 
 def write_proven(
     folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
-) -> dict[str, Any]:
+) -> Proof:
     """Create `folder` with the converted model, the licence notice and `conversion.json`.
 
     Arguments and errors are those of `convert.convert`.
@@ -98,23 +97,23 @@ def write_proven(
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
         adapter = source if isinstance(source, Adapter) else Adapter({}, {})
-        record = {
-            "source": path.name,
-            "source_sha256": digest(path, seen),
-            "from": origin,
-            "to": to,
-            "base": {key: value for key, value in adapter.base.items() if key != "folder"},
-            "dtype": adapter.dtype,
-            "quantization": adapter.quantization,
-            "proof": proof,
-            "files": {str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
-            "packages": {name: version(name) for name in PACKAGES if name in sys.modules},
-            "seconds_to_write": round(seconds_to_write, 1),
-            "seconds": round(time.monotonic() - begun, 1),
-            "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        }
+        record = Conversion(
+            source=path.name,
+            source_sha256=digest(path, seen),
+            source_format=origin,
+            to=to,
+            base={key: value for key, value in adapter.base.items() if key != "folder"},
+            dtype=adapter.dtype,
+            quantization=adapter.quantization,
+            proof=proof,
+            files={str(file.relative_to(folder)): digest(file, seen) for file in files_of(folder)},
+            packages={name: version(name) for name in PACKAGES if name in sys.modules},
+            seconds_to_write=round(seconds_to_write, 1),
+            seconds=round(time.monotonic() - begun, 1),
+            peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        )
     with disk_errors(folder):
-        (folder / "conversion.json").write_text(json.dumps(record, indent=2) + "\n")
+        record.write(folder / "conversion.json")
     return proof
 
 

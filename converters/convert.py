@@ -5,6 +5,7 @@ from pathlib import Path
 
 from converters.formats import FORMATS, MERGED, module_of
 from core.errors import UserError
+from core.files import beside, commit, restore
 
 
 def table() -> str:
@@ -46,18 +47,19 @@ def convert(
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.conversion import write_proven
+    from converters.conversion import disk_errors, write_proven
 
-    partial = target.with_name(f".{target.name}.partial")
+    restore(target)
+    partial = beside(target, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         proof = write_proven(partial, source, to, base, dtype)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        with disk_errors(partial):
+            commit(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(
-        f"{target}: {proof['tensors_with_the_same_bits']} of {proof['tensors']} tensors have the same bits; largest "
-        f"logit difference {proof['max_logit_difference']:.2g}, KL divergence {proof['mean_kl_divergence']:.2g} "
-        f"nats a token, top-1 agreement {proof['top1_agreement']:.1%}"
+        f"{target}: {proof.tensors_with_the_same_bits} of {proof.tensors} tensors have the same bits; largest "
+        f"logit difference {proof.max_logit_difference:.2g}, KL divergence {proof.mean_kl_divergence:.2g} "
+        f"nats a token, top-1 agreement {proof.top1_agreement:.1%}"
     )

@@ -7,7 +7,7 @@ what they predict is compared. An adapter is run on its base, by peft.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -17,6 +17,7 @@ from converters.adapter import LORA_TENSOR
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.layerwise_forward import logits
 from converters.merge_lora import lora_updates
+from core.artifacts import Proof
 from core.errors import UserError
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
@@ -40,7 +41,7 @@ def prove(
     target: Checkpoint | Adapter,
     base: Checkpoint | None,
     tolerance: dict[str, float] | None,
-) -> dict[str, Any]:
+) -> Proof:
     """Compare `source` with `target`, as read again from what was written.
 
     Args:
@@ -48,8 +49,7 @@ def prove(
         tolerance: name of a difference → its limit; None: every bit must be the same.
 
     Returns:
-        Number of tensors and of identical ones, maximum and mean absolute logit difference, mean KL divergence in nats
-        per token, top-1 agreement; for a merge also the divergence between base and fine-tuned model.
+        What was measured, with the limits that it kept.
 
     Raises:
         UserError: a difference is beyond its limit.
@@ -65,29 +65,37 @@ def prove(
         raise UserError(f"the conversion is not faithful: {unexpected[0]} has other values than in the source")
     probes = _probes(source, target, base)
     expected, found = _run(source, base, probes), _run(target, base, probes)
-    result = {
-        "tensors": names,
-        "tensors_with_the_same_bits": names - len(differing),
-        "probes": len(probes),
-        "tokens": len(expected),
-        **differences(expected, found),
-    }
+    proof = Proof(
+        tensors=names,
+        tensors_with_the_same_bits=names - len(differing),
+        probes=len(probes),
+        tokens=len(expected),
+        **differences(expected, found)._asdict(),
+    )
     exact = RESCALED_LIMITS if _rescaled(source, target) else {"max_logit_difference": 0.0}
     limits = dict(exact if tolerance is None else tolerance)
     if merged and base:
         del found
-        trained = differences(expected, _run(base, base, probes))["mean_kl_divergence"]
-        result["mean_kl_divergence_of_training"] = trained
+        trained = differences(expected, _run(base, base, probes)).mean_kl_divergence
+        proof.mean_kl_divergence_of_training = trained
         limits = {name: min(limit, SHARE_OF_TRAINING * trained) for name, limit in limits.items()}
     for name, limit in limits.items():
-        if not result[name] <= limit:  # also NaN
-            raise UserError(
-                f"the conversion is not faithful: {name} is {result[name]:.2g}, at most {limit:.2g} allowed"
-            )
-    return {**result, "limits": limits}
+        if not (value := getattr(proof, name)) <= limit:  # also NaN
+            raise UserError(f"the conversion is not faithful: {name} is {value:.2g}, at most {limit:.2g} allowed")
+    proof.limits = limits
+    return proof
 
 
-def differences(expected: Tensor, found: Tensor) -> dict[str, float]:
+class Differences(NamedTuple):
+    """Between two sides' logits, see core.artifacts.Proof."""
+
+    max_logit_difference: float
+    mean_logit_difference: float
+    mean_kl_divergence: float
+    top1_agreement: float
+
+
+def differences(expected: Tensor, found: Tensor) -> Differences:
     """Differences between logits [tokens, vocabulary], float32; the divergence is KL(expected ‖ found), in nats per
     token."""
     largest, total, divergence, agreeing = 0.0, 0.0, 0.0, 0
@@ -98,12 +106,12 @@ def differences(expected: Tensor, found: Tensor) -> dict[str, float]:
         divergence += (p.exp() * (p - q)).sum().item()
         agreeing += int(left.argmax() == right.argmax())
     count = len(expected)
-    return {
-        "max_logit_difference": largest,
-        "mean_logit_difference": total / count,
-        "mean_kl_divergence": max(divergence / count, 0.0),  # rounding may make the sum negative
-        "top1_agreement": agreeing / count,
-    }
+    return Differences(
+        max_logit_difference=largest,
+        mean_logit_difference=total / count,
+        mean_kl_divergence=max(divergence / count, 0.0),  # rounding may make the sum negative
+        top1_agreement=agreeing / count,
+    )
 
 
 def _run(side: Checkpoint | Adapter, base: Checkpoint | None, probes: Sequence[Tensor]) -> Tensor:

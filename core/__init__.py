@@ -1,1 +1,1 @@
-"""The ground floor: what every stage needs. It imports nothing of the project but itself."""
+"""The ground floor: what every stage needs. It imports nothing else of the project."""

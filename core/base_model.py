@@ -2,12 +2,13 @@
 
     python -m core.base_model model=gemma-2-2b
 
-Most Gemmas come from the Hugging Face hub (resumable, revision pinned, licence accepted there by the user). The
-default, Gemma 3 270M, needs no account: it is put together from packages of the Python index and dequantized.
-Use of any Gemma is under the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+Most Gemmas are downloaded from the Hugging Face hub, where the user has accepted the licence; a download is resumable
+and its revision pinned. The default, Gemma 3 270M, needs no account: it is assembled from packages of the Python index,
+whose 4-bit weights (Q4_K_M) are dequantized to bfloat16. Any use of Gemma is under the Gemma Terms of Use,
+https://ai.google.dev/gemma/terms.
 
-A folder gets its final name only after its self-check, under a lock: two runs at once, or a kill in the middle,
-leave either a good model or none. `base.json` in it says where it came from and holds a hash of every file.
+A folder gets its final name only after a self-check, and under a lock, so that concurrent or killed runs leave either a
+good model or none. Its `base.json` records where it came from and a hash of every file.
 """
 
 import hashlib
@@ -22,13 +23,15 @@ from typing import Any
 
 from filelock import FileLock
 
+from core.artifacts import BaseRecord
 from core.errors import UserError
+from core.files import beside, commit
 from core.schema import ModelConfig
 
 RECORD = "base.json"
 TERMS = "https://ai.google.dev/gemma/terms"
-# Read by every base before it may be trained: a Gemma without its BOS token, with wrong norms or with damaged
-# weights scores in the thousands here; whole ones score around ten.
+# Every base model must predict this text before it is used: a Gemma without its BOS token, with wrong norms or with
+# damaged weights has a perplexity in the thousands here, an intact one of about ten.
 SELF_CHECK_TEXT = (
     "The bakery on the corner opens at six in the morning. By then the bread has been in the oven for an hour, and "
     "the smell of it reaches the end of the street. People on their way to work stop to buy a roll and a cup of "
@@ -37,7 +40,7 @@ SELF_CHECK_TEXT = (
 
 
 def ensure_base_model(model: ModelConfig) -> Path:
-    """The folder of `model` (a `nemo_configs/model/*.yaml`), made on first use.
+    """The folder of `model` (a `nemo_configs/model/*.yaml`), which is fetched or built on first use.
 
     Raises:
         UserError: no network, no access to a gated repository, a failed hash or self-check, a damaged folder.
@@ -55,34 +58,40 @@ def ensure_base_model(model: ModelConfig) -> Path:
         if (folder / RECORD).exists():  # the other process has finished it
             return _intact(folder)
         print(f"Preparing {model.name} once, in {folder}. Its use is under the Gemma Terms of Use: {TERMS}")
-        partial = folder.parent / f".{model.name}.partial"  # stays after a kill: a download resumes
+        partial = beside(folder, "partial")  # stays after a kill: a download resumes
         partial.mkdir(exist_ok=True)
         origin = _build_embedded(partial) if model.embedded else _download(model, partial)
         perplexity = self_check(partial, model.max_perplexity)
         files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
-        record = {"name": model.name, **origin, "self_check_perplexity": perplexity, "files": files}
-        record["sizes"] = {name: (partial / name).stat().st_size for name in files}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)  # a folder without its record is of no use
-        partial.rename(folder)
+        sizes = {name: (partial / name).stat().st_size for name in files}
+        record = BaseRecord(
+            name=model.name,
+            source=origin["source"],
+            revision=origin["revision"],
+            self_check_perplexity=perplexity,
+            files=files,
+            sizes=sizes,
+        )
+        record.write(partial / RECORD)
+        commit(partial, folder)
         print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
     return folder
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path) -> dict[str, str]:
     """`{"name", "source", "revision", "sha256"}` of a base model, as written into checkpoints.
 
-    `sha256` covers the weights (the hash of the sorted `name hash` lines of the safetensors files), so a folder
-    that was copied or renamed is still known as the same model.
+    `sha256` covers the weights: it is the hash of the sorted `name hash` lines of the safetensors files, so that a
+    folder which was copied or renamed is still recognized as the same model.
     """
-    record = _read_record(folder) if (folder / RECORD).exists() else {}
+    record = _read_record(folder) if (folder / RECORD).exists() else BaseRecord(name=folder.resolve().name)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
-    hashes = {name: record.get("files", {}).get(name) or _sha256(folder / name) for name in weights}
+    hashes = {name: record.files.get(name) or _sha256(folder / name) for name in weights}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
     return {
-        "name": record.get("name", folder.resolve().name),
-        "source": record.get("source", "local folder"),
-        "revision": record.get("revision", ""),
+        "name": record.name,
+        "source": record.source,
+        "revision": record.revision,
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
 
@@ -98,7 +107,7 @@ def _build_embedded(folder: Path) -> dict[str, str]:
     package.assemble(gguf, overwrite=True)
     tokenizer = read_gguf_tokenizer(gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain now: a left-over quantization config would have every loader look for GGUF blocks.
+    # The weights are no longer quantized: with the quantization config left, every loader would look for GGUF blocks.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
@@ -111,18 +120,18 @@ def _build_embedded(folder: Path) -> dict[str, str]:
 
 
 def read_gguf_tokenizer(gguf: Path) -> Any:
-    """The tokenizer in the file `gguf` of a Gemma, of any kind and family, as transformers'."""
+    """The tokenizer in the GGUF file of a Gemma of any family, as a transformers tokenizer."""
     from transformers import GemmaTokenizer, PreTrainedTokenizerFast
     from transformers.integrations.gguf import read_gguf_metadata
 
-    # By its own class: AutoTokenizer wants to know the model too, and does not know every Gemma's.
+    # Not by AutoTokenizer, which also needs to know the architecture and does not know every Gemma's.
     metadata, _ = read_gguf_metadata(str(gguf))
     kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] == "llama" else PreTrainedTokenizerFast
     return start_with_bos(kind.from_pretrained(gguf.parent, gguf_file=gguf.name))
 
 
 def start_with_bos(tokenizer: Any) -> Any:
-    """`tokenizer`, with <bos> before every text: readers of other formats drop that, and Gemma without it is noise."""
+    """`tokenizer`, with <bos> before every text: readers of other formats lose that, and Gemma fails without it."""
     tokenizer.add_bos_token = True
     tokenizer.update_post_processor()
     return tokenizer
@@ -154,7 +163,7 @@ def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
             ],
         )
     except OfflineModeIsEnabled:
-        raise UserError(f"{model.name} is not in {folder.parent} and HF_HUB_OFFLINE forbids to fetch it") from None
+        raise UserError(f"{model.name} is not in {folder.parent} and HF_HUB_OFFLINE forbids downloading it") from None
     except GatedRepoError:
         raise UserError(
             f"{model.repo} is gated and {have_token}. Accept the licence at {page} with your account, make a read "
@@ -167,8 +176,8 @@ def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
     except (LocalEntryNotFoundError, OSError, httpx2.HTTPError) as error:
         raise UserError(
             f"{model.name} is not in {folder.parent}, and {page} cannot be reached ({type(error).__name__}). Connect "
-            f"this machine, or copy a downloaded folder here and give it by ARGS=model.path=/that/folder. "
-            f"MODEL=gemma-3-270m needs no network. What has arrived is kept: the same command goes on from there."
+            f"this machine, or copy a downloaded folder here and name it with ARGS=model.path=/that/folder. "
+            f"MODEL=gemma-3-270m needs no network. Run the same command again to resume the download."
         ) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     keep_text_model(folder)
@@ -176,7 +185,7 @@ def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
 
 
 def keep_text_model(folder: Path) -> None:
-    """Cut a Gemma 3 checkpoint that also sees images (4B and larger) to its text model, in place, a shard at a time.
+    """Reduce a multimodal Gemma 3 checkpoint (4B and larger) to its text model, in place, one shard at a time.
 
     Its tensors `language_model.model.*` become `model.*`, as in the text-only sizes; the rest is dropped.
     """
@@ -215,7 +224,11 @@ def text_name(name: str) -> str | None:
 
 
 def self_check(folder: Path, max_perplexity: float) -> float:
-    """The perplexity of `SELF_CHECK_TEXT`; a `UserError` where it is not below `max_perplexity`."""
+    """The perplexity of the model in `folder` on `SELF_CHECK_TEXT`.
+
+    Raises:
+        UserError: it is not below `max_perplexity`, or the tokenizer does not begin texts with BOS.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -229,14 +242,14 @@ def self_check(folder: Path, max_perplexity: float) -> float:
     if tokens[0, 0] != tokenizer.bos_token_id or not perplexity < max_perplexity:
         raise UserError(
             f"the base model in {folder} fails its self-check: perplexity {perplexity:.1f} on a plain English text, "
-            f"at most {max_perplexity} expected. Delete that folder and run again; training on it would be lost time"
+            f"at most {max_perplexity} expected. Delete that folder and run again"
         )
     return round(perplexity, 2)
 
 
 def _intact(folder: Path) -> Path:
-    """Cheap check on every start: all recorded files are there in their recorded size."""
-    for name, size in _read_record(folder)["sizes"].items():
+    """`folder`, if all recorded files exist and have their recorded size: a cheap check on every start."""
+    for name, size in _read_record(folder).sizes.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
             raise UserError(f"{path} is missing or not {size} bytes long. Delete {folder} and run again")
@@ -254,16 +267,16 @@ def _local_folder(folder: Path) -> Path:
             raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
     if "text_config" in json.loads((folder / "config.json").read_text()):
         raise UserError(
-            f"{folder} holds a model that also sees images; only text models can be trained: take it by MODEL"
+            f"{folder} holds a multimodal model, and only text models can be trained; fetch its text model with MODEL=…"
         )
     return folder
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> BaseRecord:
     try:
-        return json.loads((folder / RECORD).read_text())
-    except ValueError:
-        raise UserError(f"{folder / RECORD} is damaged. Delete {folder} and run again") from None
+        return BaseRecord.read(folder / RECORD)
+    except UserError as error:
+        raise UserError(f"{error}. Delete {folder} and run again") from None
 
 
 def lock_is_held(lock: FileLock) -> bool:

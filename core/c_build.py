@@ -1,6 +1,6 @@
 """C sources compiled for the processor that they find themselves on: once, then taken from the user's cache.
 
-Training and serving (serving/engine/kernels.py) have one each. Nothing here needs more than the standard library.
+Training and serving (serving/engine/kernels.py) have one each. The standard library is all that this needs.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from core.files import commit
 
 FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC"]
 
@@ -49,7 +51,7 @@ def compiled(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
             for command in (compile_, [compiler, "-shared", "-pthread", str(parts), "-o", str(partial), "-lm"]):
                 # `make sanitize` preloads runtimes that are for this process and would slow the compiler down
                 subprocess.run(command, check=True, capture_output=True, env=os.environ | {"LD_PRELOAD": ""})
-            partial.rename(built)
+            commit(partial, built)
         except (OSError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", b"") or b"").decode(errors="replace").strip().splitlines()
             raise NoLibrary(f"{compiler} could not compile {source.name}: {said[0] if said else error}") from None

@@ -1,44 +1,63 @@
 """The machine and the software that a command runs on."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+
+from core.artifacts import Environment
 
 
-def describe_environment() -> dict[str, Any]:
+def processor_name() -> str:
+    """The model name of this machine's processor, e.g. `Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz`."""
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def short_processor_name() -> str:
+    """As `processor_name`, without trademark signs, for tables."""
+    return re.sub(r"\((R|TM)\)", "", processor_name())
+
+
+def commit() -> str:
+    """This project's commit, with `-dirty` where files differ from it; "" where there is no git."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # a container may have no git
+        return ""
+
+
+def describe_environment() -> Environment:
     """Versions and hardware, for the report and for whoever wants the same result again."""
     import platform
 
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(":")[2].strip() if models else cpu
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:  # a container may have no git
-        commit = ""
     packages = ["torch", "nemo-toolkit", "lightning", "transformers", "peft", "datasets", "omegaconf"]
-    return {
-        "command": shlex.join(["python", "-m", "commands.train", *sys.argv[1:]]),
-        "commit": commit,
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
+    return Environment(
+        command=shlex.join(["python", "-m", "commands.train", *sys.argv[1:]]),
+        commit=commit(),
+        python=platform.python_version(),
+        packages={name: version(name) for name in packages},
+        cpu=processor_name(),
+        cores=os.cpu_count(),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    )
 
 
 def quiet_libraries() -> None:
-    """NeMo, Lightning and its telemetry hook start with remarks that hide what a user needs to read."""
+    """Silence the start-up messages of NeMo, Lightning and its telemetry hook, which hide what a user needs to read."""
     import logging
 
     logging.getLogger("nv_one_logger").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A bar for work that takes longer than two seconds, on stderr; plain lines where that is no terminal."""
+"""A progress bar on stderr for work that takes longer than two seconds; plain lines where that is not a terminal."""
 
 import sys
 import time
@@ -10,7 +10,16 @@ LINE_EVERY = 15.0  # seconds between lines in a log file
 
 
 class Progress:
-    """`with Progress("Reading", total) as progress: ... progress.at(done)`; `total` in any unit, bytes or rows."""
+    """A bar that appears if the work takes longer than PATIENCE.
+
+        with Progress("Reading", total=file_size) as progress:
+            ...
+            progress.at(bytes_read)
+
+    Args:
+        label: shown before the bar.
+        total: of the work, in any unit.
+    """
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total = label, max(total, 1)
@@ -21,7 +30,7 @@ class Progress:
         return self
 
     def at(self, done: int) -> None:
-        """Tell how far the work is, in all. Cheap; call it some hundred times a second at most."""
+        """Report how much of `total` is done. Cheap: it may be called a hundred times a second."""
         now = time.monotonic()
         if now < self._show_at:
             return

@@ -1,9 +1,8 @@
-"""How a row becomes a prompt and a response: the one place, for data, training, evaluation and serving.
+"""How an example becomes a prompt and a response, for data preparation, training, evaluation and serving alike.
 
-A `Prompt` is written into every checkpoint and exported adapter, so a model is asked the way it was trained.
-This file is part of the client's wheel too (setup.py), so it needs only the standard library. It fills `{name}` by
-plain replacement: a template that comes with a checkpoint from elsewhere cannot reach into Python objects as
-`str.format` would let it.
+A `Prompt` is written into every checkpoint and exported adapter, so that a model is prompted as it was trained. This
+file is part of the client's wheel too (setup.py), so it needs only the standard library. It fills `{name}` by plain
+replacement: a template in a checkpoint from elsewhere cannot reach into Python objects as it could with `str.format`.
 """
 
 import json
@@ -16,7 +15,7 @@ from typing import Any
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
 EOS = "<eos>"  # of every Gemma, as text
 _FIELD = re.compile(r"\{(\w+)\}")
-# Gemma's control tokens as text, those of all generations. In somebody's message they are text, and stay so.
+# The control tokens of all Gemma generations, as text. In a user's message they must not act as control tokens.
 _CONTROL = re.compile(
     r"<(?=(?:pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token)>)"
 )
@@ -25,14 +24,21 @@ _END = re.compile(r"(<\w+>)?")  # what may follow {response}: one token of the m
 
 @dataclass(frozen=True)
 class Prompt:
-    """A task's wording.
+    """A task's prompt template.
+
+        prompt = Prompt("{instruction}\\n{response}", "Describe {thing}.", "Colour: {colour}")
+        prompt.wrap(prompt.write_instruction(thing="the sky"))    # 'Describe the sky.\\n'
+        prompt.read_response("Colour: blue")                      # {'colour': 'blue'}
 
     Attributes:
-        template: the whole text of a row, with `{instruction}` and, at its end, `{response}`. One token of the model's
-            may follow, such as `<end_of_turn>`: it is learned as the end of a response in place of EOS.
-        instruction: how the fields of a row make an instruction, e.g. `{tag}{context}{condition}`.
-        response: how the fields of a row make a response, one `Label: {field}` a line.
-        fields: values for the fields that a row or a caller leaves out.
+        template: the text of an example, with `{instruction}` and, at its end, `{response}`. One token of the model's
+            may follow, such as `<end_of_turn>`: it is the target after a response in place of EOS.
+        instruction: how the fields of an example make an instruction, e.g. `{tag}{context}{condition}`.
+        response: how the fields of an example make a response, one `Label: {field}` a line.
+        fields: values for the fields that an example or a caller leaves out.
+
+    Raises:
+        ValueError: `template` does not hold `{instruction}` once, or does not end as described.
     """
 
     template: str
@@ -66,33 +72,33 @@ class Prompt:
 
     @property
     def end(self) -> str:
-        """What the template has after `{response}`: a token that ends the model's turn, or nothing."""
+        """The token after `{response}` in the template, which ends the model's turn; "" if there is none."""
         return self.template.partition("{response}")[2]
 
     def wrap(self, instruction: str) -> str:
-        """Everything the model is given before it answers. Control tokens in `instruction` are text to it."""
+        """The text that the model is given for `instruction`, in which control tokens are disarmed."""
         return self._fill(self.template.partition("{response}")[0], {"instruction": disarm(instruction)})
 
-    def pieces(self, row: Mapping[str, Any]) -> list[tuple[str, bool]]:
-        """A row's whole text in pieces: each with whether it is learned. After a learned one comes the end token.
+    def pieces(self, example: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        """An example's text in pieces `(text, is_target)`. The loss is on targets; the end token follows each of them.
 
         Args:
-            row: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}` that ends with the model's answer.
+            example: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an answer.
 
         Raises:
             ValueError: see `exchanges`.
         """
-        if "messages" not in row:
-            return [(self.wrap(row["input"]), False), (disarm(row["output"]), True)]
+        if "messages" not in example:
+            return [(self.wrap(example["input"]), False), (disarm(example["output"]), True)]
         pieces: list[tuple[str, bool]] = []
-        for user, model in exchanges(row["messages"]):
+        for user, model in exchanges(example["messages"]):
             if model is None:
                 raise ValueError("the dialogue ends with the user; its last message must be the model's")
             pieces += [("\n" * bool(pieces) + self.wrap(user), False), (disarm(model), True)]
         return pieces
 
     def wrap_dialogue(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Everything the model is given before it answers the last of `messages`, the user's. As `wrap`, of many turns.
+        """The text that the model is given to answer the last of `messages`, the user's. As `wrap`, for many turns.
 
         Raises:
             ValueError: see `exchanges`; or the last message is the model's.
@@ -105,7 +111,7 @@ class Prompt:
         return text
 
     def end_id(self, tokenizer: Any) -> int:
-        """The token after which a response is over, of a Hugging Face tokenizer.
+        """The id of the token that ends a response, in a Hugging Face tokenizer.
 
         Raises:
             ValueError: the tokenizer has no such token.
@@ -114,11 +120,11 @@ class Prompt:
             return int(tokenizer.eos_token_id)
         ids = tokenizer(self.end, add_special_tokens=False).input_ids
         if len(ids) != 1:
-            raise ValueError(f"task.prompt.template ends in {self.end}, which is no token of this model")
+            raise ValueError(f"task.prompt.template ends in {self.end}, which is not a token of this model")
         return int(ids[0])
 
     def read_response(self, text: str) -> dict[str, str]:
-        """The fields of a generated response, the inverse of `write_response`; those not found are left out."""
+        """The fields of a generated response, those that are found: the inverse of `write_response`."""
         labels = self.labels()
         found: dict[str, str] = {}
         current = None
@@ -156,14 +162,14 @@ class Prompt:
 
 
 def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | None]]:
-    """`[(user, model), …]` of a dialogue; the last model is None where the user spoke last.
+    """The dialogue `messages` as `[(user, model), …]`; the last model is None where the user spoke last.
 
-    As in Gemma's own chat template, texts lose the spaces around them, and a system message, which Gemma's turns have
-    no place for, becomes the beginning of the first user's.
+    As in Gemma's own chat template, white space around texts is removed, and a system message, for which Gemma has no
+    turn, is put before the first message of the user.
 
     Raises:
-        ValueError: a role that is none of system, user, assistant and model; turns that do not alternate, with the user
-            first; a message without text.
+        ValueError: a role is none of system, user, assistant and model; turns do not alternate, the user's first; or a
+            message has no text.
     """
     system, found = "", list[tuple[str, str | None]]()
     for number, message in enumerate(messages, 1):
@@ -181,18 +187,19 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
         else:
             due = "assistant" if waiting else "user"
             raise ValueError(
-                f"message {number} is of role {role!r} where {due} is due: user and assistant alternate, "
+                f"message {number} has role {role!r} where {due} is expected: user and assistant alternate, "
                 f"after one system message at most"
             )
     if not found:
-        raise ValueError("the dialogue has no message of a user")
+        raise ValueError("the dialogue has no user message")
     return found
 
 
 def disarm(text: str) -> str:
-    """`text` in which a control token is text: `<end_of_turn>` → `< end_of_turn>`, which is seven ordinary tokens.
+    """`text` without control tokens: `<end_of_turn>` → `< end_of_turn>`, which is seven ordinary tokens.
 
-    Otherwise whoever writes a message, or a row of a table, could end their turn and speak as the model. It is done to
-    the text and not in a tokenizer, so that every server that is given a prompt as text agrees with training.
+    Otherwise the author of a message, or of a row of a table, could end the user's turn and speak as the model. This is
+    done in the text rather than in a tokenizer, so that every server that is given a prompt as text agrees with
+    training.
     """
     return _CONTROL.sub("< ", text)

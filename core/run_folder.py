@@ -1,42 +1,57 @@
-"""Finished runs: finding them, and reading what they left."""
+"""Finished runs: finding them, and reading what they left (core/artifacts.py)."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from core.artifacts import Environment, Evaluation, Manifest, Metrics, MetricsLine
 from core.errors import UserError
-from core.files import Lines, read_json, read_lines
 from core.schema import Config
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run's folder holds; a file that is missing is empty here.
+    """What a finished run's folder holds; None for a file that is missing.
 
     Attributes:
-        config, manifest, environment: `config.yaml`, `data_manifest.json`, `environment.json`.
-        evaluation: `evaluation.json`, of training; `metrics`: `metrics.json`, of `make report`.
+        config: `config.yaml`.
+        evaluation: `evaluation.json`, of training.
+        manifest, environment: `data_manifest.json`, `environment.json`.
+        metrics: `metrics.json`, of `make report`.
         steps, validations: the lines of `metrics.jsonl`, see `read_metrics`.
     """
 
     folder: Path
     config: dict[str, Any]
-    manifest: dict[str, Any]
-    environment: dict[str, Any]
-    evaluation: dict[str, Any]
-    metrics: dict[str, Any]
-    steps: Lines
-    validations: Lines
+    evaluation: Evaluation
+    manifest: Manifest | None
+    environment: Environment | None
+    metrics: Metrics | None
+    steps: list[MetricsLine]
+    validations: list[MetricsLine]
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
+        """
+        Raises:
+            UserError: a file that is damaged, or of an unknown format; or no `evaluation.json`.
+        """
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        names = ("data_manifest", "environment", "evaluation", "metrics")
-        manifest, environment, evaluation, metrics = (read_json(folder / f"{name}.json") for name in names)
-        return cls(folder, config, manifest, environment, evaluation, metrics, *read_metrics(folder))
+        steps, validations = read_metrics(folder)
+        return cls(
+            folder,
+            config,
+            Evaluation.read(folder / "evaluation.json"),
+            Manifest.read_if_there(folder / "data_manifest.json"),
+            Environment.read_if_there(folder / "environment.json"),
+            Metrics.read_if_there(folder / "metrics.json"),
+            steps,
+            validations,
+        )
 
     @property
     def task(self) -> str:
@@ -48,39 +63,49 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Of training, validations left out."""
-        return sum(step.get("seconds", 0) for step in self.steps)
-
-    def median(self, key: str) -> float:
-        """Of what the lines of training say about `key`; 0 where they do not."""
-        values = [step[key] for step in self.steps if key in step]
-        return statistics.median(values) if values else 0.0
+        """Of training, without validations."""
+        return sum(line.seconds or 0 for line in self.steps)
 
     @property
     def step_seconds(self) -> float:
-        """Median of a step; a line of training may be of several."""
-        seconds = [line["seconds"] / line.get("steps", 1) for line in self.steps if "seconds" in line]
-        return statistics.median(seconds) if seconds else 0.0
+        """Median time of a step; a line may be of several steps."""
+        return median(line.seconds and line.seconds / line.steps for line in self.steps)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median over the lines of training."""
+        return median(line.tokens_per_second for line in self.steps)
+
+    @property
+    def source_name(self) -> str:
+        """Of the table that the run was trained on; "" where it is not on record."""
+        return self.manifest.source.name if self.manifest else ""
 
     def data_folder(self, *folders: str) -> Path:
-        """The first of its own `data_dir` and `folders` that holds the rows it was trained and measured on.
+        """The first of its own `data_dir` and `folders` that holds the examples it was trained and measured on.
 
         Raises:
             UserError: none does.
         """
         for folder in (self.config["data_dir"], *folders):
-            manifest = read_json(Path(folder) / "manifest.json")
-            if manifest and _rows_of(manifest) == _rows_of(self.manifest):
+            manifest = Manifest.read_if_there(Path(folder) / "manifest.json")
+            if manifest and _hashes(manifest) == _hashes(self.manifest):
                 return Path(folder)
-        source = self.manifest.get("source", {}).get("name", "its table")
         raise UserError(
-            f"{self.config['data_dir']} does not hold the rows of {self.folder}. Prepare them again, from {source}: "
-            f"make data TASK={self.task} SOURCE=…, or name their folder: ARGS=data_dir=FOLDER"
+            f"{self.config['data_dir']} does not hold the examples that {self.folder} was trained on. Prepare them "
+            f"again from {self.source_name or 'the same table'}: make data TASK={self.task} SOURCE=…, or name the "
+            "folder that holds them: ARGS=data_dir=FOLDER"
         )
 
 
-def _rows_of(manifest: dict[str, Any]) -> dict[str, str]:
-    return {name: split["sha256"] for name, split in manifest.get("splits", {}).items()}
+def _hashes(manifest: Manifest | None) -> dict[str, str]:
+    return {name: split.sha256 for name, split in manifest.splits.items()} if manifest else {}
+
+
+def median(values: Iterable[float | None]) -> float:
+    """Of those that are known; 0 where none is."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else 0.0
 
 
 def finished_runs(config: Config) -> list[Path]:
@@ -124,12 +149,13 @@ def base_of(run: Run, config: Config) -> Path:
     return folder
 
 
-def read_metrics(run_folder: Path) -> tuple[Lines, Lines]:
-    """The lines of training steps and those of validations; of a step taken twice, the later."""
-    kinds: dict[str, dict[int, dict[str, Any]]] = {"train_loss": {}, "val_loss": {}}
-    for line in read_lines(run_folder / "metrics.jsonl"):
-        for key, lines in kinds.items():
-            if key in line:
-                lines[line["step"]] = line
-    training, validation = ([lines[step] for step in sorted(lines)] for lines in kinds.values())
-    return training, validation
+def read_metrics(run_folder: Path) -> tuple[list[MetricsLine], list[MetricsLine]]:
+    """The lines of training steps and those of validations, by step; of a step that was repeated, the later line."""
+    steps: dict[int, MetricsLine] = {}
+    validations: dict[int, MetricsLine] = {}
+    for line in MetricsLine.read_lines(run_folder / "metrics.jsonl"):
+        if line.train_loss is not None:
+            steps[line.step] = line
+        elif line.val_loss is not None:
+            validations[line.step] = line
+    return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]

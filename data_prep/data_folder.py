@@ -1,19 +1,15 @@
-"""A data folder appears whole or not at all: filled beside its place, flushed to disk, then renamed into it.
+"""A data folder, made by one process at a time and replaced as a whole (see core/files.py); a second process waits.
 
-One process at a time works on a folder; a second one waits and finds it ready. What a killed process leaves is a
-hidden `.partial` folder that the next one clears, or, in the instant between two renames, the good old folder as
-`.old`, which the next one puts back.
+It is left as it is while its fingerprint, a hash of everything that decides its content, stays the same.
 """
 
-import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from core.artifacts import Manifest
 from core.errors import UserError
-from core.files import sync
+from core.files import restore, writing_folder
 
 MANIFEST = "manifest.json"
 
@@ -26,30 +22,16 @@ def building(folder: Path, fingerprint: str) -> Iterator[Path | None]:
         UserError: `folder` holds something else than data made here, which must not be replaced.
     """
     folder = folder.resolve()  # where it is a link, what it points to is replaced
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        if old.exists() and not folder.exists():
-            old.rename(folder)
+        restore(folder)
         if is_current(folder, fingerprint):
             yield None
             return
         if folder.exists() and not (folder / MANIFEST).exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} was not made by data_prep and is left alone; give another data_dir=FOLDER")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with writing_folder(folder) as partial:
             yield partial
-            for path in [*partial.iterdir(), partial]:
-                sync(path)
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            partial.rename(folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -72,13 +54,16 @@ def is_current(folder: Path, fingerprint: str) -> bool:
     """Whether `folder` was made from the same things and its split files are as long as they were then."""
     try:
         manifest = read_manifest(folder)
-        return manifest["fingerprint"] == fingerprint and all(
-            (folder / f"{name}.jsonl").stat().st_size == split["bytes"] for name, split in manifest["splits"].items()
+        return manifest.fingerprint == fingerprint and all(
+            (folder / f"{name}.jsonl").stat().st_size == split.bytes for name, split in manifest.splits.items()
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # not there, or not ours to understand: made anew
+    except (OSError, UserError):
+        return False  # missing, damaged or of another format: made again
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        UserError: there is none, or it is damaged or of an unknown format.
+    """
+    return Manifest.read(folder / MANIFEST)

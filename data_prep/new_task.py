@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from core import configuration
 from core.configuration import escaped, load_config, names
 from core.errors import UserError
+from core.files import write_whole
 from core.tasks import folders
 from data_prep.clean_text import key_of
 from data_prep.profile_table import ABOUT, TableProfile, profile_table, show_profile
@@ -65,9 +66,7 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     kind = kind_of(profile, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
     if isinstance(source, HubTable):
         source = source.pinned()
-    partial = file.with_suffix(".partial")
-    partial.write_text(_write(kind, profile, name, str(source)), encoding="utf-8")
-    partial.rename(file)
+    write_whole(file, _write(kind, profile, name, str(source)))
     try:
         Task.of(load_config([f"task={name}"]))
     except BaseException:

@@ -14,8 +14,9 @@ import math
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
+from core import artifacts
+from core.artifacts import Manifest, Split
 from core.configuration import plain
 from core.errors import UserError
 from core.progress import Progress
@@ -64,24 +65,22 @@ def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = 
         fingerprint = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         with building(folder, fingerprint) as partial:
             if partial is None:
-                splits = read_manifest(folder)["splits"]
-                print(f"{folder} is up to date: {' / '.join(str(split['rows']) for split in splits.values())} rows")
+                splits = read_manifest(folder).splits
+                print(f"{folder} is up to date: {' / '.join(str(split.rows) for split in splits.values())} rows")
                 if examples is not None:
                     show(folder, task.prompt, examples)
                 return folder
-            manifest: dict[str, Any] = {"task": task.name, "fingerprint": fingerprint}
-            manifest |= _fill(partial, task, source, tokenizer_file)
-            manifest |= {"seed": task.seed, "tokenizer_sha256": hashes["tokenizer"]}
-            text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-            (partial / MANIFEST).write_text(text, encoding="utf-8")
+            manifest = _fill(partial, task, source, tokenizer_file, fingerprint)
+            manifest.tokenizer_sha256 = hashes["tokenizer"]
+            manifest.write(partial / MANIFEST)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"cannot prepare {folder}: {error}") from None
     show(folder, task.prompt, EXAMPLES if examples is None else examples)
     return folder
 
 
-def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None) -> dict[str, Any]:
-    """Write all files but the manifest into `partial`. Returns the manifest's middle part."""
+def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None, fingerprint: str) -> Manifest:
+    """Write all files but the manifest into `partial`. Returns the manifest, without the tokenizer's hash."""
     # Imported here for numpy and RapidFuzz, which a folder that is up to date does not need.
     from data_prep.same_rows import merge_repeated, part_near_duplicates
 
@@ -104,16 +103,21 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
         table.close()
         store.close()
     (partial / DATABASE).unlink()
-    return {
-        "source": source.record() | {"form": table.form, "encoding": table.encoding or None, "columns": table.columns},
-        "rows_in": read,
-        "rows_out": sum(split.get("source_rows", split["rows"]) for split in splits.values()),
-        "dropped": dropped,
-        "merged": merged,
-        "repaired": repaired,
-        "notes": getattr(reader, "notes", {}),
-        "splits": splits,
-    }
+    return Manifest(
+        task=task.name,
+        fingerprint=fingerprint,
+        source=artifacts.Source(
+            **source.record(), form=table.form, encoding=table.encoding or None, columns=table.columns
+        ),
+        rows_in=read,
+        rows_out=sum(split.rows if split.source_rows is None else split.source_rows for split in splits.values()),
+        dropped=dropped,
+        merged=merged,
+        repaired=repaired,
+        notes=getattr(reader, "notes", {}),
+        splits=splits,
+        seed=task.seed,
+    )
 
 
 # --- read and clean -------------------------------------------------------------------------------------------
@@ -212,10 +216,10 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
     )
 
 
-def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, dict[str, Any]]:
+def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, Split]:
     """Write the split files and `dropped.jsonl`. Returns the manifest's part on each split."""
     writer = SplitWriter(task, tokenizer_file)
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, Split] = {}
     done = 0
     with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:
 
@@ -233,7 +237,7 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
         for split in task.split:
             splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields[split])
             if from_all:
-                splits[split]["source_rows"] = store.count(*task.split[split])
+                splits[split].source_rows = store.count(*task.split[split])
     with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
         for drop in store.drops():
             known = {name: value for name, value in drop._asdict().items() if value is not None}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from core.artifacts import Manifest, Split
 from core.prompt import EOS, Prompt
 from data_prep.data_folder import read_manifest
 
@@ -26,18 +27,17 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     """
     console = plain_console()
     manifest = read_manifest(folder)
-    source = manifest["source"]
-    at = f" at {source['revision'][:12]}" if "revision" in source else ""
-    rows_in, rows_out = manifest["rows_in"], manifest["rows_out"]
-    console.print(f"{folder}: {rows_in:,} rows in, {rows_out:,} out, from {source['name']}{at}\n")
-    console.print(_splits(manifest["splits"]))
+    source = manifest.source
+    at = f" at {source.revision[:12]}" if source.revision else ""
+    console.print(f"{folder}: {manifest.rows_in:,} rows in, {manifest.rows_out:,} out, from {source.name}{at}\n")
+    console.print(_splits(manifest.splits))
     for count, what in _left_out(folder, manifest):
         console.print(f"{count:>8,}  {what}" if what else "")
     with (folder / "training.jsonl").open(encoding="utf-8") as file:
         for number, line in enumerate(islice(file, examples), 1):
             row = json.loads(line)
             of = f" (row {row['row']} of the source)" if "row" in row else ""
-            console.print(f"\nExample {number} of {manifest['splits']['training']['rows']:,}{of}")
+            console.print(f"\nExample {number} of {manifest.splits['training'].rows:,}{of}")
             _show_row(console, row, prompt)
     if examples:
         console.print(f"\n{_mark(console)} is what the model learns to say; it is given the rest.", style="dim")
@@ -51,30 +51,30 @@ def plain_console() -> Console:
     return console
 
 
-def _splits(splits: dict[str, Any]) -> Table:
+def _splits(splits: dict[str, Split]) -> Table:
     table = Table(box=None, padding=(0, 0, 0, 3), header_style="bold")
     table.add_column("split")
-    for title in ("rows", *(("tokens of a row", "longest", "learned") if "tokens" in splits["training"] else ())):
+    for title in ("rows", *(("tokens of a row", "longest", "learned") if splits["training"].tokens else ())):
         table.add_column(title, justify="right")
     for name, split in splits.items():
-        cells = [name, f"{split['rows']:,}"]
-        if tokens := split.get("tokens"):
-            share = tokens["learned"] / max(tokens["total"], 1)
-            cells += [f"{tokens['mean']:,.0f}", f"{tokens['max']:,}", f"{share:.0%}"]
+        cells = [name, f"{split.rows:,}"]
+        if tokens := split.tokens:
+            share = (tokens.learned or 0) / max(tokens.total or 0, 1)
+            cells += [f"{tokens.mean:,.0f}", f"{tokens.max:,}", f"{share:.0%}"]
         table.add_row(*cells)
     return table
 
 
-def _left_out(folder: Path, manifest: dict[str, Any]) -> Iterator[tuple[int, str]]:
+def _left_out(folder: Path, manifest: Manifest) -> Iterator[tuple[int, str]]:
     """`(count, what)` of rows that were changed or left out, after an empty line."""
-    if manifest["repaired"] or manifest["merged"] or manifest["dropped"]:
+    if manifest.repaired or manifest.merged or manifest.dropped:
         yield 0, ""
-    if manifest["repaired"]:
-        yield manifest["repaired"], "cells repaired (encoding, quotes, control characters)"
-    if manifest["merged"]:
-        yield manifest["merged"], "rows merged into an earlier one that says the same"
-    yield from ((count, note) for note, count in manifest["notes"].items() if count)
-    if dropped := manifest["dropped"]:
+    if manifest.repaired:
+        yield manifest.repaired, "cells repaired (encoding, quotes, control characters)"
+    if manifest.merged:
+        yield manifest.merged, "rows merged into an earlier one that says the same"
+    yield from ((count, note) for note, count in manifest.notes.items() if count)
+    if dropped := manifest.dropped:
         yield sum(dropped.values()), f"rows dropped, listed in {folder / 'dropped.jsonl'}:"
         yield from ((count, f"  {reason}") for reason, count in dropped.items())
 

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from core.artifacts import Split, TokenCounts
 from core.tasks import part_of
 from data_prep.row_store import BATCH, StoredRow
 from data_prep.task import Task
@@ -55,11 +56,11 @@ class SplitWriter:
             self._made = make_rows(rows, self._task, folder)
         return bool(make_rows)
 
-    def write(self, path: Path, batches: Iterable[list[StoredRow]], fields: Iterable[str]) -> dict[str, Any]:
+    def write(self, path: Path, batches: Iterable[list[StoredRow]], fields: Iterable[str]) -> Split:
         """Write a split, using only the columns `fields` of each row.
 
         Returns:
-            Its part of the manifest: rows, bytes, sha256 and, with a tokenizer, tokens.
+            Its part of the manifest, with token counts where there is a tokenizer.
         """
         kept = set(fields)
         digest, rows, size = hashlib.sha256(), 0, 0
@@ -75,11 +76,15 @@ class SplitWriter:
                     for tokens, tokens_learned in self._count(written[: COUNTED_ROWS - len(lengths)]):
                         lengths.append(tokens)
                         learned += tokens_learned
-        split: dict[str, Any] = {"rows": rows, "bytes": size, "sha256": digest.hexdigest()}
+        split = Split(rows=rows, bytes=size, sha256=digest.hexdigest())
         if self._tokenizer:
-            mean = round(sum(lengths) / max(len(lengths), 1), 1)
-            split["tokens"] = {"total": sum(lengths), "learned": learned, "mean": mean}
-            split["tokens"] |= {"max": max(lengths, default=0), "counted_rows": len(lengths)}
+            split.tokens = TokenCounts(
+                total=sum(lengths),
+                learned=learned,
+                mean=round(sum(lengths) / max(len(lengths), 1), 1),
+                max=max(lengths, default=0),
+                counted_rows=len(lengths),
+            )
         return split
 
     def _rows(self, split: str, batches: Iterable[list[StoredRow]], kept: set[str]) -> Iterator[list[dict[str, Any]]]:

@@ -1,1 +1,1 @@
-"""What training changed: held-out perplexity and answers before and after, and the report that shows them."""
+"""What training changed: held-out perplexity, answers and metrics before and after, and the report that shows them."""

@@ -1,7 +1,7 @@
-"""The same questions and the same held-out rows, to the base model and to the fine-tuned one.
+"""Loss and answers of a model: the same test split and the same questions for the base and the fine-tuned model.
 
-Both sides run by plain transformers and peft on what was saved, so a figure here is one that a user of the
-exported adapter gets too.
+Both run on plain transformers and peft, from what was saved, so that a user of the exported adapter gets the same
+results.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from core.artifacts import Before
 from core.prompt import Prompt
 from evaluation.questions import Question
 from evaluation.sampling import sample
@@ -38,23 +39,22 @@ def measure(
     questions: Sequence[Question],
     sampling: Mapping[str, Any],
     seed: int,
-) -> dict[str, Any]:
-    """`{"loss", "perplexity", "rows", "answers"}` of a model.
+) -> Before:
+    """Loss of `model` on `held_out`, and its answers to `questions`.
 
-    `loss` is the mean cross-entropy of a learned token in nats, `rows` the `[sum of it, learned tokens]` of each row
-    of `held_out`, in their order, for intervals (evaluation/intervals.py).
+    The loss of each example is kept, in the order of `held_out`, for intervals (evaluation/intervals.py).
     """
     gemma = model.get_base_model() if isinstance(model, PeftModel) else model
-    rows = sample_losses(gemma, held_out)
-    loss = sum(nats for nats, _ in rows) / sum(tokens for _, tokens in rows)
+    losses = sample_losses(gemma, held_out)
+    loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
     texts = [question.text_in for question in questions]
     answers = sample(model, tokenizer, prompt, texts, [seed] * len(texts), sampling)
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "rows": [(round(nats, 4), tokens) for nats, tokens in rows],
-        "answers": [answer.text for answer in answers],
-    }
+    return Before(
+        loss=loss,
+        perplexity=math.exp(loss),
+        rows=[(round(nats, 4), tokens) for nats, tokens in losses],
+        answers=[answer.text for answer in answers],
+    )
 
 
 def without_adapter(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""A dialogue with a model: what has been said, how much of it the model still sees, and its answer word by word."""
+"""A dialogue with a model: its messages, how many of them fit into the context window, and answers as they are made."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +15,8 @@ from core.prompt import Prompt
 class Dialogue:
     """Messages of a user and answers of a model, by plain transformers and peft.
 
-    A prompt that closes the model's turn with a token of its own, as Gemma's turns do, is given the whole dialogue; any
-    other holds one question, so each message is asked by itself.
+    A prompt that ends the model's turn with a token, as Gemma's turns do, is given the whole dialogue; any other
+    has room for one question, so that each message is asked alone.
 
     Attributes:
         system: a text before the first message; "" for none.
@@ -55,7 +55,7 @@ class Dialogue:
         self.system, self.messages, self.forgotten = system, [], 0
 
     def ask(self, text: str, show: Callable[[str], None]) -> str:
-        """Ask `text`; `show` is given the answer in parts, as they come. Ctrl-C ends the answer, which stays as it is.
+        """Ask `text`; `show` is given the answer in parts as they are generated. Ctrl-C ends it, and keeps its text.
 
         Returns:
             A remark on how the answer ended; "" where the model ended it.
@@ -108,7 +108,7 @@ class Dialogue:
             forgotten += 1
 
     def rows(self) -> list[dict[str, Any]]:
-        """What was said as rows to train on, `{"messages": …}`; one, or one a question where each stands by itself."""
+        """The dialogue as examples to train on, `{"messages": …}`: one, or one for each question asked alone."""
         step = max(len(self.messages), 1) if self.has_memory else 2
         parts = [self.messages[first : first + step] for first in range(0, len(self.messages), step)]
         return [{"messages": [*self._system_message(), *part]} for part in parts]
@@ -118,7 +118,7 @@ class Dialogue:
 
 
 class _Streamer(TextStreamer):
-    """Hands on each word when it is whole, and keeps them."""
+    """Passes each word on when it is complete, and keeps the text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What short texts are about, as vectors, by the embedding table of a base model: no other model is needed."""
+"""Short texts as vectors, from the token embeddings of a base model: no other model is needed."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 class Embedder:
     """A text is the sum of its tokens' embeddings, each of length 1 and weighted by how few of `corpus` have the token
-    (smooth inverse frequency: Arora et al., 2017); less the corpus' mean, which says only what language it is.
+    (smooth inverse frequency: Arora et al., 2017), minus the corpus' mean, which only tells the language.
     """
 
     def __init__(self, base_folder: Path, corpus: Sequence[str]) -> None:

@@ -1,69 +1,77 @@
-"""What the base model and the fine-tuned one answer to the same questions with several seeds: `generations.jsonl`.
+"""Answers of the base and the fine-tuned model to the same questions, with several seeds: `generations.jsonl`.
 
-A line is an answer: `{"id", "side": "before" or "after", "question", "asked", "text_in", "seed", "text", "ended"}`,
-with `fields` where the prompt's fields are known, and `reference` and `row` (a line of `test.jsonl`) for a held-out
-row. With the data folder and `config.yaml` it holds all that the metrics are computed from.
+With the data folder and `config.yaml`, the file holds everything that the metrics are computed from.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+from core.artifacts import Generation
 from core.configuration import plain
-from core.files import Lines, read_lines, to_line, write_lines
+from core.files import write_whole
 from core.progress import Progress
 from core.run_folder import Run, base_of
 from core.schema import Config
 from evaluation.questions import Question
 
 FILE = "generations.jsonl"
+SIDES: tuple[Literal["before"], Literal["after"]] = ("before", "after")
 BATCH = 16  # answers at a time: on one core with Gemma 3 270M they take no longer than one
 
 
-def generate(run: Run, config: Config, questions: Sequence[Question]) -> Lines:
-    """Every question with `task.evaluate.seeds` seeds, and every held-out row with one, to both models.
+def generate(run: Run, config: Config, questions: Sequence[Question]) -> list[Generation]:
+    """Ask both models every question with `task.evaluate.seeds` seeds, and every held-out example with one.
 
-    Answers that are there already are kept, so that a stopped call goes on where it was; those that this call does not
-    ask for are left out. Sampling is that of `config.task.generate`.
+    Answers that the file has are kept, so that a call resumes where it was interrupted; those to other questions are
+    removed. Sampling is that of `config.task.generate`.
     """
     file, sampling, seeds = run.folder / FILE, plain(config.task.generate), config.task.evaluate.seeds
     wanted = [
-        _line(side, question, seed, sampling)
-        for side in ("before", "after")
+        _unanswered(side, question, seed, sampling)
+        for side in SIDES
         for question in questions
         for seed in range(1 if question.row else seeds)
     ]
-    made = {line["id"]: line for line in read_lines(file)}
-    if missing := [line for line in wanted if line["id"] not in made]:
-        write_lines(file, (made[line["id"]] for line in wanted if line["id"] in made))
+    made = {one.id: one for one in Generation.read_lines(file)}
+    if missing := [one for one in wanted if one.id not in made]:
+        _write(file, [made[one.id] for one in wanted if one.id in made])
         _ask(missing, run, config, sampling)
-        made = {line["id"]: line for line in read_lines(file)}
-    generations = [made[line["id"]] for line in wanted]
-    write_lines(file, generations)
+        made = {one.id: one for one in Generation.read_lines(file)}
+    generations = [made[one.id] for one in wanted]
+    _write(file, generations)
     return generations
 
 
-def _line(side: str, question: Question, seed: int, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer's line without the answer. Its id changes with all that decides the answer."""
-    made_of = json.dumps([side, question.id, question.text_in, question.reference, seed, sampling], sort_keys=True)
-    line = {
-        "id": hashlib.sha256(made_of.encode()).hexdigest()[:12],
-        "side": side,
-        "question": question.id,
-        "asked": question.asked,
-        "text_in": question.text_in,
-        "seed": seed,
-        "fields": dict(question.fields),
-        "reference": question.reference,
-        "row": question.row,
-    }
-    return {key: value for key, value in line.items() if value not in (None, {})}
+def _write(file: Path, generations: Sequence[Generation]) -> None:
+    write_whole(file, "".join(one.to_line() for one in generations))
 
 
-def _ask(missing: Lines, run: Run, config: Config, sampling: Mapping[str, Any]) -> None:
-    """Append the lines of `missing` with their answers, batch by batch."""
+def _unanswered(
+    side: Literal["before", "after"], question: Question, seed: int, sampling: Mapping[str, Any]
+) -> Generation:
+    """A line that lacks its answer. Its id changes with everything that decides the answer."""
+    identity = json.dumps([side, question.id, question.text_in, question.reference, seed, sampling], sort_keys=True)
+    generation = Generation(
+        id=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        side=side,
+        question=question.id,
+        asked=question.asked,
+        text_in=question.text_in,
+        seed=seed,
+    )
+    if question.fields:
+        generation.fields = dict(question.fields)
+    if question.row:
+        generation.reference, generation.row = question.reference, question.row
+    return generation
+
+
+def _ask(missing: Sequence[Generation], run: Run, config: Config, sampling: Mapping[str, Any]) -> None:
+    """Answer `missing` and append them to the file, batch by batch."""
     print(f"Asking the base model and {run.folder.name} for {len(missing)} answers", flush=True)
     from converters.nemo_file import read_nemo
     from evaluation.compare import without_adapter
@@ -73,15 +81,16 @@ def _ask(missing: Lines, run: Run, config: Config, sampling: Mapping[str, Any]) 
     model, tokenizer = nemo.load_onto(base_of(run, config), as_trained=True)
     done = 0
     with Progress("Answers", len(missing)) as progress, (run.folder / FILE).open("a", encoding="utf-8") as out:
-        for side, adapter in (("before", without_adapter(model)), ("after", nullcontext())):
-            with adapter:
-                # Texts of one length have no padding between them.
-                lines = sorted((line for line in missing if line["side"] == side), key=lambda it: len(it["text_in"]))
-                for batch in (lines[start : start + BATCH] for start in range(0, len(lines), BATCH)):
-                    texts, seeds = [line["text_in"] for line in batch], [line["seed"] for line in batch]
+        for side in SIDES:
+            with without_adapter(model) if side == "before" else nullcontext():
+                # Texts of similar length need little padding.
+                due = sorted((one for one in missing if one.side == side), key=lambda one: len(one.text_in))
+                for batch in (due[start : start + BATCH] for start in range(0, len(due), BATCH)):
+                    texts, seeds = [one.text_in for one in batch], [one.seed for one in batch]
                     answers = sample(model, tokenizer, nemo.prompt, texts, seeds, sampling)
-                    for line, answer in zip(batch, answers, strict=True):
-                        out.write(to_line(line | answer._asdict()))
+                    for one, answer in zip(batch, answers, strict=True):
+                        one.text, one.ended = answer
+                        out.write(one.to_line())
                     out.flush()
                     done += len(batch)
                     progress.at(done)

@@ -1,16 +1,17 @@
-"""How far a figure would move with other rows or questions: intervals of 95%, by the percentile bootstrap.
+"""How far a metric would move with other examples or questions: 95% intervals by the percentile bootstrap.
 
-Units, which are rows, or questions with all their answers, are drawn again with replacement (Efron, 1979), the same
-ones for both models, so that the interval of a difference is a paired one (Koehn, 2004). How another training run would
-turn out is not in it. Where all units say the same, the interval has no width; that is no certainty.
+Units, which are examples, or questions with all their answers, are drawn again with replacement (Efron, 1979), the same
+ones for both models, so that the interval of a difference is a paired one (Koehn, 2004). It does not include how much
+another training run would differ. Where all units have the same value the interval has no width, which is no certainty.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import exp
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from core.artifacts import Change, Estimate, Evaluation, HeldOut
 
 RESAMPLES, SEED = 2000, 0
 AT_ONCE = 1 << 18  # units drawn at a time: what the processor's cache holds
@@ -33,41 +34,38 @@ def resample(*series: NDArray[np.float64]) -> NDArray[np.float64]:
     return means
 
 
-def interval(value: float, draws: NDArray[np.float64], units: int) -> list[float | None]:
-    """`[value, low, high]` of 95%; of a single unit nothing is known but its value."""
+def interval(value: float, draws: NDArray[np.float64], units: int) -> Estimate:
+    """`(value, low, high)` of 95%, of `draws` [RESAMPLES]; without bounds for a single unit."""
     low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    return [value, low, high] if units > 1 else [value, None, None]
+    return (value, low, high) if units > 1 else (value, None, None)
 
 
-def estimates(before: NDArray[np.float64], after: NDArray[np.float64]) -> dict[str, list[float | None]]:
-    """`{"before", "after", "difference"}`, each `[value, low, high]`, of two series as in `resample`."""
+def estimates(before: NDArray[np.float64], after: NDArray[np.float64]) -> Change:
+    """Means of two series, as in `resample`, and their difference."""
     was, now = (float(values[:, 0].sum() / values[:, 1].sum()) for values in (before, after))
     draws, units = resample(before, after), len(before)
-    return {
-        "before": interval(was, draws[0], units),
-        "after": interval(now, draws[1], units),
-        "difference": interval(now - was, draws[1] - draws[0], units),
-    }
+    return Change(
+        before=interval(was, draws[0], units),
+        after=interval(now, draws[1], units),
+        difference=interval(now - was, draws[1] - draws[0], units),
+    )
 
 
-def held_out(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss and perplexity on held-out rows, with intervals over rows.
-
-    Args:
-        evaluation: `evaluation.json`.
-
-    Returns:
-        `{"loss": {"before", "after", "difference"}, "perplexity": {"before", "after"}, "gain"}`, each `[value, low,
-        high]`; `gain` is the share by which perplexity fell. {} for a run from before rows were measured one by one.
-    """
-    if "rows" not in evaluation["before"] or "rows" not in evaluation["after"]:
-        return {}
-    loss = estimates(*(np.array(evaluation[side]["rows"], dtype=float) for side in ("before", "after")))
-    perplexity = {side: [_of(exp, value) for value in loss[side]] for side in ("before", "after")}
+def held_out(evaluation: Evaluation) -> HeldOut | None:
+    """Loss and perplexity on the test split, with intervals over its examples; None where these were not measured
+    one by one, as in old runs."""
+    before, after = evaluation.before.rows, evaluation.after.rows
+    if not before or not after:
+        return None
+    loss = estimates(np.array(before, dtype=float), np.array(after, dtype=float))
+    perplexity = Change(before=_map(exp, loss.before), after=_map(exp, loss.after))
     # The ratio of two perplexities is the exponential of the difference of the losses.
-    value, low, high = (_of(lambda it: 1 - exp(it), difference) for difference in loss["difference"])
-    return {"loss": loss, "perplexity": perplexity, "gain": [value, high, low]}
+    value, low, high = _map(lambda difference: 1 - exp(difference), loss.difference)
+    return HeldOut(loss=loss, perplexity=perplexity, gain=(value, high, low))
 
 
-def _of(function: Callable[[float], float], value: float | None) -> float | None:
-    return None if value is None else function(value)
+def _map(function: Callable[[float], float], estimate: Estimate) -> Estimate:
+    value, low, high = estimate
+    if low is None or high is None:
+        return function(value), None, None
+    return function(value), function(low), function(high)

@@ -1,9 +1,9 @@
-"""Figures of a run's answers, each with an interval: `metrics.json`.
+"""Metrics of a run's answers, each with an interval: `metrics.json`.
 
-`task.evaluate.metrics` names a family of more: METRICS of `tasks/<family>/metrics.py` join those below.
+`task.evaluate.metrics` names a task whose own METRICS, in `tasks/<task>/metrics.py`, join those below.
 
-A metric is a function of the answers and what they are held against; its result has a score for each answer, or None
-where it does not apply. The first paragraph of its docstring is what the report says about it.
+A metric is a function of the answers and of what they are compared with. It returns a score for each answer, or None
+where it does not apply. The report shows the first paragraph of its docstring.
 """
 
 import inspect
@@ -14,20 +14,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from core.artifacts import Generation, MetricResult
 from core.files import Lines, read_lines
 from core.prompt import Prompt
 from core.tasks import part_of
 from evaluation.intervals import estimates
 
+Generations = Sequence[Generation]
 Scores = list[float | None]
 
 
 class Evidence:
-    """What answers are held against: the data folder that a run learned from, its base model's, and its configuration.
+    """What answers are compared with: the data folder of a run, its base model's folder, and its configuration.
 
     Attributes:
         folder: the data folder, where a task's own metrics find what its rows.py wrote besides.
@@ -43,32 +45,32 @@ class Evidence:
         return read_lines(self.folder / "training.jsonl")
 
     @cached_property
-    def rows(self) -> Lines:
-        """Of all splits."""
+    def examples(self) -> Lines:
+        """The examples of all splits."""
         return [
-            row for split in ("validation", "test") for row in read_lines(self.folder / f"{split}.jsonl")
+            example for split in ("validation", "test") for example in read_lines(self.folder / f"{split}.jsonl")
         ] + self.training
 
     @cached_property
-    def learned(self) -> list[str]:
-        """What was learned of each training row: its answer, or all the model's turns."""
-        rows = (self.prompt.pieces(row) for row in self.training)
-        return ["\n".join(text for text, learned in pieces if learned) for pieces in rows]
+    def targets(self) -> list[str]:
+        """The target text of each training example: its answer, or all the model's turns."""
+        examples = map(self.prompt.pieces, self.training)
+        return ["\n".join(text for text, is_target in pieces if is_target) for pieces in examples]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure: `score(generations, evidence)` gives a score for each answer.
+    """A metric: `score(generations, evidence)` gives a score for each answer.
 
     Attributes:
         better: "higher", "lower", or "" where neither is.
         unit: "%" for shares, given as 0 to 1; "yes/no" for what an answer has or has not; else what is counted.
-        together: of a question's answers with all seeds together, not of each.
+        together: whether all answers to a question, with every seed, get one score together.
     """
 
     title: str
-    score: Callable[[Lines, Evidence], Scores]
-    better: str
+    score: Callable[[Generations, Evidence], Scores]
+    better: Literal["higher", "lower", ""]
     unit: str = "%"
     together: bool = False
 
@@ -77,57 +79,52 @@ class Metric:
         return " ".join((inspect.getdoc(self.score) or "").split("\n\n")[0].split())
 
 
-def measure(generations: Lines, evidence: Evidence, family: str | None) -> dict[str, Any]:
-    """`{"metrics": [{"name", "title", "better", "unit", "explanation", "questions", "before", "after", "difference",
-    "reference"}], "scores": {id of an answer: {name: score}}}`.
+def measure(
+    generations: Generations, evidence: Evidence, task: str | None
+) -> tuple[list[MetricResult], dict[str, dict[str, float]]]:
+    """Every metric that applies to some question, those of `task` too.
 
-    `before`, `after` and `difference` are `[value, low, high]`; `reference` is the score of the held-out rows' own
-    answers, or None. A metric that applies to no question is left out.
+    Returns:
+        The results, and the id of each answer → {name of a metric: score}.
     """
     known = [
-        {**line, "side": "reference", "text": line["reference"], "ended": True}
-        for line in generations
-        if line["side"] == "after" and "reference" in line
+        one.model_copy(update={"side": "reference", "text": one.reference, "ended": True})
+        for one in generations
+        if one.side == "after" and one.reference is not None
     ]
-    lines = [*generations, *known]
-    more = part_of(family, "metrics", "task.evaluate.metrics").METRICS if family else []
-    scores: dict[str, dict[str, float]] = {line["id"]: {} for line in generations}
+    answers = [*generations, *known]
+    more = part_of(task, "metrics", "task.evaluate.metrics").METRICS if task else []
+    scores: dict[str, dict[str, float]] = {one.id: {} for one in generations}
     found = []
     for metric in [*METRICS, *more]:
         name = metric.score.__name__
-        values = metric.score(lines, evidence)
-        sides = {side: _by_question(lines, values, side) for side in ("before", "after", "reference")}
-        both = [question for question in sides["before"] if question in sides["after"]]
+        values = metric.score(answers, evidence)
+        sums: dict[str, dict[str, tuple[float, int]]] = {"before": {}, "after": {}, "reference": {}}
+        for one, value in zip(answers, values, strict=True):
+            if value is not None:
+                total, count = sums[one.side].get(one.question, (0.0, 0))
+                sums[one.side][one.question] = total + value, count + 1
+        both = [question for question in sums["before"] if question in sums["after"]]
         if not both:
             continue
-        before, after = (np.array([sides[side][question] for question in both]) for side in ("before", "after"))
-        own = np.array(list(sides["reference"].values()))
+        before, after = (np.array([sums[side][question] for question in both]) for side in ("before", "after"))
+        own = np.array(list(sums["reference"].values()))
         found.append(
-            {
-                "name": name,
-                "title": metric.title,
-                "better": metric.better,
-                "unit": metric.unit,
-                "explanation": metric.explanation,
-                "questions": len(both),
-                **estimates(before, after),
-                "reference": float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
-            }
+            MetricResult(
+                name=name,
+                title=metric.title,
+                better=metric.better,
+                unit=metric.unit,
+                explanation=metric.explanation,
+                questions=len(both),
+                **estimates(before, after).to_dict(),
+                reference=float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
+            )
         )
-        for line, value in zip(generations, values, strict=False):
+        for one, value in zip(generations, values, strict=False):
             if value is not None and not metric.together:
-                scores[line["id"]][name] = value
-    return {"metrics": found, "scores": scores}
-
-
-def _by_question(lines: Lines, values: Scores, side: str) -> dict[str, tuple[float, int]]:
-    """Question → sum of its answers' scores, and how many there are."""
-    sums: dict[str, tuple[float, int]] = {}
-    for line, value in zip(lines, values, strict=True):
-        if line["side"] == side and value is not None:
-            total, count = sums.get(line["question"], (0.0, 0))
-            sums[line["question"]] = total + value, count + 1
-    return sums
+                scores[one.id][name] = value
+    return found, scores
 
 
 # --- metrics of every task ------------------------------------------------------------------------------------
@@ -138,29 +135,29 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def chrf(generations: Lines, evidence: Evidence) -> Scores:
-    """How much of the held-out row's own answer is found in the model's, in sequences of one to six letters. 100 is the
-    same text. An answer may be good and quite another one.
+def chrf(generations: Generations, evidence: Evidence) -> Scores:
+    """How much of the held-out example's own answer is found in the model's, in sequences of one to six letters. 100 is
+    the same text. An answer may be good and quite different.
 
     chrF (Popović, 2015), by sacrebleu: F2 of character n-grams to 6, spaces left out, mean over answers.
     """
     from sacrebleu.metrics import CHRF
 
     measured = CHRF()
-    return [_with_reference(line, lambda a, b: measured.sentence_score(a, [b]).score) for line in generations]
+    return [_with_reference(one, lambda a, b: measured.sentence_score(a, [b]).score) for one in generations]
 
 
-def rouge_l(generations: Lines, evidence: Evidence) -> Scores:
-    """The longest sequence of words, in order but with gaps, that the answer shares with the held-out row's own, as a
-    share of both. 100% is the same text.
+def rouge_l(generations: Generations, evidence: Evidence) -> Scores:
+    """The longest sequence of words, in order but with gaps, that the answer shares with the held-out example's own, as
+    a share of both. 100% is the same text.
 
     ROUGE-L F1 (Lin, 2004) of lower-case words without stemming, the longest common subsequence by RapidFuzz.
     """
-    return [_with_reference(line, _rouge_l) for line in generations]
+    return [_with_reference(one, _rouge_l) for one in generations]
 
 
-def _with_reference(line: dict[str, Any], score: Callable[[str, str], float]) -> float | None:
-    return score(line["text"], line["reference"]) if "reference" in line and line["side"] != "reference" else None
+def _with_reference(one: Generation, score: Callable[[str, str], float]) -> float | None:
+    return None if one.reference is None or one.side == "reference" else score(one.text, one.reference)
 
 
 def _rouge_l(text: str, other: str) -> float:
@@ -171,12 +168,12 @@ def _rouge_l(text: str, other: str) -> float:
     return 2 * common / (len(one) + len(two)) if common else 0.0
 
 
-def ended(generations: Lines, evidence: Evidence) -> Scores:
-    """Answers that the model ended by itself, rather than run into the limit of tokens."""
-    return [float(line["ended"]) for line in generations]
+def ended(generations: Generations, evidence: Evidence) -> Scores:
+    """Answers that the model ended itself, rather than reach the limit of tokens."""
+    return [float(one.ended) for one in generations]
 
 
-def well_formed(generations: Lines, evidence: Evidence) -> Scores:
+def well_formed(generations: Generations, evidence: Evidence) -> Scores:
     """Answers that hold every part of the task's response, such as a term, its definition and an example.
 
     Each label of `task.prompt.response` begins a line, with text behind it, see `Prompt.read_response`. Tasks with
@@ -185,11 +182,11 @@ def well_formed(generations: Lines, evidence: Evidence) -> Scores:
     labels = {name for name, label in evidence.prompt.labels().items() if label}
     if len(labels) < 2:
         return [None] * len(generations)
-    read = (evidence.prompt.read_response(line["text"]) for line in generations)
+    read = (evidence.prompt.read_response(one.text) for one in generations)
     return [float(all(fields.get(label) for label in labels)) for fields in read]
 
 
-def distinct_2(generations: Lines, evidence: Evidence) -> Scores:
+def distinct_2(generations: Generations, evidence: Evidence) -> Scores:
     """How many of all pairs of neighbouring words in the answers to one question are different ones: low where a model
     repeats itself.
 
@@ -203,7 +200,7 @@ def distinct_2(generations: Lines, evidence: Evidence) -> Scores:
     return _of_all_seeds(generations, score)
 
 
-def self_similarity(generations: Lines, evidence: Evidence) -> Scores:
+def self_similarity(generations: Generations, evidence: Evidence) -> Scores:
     """How alike the answers to one question are with different seeds. 100%: it always says the same.
 
     Mean ROUGE-L F1 over all pairs of seeds.
@@ -215,20 +212,20 @@ def self_similarity(generations: Lines, evidence: Evidence) -> Scores:
     return _of_all_seeds(generations, score)
 
 
-def _of_all_seeds(generations: Lines, score: Callable[[list[str]], float]) -> Scores:
+def _of_all_seeds(generations: Generations, score: Callable[[list[str]], float]) -> Scores:
     """The score of a question's answers together, for each of them; None where there is but one."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for line in generations:
-        groups[line["side"], line["question"]].append(line["text"])
+    for one in generations:
+        groups[one.side, one.question].append(one.text)
     found = {group: score(texts) for group, texts in groups.items() if len(texts) > 1}
-    return [found.get((line["side"], line["question"])) for line in generations]
+    return [found.get((one.side, one.question)) for one in generations]
 
 
-def copied_words(generations: Lines, evidence: Evidence) -> Scores:
-    """The longest run of words that stands in an answer exactly as in some training row's answer. Common phrases have
-    four or five; whole sentences learned by heart have many.
+def copied_words(generations: Generations, evidence: Evidence) -> Scores:
+    """The longest run of words in an answer that also stands in the answer of some training example. Common phrases
+    have four or five; whole sentences learned by heart have many.
     """
-    return [float(longest) for longest in longest_overlaps([line["text"] for line in generations], evidence.learned)]
+    return [float(longest) for longest in longest_overlaps([one.text for one in generations], evidence.targets)]
 
 
 def longest_overlaps(texts: Sequence[str], known: Sequence[str]) -> list[int]:
@@ -257,11 +254,11 @@ def _sequences(text: list[str], length: int) -> set[tuple[str, ...]]:
 
 
 METRICS = [
-    Metric("Like the row's own answer (chrF)", chrf, "higher", ""),
-    Metric("Like the row's own answer (ROUGE-L)", rouge_l, "higher"),
-    Metric("Ended by itself", ended, "higher", "yes/no"),
+    Metric("Like the example's own answer (chrF)", chrf, "higher", ""),
+    Metric("Like the example's own answer (ROUGE-L)", rouge_l, "higher"),
+    Metric("Ended by the model", ended, "higher", "yes/no"),
     Metric("Well-formed", well_formed, "higher", "yes/no"),
-    Metric("Distinct pairs of words", distinct_2, "higher", together=True),
-    Metric("Alike with every seed", self_similarity, "", together=True),
-    Metric("Copied from training", copied_words, "", "words"),
+    Metric("Distinct word pairs", distinct_2, "higher", together=True),
+    Metric("Similarity between seeds", self_similarity, "", together=True),
+    Metric("Copied from training data", copied_words, "", "words"),
 ]

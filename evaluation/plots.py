@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG that stands inside its page and takes its colours from the page's style."""
+"""The plots of a report, as SVG inside the page, with the colours of the page's style."""
 
 import hashlib
 import html
@@ -8,7 +8,7 @@ import re
 import statistics
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from core.files import Lines
+from core.artifacts import Estimate, Evaluation, HeldOut, Manifest, MetricResult, MetricsLine
 from core.run_folder import Run
 from evaluation.intervals import held_out
 
@@ -48,27 +48,23 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.labelcolor": COLOURS["muted"],
 }
-COURSES = 8  # runs whose curves fit into one plot
+CURVES = 8  # runs whose losses fit into one plot
 SHARES = ("%", "yes/no")  # units of metrics from 0 to 1
 
 
-def draw(shown: Run, intervals: Mapping[str, Any]) -> dict[str, Markup]:
-    """Every plot of a report by name, each a `<figure>`; empty where the run has no figures for it.
-
-    Args:
-        intervals: see `metrics.held_out`.
-    """
+def draw(shown: Run, intervals: HeldOut | None) -> dict[str, Markup]:
+    """Every plot of a report by name, each a `<figure>`; empty where the run has no data for it."""
     with drawing():
         return {
             "perplexity": _perplexity(shown.evaluation, intervals),
-            "shares": _shares(shown.metrics.get("metrics", [])),
+            "shares": _shares(shown.metrics.metrics if shown.metrics else []),
             "loss": _loss(shown.steps, shown.validations),
             "learning_rate": _curve("Learning rate", "learning rate", shown.steps, "learning_rate"),
             "gradient": _curve("Gradient norm", "before clipping", shown.steps, "grad_norm"),
             "speed": _curve("Speed", "tokens per second", shown.steps, "tokens_per_second"),
-            "splits": _splits(shown.manifest),
-            "lengths": _lengths(shown.manifest),
-            "fates": _fates(shown.manifest),
+            "splits": _splits(shown.manifest) if shown.manifest else Markup(""),
+            "lengths": _lengths(shown.manifest) if shown.manifest else Markup(""),
+            "fates": _fates(shown.manifest) if shown.manifest else Markup(""),
         }
 
 
@@ -77,38 +73,36 @@ def draw_comparison(runs: Sequence[Run]) -> dict[str, Markup]:
     with drawing():
         names = [run.config.get("experiment_name") or run.folder.name for run in runs]
         intervals = [held_out(run.evaluation) for run in runs]
-        found: dict[tuple[str, float], tuple[float, Any]] = {}  # runs of one base share its bar
+        found: dict[tuple[str, float], Estimate] = {}  # runs of one base share its bar
         for run, known in zip(runs, intervals, strict=True):
-            value = run.evaluation["before"]["perplexity"]
+            value = run.evaluation.before.perplexity
             found[f"base: {run.config['model']['name']}", round(value, 2)] = (
-                value,
-                known.get("perplexity", {}).get("before"),
+                known.perplexity.before if known else (value, None, None)
             )
-        items = [(name, value, f"{value:,.2f}", "grey") for (name, _), (value, _) in found.items()]
-        ranges = [known for _, known in found.values()]
-        items += [
-            (name, run.evaluation["after"]["perplexity"], f"{run.evaluation['after']['perplexity']:,.2f}", "blue")
-            for name, run in zip(names, runs, strict=True)
-        ]
-        ranges += [known.get("perplexity", {}).get("after") for known in intervals]
-        speeds = [(name, run.median("tokens_per_second")) for name, run in zip(names, runs, strict=True)]
-        peaks = [(name, run.evaluation.get("peak_memory_gib", 0.0)) for name, run in zip(names, runs, strict=True)]
+        items = [(name, estimate[0], f"{estimate[0]:,.2f}", "grey") for (name, _), estimate in found.items()]
+        ranges = [estimate[1:] for estimate in found.values()]
+        for name, run, known in zip(names, runs, intervals, strict=True):
+            value = run.evaluation.after.perplexity
+            items.append((name, value, f"{value:,.2f}", "blue"))
+            ranges.append(known.perplexity.after[1:] if known else (None, None))
+        speeds = [(name, run.tokens_per_second) for name, run in zip(names, runs, strict=True)]
+        peaks = [(name, run.evaluation.peak_memory_gib or 0.0) for name, run in zip(names, runs, strict=True)]
         return {
             "perplexity": bars(
                 "Held-out perplexity (lower is better)",
                 "perplexity",
                 items,
-                ranges=[known[1:] if known else [None, None] for known in ranges],
+                ranges=ranges,
             ),
-            "loss": _courses(list(zip(names, runs, strict=True))),
+            "loss": _validation_losses(list(zip(names, runs, strict=True))),
             "speed": bars("Speed", "tokens per second", [(name, it, f"{it:,.0f}", "blue") for name, it in speeds]),
             "memory": bars("Peak memory", "GiB", [(name, it, f"{it:,.1f}", "blue") for name, it in peaks if it]),
         }
 
 
-def _courses(runs: Sequence[tuple[str, Run]]) -> Markup:
+def _validation_losses(runs: Sequence[tuple[str, Run]]) -> Markup:
     """The validation losses of several runs over their steps."""
-    shown = [(name, _thin(run.validations, "val_loss")[0]) for name, run in runs[:COURSES]]
+    shown = [(name, _thin(run.validations, "val_loss")[0]) for name, run in runs[:CURVES]]
     if not any(points for _, points in shown):
         return Markup("")
     axes, says = _axes(2.9), []
@@ -130,37 +124,34 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def _perplexity(evaluation: Mapping[str, Any], intervals: Mapping[str, Any]) -> Markup:
-    sides = [("base model", "before", "grey"), ("fine-tuned", "after", "blue")]
-    found = [(name, evaluation[side]["perplexity"], colour) for name, side, colour in sides]
-    ranges = [intervals["perplexity"][side][1:] for _, side, _ in sides] if intervals else None
+def _perplexity(evaluation: Evaluation, intervals: HeldOut | None) -> Markup:
+    before, after = evaluation.before.perplexity, evaluation.after.perplexity
     return bars(
         "Held-out perplexity (lower is better)",
         "perplexity",
-        [(name, value, f"{value:,.2f}", colour) for name, value, colour in found],
-        ranges=ranges,
+        [("base model", before, f"{before:,.2f}", "grey"), ("fine-tuned", after, f"{after:,.2f}", "blue")],
+        ranges=[intervals.perplexity.before[1:], intervals.perplexity.after[1:]] if intervals else None,
     )
 
 
-def _shares(metrics: Lines) -> Markup:
-    """Every share as two points with their intervals, base and fine-tuned, and a stroke for the rows' own."""
-    shares = [metric for metric in metrics if metric["unit"] in SHARES]
+def _shares(metrics: Sequence[MetricResult]) -> Markup:
+    """Every share as two points with their intervals, base and fine-tuned, and a stroke for the reference answers."""
+    shares = [metric for metric in metrics if metric.unit in SHARES]
     if not shares:
         return Markup("")
     axes = _axes(0.75 + 0.42 * len(shares))
     for place, metric in enumerate(shares):
-        axes.text(0, place - 0.3, metric["title"], transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
-        for side, colour, offset in (("before", "grey", -0.06), ("after", "blue", 0.06)):
-            value, low, high = metric[side]
-            if low is not None:
+        axes.text(0, place - 0.3, metric.title, transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
+        for (value, low, high), colour, offset in ((metric.before, "grey", -0.06), (metric.after, "blue", 0.06)):
+            if low is not None and high is not None:
                 axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], lw=1.6, alpha=0.5)
             axes.plot([value], [place + offset], "o", color=COLOURS[colour], ms=5.5)
-        if metric["reference"] is not None:
-            axes.plot([metric["reference"]] * 2, [place - 0.18, place + 0.18], color=COLOURS["orange"], lw=1.6)
+        if metric.reference is not None:
+            axes.plot([metric.reference] * 2, [place - 0.18, place + 0.18], color=COLOURS["orange"], lw=1.6)
     for name, colour, marker in (
         ("base model", "grey", "o"),
         ("fine-tuned", "blue", "o"),
-        ("rows' own", "orange", "|"),
+        ("reference answers", "orange", "|"),
     ):
         axes.plot([], [], marker, color=COLOURS[colour], label=name, ms=5.5)
     axes.set(yticks=[], ylim=(len(shares) - 0.6, -0.6), xlim=(-0.02, 1.02))
@@ -170,11 +161,11 @@ def _shares(metrics: Lines) -> Markup:
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x")
     axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1), ncols=3, fontsize=8.5, handlelength=1.3, columnspacing=1.3)
-    says = ", ".join(f"{it['title']}: {it['before'][0]:.0%} before, {it['after'][0]:.0%} after" for it in shares)
+    says = ", ".join(f"{it.title}: {it.before[0]:.0%} before, {it.after[0]:.0%} after" for it in shares)
     return _svg(axes, "Shares, with their ranges", says)
 
 
-def _loss(steps: Lines, validations: Lines) -> Markup:
+def _loss(steps: Sequence[MetricsLine], validations: Sequence[MetricsLine]) -> Markup:
     points, averaged = _thin(steps, "train_loss")
     checks, _ = _thin(validations, "val_loss")
     if not points and not checks:
@@ -197,7 +188,7 @@ def _loss(steps: Lines, validations: Lines) -> Markup:
     return _svg(axes, "Loss", "; ".join(says))
 
 
-def _curve(title: str, unit: str, steps: Lines, key: str) -> Markup:
+def _curve(title: str, unit: str, steps: Sequence[MetricsLine], key: str) -> Markup:
     points, _ = _thin(steps, key)
     if not points:
         return Markup("")
@@ -210,20 +201,20 @@ def _curve(title: str, unit: str, steps: Lines, key: str) -> Markup:
     return _svg(axes, title, f"{values[0]:.4g} at first, {values[-1]:.4g} at last, {max(values):.4g} at most")
 
 
-def _splits(manifest: Mapping[str, Any]) -> Markup:
-    rows = {name: split["rows"] for name, split in manifest.get("splits", {}).items()}
-    return bars("Split sizes", "rows", [(name, count, f"{count:,}", "blue") for name, count in rows.items()])
+def _splits(manifest: Manifest) -> Markup:
+    rows = {name: split.rows for name, split in manifest.splits.items()}
+    return bars("Split sizes", "examples", [(name, count, f"{count:,}", "blue") for name, count in rows.items()])
 
 
-def _lengths(manifest: Mapping[str, Any]) -> Markup:
-    tokens = {name: split["tokens"] for name, split in manifest.get("splits", {}).items() if split.get("tokens")}
-    found = [(name, t["mean"], f"{t['mean']:,.0f} mean, {t['max']:,} longest", "blue") for name, t in tokens.items()]
-    return bars("Length of a row", "tokens", found, [t["max"] for t in tokens.values()])
+def _lengths(manifest: Manifest) -> Markup:
+    tokens = {name: split.tokens for name, split in manifest.splits.items() if split.tokens}
+    found = [(name, t.mean, f"{t.mean:,.0f} mean, {t.max:,} longest", "blue") for name, t in tokens.items()]
+    return bars("Length of an example", "tokens", found, [t.max for t in tokens.values()])
 
 
-def _fates(manifest: Mapping[str, Any]) -> Markup:
-    dropped = sorted(manifest.get("dropped", {}).items(), key=lambda item: -item[1])
-    fates = [("kept", manifest.get("rows_out", 0)), ("merged into another", manifest.get("merged", 0))]
+def _fates(manifest: Manifest) -> Markup:
+    dropped = sorted(manifest.dropped.items(), key=lambda item: -item[1])
+    fates = [("kept", manifest.rows_out), ("merged into another", manifest.merged)]
     fates += [(f"dropped: {reason}", count) for reason, count in dropped[:REASONS]]
     fates += [(f"dropped: {len(dropped) - REASONS} other reasons", sum(count for _, count in dropped[REASONS:]))]
     found = [(fate, count, f"{count:,}", "blue" if fate == "kept" else "grey") for fate, count in fates if count]
@@ -263,12 +254,17 @@ def bars(
     return _svg(axes, title, ", ".join(f"{name}: {text}" for name, _, text, _ in items) + f" ({unit})")
 
 
-def _thin(lines: Lines, key: str) -> tuple[list[tuple[float, float]], int]:
+def _thin(lines: Sequence[MetricsLine], key: str) -> tuple[list[tuple[float, float]], int]:
     """At most POINTS (step, value) pairs, each the mean of as many lines as the second result says."""
-    points = [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+    points = [(line.step, value) for line in lines if math.isfinite(value := _value(line, key))]
     size = max(1, math.ceil(len(points) / POINTS))
     groups = [list(zip(*points[i : i + size], strict=True)) for i in range(0, len(points), size)]
     return [(statistics.fmean(steps), statistics.fmean(values)) for steps, values in groups], size
+
+
+def _value(line: MetricsLine, key: str) -> float:
+    value = getattr(line, key)
+    return math.nan if value is None else value
 
 
 def _line(axes: Axes, points: list[tuple[float, float]], **look: Any) -> None:

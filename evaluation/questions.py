@@ -1,4 +1,4 @@
-"""What both models are asked: the questions of `task.evaluate`, and held-out rows, whose own answers are known."""
+"""What both models are asked: the questions of `task.evaluate`, and held-out examples, whose answers are known."""
 
 import json
 import re
@@ -16,14 +16,14 @@ from core.tasks import part_of
 
 @dataclass(frozen=True)
 class Question:
-    """Something to ask.
+    """Something to ask a model.
 
     Attributes:
         id: `question 2`, or `row 17` for line 17 of `test.jsonl`.
         asked: the instruction, or the dialogue, as a person reads it.
         text_in: everything the model is given.
-        fields: what the prompt's fields hold, where they are known.
-        reference: the row's own answer.
+        fields: values of the prompt's fields, where they are known.
+        reference: the example's own answer.
         row: the line of `test.jsonl`, from 1.
     """
 
@@ -72,26 +72,26 @@ def listed_questions(listed: Sequence[Any], prompt: Prompt) -> list[Question]:
 
 
 def held_out_questions(file: Path, count: int, prompt: Prompt) -> list[Question]:
-    """`count` rows of a split file, spread evenly over it: rows of one kind often stand together."""
+    """`count` examples of a split file, spread evenly over it, since similar ones are often neighbours."""
     known = re.findall(r"\{(\w+)\}", prompt.instruction)
     questions = []
-    for number, row in _spread(file, count):
+    for number, example in _spread(file, count):
         name = f"row {number}"
-        if "messages" in row:
-            *history, last = row["messages"]
+        if "messages" in example:
+            *history, last = example["messages"]
             asked = _dialogue(name, history, prompt)
             questions.append(Question(name, asked.asked, asked.text_in, {}, last["content"], number))
         else:
-            fields = {field: row[field] for field in known if isinstance(row.get(field), str)}
-            text_in = prompt.wrap(row["input"])
-            questions.append(Question(name, row["input"], text_in, fields, row["output"], number))
+            fields = {field: example[field] for field in known if isinstance(example.get(field), str)}
+            text_in = prompt.wrap(example["input"])
+            questions.append(Question(name, example["input"], text_in, fields, example["output"], number))
     return questions
 
 
 def _spread(file: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8") as lines:
-        rows = sum(1 for _ in lines)
-    wanted = set(range(rows)) if count >= rows else {place * rows // count for place in range(count)}
+        total = sum(1 for _ in lines)
+    wanted = set(range(total)) if count >= total else {place * total // count for place in range(count)}
     with file.open(encoding="utf-8") as lines:
         for place, line in enumerate(lines):
             if place in wanted:

@@ -12,22 +12,24 @@ the same bytes. `report.html.j2` holds the words and `page.css` the style, plots
 
 import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
+from core.artifacts import Estimate, Generation, Measurement, MetricResult, Metrics
 from core.configuration import plain
 from core.errors import UserError
-from core.files import Lines, read_lines, write_json
+from core.files import write_whole
 from core.prompt import Prompt
-from core.run_folder import Run, base_of
+from core.run_folder import Run, base_of, median
 from core.schema import Config
 from evaluation.gate import gain
 from evaluation.intervals import held_out
@@ -39,10 +41,11 @@ ALIKE = 0.5  # of the words of two answers: from here on their differences are m
 
 
 def evaluate(finished: Run, config: Config) -> None:
-    """Ask, measure and judge a run, into `generations.jsonl`, `metrics.json` and `judgements.jsonl` of its folder.
+    """Ask, measure and judge a run: write `generations.jsonl`, `metrics.json` and `judgements.jsonl` into its folder.
 
     Raises:
-        UserError: no question to ask, other rows than it was trained on, no base model, a judge that does not answer.
+        UserError: there is no question to ask, the data is not what the run was trained on, the base model is missing,
+            or the judge does not answer.
     """
     from evaluation import generations, judge
 
@@ -52,24 +55,22 @@ def evaluate(finished: Run, config: Config) -> None:
     questions += held_out_questions(data_folder / "test.jsonl", settings["held_out"], prompt)
     if not questions:
         raise UserError("nothing to ask: task.evaluate.questions is empty and task.evaluate.held_out is 0")
-    lines = generations.generate(finished, config, questions)
-    measured = measure(lines, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
-    write_json(
-        finished.folder / "metrics.json",
-        {
-            "sampling": plain(config.task.generate),
-            "settings": settings,
-            "held_out": held_out(finished.evaluation),
-            **measured,
-            "judge": judge.judge(finished.folder, config, lines),
-        },
-    )
+    answers = generations.generate(finished, config, questions)
+    metrics, scores = measure(answers, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
+    Metrics(
+        sampling=plain(config.task.generate),
+        settings=settings,
+        held_out=held_out(finished.evaluation),
+        metrics=metrics,
+        scores=scores,
+        judge=judge.judge(finished.folder, config, answers),
+    ).write(finished.folder / "metrics.json")
 
 
 def write(run_folder: Path) -> Path:
     """Make `report.html` of a run that has its `evaluation.json`; it appears whole or not at all."""
     shown = Run.read(run_folder)
-    ended = datetime.fromisoformat(shown.evaluation["finished"])
+    ended = datetime.fromisoformat(shown.evaluation.finished)
     intervals = held_out(shown.evaluation)
     return write_page(
         run_folder / "report.html",
@@ -83,20 +84,20 @@ def write(run_folder: Path) -> Path:
             "change": -gain(shown.evaluation),
             "held_out": intervals,
             "metrics": shown.metrics,
-            "table": [_row(metric) for metric in shown.metrics.get("metrics", [])],
+            "table": [_row(metric) for metric in shown.metrics.metrics] if shown.metrics else [],
             "conversations": _conversations(shown),
             "manifest": shown.manifest,
-            "machine": shown.environment,
+            "environment": shown.environment,
             "base": _read_base(shown.archive),
             "archive_name": shown.archive.name,
             "archive_bytes": shown.archive.stat().st_size if shown.archive.exists() else 0,
-            "steps": shown.steps[-1]["step"] if shown.steps else 0,
+            "steps": shown.steps[-1].step if shown.steps else 0,
             "train_seconds": shown.seconds,
             "step_seconds": shown.step_seconds,
-            "speed": shown.median("tokens_per_second"),
-            "padding": shown.median("padding"),
-            "mfu": shown.median("mfu"),
-            "best": min(shown.validations, key=lambda line: line["val_loss"], default=None),
+            "speed": shown.tokens_per_second,
+            "padding": median(line.padding for line in shown.steps),
+            "mfu": median(line.mfu for line in shown.steps),
+            "best": min(shown.validations, key=lambda line: line.val_loss or 0, default=None),
             "last": shown.validations[-1] if shown.validations else None,
             "plots": draw(shown, intervals),
         },
@@ -113,9 +114,7 @@ def write_page(file: Path, template: str, values: Mapping[str, Any]) -> Path:
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    partial = file.with_suffix(".partial")
-    partial.write_text(environment.get_template(template).render(values), encoding="utf-8", errors="replace")
-    partial.rename(file)
+    write_whole(file, environment.get_template(template).render(values).encode(errors="replace"))
     return file
 
 
@@ -132,54 +131,85 @@ def _read_base(archive: Path) -> dict[str, Any]:
         return {}
 
 
-def _conversations(shown: Run) -> list[dict[str, Any]]:
-    """Each question with its pairs of answers, those of `make report` where it was called, else those of training.
+@dataclass(frozen=True)
+class Answers:
+    """What both models answered with one seed, and their scores in words; "" where there are none."""
 
-    What all questions begin and end with stands apart, so that it can be dimmed.
+    before: str
+    after: str
+    scores_before: str = ""
+    scores_after: str = ""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A question with the answers of both models, a pair for each seed.
+
+    Attributes:
+        opening, question, closing: the instruction. What all instructions begin and end with stands apart, so that the
+            page can dim it.
+        row: the line of `test.jsonl` that it comes from, with the example's own answer as `reference`.
     """
-    measured = {metric["name"]: metric for metric in shown.metrics.get("metrics", [])}
-    scores = {
-        line: ", ".join(_score(measured[name], value) for name, value in found.items())
-        for line, found in shown.metrics.get("scores", {}).items()
-    }
-    asked: dict[str, dict[str, Any]] = {}
-    for side, lines in _by_side(shown).items():
-        for line in lines:
-            turn = asked.setdefault(line["question"], {**line, "pairs": {}})
-            answers = turn["pairs"].setdefault(line["seed"], {})
-            answers |= {side: line["text"], f"scores_{side}": scores.get(line.get("id"), "")}
-    texts = [turn["asked"] for turn in asked.values()]
+
+    opening: str
+    question: str
+    closing: str
+    answers: list[Answers]
+    row: int | None
+    reference: str | None
+
+
+def _conversations(shown: Run) -> list[Conversation]:
+    """The questions of `make report` where it was called, else those of training."""
+    scores = {}
+    if shown.metrics:
+        known = {metric.name: metric for metric in shown.metrics.metrics}
+        for answer, found in shown.metrics.scores.items():
+            scores[answer] = ", ".join(_score(known[name], value) for name, value in found.items())
+    asked: dict[str, list[Generation]] = {}
+    for one in _generations(shown):
+        asked.setdefault(one.question, []).append(one)
+    texts = [answers[0].asked for answers in asked.values()]
     opening = closing = ""
     if len(set(texts)) > 1:  # whole words only
         opening = re.sub(r"\w*$", "", _common_start(texts))
         rests = [text[len(opening) :][::-1] for text in texts]
         closing = re.sub(r"^\w*", "", _common_start(rests)[::-1])
-    return [
-        {
-            **turn,
-            "opening": opening,
-            "question": turn["asked"].removeprefix(opening).removesuffix(closing),
-            "closing": closing,
-            "answers": [_marked(pair) for pair in turn["pairs"].values() if "after" in pair],
-        }
-        for turn in asked.values()
-    ]
-
-
-def _by_side(shown: Run) -> dict[str, Lines]:
-    if shown.metrics:
-        lines = read_lines(shown.folder / "generations.jsonl")
-        return {side: [line for line in lines if line["side"] == side] for side in ("before", "after")}
-    questions = shown.evaluation.get("questions", [])
-    return {
-        side: [
-            {"question": str(number), "asked": text, "seed": 0, "text": answer}
-            for number, (text, answer) in enumerate(
-                zip(questions, shown.evaluation[side].get("answers", []), strict=False)
+    conversations = []
+    for answers in asked.values():
+        before, after = ({one.seed: one for one in answers if one.side == side} for side in ("before", "after"))
+        pairs = [(before[seed], after[seed]) for seed in before if seed in after]
+        first = answers[0]
+        conversations.append(
+            Conversation(
+                opening,
+                first.asked.removeprefix(opening).removesuffix(closing),
+                closing,
+                [
+                    Answers(*_marked(one.text, other.text), scores.get(one.id, ""), scores.get(other.id, ""))
+                    for one, other in pairs
+                ],
+                first.row,
+                first.reference,
             )
-        ]
-        for side in ("before", "after")
-    }
+        )
+    return conversations
+
+
+def _generations(shown: Run) -> list[Generation]:
+    """Those of `make report`; before it, the answers that training left."""
+    if shown.metrics:
+        return Generation.read_lines(shown.folder / "generations.jsonl")
+    evaluation = shown.evaluation
+    sides: list[tuple[Literal["before", "after"], Measurement]] = [
+        ("before", evaluation.before),
+        ("after", evaluation.after),
+    ]
+    return [
+        Generation(id="", side=side, question=str(number), asked=asked, text_in="", seed=0, text=text)
+        for side, measured in sides
+        for number, (asked, text) in enumerate(zip(evaluation.questions, measured.answers, strict=False))
+    ]
 
 
 def _common_start(texts: list[str]) -> str:
@@ -190,56 +220,78 @@ def _common_start(texts: list[str]) -> str:
 # --- in words and marks ---------------------------------------------------------------------------------------
 
 
-def _marked(pair: dict[str, str]) -> dict[str, str]:
+def _marked(before: str, after: str) -> tuple[str, str]:
     """The two answers, with the words marked that only one of them has, where most words are the same."""
-    texts = [re.findall(r"\s+|\S+", pair[side]) for side in ("before", "after")]
+    texts = [re.findall(r"\s+|\S+", text) for text in (before, after)]
     matcher = SequenceMatcher(None, texts[0], texts[1], autojunk=False)
     if not ALIKE <= matcher.ratio() < 1:
-        return pair
+        return before, after
     marked = [Markup(""), Markup("")]
     for same, *places in matcher.get_opcodes():
         for side, (start, end) in enumerate((places[:2], places[2:])):
             piece = escape("".join(texts[side][start:end]))
             marked[side] += piece if same == "equal" or not piece.strip() else Markup("<mark>{}</mark>").format(piece)
-    return {**pair, "before": marked[0], "after": marked[1]}
+    return marked[0], marked[1]
 
 
-def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric as the table shows it."""
-    unit = metric["unit"]
-    _, low, high = metric["difference"]
+class Cell(NamedTuple):
+    """A value and its interval in words, e.g. `+0.4 words` and `-0.1 to +0.7`."""
+
+    value: str
+    range: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A metric as the table shows it; `verdict` is "better", "worse" or, where it may be chance, ""."""
+
+    title: str
+    explanation: str
+    questions: int
+    before: Cell
+    after: Cell
+    difference: Cell
+    reference: str
+    verdict: str
+
+
+def _row(metric: MetricResult) -> Row:
+    unit = metric.unit
+    _, low, high = metric.difference
     verdict = ""
-    if metric["better"] and low is not None and (low > 0 or high < 0):
-        verdict = "better" if (low > 0) == (metric["better"] == "higher") else "worse"
-    return {
-        **metric,
-        **{side: cell(metric[side], unit) for side in ("before", "after")},
-        "difference": cell(metric["difference"], unit, signed=True),
-        "reference": "" if metric["reference"] is None else figure(metric["reference"], unit),
-        "verdict": verdict,
-    }
+    if metric.better and low is not None and high is not None and (low > 0 or high < 0):
+        verdict = "better" if (low > 0) == (metric.better == "higher") else "worse"
+    return Row(
+        metric.title,
+        metric.explanation,
+        metric.questions,
+        cell(metric.before, unit),
+        cell(metric.after, unit),
+        cell(metric.difference, unit, signed=True),
+        "" if metric.reference is None else in_units(metric.reference, unit),
+        verdict,
+    )
 
 
-def cell(estimate: Sequence[Any], unit: str, signed: bool = False) -> dict[str, str]:
-    """`{"value": "+0.4 words", "range": "-0.1 to +0.7"}`."""
-    value, low, high = ("" if it is None else figure(it, unit, signed) for it in estimate)
+def cell(estimate: Estimate, unit: str, signed: bool = False) -> Cell:
+    value, low, high = ("" if it is None else in_units(it, unit, signed) for it in estimate)
     low, high = (text.removesuffix(" points").removesuffix(f" {unit}") for text in (low, high))
-    return {"value": value, "range": f"{low} to {high}" if low else ""}
+    return Cell(value, f"{low} to {high}" if low else "")
 
 
-def figure(value: float, unit: str, signed: bool = False) -> str:
+def in_units(value: float, unit: str, signed: bool = False) -> str:
     """A metric's value: `43%`, `+5 points` where `signed`, `4.2 words`."""
     if unit in SHARES:
         return f"{100 * value:+.0f} points" if signed else f"{100 * value:.0f}%"
     return f"{value:{'+' if signed else ''}.1f} {unit}".strip()
 
 
-def _score(metric: Mapping[str, Any], value: float) -> str:
-    """What one answer reached, e.g. `new term: yes`."""
-    title = metric["title"][0].lower() + metric["title"][1:]
-    if metric["unit"] == "yes/no":
+def _score(metric: MetricResult, value: float) -> str:
+    """The score of one answer, e.g. `new term: yes`."""
+    title = metric.title[0].lower() + metric.title[1:]
+    if metric.unit == "yes/no":
         return f"{title}: {'yes' if value else 'no'}"
-    return f"{title}: {figure(value, metric['unit']).replace('.0 ', ' ')}"
+    return f"{title}: {in_units(value, metric.unit).replace('.0 ', ' ')}"
 
 
 def duration(seconds: float) -> str:
@@ -249,14 +301,13 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def show(metrics: Mapping[str, Any]) -> None:
-    """The table of metrics in the terminal."""
+def show(metrics: Metrics) -> None:
+    """Print the table of metrics in the terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("figure", "base model", "fine-tuned", "difference", "rows' own")
-    for metric in metrics["metrics"]:
-        row = _row(metric)
-        cells = [f"{row[side]['value']}\n[dim]{row[side]['range']}[/]" for side in ("before", "after", "difference")]
-        table.add_row(row["title"], *cells, row["reference"])
+    table = Table("metric", "base model", "fine-tuned", "difference", "reference answers")
+    for row in map(_row, metrics.metrics):
+        cells = [f"{it.value}\n[dim]{it.range}[/]" for it in (row.before, row.after, row.difference)]
+        table.add_row(row.title, *cells, row.reference)
     Console().print(table)

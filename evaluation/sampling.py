@@ -1,4 +1,4 @@
-"""Answers sampled in batches, each with random numbers of its own, so that who else is in a batch changes nothing."""
+"""Answers sampled in batches, each with its own random numbers, so that an answer does not depend on its batch."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -29,7 +29,7 @@ def sample(
 ) -> list[Answer]:
     """One answer to each of `texts`, all in one batch.
 
-    The same text and seed give the same answer in any batch, up to the rounding of a kind of machine.
+    The same text and seed give the same answer in any batch, up to the rounding of the machine.
 
     Args:
         texts: everything the model is given but `<bos>`, see `Prompt.wrap`; there is at least one.
@@ -41,8 +41,8 @@ def sample(
     rest = {key: value for key, value in sampling.items() if key not in ("temperature", "top_k", "top_p")}
     ends = [tokenizer.eos_token_id, prompt.end_id(tokenizer)]
     draw = SampledToken([Random(f"{seed} {text}") for seed, text in zip(seeds, texts, strict=True)], **own)
-    # The last hidden states are a strided view, of which torch multiplies each row with a copy of frozen weights: for
-    # 16 rows and Gemma's vocabulary 6 GB, and a hundred times as long.
+    # The last hidden states are a strided view, for which torch multiplies each sequence with its own copy of frozen
+    # weights: 6 GB for 16 sequences and Gemma's vocabulary, and a hundred times as slow.
     dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
     with torch.inference_mode():
         output = model.generate(
@@ -61,21 +61,23 @@ def sample(
 
 
 class SampledToken(LogitsProcessor):
-    """Leaves each row one token, drawn with that row's own random numbers; transformers then takes the largest.
+    """Leaves each sequence one token, drawn with its own random numbers; transformers then takes the largest.
 
-    The distribution is that of transformers' own temperature, top-k and top-p, in this order. They draw a batch's
-    tokens from one generator, so that a text would depend on its neighbours; and they sort a vocabulary of 262,144 for
+    The distribution is that of transformers' temperature, top-k and top-p, in this order. Those draw a batch's tokens
+    from one generator, which makes a text depend on its neighbours, and sort all 262,144 tokens of the vocabulary for
     top-p, where the `top_k` candidates are enough.
 
     Args:
+        randoms: one for each sequence.
         temperature: 0 takes the likeliest token.
+        top_k: 0 keeps the whole vocabulary.
     """
 
     def __init__(self, randoms: Sequence[Random], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
         self.randoms, self.temperature, self.top_k, self.top_p = randoms, temperature, top_k, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` [rows, vocabulary] with all but one token of each row at -inf."""
+        """`scores` [sequences, vocabulary], float, with all but one token of each sequence at -inf."""
         size = scores.shape[-1]
         best = scores.float().topk(min(self.top_k or size, size) if self.temperature else 1)
         likely = torch.softmax(best.values / (self.temperature or 1), -1)

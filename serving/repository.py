@@ -15,6 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from core.artifacts import ServedAdapter
+from core.files import commit
+
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as max_lora_rank
@@ -116,22 +119,21 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
     )
 
 
-def put_adapter(folder: Path, source: Path, serving: dict[str, Any]) -> bool:
+def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
     """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there."""
-    name = serving["name"]
+    name = serving.name
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
-    text = json.dumps(serving, indent=2, ensure_ascii=False) + "\n"
-    (partial / "serving.json").write_text(text, encoding="utf-8")
+    serving.write(partial / "serving.json")
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)
         return False
     remove_adapter(target)
-    partial.rename(target)
+    commit(partial, target)
     return True
 
 
@@ -162,8 +164,7 @@ def _write(folder: Path, base: Path, files: dict[str, str | Path]) -> None:
             shutil.copyfile(content, partial / name)
         else:
             (partial / name).write_text(content, encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    commit(partial, target)
     link = folder / ".base.partial"
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(base.resolve(), folder.resolve()))

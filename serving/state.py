@@ -10,8 +10,8 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
+from core.artifacts import EngineStats, ServerStatus
 from serving import protocol
 
 STATUS = "status.json"
@@ -54,11 +54,12 @@ class State:
             self._opened = os.open(self.folder, os.O_PATH)
         return f"/proc/self/fd/{self._opened}/{ENGINE_SOCKET}"
 
-    def ask_engine(self, seconds: float) -> dict[str, Any]:
+    def ask_engine(self, seconds: float) -> EngineStats:
         """The statistics of the running engine.
 
         Raises:
             OSError: no engine is running, or it does not answer within `seconds`.
+            UserError: it is of another version.
         """
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(seconds)
@@ -66,17 +67,12 @@ class State:
             connection.sendall(protocol.encode({"op": "stats"}))
             for line in connection.makefile("rb"):
                 if stats := protocol.decode(line).get("stats"):
-                    return stats
+                    return EngineStats.parse(json.dumps(stats), "the statistics of the running engine")
         raise ConnectionError("the engine has ended")
 
-    def write(self, status: dict[str, Any]) -> None:
-        partial = self.folder / f".{STATUS}.partial"
-        partial.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-        partial.rename(self.folder / STATUS)
+    def write(self, status: ServerStatus) -> None:
+        status.write(self.folder / STATUS)
 
-    def read(self) -> dict[str, Any]:
-        """The server's status; {} where nothing has been written yet."""
-        try:
-            return json.loads((self.folder / STATUS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+    def read(self) -> ServerStatus:
+        """What the server has written. Raises UserError: it has not yet, or that is damaged."""
+        return ServerStatus.read(self.folder / STATUS)

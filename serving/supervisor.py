@@ -34,6 +34,7 @@ from typing import Any
 import httpx
 import psutil
 
+from core.artifacts import ServerStatus
 from core.errors import UserError
 from serving import protocol, triton_server
 from serving.processes import LOG_BYTES, ManagedProcess, adopt_orphans, descendants, is_stopped, lives
@@ -415,16 +416,16 @@ class Supervisor:
     def _write_status(self) -> None:
         options = self.options
         self.state.write(
-            {
-                "pid": os.getpid(),
-                "host": options.host,
-                "http_port": options.http_port,
-                "grpc_port": options.grpc_port,
-                "metrics_port": options.metrics_port,
-                "gateway_port": options.gateway_port,
-                "base": (options.folder / "base").resolve().name,
-                "restarts": self.restarts,
-            }
+            ServerStatus(
+                pid=os.getpid(),
+                host=options.host,
+                http_port=options.http_port,
+                grpc_port=options.grpc_port,
+                metrics_port=options.metrics_port,
+                gateway_port=options.gateway_port,
+                base=(options.folder / "base").resolve().name,
+                restarts=self.restarts,
+            )
         )
 
     def _note(self, event: str, **about: Any) -> None:

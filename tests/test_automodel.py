@@ -208,14 +208,14 @@ def test_a_run_of_the_real_recipe_is_a_complete_run(devices: int, tiny_base: Pat
         assert (run / name).stat().st_size > 0, name
     assert list((run / "tensorboard").iterdir())
     steps, validations = read_metrics(run)
-    assert [line["step"] for line in steps] == [1, 2, 3, 4] and [line["step"] for line in validations] == [1, 2, 3, 4]
+    assert [line.step for line in steps] == [1, 2, 3, 4] and [line.step for line in validations] == [1, 2, 3, 4]
 
     # The adapter begins as nothing, and the first step holds every row: its loss is the base model's on our tokens.
     prompt = Prompt(**plain(load_config().task.prompt))
     words = AutoTokenizer.from_pretrained(tiny_base)
     rows, _ = tokenize(tmp_path / "data/training.jsonl", words, prompt, 512, cache=tmp_path / "cache")
     base = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
-    assert steps[0]["train_loss"] == pytest.approx(held_out_loss(base, Batches(rows, 24, 4096, seed=None)), rel=5e-3)
+    assert steps[0].train_loss == pytest.approx(held_out_loss(base, Batches(rows, 24, 4096, seed=None)), rel=5e-3)
 
     nemo = read_nemo(run / "slang.nemo")
     assert len(nemo.adapter) == 2 * 7 * 3 and all(t.dtype == torch.float32 for t in nemo.adapter.values())
@@ -226,7 +226,7 @@ def test_a_run_of_the_real_recipe_is_a_complete_run(devices: int, tiny_base: Pat
     held_out, _ = tokenize(tmp_path / "data/validation.jsonl", words, prompt, 512, cache=tmp_path / "cache")
     model, _ = nemo.load_onto(tiny_base, "cpu")
     ours = held_out_loss(model.get_base_model(), Batches(held_out, 24, 4096, seed=None))
-    assert validations[-1]["val_loss"] == pytest.approx(ours, rel=5e-3)
+    assert validations[-1].val_loss == pytest.approx(ours, rel=5e-3)
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ def test_a_killed_run_leaves_no_process_and_resumes(tiny_base: Path, tmp_path: P
     result = train(words)
     assert result.returncode == 0, result.stderr
     assert "Resuming from" in result.stdout and "Loading checkpoint" in (run / "automodel/recipe.log").read_text()
-    assert [line["step"] for line in read_metrics(run)[0]] == list(range(1, 41))
+    assert [line.step for line in read_metrics(run)[0]] == list(range(1, 41))
     assert read_nemo(run / "slang.nemo").adapter
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.c_library import FLAGS
 
 from core.c_build import FLAGS
 from serving.engine import kernels as serving_kernels

@@ -138,14 +138,14 @@ def test_text_is_cleaned_line_by_line_and_no_sign_breaks_a_dialogue(make: Callab
 
 
 BROKEN = {
-    "two questions": (dialogue("a")[:1] * 2 + dialogue("a", "b")[1:], "message 2 is of role 'user' where assistant"),
-    "the model first": (dialogue("a", "b")[1:], "message 1 is of role 'assistant' where user"),
-    "a late system text": ([*dialogue("a", "b"), {"role": "system", "content": "x"}], "message 3 is of role 'system'"),
-    "a tool": ([{"role": "tool", "content": "x"}], "message 1 is of role 'tool'"),
+    "two questions": (dialogue("a")[:1] * 2 + dialogue("a", "b")[1:], "message 2 has role 'user' where assistant"),
+    "the model first": (dialogue("a", "b")[1:], "message 1 has role 'assistant' where user"),
+    "a late system text": ([*dialogue("a", "b"), {"role": "system", "content": "x"}], "message 3 has role 'system'"),
+    "a tool": ([{"role": "tool", "content": "x"}], "message 1 has role 'tool'"),
     "no text": (dialogue("a", "b", "  ", "d"), "message 3 has no text"),
     "parts": ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no text"),
     "no answer": (dialogue("a"), "no message of the assistant"),
-    "nobody": ([{"role": "system", "content": "x"}], "no message of a user"),
+    "nobody": ([{"role": "system", "content": "x"}], "no user message"),
 }
 
 
@@ -170,7 +170,7 @@ def test_nothing_left_is_one_error_with_the_first_reason(make: Callable[..., Pat
     with pytest.raises(
         UserError,
         match=r"no usable row:\s+2 dropped: user and assistant do not take turns\n"
-        r"The first, line 1: message 1 is of role 'assistant'",
+        r"The first, line 1: message 1 has role 'assistant'",
     ):
         make([dialogue("a", "b")[1:], dialogue("a")])
 

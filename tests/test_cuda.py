@@ -135,4 +135,4 @@ def test_a_run_on_a_gpu_lowers_the_loss_and_reports(words: list[str], tiny_base:
     (run,) = (tmp_path / "runs" / "slang").iterdir()
     assert (run / "report.html").stat().st_size > 0
     steps = read_metrics(run)[0]
-    assert steps[-1]["train_loss"] < steps[0]["train_loss"] and all(step["memory_gib"] > 0 for step in steps)
+    assert steps[-1].train_loss < steps[0].train_loss and all(line.memory_gib > 0 for line in steps)

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from math import exp
+from math import exp, log
 from pathlib import Path
 from random import Random
 from threading import Thread
@@ -27,6 +28,7 @@ from transformers import (
 from commands import compare as compare_command
 from commands import report as report_command
 from commands.train import main as train
+from core.artifacts import Evaluation, Generation, Measurement
 from core.configuration import load_config, plain
 from core.errors import UserError
 from core.files import read_lines
@@ -235,15 +237,15 @@ def test_the_report_shows_what_was_measured(finished: Run) -> None:
     assert {"chrf", "rouge_l", "well_formed", "distinct_2", "copied_words", "new_term", "fits_scene"} <= set(names)
     assert all(metric["title"] in page and metric["explanation"][:30] in page for metric in metrics["metrics"])
     loss = metrics["held_out"]["loss"]["after"]
-    assert loss[0] == pytest.approx(finished.evaluation["after"]["loss"], abs=1e-3) and loss[1] < loss[0] < loss[2]
-    assert "with other seeds" in page and "What changed, in figures" in page and "<script" not in page
+    assert loss[0] == pytest.approx(finished.evaluation.after.loss, abs=1e-3) and loss[1] < loss[0] < loss[2]
+    assert "with other seeds" in page and "What changed, in metrics" in page and "<script" not in page
     assert not list(finished.folder.glob("*.partial"))
 
 
 def test_similar_answers_have_their_differences_marked() -> None:
-    marked = report._marked({"before": "the rain is <cold> today", "after": "the rain is <warm> today"})
-    assert marked["after"] == "the rain is <mark>&lt;warm&gt;</mark> today"
-    assert report._marked({"before": "a b", "after": "c d"})["after"] == "c d"
+    _, marked = report._marked("the rain is <cold> today", "the rain is <warm> today")
+    assert marked == "the rain is <mark>&lt;warm&gt;</mark> today"
+    assert report._marked("a b", "c d") == ("a b", "c d")
 
 
 def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], tmp_path: Path) -> None:
@@ -252,7 +254,7 @@ def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], 
     changed = json.loads(kept)
     changed["splits"]["test"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"does not hold the rows of .* make data TASK=slang"):
+    with pytest.raises(UserError, match=r"does not hold the examples that .* make data TASK=slang"):
         report_command.main(words)
     manifest.write_text(kept)
 
@@ -283,7 +285,8 @@ def test_a_run_of_another_task_is_named(finished: Run, words: list[str]) -> None
 def test_a_fine_tune_that_is_not_better_enough_does_not_pass(
     after: float, min_gain: float | None, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert pass_gate({"before": {"perplexity": 20.0}, "after": {"perplexity": after}}, min_gain) == code
+    before, now = (Measurement(loss=log(value), perplexity=value) for value in (20.0, after))
+    assert pass_gate(Evaluation(held_out_rows=4, before=before, after=now), min_gain) == code
     assert ("not good enough" in capsys.readouterr().err) == bool(code)
 
 
@@ -294,7 +297,7 @@ def test_train_and_report_end_with_the_gate_s_code(words: list[str], capsys: pyt
     )  # the same run: what is asked afterwards changes nothing
     assert "is finished" in capsys.readouterr().out
     assert report_command.main([*words, "task.evaluate.min_gain=0.999"]) == 3
-    assert "asks for 99.9%. The run is kept" in capsys.readouterr().err
+    assert "requires 99.9%. The run is kept" in capsys.readouterr().err
     assert report_command.main([*words, "task.evaluate.min_gain=0.001"]) == 0
 
 
@@ -330,16 +333,16 @@ def endpoint() -> Iterator[tuple[str, list[dict[str, Any]], list[Reply]]]:
     server.server_close()
 
 
-def pairs(count: int = 4) -> list[dict[str, Any]]:
+def pairs(count: int = 4) -> list[Generation]:
     return [
-        {
-            "id": f"{side} {n}",
-            "side": side,
-            "question": f"question {n // 2}",
-            "seed": n % 2,
-            "text_in": "Say it.",
-            "text": f"{'good' if side == 'after' else 'bad'} {n}",
-        }
+        Generation(
+            id=f"{side} {n}",
+            side=side,
+            question=f"question {n // 2}",
+            seed=n % 2,
+            text_in="Say it.",
+            text=f"{'good' if side == 'after' else 'bad'} {n}",
+        )
         for side in ("before", "after")
         for n in range(count)
     ]
@@ -358,14 +361,14 @@ def test_a_preference_counts_where_both_orders_agree(endpoint: Any, tmp_path: Pa
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
     replies.append(prefers("good"))
     result = judge.judge(tmp_path, config_of(url), pairs())
-    assert (result["pairs"], result["after"], result["before"], result["tie"]) == (4, 4, 0, 0)
-    assert result["preference"] == [1, 1, 1] and result["model"] == "a-judge"
+    assert (result.pairs, result.after, result.before, result.tie) == (4, 4, 0, 0)
+    assert result.preference == (1, 1, 1) and result.model == "a-judge"
     assert len(seen) == 8 and all(one["path"] == "/v1/chat/completions" and one["model"] == "a-judge" for one in seen)
     assert seen[0]["key"] == "Bearer a-secret" and "a-secret" not in (tmp_path / judge.FILE).read_text()
     # Once judged, nothing is asked again: with the address or without.
     assert judge.judge(tmp_path, config_of(url), pairs()) == result == judge.judge(tmp_path, load_config(), pairs())
     assert len(seen) == 8
-    assert judge.judge(tmp_path, load_config(), pairs(6)) == {}
+    assert judge.judge(tmp_path, load_config(), pairs(6)) is None
 
 
 @pytest.mark.parametrize(
@@ -381,13 +384,13 @@ def test_everything_else_is_a_tie_and_said(reply: Reply, reason: str, endpoint: 
     url, _, replies = endpoint
     replies.append(reply)
     result = judge.judge(tmp_path, config_of(url), pairs())
-    assert result["tie"] == result[reason] == 4 and result["preference"] == [0, 0, 0]
+    assert result.tie == getattr(result, reason) == 4 and result.preference == (0, 0, 0)
 
 
 def test_a_verdict_stands_on_the_last_line(endpoint: Any, tmp_path: Path) -> None:
     url, _, replies = endpoint
     replies.append(lambda a, b: (200, f"A is longer, B is short.\n\nVerdict: **{'A' if 'bad' in a else 'b'}**."))
-    assert judge.judge(tmp_path, config_of(url), pairs())["before"] == 4
+    assert judge.judge(tmp_path, config_of(url), pairs()).before == 4
 
 
 def test_a_failure_that_passes_is_tried_again_and_one_that_stays_keeps_what_was_judged(
@@ -396,11 +399,11 @@ def test_a_failure_that_passes_is_tried_again_and_one_that_stays_keeps_what_was_
     url, seen, replies = endpoint
     monkeypatch.setattr(judge, "LONGEST_WAIT", 0.01)
     replies += [lambda a, b: (503, "busy"), prefers("good"), prefers("good"), lambda a, b: (500, "out of order")]
-    with pytest.raises(UserError, match=r"failed 4 times: it answers 500: out of order.*the same command goes on"):
+    with pytest.raises(UserError, match=r"failed 4 times: it answers 500: out of order.*run the same command again"):
         judge.judge(tmp_path, config_of(url), pairs())
     assert len(read_lines(tmp_path / judge.FILE)) == 1 and len(seen) == 3 + 4
     replies[:] = [prefers("good")]
-    assert judge.judge(tmp_path, config_of(url), pairs())["after"] == 4 and len(seen) == 7 + 6
+    assert judge.judge(tmp_path, config_of(url), pairs()).after == 4 and len(seen) == 7 + 6
 
 
 @pytest.mark.parametrize(("status", "says"), [(401, "Set OPENAI_API_KEY"), (404, "refuses with 404: no such model")])
@@ -451,7 +454,7 @@ def copy_of(finished: Run, name: str, **changes: Any) -> Run:
 @pytest.fixture
 def three(finished: Run) -> Iterator[tuple[Run, Run, Run]]:
     """A run; one whose every row is a nat worse; and one measured on other rows."""
-    worse = [[nats + 1, tokens] for nats, tokens in finished.evaluation["after"]["rows"]]
+    worse = [[nats + 1, tokens] for nats, tokens in finished.evaluation.after.rows]
     loss = sum(nats for nats, _ in worse) / sum(tokens for _, tokens in worse)
     copies = (
         copy_of(finished, "worse", after={"rows": worse, "loss": loss, "perplexity": exp(loss)}),
@@ -467,25 +470,26 @@ def three(finished: Run) -> Iterator[tuple[Run, Run, Run]]:
 def test_runs_on_other_rows_stand_apart(three: tuple[Run, Run, Run]) -> None:
     best, worse, elsewhere = three
     first, second = compare_runs.compare([worse, elsewhere, best])
-    assert first["runs"] == [best, worse] and second["runs"] == [elsewhere]
-    table = {title: texts for title, *texts in first["lines"]}
+    assert first.runs == [best, worse] and second.runs == [elsewhere]
+    table = {title: texts for title, *texts in first.lines}
     behind = table["loss above the best"]
     assert behind[0] == "the best" and behind[1].startswith("+0.") and "(+0." in behind[1]
     facts = compare_runs.facts(best)
     steps = [json.loads(line) for line in (best.folder / "metrics.jsonl").read_text().splitlines()]
     assert facts["rank"] == "8" and facts["steps"] == str(max(line["step"] for line in steps))
-    assert facts["held-out perplexity"] == f"{best.evaluation['after']['perplexity']:.2f}"
+    assert facts["held-out perplexity"] == f"{best.evaluation.after.perplexity:.2f}"
     assert table["Well-formed"][0] and not table["Well-formed"][1]
-    assert "Well-formed" not in [title for title, *_ in second["lines"]]
-    assert any("Answers not measured yet" in note and "worse" in note for note in first["notes"])
+    assert "Well-formed" not in [title for title, *_ in second.lines]
+    assert any("Answers not measured yet" in note and "worse" in note for note in first.notes)
 
 
 def test_models_with_other_tokens_are_not_compared_by_the_token(finished: Run) -> None:
-    other = Run(**{**vars(finished), "evaluation": json.loads(json.dumps(finished.evaluation))})
-    other.evaluation["after"]["rows"][0][1] += 1
+    other = replace(finished, evaluation=finished.evaluation.model_copy(deep=True))
+    nats, tokens = other.evaluation.after.rows[0]
+    other.evaluation.after.rows[0] = nats, tokens + 1
     assert compare_runs.behind(other, finished) == ""
     (group,) = compare_runs.compare([finished, other])
-    assert any("per token" in note for note in group["notes"])
+    assert any("per token" in note for note in group.notes)
 
 
 def test_the_comparison_is_one_page_without_scripts(

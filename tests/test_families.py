@@ -225,7 +225,7 @@ def test_a_turn_is_trained_with_its_end_token_and_generation_stops_there(
 
 
 def test_a_model_without_the_end_of_turn_token_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ends in <end_of_turn>, which is no token of this model"):
+    with pytest.raises(UserError, match="ends in <end_of_turn>, which is not a token of this model"):
         rows_of(tiny_base, tmp_path)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from core.artifacts import Evaluation, Generation, Measurement
 from core.configuration import load_config, plain
 from core.tasks import having, part_of
 from evaluation import metrics
@@ -36,13 +37,17 @@ def evidence(tmp_path: Path, tiny_base: Path) -> Evidence:
     return evidence_of(tmp_path, tiny_base)
 
 
-def said(*texts: str, **more: Any) -> list[dict[str, Any]]:
+def said(*texts: str, **more: Any) -> list[Generation]:
     """The fine-tuned model's answers, each to a question of its own."""
-    same = {"side": "after", "seed": 0, "text_in": "", "ended": True, **more}
-    return [{"id": str(n), "question": f"row {n}", "text": text, **same} for n, text in enumerate(texts)]
+    same = {"side": "after", "seed": 0, "text_in": "", **more}
+    return [Generation(id=str(n), question=f"row {n}", text=text, **same) for n, text in enumerate(texts)]
 
 
-# --- against the row's own answer -----------------------------------------------------------------------------
+def changed(one: Generation, **values: Any) -> Generation:
+    return one.model_copy(update=values)
+
+
+# --- against the example's own answer -------------------------------------------------------------------------
 
 
 def test_chrf_is_that_of_sacrebleu(evidence: Evidence) -> None:
@@ -78,11 +83,11 @@ def test_a_response_without_labels_has_no_form(tmp_path: Path, tiny_base: Path) 
 
 
 def test_variety_is_measured_over_the_seeds_of_a_question(evidence: Evidence) -> None:
-    seeds = [{**line, "question": "question 1"} for line in said("a b c", "a b d", "a b c")]
+    seeds = [changed(one, question="question 1") for one in said("a b c", "a b d", "a b c")]
     # Pairs: ab bc, ab bd, ab bc: three different ones of six. Alike by ROUGE-L: 2/3, 1, 2/3.
     assert metrics.distinct_2([*seeds, *said("a b")], evidence) == [0.5, 0.5, 0.5, None]
     assert metrics.self_similarity(seeds, evidence)[0] == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)
-    assert metrics.distinct_2([{**line, "question": "q"} for line in said("", "-\n-")], evidence) == [0, 0]
+    assert metrics.distinct_2([changed(one, question="q") for one in said("", "-\n-")], evidence) == [0, 0]
 
 
 def test_copied_words_are_the_longest_run_that_a_training_answer_has_too(evidence: Evidence) -> None:
@@ -119,8 +124,10 @@ def test_a_new_term_is_no_training_term_and_no_spelling_of_one(evidence: Evidenc
 def test_an_answer_fits_the_scene_whose_words_it_has(evidence: Evidence) -> None:
     scenes = "The rain drowns the tents.", "Grandma wins the race.", "Pizza burns in the oven."
     texts = (GOOD.format("x", f"When {scene.lower()}", scene) for scene in scenes)
-    lines = [{**line, "fields": {"context": scene}} for line, scene in zip(said(*texts), scenes, strict=True)]
-    lines += [{**lines[0], "fields": {"context": scenes[2]}}, {**lines[0], "text": "-\n-"}, {**lines[0], "fields": {}}]
+    lines = [changed(one, fields={"context": scene}) for one, scene in zip(said(*texts), scenes, strict=True)]
+    lines += [
+        changed(lines[0], **other) for other in ({"fields": {"context": scenes[2]}}, {"text": "-\n-"}, {"fields": {}})
+    ]
     own, _, _, another, nothing, unknown = slang_metrics.fits_scene(lines, evidence)
     assert own == 1 and another is not None and another < 1 and nothing == 0.5 and unknown is None
     assert slang_metrics.fits_scene(lines[:1], evidence) == [None]  # nothing to tell it from
@@ -146,7 +153,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     for _ in range(60):
         counts = random.integers(5, 30, size=40)
         sums = random.normal(2.0 * counts, np.sqrt(counts))
-        _, low, high = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1))["after"]
+        _, low, high = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1)).after
         held += low < 2.0 < high
     assert 52 <= held <= 60
 
@@ -156,23 +163,27 @@ def test_a_difference_is_of_the_same_rows() -> None:
     counts = np.full(30, 10.0)
     sums = np.random.default_rng(1).normal(40, 20, size=30)
     found = estimates(np.stack([sums + counts, counts], 1), np.stack([sums, counts], 1))
-    assert found["difference"] == pytest.approx([-1, -1, -1])
-    assert found["before"][2] - found["before"][1] > 1
+    assert found.difference == pytest.approx((-1, -1, -1))
+    assert found.before[2] - found.before[1] > 1
 
 
 def test_the_same_rows_give_the_same_interval_and_one_row_none() -> None:
     series = np.array([[3.0, 2.0], [5.0, 4.0], [1.0, 1.0]])
     assert np.array_equal(resample(series), resample(series)) and resample(series).shape == (1, RESAMPLES)
-    assert estimates(series[:1], series[:1])["before"] == [1.5, None, None]
+    assert estimates(series[:1], series[:1]).before == (1.5, None, None)
 
 
 def test_gain_is_the_fall_of_perplexity() -> None:
-    before, after = [[4.0, 2], [6.0, 2], [9.0, 3]], [[2.0, 2], [4.0, 2], [6.0, 3]]
-    found = held_out({"before": {"rows": before}, "after": {"rows": after}})
-    assert found["perplexity"]["before"][0] == pytest.approx(np.exp(19 / 7))
-    value, low, high = found["gain"]
+    before, after = (
+        Measurement(loss=sum(nats for nats, _ in rows) / 7, perplexity=1, rows=rows)
+        for rows in ([(4.0, 2), (6.0, 2), (9.0, 3)], [(2.0, 2), (4.0, 2), (6.0, 3)])
+    )
+    found = held_out(Evaluation(held_out_rows=3, before=before, after=after))
+    assert found and found.perplexity.before[0] == pytest.approx(np.exp(19 / 7))
+    value, low, high = found.gain
     assert value == pytest.approx(1 - np.exp(12 / 7) / np.exp(19 / 7)) and low <= value <= high
-    assert held_out({"before": {}, "after": {}}) == {}
+    old = Measurement(loss=1, perplexity=1)
+    assert held_out(Evaluation(held_out_rows=3, before=old, after=old)) is None
 
 
 # --- all of them together -------------------------------------------------------------------------------------
@@ -183,16 +194,16 @@ def test_measured_are_questions_that_both_models_were_asked(evidence: Evidence) 
     after = said(
         answer, answer, reference=GOOD.format("fit", "An outfit.", "Nice fit."), fields={"context": "At a party."}
     )
-    before = [{**line, "id": f"b{line['id']}", "side": "before", "text": "-\n-", "ended": False} for line in after]
-    alone = {**before[0], "id": "c", "question": "asked of one only"}
-    found = measure([*before, *after, alone], evidence, "slang")
-    table = {metric["name"]: metric for metric in found["metrics"]}
-    assert table["well_formed"]["before"][0] == 0 and table["well_formed"]["after"][0] == 1
-    assert table["well_formed"]["questions"] == 2 and table["well_formed"]["reference"] == 1
-    assert table["chrf"]["reference"] is None and "distinct_2" not in table
-    assert table["new_term"]["explanation"].startswith("Answers whose term is none of the training rows'")
-    assert found["scores"]["0"]["new_term"] == 1 and found["scores"]["b0"]["ended"] == 0
-    json.dumps(found, allow_nan=False)
+    before = [changed(one, id=f"b{one.id}", side="before", text="-\n-", ended=False) for one in after]
+    alone = changed(before[0], id="c", question="asked of one only")
+    found, scores = measure([*before, *after, alone], evidence, "slang")
+    table = {metric.name: metric for metric in found}
+    assert table["well_formed"].before[0] == 0 and table["well_formed"].after[0] == 1
+    assert table["well_formed"].questions == 2 and table["well_formed"].reference == 1
+    assert table["chrf"].reference is None and "distinct_2" not in table
+    assert table["new_term"].explanation.startswith("Answers whose term is none of the training rows'")
+    assert scores["0"]["new_term"] == 1 and scores["b0"]["ended"] == 0
+    json.dumps([metric.to_dict() for metric in found], allow_nan=False)
 
 
 def test_every_metric_says_what_it_is() -> None:

@@ -42,7 +42,13 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (data / "dropped.jsonl").write_text('{"reason": "private"}\n')
     splits = {name: {"rows": 5, "sha256": "0"} for name in ("training", "validation", "test")}
-    manifest = {"source": {"name": "mine.csv", "sha256": "ab12"}, "rows_out": 15, "splits": splits, "seed": 7}
+    manifest = {
+        "source": {"name": "mine.csv", "sha256": "ab12"},
+        "rows_in": 15,
+        "rows_out": 15,
+        "splits": splits,
+        "seed": 7,
+    }
     for file in (data / "manifest.json", run / "data_manifest.json"):
         file.write_text(json.dumps(manifest))
     train = {"epochs": 3, "learning_rate": 5e-4, "epochs_on": {"cpu": 3}}
@@ -50,7 +56,7 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "environment.json").write_text(json.dumps({"gpus": [], "cpu": "A processor"}))
     sides = {
-        name: {"perplexity": value, "answers": [f"Slang: {name}\nTwo lines"]}
+        name: {"loss": 3.0, "perplexity": value, "answers": [f"Slang: {name}\nTwo lines"]}
         for name, value in (("before", 44.084), ("after", 16.657))
     }
     (run / "evaluation.json").write_text(json.dumps({"held_out_rows": 5, "questions": ["Rain?"], **sides}))

@@ -144,14 +144,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_it_shows_what_was_measured(finished: tuple[Path, str]) -> None:
     words = words_of(finished[1])
-    verdict = "on 389 rows it has never seen, perplexity fell from 43.95 to 18.10, 59% lower, after 2 min of training"
-    assert f"It learned: {verdict}." in words
+    verdict = (
+        "on 389 examples it has never seen, perplexity fell from 43.95 to 18.10, 59% lower, after 2 min of training"
+    )
+    assert f"It improved: {verdict}." in words
     for fact in [
         "3.783 before and 2.896 after",
         "5,000 rows in, 3,877 kept",
         "100 merged",
         "1,023 dropped",
-        "3,081 training rows, 3 epochs",
+        "3,081 training examples, 3 epochs",
         "134 mean, 1,511 longest",
         "dropped: explicit term",
         "Slang: mashup",
@@ -200,12 +202,12 @@ def test_the_same_run_gives_the_same_bytes(finished: tuple[Path, str]) -> None:
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("perplexity", "verdict"),
-    [(60.0, "It got worse"), (43.95, "It changed little"), (math.nan, "Training broke down"), (1e300, "It got worse")],
+    [(60.0, "It got worse"), (43.95, "It changed little"), (math.nan, "Training diverged"), (1e300, "It got worse")],
 )
 def test_the_verdict_is_honest(run_folder: Path, perplexity: float, verdict: str) -> None:
     change(run_folder / "evaluation.json", lambda it: it["after"].update(perplexity=perplexity))
     words = words_of(page_of(run_folder))
-    assert verdict in words and "It learned" not in words
+    assert verdict in words and "It improved" not in words
 
 
 def test_text_of_a_model_or_a_table_stays_text(run_folder: Path) -> None:

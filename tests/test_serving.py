@@ -43,6 +43,7 @@ from commands.prepare_serving import prepare
 from converters import nemo
 from converters.adapter import our_name
 from converters.checkpoint import Adapter
+from core.artifacts import ServedAdapter
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
@@ -213,7 +214,7 @@ def write_tiny_adapter(stack: Stack, name: str, scratch: Path, weights: bytes = 
     Prompt("{instruction}\n{response}", "{context}", "{slang}").save(scratch / name)
     if weights:
         (scratch / name / "adapter_model.safetensors").write_bytes(weights)
-    put_adapter(stack.folder, scratch / name, {"name": name, "task": name, "sampling": {}})
+    put_adapter(stack.folder, scratch / name, ServedAdapter(name=name, task=name, sampling={}, has_turns=False))
 
 
 def test_a_broken_adapter_does_not_affect_the_others(server: Server, stack: Stack, tmp_path: Path) -> None:
@@ -829,7 +830,8 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         data = {"columns": {"slang": [], "context": []} if task == "slang" else {"message": []}}
         config = {"task": {"name": task, "data": data}, "model": {"name": "tiny", "path": str(tiny_base)}}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
-        (run / "evaluation.json").write_text("{}")
+        measured = {"loss": 3.0, "perplexity": 20.1}
+        (run / "evaluation.json").write_text(json.dumps({"held_out_rows": 4, "before": measured, "after": measured}))
     return tmp_path
 
 

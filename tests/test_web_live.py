@@ -16,6 +16,7 @@ from conftest import PATIENCE, ROOT, until
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
+from core.artifacts import ServedAdapter
 from core.configuration import load_config, plain
 from core.prompt import Prompt
 from serving.client import Client
@@ -43,16 +44,16 @@ def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         put_adapter(
             scratch / "serve",
             found,
-            {
-                "name": task,
-                "task": task,
-                "title": task,
-                "base": base_folder.name,
-                "run": f"run-of-{task}",
-                "sampling": {"temperature": config.generate.temperature, "max_tokens": 60},
-                "has_turns": bool(prompt.end),
-                "field": "context" if task == "slang" else None,
-            },
+            ServedAdapter(
+                name=task,
+                task=task,
+                title=task,
+                base=base_folder.name,
+                run=f"run-of-{task}",
+                sampling={"temperature": config.generate.temperature, "max_tokens": 60},
+                has_turns=bool(prompt.end),
+                field="context" if task == "slang" else None,
+            ),
         )
     write_repository(scratch / "serve", base_folder)
     with serve(scratch / "serve") as running:

@@ -20,6 +20,7 @@ from conftest import PATIENCE, ROOT, until
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from core.artifacts import ServedAdapter
 from core.prompt import Prompt
 from serving.repository import put_adapter, write_repository
 
@@ -111,16 +112,16 @@ def write_tiny_folder(folder: Path, base: Path, scratch: Path) -> None:
         put_adapter(
             folder,
             scratch / name,
-            {
-                "name": name,
-                "task": name,
-                "title": name.title(),
-                "base": base.name,
-                "sampling": SAMPLING,
-                "run": "a-run",
-                "has_turns": bool(prompt.end),
-                "field": "context" if name == "slang" else None,
-            },
+            ServedAdapter(
+                name=name,
+                task=name,
+                title=name.title(),
+                base=base.name,
+                sampling=SAMPLING,
+                run="a-run",
+                has_turns=bool(prompt.end),
+                field="context" if name == "slang" else None,
+            ),
         )
     write_repository(folder, base)
 

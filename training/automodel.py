@@ -24,8 +24,10 @@ from typing import Any
 
 import yaml
 
+from core.artifacts import MetricsLine
 from core.configuration import plain
 from core.errors import UserError
+from core.files import write_lines, write_whole, writing
 from core.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +47,7 @@ FIXED_SETTINGS = {
 AUTOMODEL = "nemo_automodel"
 COLLATE = f"{AUTOMODEL}.components.datasets.utils.default_collater"
 
-Metrics = list[dict[str, Any]]
+Lines = list[MetricsLine]
 
 
 def check(config: Config) -> None:
@@ -114,24 +116,28 @@ def fit(
     steps = recipe["lr_scheduler"]["lr_decay_steps"]
     started = last_shown = time.monotonic()
     shown_step = 0
+    written: Lines = []
 
-    def show(lines: Metrics) -> None:
-        nonlocal last_shown, shown_step
-        write_whole(run_folder / "metrics.jsonl", lines)
-        trained = [line for line in lines if "train_loss" in line]
+    def show(lines: Lines) -> None:
+        nonlocal last_shown, shown_step, written
+        if lines == written:
+            return
+        written = lines
+        write_whole(run_folder / "metrics.jsonl", "".join(line.to_line() for line in lines))
+        trained = [line for line in lines if line.train_loss is not None]
         if not trained:
             return
         now = trained[-1]
-        if not math.isfinite(now["train_loss"]):
+        if not math.isfinite(now.train_loss or 0):
             rate = config.task.train.learning_rate
             raise UserError(
-                f"the loss became {now['train_loss']} at step {now['step']}. Lower "
+                f"the loss became {now.train_loss} at step {now.step}. Lower "
                 f"task.train.learning_rate (now {rate}) and train again"
             )
-        if now["step"] > shown_step and (time.monotonic() - last_shown > 5 or now["step"] == steps):
-            last_shown, shown_step = time.monotonic(), now["step"]
+        if now.step > shown_step and (time.monotonic() - last_shown > 5 or now.step == steps):
+            last_shown, shown_step = time.monotonic(), now.step
             print(
-                f"step {now['step']}/{steps}  loss {now['train_loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+                f"step {now.step}/{steps}  loss {now.train_loss:.3f}  {now.tokens_per_second:,.0f} tokens/s"
                 f"  {last_shown - started:.0f} s",
                 file=sys.stderr,
                 flush=True,
@@ -148,7 +154,7 @@ def write_samples(samples: Iterable[dict[str, Any]], file: Path) -> None:
     AutoModel could tokenize `{"input", "output"}` itself, but with its own templates; this way both engines train on
     exactly the same tokens.
     """
-    write_whole(file, ({key: row[key] for key in ("input_ids", "target_ranges")} for row in samples))
+    write_lines(file, ({key: row[key] for key in ("input_ids", "target_ranges")} for row in samples))
 
 
 def write_recipe(config: Config, base_folder: Path, folder: Path, lengths: list[int]) -> dict[str, Any]:
@@ -237,8 +243,8 @@ def local_batch_size(config: Config, max_length: int) -> int:
 
 
 def run_recipe(
-    recipe: dict[str, Any], folder: Path, devices: int, show: Callable[[Metrics], None] = lambda lines: None
-) -> Metrics:
+    recipe: dict[str, Any], folder: Path, devices: int, show: Callable[[Lines], None] = lambda lines: None
+) -> Lines:
     """Run `recipe` on `devices` processes; `show` is called with its log, as `read_log` returns it, twice a second.
 
     Its processes never outlive this one: a later run may resume from the checkpoints.
@@ -272,13 +278,13 @@ def run_recipe(
     return lines
 
 
-def read_log(folder: Path) -> Metrics:
+def read_log(folder: Path) -> Lines:
     """The recipe's logs of steps and validations as lines of `metrics.jsonl`, ordered by step.
 
     Steps count from 1, epochs from 0. Of a step that a resumed run took twice, the later line is kept. `memory_gib` is
     the peak of one process: GPU memory, or main memory without a GPU.
     """
-    lines: dict[tuple[int, str], dict[str, Any]] = {}
+    lines: dict[tuple[int, str], MetricsLine] = {}
     for name, kind in (("training", "train_loss"), ("validation", "val_loss")):
         file = folder / f"{name}.jsonl"
         for text in file.read_text().splitlines() if file.exists() else []:
@@ -286,19 +292,17 @@ def read_log(folder: Path) -> Metrics:
                 logged = json.loads(text)
             except ValueError:  # a line that is still being written
                 continue
-            line = {"step": logged["step"] + 1, "epoch": logged["epoch"]}
+            line = MetricsLine(step=logged["step"] + 1, epoch=logged["epoch"])
             if kind == "train_loss":
-                line |= {
-                    "train_loss": logged["loss"],
-                    "learning_rate": logged["lr"],
-                    "grad_norm": logged["grad_norm"],
-                    "tokens_per_second": round(logged["tps"], 1),
-                    "seconds": round(logged["num_tokens_per_step"] / logged["tps"], 4),
-                    "memory_gib": round(logged["mem"], 2),
-                }
+                line.train_loss = logged["loss"]
+                line.learning_rate = logged["lr"]
+                line.grad_norm = logged["grad_norm"]
+                line.tokens_per_second = round(logged["tps"], 1)
+                line.seconds = round(logged["num_tokens_per_step"] / logged["tps"], 4)
+                line.memory_gib = round(logged["mem"], 2)
             else:
-                line["val_loss"] = logged["val_loss"]
-            lines[line["step"], kind] = line
+                line.val_loss = logged["val_loss"]
+            lines[line.step, kind] = line
     return [lines[key] for key in sorted(lines)]
 
 
@@ -312,25 +316,17 @@ def save(checkpoint: Path, config: Config, base_folder: Path, archive: Path) -> 
     settings = model_settings(base_folder, plain(config.peft), plain(config.task.prompt), config.seed)
     model = GemmaLoRA(nemo_config(settings))
     model.load_state_dict({name: tensor.float() for name, tensor in adapter.items()})
-    partial = archive.with_suffix(".partial.nemo")
-    model.save_to(str(partial))
-    partial.rename(archive)
+    with writing(archive) as partial:
+        model.save_to(str(partial))
 
 
-def write_tensorboard(lines: Metrics, folder: Path) -> None:
+def write_tensorboard(lines: Lines, folder: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
         for line in lines:
-            for name in line.keys() - {"step", "epoch"}:
-                writer.add_scalar(name, line[name], line["step"])
-
-
-def write_whole(file: Path, lines: Iterable[dict[str, Any]]) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("w") as out:
-        out.writelines(f"{json.dumps(line)}\n" for line in lines)
-    partial.rename(file)
+            for name in line.model_fields_set - {"format", "step", "epoch"}:
+                writer.add_scalar(name, getattr(line, name), line.step)
 
 
 def log_tail(log: Path) -> str:

@@ -19,7 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from core.errors import UserError
-from core.files import sync
+from core.files import commit
 from training.fingerprint import CHECKPOINT_KEY
 from training.signals import Stopped, StopSignals
 
@@ -121,8 +121,7 @@ class Checkpoints(Checkpoint):
         partial = self.folder / "writing.partial"
         trainer.save_checkpoint(partial, weights_only=False)
         if trainer.is_global_zero:
-            partial.rename(self.folder / f"{prefix}{_name(trainer.global_step)}-{_hash(partial)}.ckpt")
-            sync(self.folder)
+            commit(partial, self.folder / f"{prefix}{_name(trainer.global_step)}-{_hash(partial)}.ckpt")
             for old in sorted(self.folder.glob(f"{prefix}step=*.ckpt"), key=step_of)[:-keep]:
                 old.unlink()
         trainer.strategy.barrier()

@@ -14,6 +14,7 @@ from nemo.utils.exp_manager import exp_manager
 
 from core.configuration import plain
 from core.errors import UserError
+from core.files import writing
 from core.load_model import load_tokenizer
 from core.prompt import Prompt
 from core.schema import Config, TrainConfig
@@ -174,9 +175,8 @@ def fit(
     if signals.received:
         raise Stopped(f"after step {trainer.global_step}, the last; checkpoint written", signals.received)
     if trainer.is_global_zero:
-        partial = archive.with_suffix(".partial.nemo")
-        model.save_to(str(partial))
-        partial.rename(archive)
+        with writing(archive) as partial:
+            model.save_to(str(partial))
 
 
 def steps_per_validation(settings: TrainConfig, samples: Dataset, steps_per_epoch: int) -> int:

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from core.artifacts import MetricsLine
+from core.files import write_whole
 from training.batches import Step
 from training.checkpoints import check_finite
 from training.flops import bf16_peak, flops_of, layer_shapes
@@ -38,9 +40,7 @@ class RunProgress(Callback):
         if trainer.is_global_zero and self.metrics_file.exists():
             lines = self.metrics_file.read_text().splitlines()
             kept = [line for line in lines if _is_before(line, trainer.global_step)]
-            partial = self.metrics_file.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.rename(self.metrics_file)
+            write_whole(self.metrics_file, "".join(f"{line}\n" for line in kept))
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -121,7 +121,7 @@ class RunProgress(Callback):
         step = trainer.global_step
         epoch = max(0, step - 1) // self.steps_per_epoch
         with self.metrics_file.open("a") as file:
-            file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+            file.write(MetricsLine.model_validate({"step": step, "epoch": epoch, **values}).to_line())
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
 

@@ -84,6 +84,7 @@ def main(argv: list[str]) -> int:
 
 def serve(options: argparse.Namespace) -> None:
     """Load the model, open the socket, and generate until a signal ends it."""
+    from core.artifacts import EngineStats
     from serving.engine.connections import Connections, Inbox
     from serving.protocol import HEARTBEAT_SECONDS
 
@@ -106,7 +107,8 @@ def serve(options: argparse.Namespace) -> None:
     about = {"base": options.base.name, "dtype": options.dtype, "threads": options.threads, "pid": os.getpid()}
 
     def describe() -> dict[str, Any]:
-        return {**scheduler.stats(), "broken": dict(folder.broken), "uptime": time.monotonic() - started, **about}
+        uptime = time.monotonic() - started
+        return EngineStats(**scheduler.stats(), broken=dict(folder.broken), uptime=uptime, **about).to_dict()
 
     connections = Connections(options.socket, scheduler, inbox, describe)
     print(

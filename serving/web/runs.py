@@ -3,17 +3,17 @@
 Reports are opened by the names of existing folders, never by a path from a visitor.
 """
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import yaml
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import FileResponse
 
+from core.artifacts import Environment, Evaluation, Manifest
+from core.errors import UserError
 from serving.web.guard import SANDBOX
 
 MOST = 200  # runs on the page, newest first
@@ -46,7 +46,7 @@ def finished_runs(folder: Path) -> list[RunCard]:
     for file in folder.glob("*/*/evaluation.json"):
         try:
             cards.append(_card(file.parent, file.stat().st_mtime_ns, (file.parent / "report.html").is_file()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        except (OSError, UserError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue
     return sorted(cards, key=lambda card: card.finished, reverse=True)[:MOST]
 
@@ -54,10 +54,9 @@ def finished_runs(folder: Path) -> list[RunCard]:
 @lru_cache(maxsize=1000)
 def _card(folder: Path, finished: int, has_report: bool) -> RunCard:
     config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
-    evaluation, manifest, environment = (
-        json.loads(file.read_text(encoding="utf-8")) if (file := folder / f"{name}.json").exists() else {}
-        for name in ("evaluation", "data_manifest", "environment")
-    )
+    evaluation = Evaluation.read(folder / "evaluation.json")
+    manifest = Manifest.read_if_there(folder / "data_manifest.json")
+    environment = Environment.read_if_there(folder / "environment.json")
     peft, train = config.get("peft", {}), config["task"].get("train", {})
     return RunCard(
         task=folder.parent.name,
@@ -67,18 +66,14 @@ def _card(folder: Path, finished: int, has_report: bool) -> RunCard:
         method=" ".join([peft.get("name", ""), *([f"rank {peft['r']}"] if "r" in peft else [])]),
         epochs=train.get("epochs"),
         seed=config.get("seed"),
-        source=manifest.get("source", {}).get("name", ""),
-        rows=manifest.get("splits", {}).get("training", {}).get("rows"),
-        held_out=evaluation.get("held_out_rows"),
-        before=evaluation.get("before", {}).get("perplexity"),
-        after=evaluation.get("after", {}).get("perplexity"),
-        machine=", ".join(map(str, environment.get("gpus") or [])) or _cpu(environment),
+        source=manifest.source.name if manifest else "",
+        rows=manifest.splits["training"].rows if manifest else None,
+        held_out=evaluation.held_out_rows,
+        before=evaluation.before.perplexity,
+        after=evaluation.after.perplexity,
+        machine=environment.machine if environment else "",
         has_report=has_report,
     )
-
-
-def _cpu(environment: dict[str, Any]) -> str:
-    return f"{environment['cores']} cores, {environment['cpu']}" if {"cores", "cpu"} <= environment.keys() else ""
 
 
 @router.get("/runs/{task}/{run}/report.html")

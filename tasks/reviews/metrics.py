@@ -3,15 +3,16 @@
 import re
 from typing import Any
 
-from core.files import Lines, read_json
-from evaluation.metrics import Evidence, Metric, Scores, words
+from core.artifacts import Generation
+from core.files import read_json
+from evaluation.metrics import Evidence, Generations, Metric, Scores, words
 
 QUOTE = re.compile(r'["“]([^"“”\n]+)["”]')
 SHORTEST_QUOTE = 3  # words; fewer are a title or a doubt
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
-def aspects_named(generations: Lines, evidence: Evidence) -> Scores:
+def aspects_named(generations: Generations, evidence: Evidence) -> Scores:
     """How many aspects of the film, such as acting or pacing, the answer names that the reviews speak of too.
 
     By the words of tasks/reviews/film_words.yaml and `task.data.reviews.aspects`; an aspect counts once.
@@ -20,7 +21,7 @@ def aspects_named(generations: Lines, evidence: Evidence) -> Scores:
     return [float(len(known & review.mentions)) for review in _understood(generations, evidence)]
 
 
-def agreement(generations: Lines, evidence: Evidence) -> Scores:
+def agreement(generations: Generations, evidence: Evidence) -> Scores:
     """Of the reviewers who judge an aspect that the answer judges too, how many judge it the same way; the mean over
     the answer's aspects.
 
@@ -43,22 +44,22 @@ def agreement(generations: Lines, evidence: Evidence) -> Scores:
     return scores
 
 
-def unsupported(generations: Lines, evidence: Evidence) -> Scores:
+def unsupported(generations: Generations, evidence: Evidence) -> Scores:
     """Quotes in the answer that no review holds, and numbers that are none of the counts: how many in an answer.
 
     A quote, of three words or more between quotation marks, is looked for in all rows' answers, which quote reviews
     word for word, and in knowledge.json; so is a number, which may be found there and still be another thing's.
     """
-    rows = [str(row.get("output", "")) for row in evidence.rows]
+    rows = [str(row.get("output", "")) for row in evidence.examples]
     known = [*rows, *_texts(_knowledge(evidence))]
     said = f" {' '.join(words(' '.join(known)))} "
     counted = {number for text in known for number in NUMBER.findall(text)}
 
-    def count(line: dict[str, Any]) -> float:
-        quotes = [quote for quote in map(words, QUOTE.findall(line["text"])) if len(quote) >= SHORTEST_QUOTE]
+    def count(line: Generation) -> float:
+        quotes = [quote for quote in map(words, QUOTE.findall(line.text)) if len(quote) >= SHORTEST_QUOTE]
         invented = [quote for quote in quotes if f" {' '.join(quote)} " not in said]
-        unquoted = QUOTE.sub(" ", line["text"])
-        asked = NUMBER.findall(line["text_in"])
+        unquoted = QUOTE.sub(" ", line.text)
+        asked = NUMBER.findall(line.text_in)
         return float(
             len(invented) + sum(number not in counted and number not in asked for number in NUMBER.findall(unquoted))
         )
@@ -71,13 +72,13 @@ def _knowledge(evidence: Evidence) -> dict[str, Any]:
     return read_json(evidence.folder / "knowledge.json")
 
 
-def _understood(generations: Lines, evidence: Evidence) -> list[Any]:
+def _understood(generations: Generations, evidence: Evidence) -> list[Any]:
     """Each answer read as a review is."""
     from tasks.reviews.knowledge import ReviewReader
 
     film = evidence.data["reviews"]
     reader = ReviewReader(film["title"], film.get("aspects") or {})
-    return [reader.read(0, line["text"]) for line in generations]
+    return [reader.read(0, line.text) for line in generations]
 
 
 def _texts(tree: Any) -> list[str]:

@@ -27,6 +27,7 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi import Path as InPath
 from pydantic import BaseModel, Field
 
+from core.files import write_whole
 from serving.web.guard import cookie_of
 from serving.web.settings import Settings
 
@@ -232,9 +233,7 @@ def main() -> None:
     if len(sys.argv) not in (2, 3) or not Path(database := (sys.argv[2:] or [default])[0]).is_file():
         sys.exit("usage: python -m tasks.slang.dictionary OUT.csv [DICTIONARY]: writes what visitors kept")
     entries = Dictionary(Path(database)).rows()
-    partial = Path(f"{sys.argv[1]}.partial")
-    partial.write_text(csv_of(entries), encoding="utf-8", newline="")
-    partial.rename(sys.argv[1])
+    write_whole(Path(sys.argv[1]), csv_of(entries))
     print(f"{sys.argv[1]}: {len(entries)} rows. Train on them: make train TASK=slang SOURCE={sys.argv[1]}")
 
 

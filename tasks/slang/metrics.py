@@ -2,13 +2,12 @@
 
 import numpy as np
 
-from core.files import Lines
 from data_prep.clean_text import key_of
 from data_prep.near_duplicates import SAME_KEY
-from evaluation.metrics import Evidence, Metric, Scores
+from evaluation.metrics import Evidence, Generations, Metric, Scores
 
 
-def new_term(generations: Lines, evidence: Evidence) -> Scores:
+def new_term(generations: Generations, evidence: Evidence) -> Scores:
     """Answers whose term is none of the training rows' and not a spelling of one. Answers without a term have none.
 
     Terms are compared as data preparation does: by `key_of`, without case, spaces and punctuation, and near from
@@ -22,11 +21,11 @@ def new_term(generations: Lines, evidence: Evidence) -> Scores:
         key = key_of(term)
         return bool(key) and process.extractOne(key, learned, scorer=fuzz.ratio, score_cutoff=SAME_KEY) is None
 
-    terms = (evidence.prompt.read_response(line["text"]).get("slang", "") for line in generations)
+    terms = (evidence.prompt.read_response(line.text).get("slang", "") for line in generations)
     return [float(is_new(term)) for term in terms]
 
 
-def fits_scene(generations: Lines, evidence: Evidence) -> Scores:
+def fits_scene(generations: Generations, evidence: Evidence) -> Scores:
     """How surely the definition and example tell which scene was asked about: the share of the other scenes asked about
     that they are less alike. By chance, or where they say nothing, 50%.
 
@@ -35,12 +34,12 @@ def fits_scene(generations: Lines, evidence: Evidence) -> Scores:
     """
     from evaluation.embeddings import Embedder
 
-    scenes = [line.get("fields", {}).get("context", "") for line in generations]
+    scenes = [line.fields.get("context", "") for line in generations]
     asked = sorted({scene for scene in scenes if scene})
     if len(asked) < 2:
         return [None] * len(generations)
     embed = Embedder(evidence.base_folder, [f"{row.get('context', '')} {row['output']}" for row in evidence.training])
-    read = [evidence.prompt.read_response(line["text"]) for line in generations]
+    read = [evidence.prompt.read_response(line.text) for line in generations]
     said = [f"{fields.get('description', '')} {fields.get('example', '')}".strip() for fields in read]
     likeness = embed(said) @ embed(asked).T
 
