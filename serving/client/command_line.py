@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
     if rest and (options.run is not _ask or any(argument.startswith("-") for argument in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        hint = "; fields of the prompt are written FIELD=TEXT" if options.run is _ask else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if rest:  # argparse ends a list of arguments at the first option
         options.question += rest
     for stream in (sys.stdin, sys.stdout, sys.stderr):
