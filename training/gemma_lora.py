@@ -6,7 +6,7 @@ NeMo's own models. Its state is the adapter alone, under peft's names, in checkp
 
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from bitsandbytes.optim import PagedAdamW32bit
@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from core.base_model import describe
-from core.configuration import escaped
+from core.configuration import escaped, unescaped
 from core.errors import UserError
 from core.load_model import add_lora, load_base
 from core.prompt import Prompt
@@ -68,8 +68,9 @@ class GemmaLoRA(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        super().__init__(nemo_config(escaped(settings)), trainer)  # which resolves it once
+        # NeMo resolves its configuration before it restores a model, and again here; there is nothing to resolve.
+        settings = unescaped(OmegaConf.to_container(cfg, resolve=False))
+        super().__init__(nemo_config(escaped(settings)), trainer)
         self.automatic_optimization = False  # a step's micro-batches share one mean over learned tokens
         folder = Path(cfg.base_folder)
         found = describe(folder)
