@@ -6,7 +6,7 @@ own models. Its state, in checkpoints and in the archive, is the adapter alone u
 
 from pathlib import Path
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from bitsandbytes.optim import PagedAdamW32bit
@@ -20,7 +20,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from core.base_model import describe
-from core.configuration import escaped
+from core.configuration import escaped, unescaped
 from core.errors import UserError
 from core.load_model import add_lora, load_base, lora_settings
 from core.prompt import Prompt
@@ -81,8 +81,9 @@ class GemmaLoRA(ModelPT):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None) -> None:
-        settings = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-        super().__init__(nemo_config(escaped(settings)), trainer)  # which resolves it once
+        # NeMo resolves its configuration before it restores a model, and again here; there is nothing to resolve.
+        settings = unescaped(OmegaConf.to_container(cfg, resolve=False))
+        super().__init__(nemo_config(escaped(settings)), trainer)
         self.automatic_optimization = False  # the micro-batches of a step share one mean over target tokens
         folder = Path(cfg.base_folder)
         found = describe(folder)
