@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from conftest import ROOT
+from conftest import ROOT, needs_task
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
-from core.configuration import load_config, plain
+from core.configuration import load_config, names, plain
 from core.prompt import Prompt
 from serving.client import Client
 from serving.repository import put_adapter, write_repository
@@ -35,6 +35,8 @@ def stack(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         pytest.skip("needs a trained adapter: make train TASK=slang && make convert TASK=slang")
     scratch = tmp_path_factory.mktemp("serving")
     for task in ("slang", "squid_game", "chat"):
+        if task not in names("task"):
+            continue
         trained = ROOT / "exports" / task / "adapter"
         found = scratch / task
         shutil.copytree(trained if trained.exists() else SLANG, found)
@@ -123,6 +125,7 @@ def test_the_base_model_stands_beside_on_a_desktop_and_below_on_a_phone(
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@needs_task("squid_game")
 def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(f"{live.address}/reviews", viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     page.get_by_role("button", name="Summarize and explain Squid Game").click()
@@ -136,6 +139,8 @@ def test_a_question_about_the_reviews_brings_those_behind_it(live: Site, open_pa
     assert violations(page) == []
 
 
+@needs_task("chat")
+@needs_task("squid_game")
 def test_a_dialogue_goes_on_stops_and_begins_anew(live: Site, stack: Stack, open_page: Callable[..., Any]) -> None:
     page = open_page(f"{live.address}/chat")
     sent = []
@@ -262,7 +267,7 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
     stack.part("engine").kill()
     killed = time.monotonic()
-    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    expect(page.locator("#alert")).to_contain_text("The model is not available at the moment")
     assert time.monotonic() - killed < 5
     assert page.locator("#before-text").inner_text()  # what came is still there
     assert page.get_by_label("Where are you?").input_value() == SCENE
