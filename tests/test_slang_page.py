@@ -38,7 +38,7 @@ def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, o
     expect(page.locator("#status")).to_have_text("Model away")
     page.get_by_label("Where are you?").fill("A quiet library.")
     page.get_by_role("button", name="Coin a word").click()
-    expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+    expect(page.locator("#alert")).to_contain_text("The model is not available at the moment")
     assert page.get_by_label("Where are you?").input_value() == "A quiet library."
     with page.expect_request("**/api/answer") as asked:
         page.get_by_role("button", name="Try again").click()

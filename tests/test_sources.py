@@ -333,7 +333,7 @@ def test_a_download_that_breaks_goes_on_where_it_was(hub: Hub, monkeypatch: pyte
     ("source", "message"),
     [
         ("hf:baker/locked", "baker/locked is gated, and no token is set: export HF_TOKEN=hf_...*Accept its terms at"),
-        ("hf:baker/nothing", "https://huggingface.co/datasets/baker/nothing is not there, or is private"),
+        ("hf:baker/nothing", "https://huggingface.co/datasets/baker/nothing does not exist, or is private"),
         ("hf:baker/bread@no-such", "baker/bread has no revision 'no-such'"),
         (
             "hf:baker/bread:dev",
@@ -341,7 +341,7 @@ def test_a_download_that_breaks_goes_on_where_it_was(hub: Hub, monkeypatch: pyte
         ),
         ("hf:baker/bread/french", "cannot be read as a table: BuilderConfig 'french' not found"),
         ("hf:baker/script", "cannot be read as a table"),
-        ("hf:bread", "hf:bread names no data set of the Hugging Face hub. Write hf:OWNER/NAME"),
+        ("hf:bread", "hf:bread does not name a dataset on the Hugging Face hub. Write hf:OWNER/NAME"),
     ],
 )
 def test_what_the_hub_refuses_is_said_in_words(hub: Hub, tmp_path: Path, source: str, message: str) -> None:
@@ -361,7 +361,7 @@ def test_a_hub_that_cannot_be_asked_is_said_in_words(hub: Hub, tmp_path: Path, m
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "cannot be reached (ConnectError)" in message()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE forbids to ask" in message()
+    assert "HF_HUB_OFFLINE is set; unset it to download" in message()
 
 
 @pytest.mark.parametrize(
