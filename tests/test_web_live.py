@@ -12,20 +12,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-<<<<<<< HEAD
-from conftest import PATIENCE, ROOT, until
+from conftest import PATIENCE, ROOT, needs_task, until
 from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
 from website import PAYLOADS, Site, expect, needs_serving, violations
 
 from core.artifacts import ServedAdapter
-from core.configuration import load_config, plain
-=======
-from conftest import ROOT, needs_task
-from tiny_serving import ENDLESS, SERVING_PYTHON, WINDOW, Stack, free_ports, serve, serve_tiny, write_tiny_folder
-from website import PAYLOADS, Site, expect, needs_serving, violations
-
 from core.configuration import load_config, names, plain
->>>>>>> refs/heads/tasks
 from core.prompt import Prompt
 from serving.client import Client
 from serving.repository import put_adapter, write_repository
@@ -274,7 +266,6 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     page.get_by_label("Where are you?").fill(SCENE)
     page.get_by_label("Put the base model beside it").check()
     page.get_by_role("button", name="Coin a word").click()
-<<<<<<< HEAD
     expect(page.locator("#before-text")).not_to_be_empty()
     with without_supervisor(stack):  # nobody brings the engine back while the page is looked at
         stack.managed("engine").kill()
@@ -284,18 +275,6 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
         assert violations(page) == []
         expect(page.locator("#status")).to_have_text("Model away")
     expect(page.locator("#status")).to_have_text("Model ready")
-=======
-    expect(page.locator("#before-text")).not_to_be_empty(timeout=PATIENCE)
-    stack.part("engine").kill()
-    killed = time.monotonic()
-    expect(page.locator("#alert")).to_contain_text("The model is not available at the moment")
-    assert time.monotonic() - killed < 5
-    assert page.locator("#before-text").inner_text()  # what came is still there
-    assert page.get_by_label("Where are you?").input_value() == SCENE
-    assert violations(page) == []
-    expect(page.locator("#status")).to_have_text("Model away")
-    expect(page.locator("#status")).to_have_text("Model ready", timeout=PATIENCE)
->>>>>>> refs/heads/tasks
     page.get_by_role("button", name="Try again").click()
     assert coined(page)
     expect(page.locator("#alert")).to_be_hidden()
