@@ -18,13 +18,22 @@ import sys
 from typing import Any
 
 from benchmarks import scaling_docs
-from benchmarks.scaling_model import GPUS, STRATEGIES, ModelBytes, Options, Plan, architecture_of, model_bytes, plan
+from benchmarks.scaling_model import (
+    GPUS,
+    STRATEGIES,
+    ModelBytes,
+    Plan,
+    ScalingOptions,
+    architecture_of,
+    model_bytes,
+    plan,
+)
 from core.configuration import load_config
 from core.errors import UserError, run
 
 
 def main(argv: list[str]) -> None:
-    options, overrides = Options.parse(argv)
+    options, overrides = ScalingOptions.parse(argv)
     if not any(override.startswith("model=") for override in overrides):
         overrides = ["model=gemma-2-27b", *overrides]
     if not any("gradient_checkpointing=" in override for override in overrides):
@@ -45,7 +54,7 @@ def main(argv: list[str]) -> None:
         print(f"written: {scaling_docs.write(plans, sentences)}")
 
 
-def facts(options: Options, config: Any, sizes: ModelBytes, plans: list[Plan]) -> list[str]:
+def facts(options: ScalingOptions, config: Any, sizes: ModelBytes, plans: list[Plan]) -> list[str]:
     """Sentences on the model and the cluster, and on the fastest strategy."""
     whole = sizes.layers * sizes.layer + sizes.rest
     found = [

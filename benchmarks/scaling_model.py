@@ -43,7 +43,7 @@ STRATEGIES = {"ddp": ("ddp", "lora"), "ddp, qlora": ("ddp", "qlora"), "fsdp2": (
 
 
 @dataclass
-class Options:
+class ScalingOptions:
     """The arguments of `python -m benchmarks.scaling`; `parse` reads them.
 
     Attributes:
@@ -61,7 +61,7 @@ class Options:
     length: int = 512
 
     @classmethod
-    def parse(cls, argv: list[str]) -> tuple["Options", list[str]]:
+    def parse(cls, argv: list[str]) -> tuple["ScalingOptions", list[str]]:
         """
         Returns:
             The options, and the overrides left for the configuration.
@@ -175,7 +175,7 @@ class Plan:
     tokens_per_second: float
 
 
-def plan(options: Options, overrides: list[str], gpus: int, strategy: str, kind: str, peft: str) -> Plan:
+def plan(options: ScalingOptions, overrides: list[str], gpus: int, strategy: str, kind: str, peft: str) -> Plan:
     """
     Raises:
         UserError: the strategy does not take this model or number of GPUs.

@@ -40,7 +40,7 @@ RESULTS = Path("benchmarks/results")
 
 
 @dataclass
-class Options:
+class BenchmarkOptions:
     """The arguments of this command; `parse` reads them."""
 
     systems: list[str]
@@ -52,7 +52,7 @@ class Options:
     random: str | None = None
 
     @classmethod
-    def parse(cls, argv: list[str]) -> tuple["Options", list[str]]:
+    def parse(cls, argv: list[str]) -> tuple["BenchmarkOptions", list[str]]:
         """
         Returns:
             The options, and the overrides left for the configuration.
@@ -81,7 +81,7 @@ class Options:
 
 
 def main(argv: list[str]) -> None:
-    options, overrides = Options.parse(argv)
+    options, overrides = BenchmarkOptions.parse(argv)
     config = load_config(overrides)
     source = Path(config.task.data.source)
     config.data_dir = str(Path(config.data_dir).parent / f"bench-{source.stem}")
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
     print(f"written: {file}, {table.write_docs(RESULTS)}")
 
 
-def measure(options: Options, config: DictConfig, base_folder: Path, scratch: Path) -> dict[str, Any]:
+def measure(options: BenchmarkOptions, config: DictConfig, base_folder: Path, scratch: Path) -> dict[str, Any]:
     """Run the rounds and collect everything that table.py shows."""
     from transformers import AutoConfig
 

@@ -24,7 +24,7 @@ from benchmarks.scaling_model import (
     GPUS,
     Collective,
     ModelBytes,
-    Options,
+    ScalingOptions,
     architecture_of,
     collectives,
     model_bytes,
@@ -37,7 +37,7 @@ from training.distribute import AdapterParallel, shard_base, split_base
 from training.flops import flops_of
 from training.memory import estimate
 
-CASE = Options([8, 64, 512])
+CASE = ScalingOptions([8, 64, 512])
 CHECKPOINTED = ["model=gemma-2-27b", "task.train.gradient_checkpointing=true"]
 
 
@@ -217,7 +217,7 @@ def test_the_plan_shows_the_effect_of_lora_and_the_limit_of_sharding() -> None:
 )
 def test_an_invalid_argument_gives_one_sentence(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        Options.parse(words)
+        ScalingOptions.parse(words)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
