@@ -22,6 +22,11 @@ from serving.supervisor import Options, StartError, Supervisor
 
 ENGINE_OPTIONS = ("threads", "max_waiting", "max_tokens_in_cache", "dtype")
 PATIENCE = 15.0  # seconds for a running server to take a new adapter
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+EXPOSED = (
+    "warning: other machines reach Triton on ports {ports}, which ask for no password; this release of it has known "
+    "vulnerabilities. Let only port {gateway} through your firewall, see SECURITY.md."
+)
 
 
 def main(words: list[str]) -> int:
@@ -74,6 +79,9 @@ async def serve(options: Options, state: State, console: Console) -> None:
     base = (options.folder / "base").resolve().name
     title = f"Serving {base} with {', '.join(adapters)}" if adapters else f"Serving {base} alone"
     console.print(title)
+    if options.host not in LOOPBACK:
+        ports = f"{options.http_port}, {options.grpc_port} and {options.metrics_port}"
+        console.print(EXPOSED.format(ports=ports, gateway=options.door_port))
     supervisor = Supervisor(options, state, lambda line: console.print(line, markup=False))
     running = asyncio.create_task(supervisor.run())
     began = time.monotonic()

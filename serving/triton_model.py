@@ -69,6 +69,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         locale.setlocale(locale.LC_ALL, "C.UTF-8")  # the stub's default is ASCII
         self.name, self.parent = args["model_name"], os.getppid()
+        _protect_shared_memory()
         self.waiting: dict[int, Waiting] = {}
         self.lock = threading.Lock()  # of `waiting` and `engine`
         self.writing = threading.Lock()  # to the engine, which may let a writer wait
@@ -378,6 +379,15 @@ def _triton_code(code: str) -> int:
         protocol.UNKNOWN_ADAPTER: codes.NOT_FOUND,
         protocol.CANCELLED: codes.CANCELLED,
     }.get(code, codes.INTERNAL)
+
+
+def _protect_shared_memory() -> None:
+    """Take the region that requests and answers pass through from other users: Triton makes it readable by everybody.
+
+    Its name is the second argument of this process. A umask does not help, as Triton sets the mode itself.
+    """
+    region = Path("/proc/self/cmdline").read_bytes().split(b"\0")[2].decode()
+    Path("/dev/shm", region).chmod(0o600)
 
 
 def _request_log() -> logging.Logger:

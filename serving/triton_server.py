@@ -64,9 +64,12 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """What Triton finds its libraries by, and the stub this very Python."""
+    """What Triton finds its libraries by, and the stub this very Python; and what it must not be told."""
     libraries = [sysconfig.get_config_var("LIBDIR"), str(_site() / "nvidia_pytriton.libs")]
     return {
+        # On Vertex AI this says PREDICTION. Triton 2.51 then closes HTTP and gRPC and opens a frontend on all addresses
+        # that passes requests on to the APIs of LOCKED without asking for their header.
+        "AIP_MODE": "",
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
         "LD_LIBRARY_PATH": ":".join([*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]),
     }

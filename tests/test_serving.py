@@ -192,7 +192,7 @@ def test_the_catalogue_says_how_an_adapter_is_asked(server: Server, stack: Stack
 def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_path: Path) -> None:
     write_tiny_adapter(stack, "late", tmp_path)
     again = subprocess.run(
-        [SERVING_PYTHON, "-m", "serving", "--folder", stack.folder],
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder],
         cwd=ROOT,
         text=True,
         capture_output=True,
@@ -352,6 +352,33 @@ def test_nor_over_grpc(server: Server, call: str) -> None:
     with pytest.raises(InferenceServerException, match="restricted"):
         getattr(client, call)(*(["gemma"] if call in ("load_model", "unload_model") else []))
     assert server.is_ready()
+
+
+def test_the_security_policy_is_about_what_is_served(server: Server) -> None:
+    policy = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert f"Triton {httpx.get(f'{server.http}/v2', timeout=20).json()['version']}" in policy
+    pinned = re.search(r"nvidia-pytriton==([\d.]+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert pinned and f"nvidia-pytriton {pinned[1]}" in policy
+    image = re.search(r"^ARG BASE_IMAGE=(\S+)", (ROOT / "docker/serve.Dockerfile").read_text(encoding="utf-8"), re.M)
+    assert image and f"`{image[1]}`" in policy
+
+
+def test_other_users_of_the_machine_cannot_read_requests(stack: Stack) -> None:
+    """Triton itself leaves the region of shared memory that they pass through readable by everybody."""
+    region = next(word for word in victim(stack, "gemma").cmdline() if word.startswith("triton_gemma_"))
+    assert Path("/dev/shm", region).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.slow
+def test_variables_of_vertex_ai_open_no_other_frontend(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"AIP_MODE": "PREDICTION", "AIP_HTTP_PORT": str(free_ports(1)[0])}.items():
+        monkeypatch.setenv(name, value)
+    with serve_tiny(tiny_base, tmp_path) as running:
+        listening = [one.laddr for one in running.part("triton").net_connections() if one.status == "LISTEN"]
+        assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
+        assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
 
 
 @pytest.mark.slow
@@ -610,7 +637,7 @@ def test_a_supervisor_that_is_killed_takes_everything_with_it(tiny_base: Path, t
 def serve_again(stack: Stack) -> Iterator[Stack]:
     words = [word for name, port in stack.ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "serving", "--folder", stack.folder, "--threads", "1", *words],
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", stack.folder, "--threads", "1", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -628,7 +655,7 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         started = subprocess.run(
-            [SERVING_PYTHON, "-m", "serving", "--folder", tmp_path, "--grpc-port", str(port)],
+            [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, "--grpc-port", str(port)],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -637,6 +664,20 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     assert started.returncode == 2
     assert f"port {port} of 127.0.0.1 cannot be had (Address already in use)" in started.stderr
     assert "--grpc-port" in started.stderr
+    assert "warning" not in started.stdout
+
+
+def test_an_address_that_lets_others_in_comes_with_a_warning(tiny_base: Path, tmp_path: Path) -> None:
+    write_repository(tmp_path, tiny_base)
+    (tmp_path / "adapters").mkdir()
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
+        port = taken.getsockname()[1]
+        words = ["--host", "0.0.0.0", "--grpc-port", str(port)]
+        started = subprocess.run([SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path, *words],
+                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert started.returncode == 2
+    assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
+    assert "SECURITY.md" in started.stdout
 
 
 @pytest.mark.slow
@@ -765,7 +806,7 @@ def test_the_real_base_alone_as_a_user_starts_it(
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "serving", "--folder", tmp_path / "serve", *words],
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", tmp_path / "serve", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

@@ -164,7 +164,7 @@ def serve(folder: Path, *options: str) -> Iterator[Stack]:
     ports = dict(zip(("http", "grpc", "metrics", "door"), free_ports(4), strict=True))
     words = [word for name, port in ports.items() for word in (f"--{name}-port", str(port))]
     process = subprocess.Popen(
-        [SERVING_PYTHON, "-m", "serving", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
+        [SERVING_PYTHON, "-m", "commands.serve", "--folder", folder, "--max-waiting", str(QUEUE), *words, *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
