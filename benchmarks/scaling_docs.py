@@ -28,7 +28,7 @@ HEADER = [
 
 TEXT = """# On a cluster: a plan
 
-**Nothing on this page has been measured.** It is what a stated model says of machines that nobody here has had;
+**Nothing on this page has been measured.** It is calculated by a stated model, for machines that this project has not run on;
 `{command}` writes it, and prints the same for any model and cluster:
 
     python -m benchmarks.scaling model=gemma-3-12b gpus=8,16 gpu=A100 step_tokens=262144 peft.r=32
@@ -37,26 +37,27 @@ TEXT = """# On a cluster: a plan
 
 ![Planned memory of each GPU, and planned efficiency](scaling.png)
 
-Memory in GiB of each GPU; `GB sent` by each GPU in a step; `efficiency` is the time of the arithmetic alone over that
-with messages; MFU counts what any implementation must compute, so that what is computed again costs.
+Memory in GiB of each GPU; `GB sent` by each GPU in a step; `efficiency` is the time of the arithmetic alone over the
+time with communication; MFU counts what any implementation must compute, so that recomputation lowers it.
 
 {table}
 
-## Which strategy when
+## Choosing a strategy
 
-- **The base fits on one GPU beside its activations: `ddp`.** A step ends with one message of the adapters' gradients,
-  and sends nothing else. That is what LoRA changes: the usual reason to shard, gradients and optimizer states of all
-  weights, is gone, and the message is hundreds of times smaller, so that even a slow network keeps up.
-- **It does not fit, or longer rows need the room: `fsdp2`.** Each layer is gathered while the one before is computed.
-  Its time depends on the model and not on the tokens, so it hides behind large micro-batches and shows where a step's
-  tokens are divided among very many GPUs.
-- **It does not fit and GPUs are few: `PEFT=qlora` with `ddp`.** Weights take a quarter. The model below leaves out what
-  unpacking four bits costs at every use; `fsdp2` and `tp` cannot divide such a base.
-- **`tp`** waits for a message after every attention and every MLP, which grows with the tokens; in this plan it is
-  never the fastest that fits. It is for rows so long that one GPU cannot hold a layer's activations, inside a machine
+- **The base fits on one GPU beside its activations: `ddp`.** A step ends with one all-reduce of the adapters'
+  gradients, and communicates nothing else. This is the effect of LoRA: the usual reason to shard, gradients and optimizer
+  states of all weights, is gone, and the all-reduce is hundreds of times smaller, so that even a slow network keeps up.
+- **It does not fit, or longer samples need the memory: `fsdp2`.** Each layer is gathered while the one before is
+  computed. The time of a gather depends on the model and not on the tokens, so it is hidden by large micro-batches and
+  exposed where a step's tokens are divided among very many GPUs.
+- **It does not fit and GPUs are few: `PEFT=qlora` with `ddp`.** Weights take a quarter. The model below leaves out the
+  cost of dequantizing at every use; `fsdp2` and `tp` cannot divide such a base.
+- **`tp`** waits for an all-reduce after every attention and every MLP, which grows with the tokens; in this plan it is
+  never the fastest that fits. It is for samples so long that one GPU cannot hold a layer's activations, within a machine
   only.
-- **How many GPUs:** a step's tokens are given by what trains well, not by the cluster. A data set of 10,000 rows of 512
-  tokens has five steps of this size in an epoch; with a tenth of the tokens in a step, a tenth of the GPUs do the same.
+- **How many GPUs:** the tokens of a step are chosen for training quality, not for the cluster. A data set of 10,000
+  samples of 512 tokens has five steps of this size in an epoch; with a tenth of the tokens in a step, a tenth of the GPUs
+  do the same.
 
 ## The model
 
@@ -64,27 +65,26 @@ Of a step of *n* GPUs, *g* in a machine, *m* micro-batches:
 
 | | formula | source |
 |---|---|---|
-| memory | `training/memory.py`, which every run asks before it starts | tests/test_memory.py, tests/test_scaling.py |
-| arithmetic | `training/flops.py`, and the layers' forward pass again under gradient checkpointing; over {reached} of the peak | torch's FlopCounterMode agrees: tests/test_benchmarks.py, tests/test_scaling.py |
+| memory | `training/memory.py`, the estimate of every run before it starts | tests/test_memory.py, tests/test_scaling.py |
+| arithmetic | `training/flops.py`, and the layers' forward pass again with gradient checkpointing; at {reached} of the peak | torch's FlopCounterMode agrees: tests/test_benchmarks.py, tests/test_scaling.py |
 | all-gather of *S* bytes | *S*(*n* − 1)/*n* sent by each GPU, in a ring of *n* − 1 hops | Patarasuk and Yuan, 2009 |
 | all-reduce of *S* bytes | 2*S*(*n* − 1)/*n* sent by each, 2 log₂ *n* hops in a tree | the same; Sanders, Speck and Träff, 2009; NCCL 2.4 |
-| bandwidth | {link} of NVLink's in a machine; between machines of the smaller of NVLink's and *g* network cards' | a ring enters each machine once, and NCCL makes as many as there are cards |
-| ddp | *m* · compute + all-reduce(adapters) | one message a step: `AdapterParallel.sum_step` |
+| bandwidth | {link} of NVLink's in a machine; between machines of the smaller of NVLink's and *g* network cards' | a ring enters each machine once, and NCCL makes one per card |
+| ddp | *m* · compute + all-reduce(adapters) | one all-reduce per step: `AdapterParallel.sum_step` |
 | fsdp2 | *m* · (max(forward, gathers) + max(backward, gathers) + the first layer and the embedding) + all-reduce(adapters) | `shard_base`: 2 gathers of each layer, 1 of the embedding; Zhao et al., 2023 |
 | tp | *m* · (compute / *g* + output layer + 4, with checkpointing 6, all-reduces of the hidden states in each layer) + all-reduce(adapters) | `split_base`; Shoeybi et al., 2019, section 3 |
 
 Peaks are NVIDIA's dense bfloat16 figures (H100 SXM 989 TFLOP/s, A100 312), NVLink 450 and 300 GB/s each way, one
 network card a GPU of 400 and 200 Gb/s (user guides of DGX H100 and DGX A100).
 
-What is **assumed**: {reached} of the peak in arithmetic (Narayanan et al., 2021, reached 44–52% of an A100's with
-everything included; short rows and LoRA's small products may reach less, and Gemma 2's soft-capped attention has no
-fused kernel here); {link} of the links; {hop} µs a hop; {room} of a GPU's memory may be filled. What is **left out**:
-reading data, validation, checkpoints, what machines wait for the slowest, another job on the network, failures. Ratios
-between strategies are worth more than seconds.
+**Assumed**: {reached} of the peak in arithmetic (Narayanan et al., 2021, reached 44–52% of an A100's with
+everything included; short samples and LoRA's small products may reach less, and Gemma 2's soft-capped attention has no
+fused kernel here); {link} of the links; {hop} µs a hop; {room} of a GPU's memory is usable. **Left out**: reading data,
+validation, checkpoints, stragglers, other jobs on the network, failures. Ratios between strategies are more reliable than
+seconds.
 
-What is **held to real runs** on processes of one CPU: how much of the base each process holds, how many messages of
-which size each strategy sends, and the count of arithmetic (tests/test_scaling.py); what one process needs in all
-(tests/test_memory.py). Parameters are those of the published models: 26,047,480,320 outside of Gemma 2 27B's embedding,
+**Checked against real runs**, with processes on one CPU: how much of the base each process holds, the number and size of
+the collectives of each strategy, and the FLOPs (tests/test_scaling.py); the memory of one process (tests/test_memory.py). Parameters are those of the published models: 26,047,480,320 outside of Gemma 2 27B's embedding,
 as its report says.
 """
 

@@ -132,7 +132,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
     from training.batches import Batches
     from training.gemma_lora import GemmaLoRA, model_settings, nemo_config
 
-    class Hold(Callback):
+    class LightningHold(Callback):
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             gate.begin()
 
@@ -144,7 +144,7 @@ def ours(job: Job, gate: Gate) -> dict[str, Tensor]:
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         max_epochs=1,
-        callbacks=[Hold()],
+        callbacks=[LightningHold()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -300,14 +300,14 @@ def _arguments(job: Job) -> dict[str, Any]:
 def _hold(gate: Gate) -> Any:
     from transformers import TrainerCallback
 
-    class Hold(TrainerCallback):
+    class TrainerHold(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             gate.begin()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             gate.step_done()
 
-    return Hold()
+    return TrainerHold()
 
 
 def _train(trainer: Any, gate: Gate) -> dict[str, Tensor]:

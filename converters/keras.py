@@ -64,7 +64,7 @@ PARTS = {
 }
 
 
-class Layout(NamedTuple):
+class MatrixLayout(NamedTuple):
     """KerasHub's layout of a matrix: its number of dimensions, and the conversions from and to transformers' [out,
     in]."""
 
@@ -73,15 +73,15 @@ class Layout(NamedTuple):
     to_keras: Callable[[Tensor, PretrainedConfig], Tensor]
 
 
-_HEADS_OUT = Layout(
+_HEADS_OUT = MatrixLayout(
     3,
     lambda w: w.transpose(1, 2).flatten(0, 1),
     lambda w, config: w.unflatten(0, (-1, config.head_dim)).transpose(1, 2),
 )
-_TRANSPOSED = Layout(2, lambda w: w.T, lambda w, config: w.T)
+_TRANSPOSED = MatrixLayout(2, lambda w: w.T, lambda w, config: w.T)
 LAYOUTS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _HEADS_OUT),
-    "o_proj": Layout(3, lambda w: w.flatten(0, 1).T, lambda w, config: w.T.unflatten(0, (-1, config.head_dim))),
+    "o_proj": MatrixLayout(3, lambda w: w.flatten(0, 1).T, lambda w, config: w.T.unflatten(0, (-1, config.head_dim))),
     **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _TRANSPOSED),
 }
 
