@@ -155,13 +155,14 @@ def test_the_log_of_the_recipe_becomes_our_metrics(tmp_path: Path) -> None:
     (tmp_path / "training.jsonl").write_text("\n".join(lines))
     (tmp_path / "validation.jsonl").write_text(json.dumps({"step": 1, "epoch": 0, "val_loss": 3.5}) + "\n")
     read = automodel.read_log(tmp_path)
-    assert [(line["step"], line.get("train_loss"), line.get("val_loss")) for line in read] == [
+    assert [(line.step, line.train_loss, line.val_loss) for line in read] == [
         (1, 4.0, None),
         (2, 3.0, None),
         (2, None, 3.5),
         (3, 2.0, None),
     ]
-    assert read[0] == {
+    assert read[0].to_dict() == {
+        "format": 1,
         "step": 1,
         "epoch": 0,
         "train_loss": 4.0,
