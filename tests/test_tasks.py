@@ -15,6 +15,7 @@ from conftest import ROOT, needs_task
 from fastapi.testclient import TestClient
 
 from core.configuration import load_config, names, plain
+from core.errors import UserError
 from core.tasks import having, part_of
 from evaluation.metrics import Evidence, measure
 from serving.web.app import create_app
@@ -99,7 +100,7 @@ def test_its_page_is_part_of_the_site(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("found")
 def test_its_name_is_offered_where_an_unknown_one_is_given() -> None:
-    with pytest.raises(Exception, match=r"task.data.module=odes is unknown. Known: .*poems"):
+    with pytest.raises(UserError, match=r"task.data.module=odes is unknown. Known: .*poems"):
         part_of("odes", "rows", "task.data.module")
 
 
@@ -108,6 +109,16 @@ def test_the_first_page_is_the_front_page(tmp_path: Path) -> None:
     first = find_pages()[0]
     front, own = site.get("/"), site.get(f"/{first.name}")
     assert front.text == own.text and f'<a href="/" aria-current="page">{first.page.title}</a>' in front.text
+
+
+def test_a_page_cannot_take_a_path_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tasks/runs").mkdir(parents=True)
+    (tmp_path / "tasks/runs/page.py").write_text(
+        'from serving.web.page import Page\n\nPAGE = Page(task="slang", title="Mine")\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"tasks/runs: the site answers /runs itself; give the folder another name"):
+        find_pages()
 
 
 # --- a task that is deleted -----------------------------------------------------------------------------------
