@@ -24,7 +24,8 @@ from transformers import (
 from converters.checkpoint import Adapter, Checkpoint
 from converters.checks import check_shapes, checked
 from core.base_model import ensure_base_model
-from core.configuration import check, load_config, plain
+from core.checks import check
+from core.configuration import load_config, plain
 from core.errors import UserError
 from core.schema import Config
 from training.stopping import StopSignals
