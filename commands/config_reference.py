@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 
 from core import tasks
 from core.arguments import Arguments, default_of, parse, type_name
-from core.configuration import CONFIG_DIR, names, section_of
+from core.checks import section_of
+from core.configuration import CONFIG_DIR, names
 from core.errors import run
 from core.schema import Config
 

@@ -7,8 +7,6 @@ loaded. No Hydra or OmegaConf object leaves this module.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast, overload
 
@@ -21,26 +19,18 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, ListConfig
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from core import tasks
 from core.arguments import Arguments, own_arguments, parse
+from core.checks import Keys, Problem, all_keys, check, dotted, section_of
 from core.errors import UserError
-from core.schema import Config, DataConfig, Section
+from core.schema import Config, Section
 from core.tasks import CONFIG_DIR, foreign_config_dirs
-from core.validation import did_you_mean, sentence
+from core.validation import did_you_mean
 
+GROUPS = ("task", "model", "peft", "trainer", "experiment", "prompt")
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
 Options = TypeVar("Options", bound=Arguments)
-Path_ = tuple[str | int, ...]  # of a value in the tree, e.g. ("task", "evaluate", "questions", 2)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong with the value at `path` of the tree."""
-
-    path: Path_
-    says: str
 
 
 def config_dirs() -> list[Path]:
@@ -110,19 +100,6 @@ def read_config(file: Path) -> Config:
     return cast(Config, config)
 
 
-def check(tree: Mapping[str, Any]) -> tuple[Config | None, list[Problem]]:
-    """The typed configuration of a resolved tree, or all that is wrong with it."""
-    data = (tree.get("task") or {}).get("data") if isinstance(tree.get("task"), dict) else None
-    problems, made = _check_options(data) if isinstance(data, dict) else ([], {})
-    if made:
-        tree = {**tree, "task": {**tree["task"], "data": {**tree["task"]["data"], **made}}}
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        return None, [*(_problem(each, Config, ()) for each in error.errors()), *problems]
-    return (None if problems else config), problems
-
-
 def escaped(tree: Any) -> Any:
     """`tree` for OmegaConf, to which `${price}` in a text would be a reference: as `\\${price}` it is text."""
     return _in_texts(tree, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
@@ -168,9 +145,6 @@ def _parse_overrides(words: list[str], own: list[str]) -> list[Override]:
     return given
 
 
-GROUPS = ("task", "model", "peft", "trainer", "experiment", "prompt")
-
-
 def _is_group(override: Override) -> bool:
     return override.key_or_group in GROUPS
 
@@ -212,7 +186,7 @@ def _composed(words: list[str], given: list[Override]) -> Config:
     return config
 
 
-def _resolved(node: Container, path: Path_, problems: list[Problem]) -> Any:
+def _resolved(node: Container, path: Keys, problems: list[Problem]) -> Any:
     """`node` as dictionaries, lists and values; what cannot be resolved is left out and told in `problems`."""
     found = list[tuple[Any, Any]]()
     keys: Iterator[Any] = iter(range(len(node))) if isinstance(node, ListConfig) else iter(cast(DictConfig, node))
@@ -258,67 +232,6 @@ def _has_gpu() -> bool:
 # --- what is wrong, and where -----------------------------------------------------------------------------------
 
 
-def _check_options(data: dict[str, Any]) -> tuple[list[Problem], dict[str, Any]]:
-    """What is wrong with keys of `task.data` that are not the schema's; and the options of its module, typed."""
-    problems, made, module = list[Problem](), dict[str, Any](), data.get("module")
-    for key in data.keys() - DataConfig.model_fields.keys():
-        path = ("task", "data", key)
-        model = None
-        if key == module and key in tasks.having("options"):
-            model = tasks.part_of(key, "options", "task.data.module").Options
-        if model is None:
-            is_other = key != module and key in tasks.having("options")
-            says = f"{dotted(path)} is for task.data.module={key}, which is {module or 'null'} here"
-            problems.append(Problem(path, says if is_other else _unknown(path, DataConfig)))
-            continue
-        try:
-            made[key] = None if data[key] is None else model.model_validate(data[key])
-        except ValidationError as error:
-            problems += [_problem(each, model, path) for each in error.errors()]
-    return problems, made
-
-
-def _problem(error: Mapping[str, Any], model: type[BaseModel], above: Path_) -> Problem:
-    path = (*above, *error["loc"])
-    if error["type"] == "extra_forbidden":
-        return Problem(path, _unknown(path, _model_at(model, error["loc"][:-1])))
-    return Problem(path, sentence(dotted(path), error))
-
-
-def _unknown(path: Path_, model: type[BaseModel]) -> str:
-    """That the key at `path` is none, and which one may have been meant: a neighbour, or one of its name elsewhere."""
-    *above, name = path
-    near = [dotted((*above, each)) for each in model.model_fields if did_you_mean([str(name)], [each])]
-    closest = did_you_mean([dotted(path)], near)
-    if not closest:
-        everywhere = {each.rpartition(".")[2]: each for each in all_keys(Config)}
-        same = get_close_matches(str(name), everywhere, n=1, cutoff=0.8)
-        closest = f"; did you mean {everywhere[same[0]]}?" if same else ""
-    return f"unknown key {dotted(path)}{closest or '. Known: ' + ', '.join(model.model_fields)}"
-
-
-def _model_at(model: type[BaseModel], path: Path_) -> type[BaseModel]:
-    for name in path:
-        model = section_of(model, str(name)) or model
-    return model
-
-
-def section_of(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model of the section `name` of `model`, also of one that may be null; None where it is a value."""
-    field = model.model_fields.get(name)
-    kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def all_keys(model: type[BaseModel], above: str = "") -> list[str]:
-    """Every key of `model` with those of its sections, dotted."""
-    keys = []
-    for name in model.model_fields:
-        section = section_of(model, name)
-        keys += all_keys(section, f"{above}{name}.") if section else [f"{above}{name}"]
-    return keys
-
-
 def _located(problems: list[Problem], words: list[str], given: list[Override]) -> list[str]:
     """A line for each problem, which begins with the argument or the place in a file that it comes from.
 
@@ -339,13 +252,13 @@ def _located(problems: list[Problem], words: list[str], given: list[Override]) -
     return list(dict.fromkeys(lines or of_references))
 
 
-def _gives(override: Override, path: Path_) -> bool:
+def _gives(override: Override, path: Keys) -> bool:
     """Whether the override sets the value at `path`, something that holds it, or something in it."""
     pairs = zip(override.key_or_group.split("."), map(str, path), strict=False)
     return not _is_group(override) and all(name == other for name, other in pairs)
 
 
-def _files(words: list[str]) -> list[tuple[Path, Path_]]:
+def _files(words: list[str]) -> list[tuple[Path, Keys]]:
     """The files that were composed, the later ones over the earlier, each with its place in the tree."""
     loader = GlobalHydra.instance().config_loader()
     found = loader.compute_defaults_list(config_name="config", overrides=words, run_mode=RunMode.RUN)
@@ -358,7 +271,7 @@ def _files(words: list[str]) -> list[tuple[Path, Path_]]:
     return files
 
 
-def _place(files: list[tuple[Path, Path_]], path: Path_) -> tuple[Path | None, int, str]:
+def _place(files: list[tuple[Path, Keys]], path: Keys) -> tuple[Path | None, int, str]:
     """File, line and text of the value at `path`, or of the last section around it that a file has."""
     best: tuple[int, Path | None, int, str] = (-1, None, 0, "")
     for file, package in files:
@@ -380,11 +293,6 @@ def _place(files: list[tuple[Path, Path_]], path: Path_) -> tuple[Path | None, i
         if depth >= best[0]:
             best = (depth, file, line, value if depth == len(path) else "")
     return best[1:]
-
-
-def dotted(path: Path_) -> str:
-    """`("task", "evaluate", "questions", 2)` → `task.evaluate.questions[2]`."""
-    return "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in path).removeprefix(".")
 
 
 def _relative(file: Path) -> Path:

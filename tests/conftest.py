@@ -25,7 +25,8 @@ from transformers import (
 from converters.checkpoint import Adapter, Checkpoint
 from converters.validation import check_shapes, validated
 from core.base_model import ensure_base_model
-from core.configuration import check, load_config, names, plain
+from core.checks import check
+from core.configuration import load_config, names, plain
 from core.errors import UserError
 from core.schema import Config
 from training.signals import StopSignals

@@ -23,6 +23,7 @@ WITHOUT_EFFECT = (
     "trainer.micro_batch_tokens",
     "trainer.wandb",
     "task.train.log_every",
+    "task.title",
 )
 AFTERWARDS = ("task.evaluate.", "judge.")
 CHECKPOINT_KEY = "made_of"  # of the fingerprint in a checkpoint file
