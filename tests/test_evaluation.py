@@ -430,7 +430,7 @@ def test_the_report_shows_the_judge(finished: Run, words: list[str], endpoint: A
     url, _, replies = endpoint
     replies.append(lambda a, b: (200, "tie"))
     assert report_command.main([*words, f"judge.url={url}", "judge.model=a-judge"]) == 0
-    assert "a-judge saw 15 pairs of answers" in (finished.folder / "report.html").read_text()
+    assert "a-judge compared 15 pairs of answers" in (finished.folder / "report.html").read_text()
 
 
 # --- comparison -----------------------------------------------------------------------------------------------
