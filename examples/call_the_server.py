@@ -32,7 +32,5 @@ with Client(grpc_address) as client:
 
 # To an OpenAI client each adapter is a model, and the last message fills the prompt's main field.
 openai = OpenAI(base_url=openai_address, api_key="-")
-completion = openai.chat.completions.create(
-    model="slang", messages=[{"role": "user", "content": SCENE}], temperature=0
-)
+completion = openai.chat.completions.create(model="slang", messages=[{"role": "user", "content": SCENE}], temperature=0)
 print(f"\n\nThe adapter answers through the OpenAI API:\n{completion.choices[0].message.content}")
