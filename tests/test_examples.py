@@ -62,9 +62,7 @@ def table(file: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 def test_train_on_your_csv(tiny_settings: list[str], make_without_installing: str, tmp_path: Path) -> None:
-    printed = run(
-        EXAMPLES / "train_on_your_csv.sh", *tiny_settings, path=make_without_installing, RUNTIME="local", TASK="slang"
-    )
+    printed = run(EXAMPLES / "train_on_your_csv.sh", *tiny_settings, path=make_without_installing, RUNTIME="local")
     assert "Example 1 of" in printed and "perplexity on" in printed
     rows = table(EXAMPLES / "bike_slang.csv")
     manifest = json.loads((tmp_path / "data/manifest.json").read_text())
@@ -74,8 +72,8 @@ def test_train_on_your_csv(tiny_settings: list[str], make_without_installing: st
 
 
 @pytest.mark.slow
-def test_add_a_task(tiny_settings: list[str], tmp_path: Path) -> None:
-    run(EXAMPLES / "add_a_task/run.sh", *tiny_settings)
+def test_add_a_task(tiny_settings: list[str], make_without_installing: str, tmp_path: Path) -> None:
+    run(EXAMPLES / "add_a_task/run.sh", *tiny_settings, path=make_without_installing, RUNTIME="local")
     places = {place["place"]: place for place in table(EXAMPLES / "add_a_task/places.csv")}
     rows = [
         json.loads(line)
@@ -121,10 +119,8 @@ def test_call_the_server(tiny_base: Path, tmp_path: Path) -> None:
     package = shutil.copytree(ROOT / "serving/client", tmp_path / "packages/gemma_client")
     shutil.copy(ROOT / "core/prompt.py", package / "prompt.py")
     with serve_tiny(tiny_base, tmp_path) as stack:
-        openai_url = f"http://127.0.0.1:{stack.ports['door']}/v1"
-        printed = run(
-            sys.executable, EXAMPLES / "call_the_server.py", stack.grpc, openai_url, PYTHONPATH=str(package.parent)
-        )
+        program = [EXAMPLES / "call_the_server.py", stack.grpc, f"{stack.door}/v1"]
+        printed = run(sys.executable, *program, PYTHONPATH=str(package.parent))
     assert set(PROMPTS) <= set(printed.splitlines()[0].removeprefix("Adapters: ").split(", "))
     answered = printed.partition(" tokens):\n")[2]
     through_openai = printed.partition("through the OpenAI API:\n")[2].rstrip("\n")

@@ -10,5 +10,5 @@ set -eu
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=examples/add_a_task
 
-.venv/bin/python -m commands.data task=opening_hours "$@"
-.venv/bin/python -m commands.train task=opening_hours "$@"
+make data TASK=opening_hours ARGS="$*"
+make train TASK=opening_hours ARGS="$*"
