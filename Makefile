@@ -167,7 +167,7 @@ lint: .venv/dev.stamp  ## ruff, mypy and the import contracts
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports
 
 docs: .venv/dev.stamp  ## regenerate figures, pictures and references in README.md and docs/
-	@$(RUN) commands.docs
+	@$(RUN) commands.docs && $(RUN) commands.config_reference && $(RUN) commands.artifact_reference
 
 docs-check: docs  ## fail if `make docs` changes anything that is committed
 	@git diff --exit-code --stat -- README.md docs
