@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from commands.publish import main
 from converters import nemo
-from converters.adapter import our_name
+from converters.adapter import peft_name
 from converters.checkpoint import Adapter
 from core.base_model import describe
 from core.errors import UserError
@@ -65,7 +65,7 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         AutoModelForCausalLM.from_pretrained(tiny_base), LoraConfig(task_type="CAUSAL_LM", **settings)
     )
     torch.manual_seed(0)
-    tensors = {our_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
+    tensors = {peft_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
     prompt = Prompt("Q:\n{instruction}\nA:\n{response}", "{context}", "Slang: {slang}", {"context": "Rain."})
     nemo.write(
         Adapter(settings, tensors, {**describe(tiny_base), "name": "tiny"}, None, prompt, "bfloat16"),

@@ -41,7 +41,7 @@ from vllm_contract import Refused, Server, tensors
 
 from commands.prepare_serving import prepare
 from converters import nemo
-from converters.adapter import our_name
+from converters.adapter import peft_name
 from converters.checkpoint import Adapter
 from core.artifacts import ServedAdapter
 from core.base_model import describe
@@ -842,7 +842,7 @@ def write_archive(run: Path, task: str, prompt: Prompt, base: Path) -> None:
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     torch.manual_seed(len(task))
-    weights = {our_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
+    weights = {peft_name(n): torch.randn(p.shape) * 0.3 for n, p in model.named_parameters() if "lora_" in n}
     content = Adapter(settings, weights, {**describe(base), "name": "tiny"}, None, prompt, "bfloat16")
     nemo.write(content, run / f"{task}.nemo")
 
