@@ -119,7 +119,7 @@ def test_call_the_server(tiny_base: Path, tmp_path: Path) -> None:
     package = shutil.copytree(ROOT / "serving/client", tmp_path / "packages/gemma_client")
     shutil.copy(ROOT / "core/prompt.py", package / "prompt.py")
     with serve_tiny(tiny_base, tmp_path) as stack:
-        program = [EXAMPLES / "call_the_server.py", stack.grpc, f"{stack.door}/v1"]
+        program = [EXAMPLES / "call_the_server.py", stack.grpc, f"{stack.gateway}/v1"]
         printed = run(sys.executable, *program, PYTHONPATH=str(package.parent))
     assert set(PROMPTS) <= set(printed.splitlines()[0].removeprefix("Adapters: ").split(", "))
     answered = printed.partition(" tokens):\n")[2]

@@ -153,12 +153,12 @@ def create_app(settings: Settings) -> FastAPI:
         def signed_in(
             request: Request, password: Annotated[str, Form(max_length=1000)], next: Annotated[str, Form()] = "/"
         ) -> Response:
-            door: SignIn = request.scope["sign_in"]
-            if not door.is_right(password):
+            sign_in: SignIn = request.scope["sign_in"]
+            if not sign_in.is_right(password):
                 return page(request, "sign_in", 403, next=_own_path(next), wrong=True)
             response = RedirectResponse(_own_path(next), 303)
             secure = request.url.scheme == "https"
-            response.set_cookie(SignIn.COOKIE, door.cookie(), httponly=True, samesite="lax", secure=secure)
+            response.set_cookie(SignIn.COOKIE, sign_in.cookie(), httponly=True, samesite="lax", secure=secure)
             return response
 
     @app.exception_handler(HTTPException)
