@@ -189,8 +189,8 @@ def test_an_architecture_with_random_weights_is_measured_like_a_base(
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("systems=ours,hf", "unknown system hf. Known: ours, hf-fp32"),
-        ("rows=few", "rows=few: rows is a whole number"),
+        ("systems=ours,hf", "systems=hf is unknown. Known: ours, hf-fp32"),
+        ("rows=few", "rows must be a whole number, not 'few'"),
         ("random=gemma-9", "random=gemma-9 is unknown. Known: gemma-2b"),
     ],
 )

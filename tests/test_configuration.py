@@ -226,7 +226,7 @@ def test_a_key_that_a_task_lacks_is_named_with_the_section_that_lacks_it(configs
             "kind: series",
             "kinds: series",
             ["task=squid_game"],
-            "squid_game.yaml:11: unknown key",
+            "squid_game.yaml:12: unknown key",
         ),
         ("task/slang.yaml", "name: slang\n", "defaults: [chta, _self_]\nname: slang\n", [], "did you mean chat?"),
     ],

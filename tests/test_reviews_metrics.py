@@ -38,7 +38,7 @@ def test_what_no_review_says_is_without_support(reviews: Evidence) -> None:
         "Of 7, as asked, 12.",
     ]
     lines = said(*texts)
-    lines[3]["text_in"] = "Which 7 reviews?"
+    lines[3].text_in = "Which 7 reviews?"
     assert reviews_metrics.unsupported(lines, reviews) == [0, 2, 0, 0]
 
 

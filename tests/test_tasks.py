@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, needs_task
 from fastapi.testclient import TestClient
 
+from core.artifacts import Generation
 from core.configuration import load_config, names, plain
 from core.errors import UserError
 from core.tasks import having, part_of
@@ -76,14 +77,12 @@ def test_its_rows_are_worded_by_its_own_module(data: Path) -> None:
 def test_its_metric_is_measured_beside_the_usual_ones(data: Path, tiny_base: Path) -> None:
     config = plain(load_config(["task=poems"]))
     answers = [
-        {"id": side, "side": side, "question": "q", "seed": 0, "text": text, "text_in": "", "ended": True}
+        Generation(id=side, side=side, question="q", asked="q", seed=0, text=text, text_in="", ended=True)
         for side, text in (("before", "one"), ("after", "one\n\ntwo"))
     ]
-    metrics = measure(answers, Evidence(data, tiny_base, config), config["task"]["evaluate"]["metrics"])["metrics"]
-    (verses,) = [metric for metric in metrics if metric["name"] == "verses"]
-    assert (
-        verses["after"][0] == 2 and verses["explanation"] == "How many verses the poem has, not counting empty lines."
-    )
+    metrics, _ = measure(answers, Evidence(data, tiny_base, config), config["task"]["evaluate"]["metrics"])
+    (verses,) = [metric for metric in metrics if metric.name == "verses"]
+    assert verses.after[0] == 2 and verses.explanation == "How many verses the poem has, not counting empty lines."
 
 
 @pytest.mark.usefixtures("found")

@@ -162,7 +162,7 @@ def test_attention(window: int | None, softcap: float | None, groups: int, dtype
     parts = [torch.randn(layout.positions.shape[1], heads, 64).to(dtype) for heads in (4, groups, groups)]
     real = [place for one in layout.segments for place in range(one.start, one.start + one.length)]
 
-    (own, before), position = layout._names(), layout.positions[0]
+    (own, before), position = layout._segment_ids(), layout.positions[0]
     visible = (own[:, None] == own) | (before[:, None] == own)
     distance = position[:, None] - position
     visible &= (distance >= 0) & (distance < (window or len(position)))

@@ -82,7 +82,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (run / "config.yaml").write_text(
             "task: {name: slang, train: {epochs: 3}}\nmodel: {name: gemma-3-270m}\npeft: {name: lora, r: 8}\nseed: 0\n"
         )
-        found = {"held_out_rows": 38, "before": {"perplexity": 44.08}, "after": {"perplexity": 16.66}}
+        found = {
+            "held_out_rows": 38,
+            "before": {"loss": 3.786, "perplexity": 44.08},
+            "after": {"loss": 2.813, "perplexity": 16.66},
+        }
         (run / "evaluation.json").write_text(json.dumps(found))
         (run / "report.html").write_text(report)
     (folder / "runs/slang/half").mkdir()
