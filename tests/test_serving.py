@@ -220,7 +220,7 @@ def write_tiny_adapter(stack: Stack, name: str, scratch: Path, weights: bytes = 
 def test_a_broken_adapter_does_not_affect_the_others(server: Server, stack: Stack, tmp_path: Path) -> None:
     write_tiny_adapter(stack, "broken", tmp_path, b"nothing")
     try:
-        until(lambda: "broken" in State(stack.folder / "state").ask_engine(PATIENCE)["broken"])
+        until(lambda: "broken" in State(stack.folder / "state").ask_engine(PATIENCE).broken)
         with pytest.raises(Refused, match="broken"):
             server.ask("http", "Hi", {**GREEDY, "lora_name": "broken"})
         assert server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
