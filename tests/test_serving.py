@@ -666,8 +666,13 @@ def test_listening_on_other_addresses_than_loopback_warns(tiny_base: Path, tmp_p
     with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
         port = taken.getsockname()[1]
         words = ["host=0.0.0.0", f"grpc_port={port}"]
-        started = subprocess.run([SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", *words],
-                                 cwd=ROOT, capture_output=True, text=True, timeout=60)  # fmt: skip
+        started = subprocess.run(
+            [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert started.returncode == 2
     assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
     assert "SECURITY.md" in started.stdout

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.client import Adapter, AsyncClient, ServingError
 from serving.rate_limit import Rate, client_of
 from serving.web import answers, runs
-from serving.web.guard import HeadAsGet, RequestLimits, SameOrigin, SecurityHeaders, SignIn
+from serving.web.guard import HeadAsGet, SameOrigin, SecurityHeaders, SignIn, VisitorLimits
 from serving.web.page import FoundPage, find_pages
 from serving.web.runs import finished_runs
 from serving.web.settings import Settings, session_key
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         Middleware(SecurityHeaders),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False),
         Middleware(
-            RequestLimits, rates=rates, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all
+            VisitorLimits, rates=rates, streaming="/api/answer", at_once=settings.at_once, in_all=settings.in_all
         ),
         Middleware(SameOrigin),
         *password_guard,

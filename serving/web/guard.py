@@ -55,7 +55,7 @@ class SecurityHeaders:
         await self._app(scope, receive, with_headers)
 
 
-class RequestLimits:
+class VisitorLimits:
     """Refuses, with 429, clients that send too many requests or have too many answers streaming.
 
     Args:

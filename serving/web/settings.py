@@ -17,7 +17,7 @@ class Settings:
         hosts: names by which the site may be called; others are refused, which stops DNS rebinding.
         password: asked of every visitor unless empty.
         clean: refuse explicit terms in questions and mask them in answers.
-        at_once, in_all: answers streaming to one visitor, and to all of them, see guard.RequestLimits.
+        at_once, in_all: answers streaming to one visitor, and to all of them, see guard.VisitorLimits.
     """
 
     triton: str = "127.0.0.1:8001"
