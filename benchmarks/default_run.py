@@ -16,14 +16,11 @@ from core.run_folder import Run, finished_runs
 RESULTS = Path(__file__).parent / "results" / "default-run"
 
 
-def main(words: list[str]) -> None:
-    config = load_config(words)
+def main(argv: list[str]) -> None:
+    config = load_config(argv)
     runs = [Run.read(folder) for folder in finished_runs(config)]
-    default = [
-        found
-        for found in runs
-        if found.config["task"]["train"] == plain(config.task.train) and not found.config["seed"]
-    ]
+    settings = plain(config.task.train)
+    default = [found for found in runs if found.config["task"]["train"] == settings and not found.config["seed"]]
     if not default:
         raise UserError("no finished run of the default configuration. Train one: make train TASK=slang")
     evaluation, environment = default[-1].evaluation, default[-1].environment

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from core.arguments import Arguments, parse
 from core.artifacts import ARTIFACTS, Estimate, Record
 from core.errors import run
 from core.files import write_whole
@@ -29,7 +30,8 @@ may be missing.
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    parse(Arguments, argv)
     write_whole(DOCS, reference())
     print(f"written: {DOCS}")
 
@@ -101,4 +103,4 @@ def _type(annotation: Any) -> str:
 
 
 if __name__ == "__main__":
-    run(lambda _: main())
+    run(main)

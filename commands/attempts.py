@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 from benchmarks.figures import RESULTS, refresh
-from commands.train import name_run
 from core.base_model import ensure_base_model
 from core.configuration import load_config
 from core.errors import UserError, run
@@ -19,7 +18,7 @@ from core.files import write_json
 from core.run_folder import Run
 from data_prep.prepare import prepare
 from evaluation.compare_runs import facts
-from training.fingerprint import run_fingerprint
+from training.fingerprint import name_run, run_fingerprint
 
 ATTEMPTS = ("attempt1", "attempt2", "attempt3")
 

@@ -7,10 +7,12 @@ Benchmarks write their own pages when they are measured; nothing is measured her
 
 from benchmarks.diagrams import write_diagrams
 from benchmarks.figures import refresh
+from core.arguments import Arguments, parse
 from core.errors import run
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
+    parse(Arguments, argv)
     print("\n".join(refresh()))
     write_diagrams()
 

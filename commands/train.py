@@ -11,8 +11,6 @@ with code 3 where held-out perplexity fell by less.
 """
 
 import errno
-import hashlib
-import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +30,7 @@ from data_prep.prepare import prepare
 from evaluation.gate import pass_gate
 from evaluation.questions import check, held_out_questions, listed_questions
 from training import automodel
-from training.fingerprint import check_records, describe_unfinished_run, differences, run_fingerprint
+from training.fingerprint import check_records, describe_unfinished_run, differences, name_run, run_fingerprint
 from training.launcher import check_processes, check_tensor_parallel, join, launch, node_rank, open_store, release
 from training.signals import Stopped, StopSignals
 
@@ -75,7 +73,10 @@ def main(argv: list[str]) -> int:
     check_records(run_folder, identity)
     if other := describe_unfinished_run(run_folder, identity):
         print(other)
-    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {run_folder}: {error.strerror}; name another runs_dir") from None
     try:
         with FileLock(run_folder / ".lock", timeout=0):
             train(config, base_folder, data_folder, run_folder, identity, StopSignals(), store)
@@ -90,18 +91,10 @@ def main(argv: list[str]) -> int:
             raise
         why = getattr(error, "strerror", error)
         raise UserError(
-            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room; the same "
-            "command goes on"
+            f"no room to write in {run_folder}: {why}. The checkpoint before is kept whole. Make room, and run "
+            "the same command to resume"
         ) from None
     return show_result(run_folder, settings["min_gain"])
-
-
-def name_run(config: Config, base_folder: Path, identity: dict[str, Any]) -> Path:
-    """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    engine = "" if config.engine == "lightning" else config.engine
-    parts = [describe(base_folder)["name"], config.peft.name, engine, config.experiment_name, digest]
-    return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
 
 
 def train(

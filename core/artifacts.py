@@ -84,7 +84,12 @@ class Artifact(Record):
         Raises:
             UserError: as `read`.
         """
-        lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n") if file.exists() else []
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is damaged: {error}") from None
         return [cls.parse(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if _is_json(line)]
 
     @classmethod

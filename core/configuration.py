@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from core.arguments import Arguments, own_arguments, parse
 from core.checks import Keys, Problem, all_keys, check, dotted, section_of
 from core.errors import UserError
+from core.files import write_whole
 from core.schema import Config, Section
 from core.tasks import CONFIG_DIR, foreign_config_dirs
 from core.validation import did_you_mean
@@ -78,7 +79,7 @@ def plain(section: Section) -> dict[str, Any]:
 
 def write_config(config: Config, file: Path) -> None:
     """`config` as plain YAML: what stands in it are values, and no references."""
-    file.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(file, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
 def read_config(file: Path) -> Config:
@@ -120,6 +121,11 @@ def _parse_overrides(words: list[str], own: list[str]) -> list[Override]:
     """
     parser, given, wrong = OverridesParser.create(), [], list[str]()
     for word in words:
+        root = re.split(r"[.=@/]", word.lstrip("+~"))[0]
+        hint = "" if root in (*GROUPS, *Config.model_fields) else did_you_mean([root], own)
+        if hint or root == "hydra":  # what else is unknown, the schema says
+            wrong.append(f"argument {_short(word)}: unknown key {root}{hint}")
+            continue
         if "=" not in word and not word.startswith("~"):
             hint = did_you_mean([word.lstrip("-")], [*own, *GROUPS, *all_keys(Config)])
             wrong.append(f"argument {_short(word)}: arguments are written key=value{hint}")
@@ -152,7 +158,7 @@ def _is_group(override: Override) -> bool:
 def _as_hydra_takes_it(override: Override) -> str:
     """Without Hydra's distinction of `key=`, `+key=` and `++key=`: whether a key may be there, the schema says."""
     word = str(override.input_line)
-    if override.is_delete() or override.key_or_group.startswith("hydra"):
+    if override.is_delete():
         return word
     if _is_group(override):
         return f"+{word}" if override.type == OverrideType.CHANGE and override.key_or_group == "experiment" else word
@@ -180,6 +186,8 @@ def _composed(words: list[str], given: list[Override]) -> Config:
         hint = "; between double quotes, \\${ is written \\\\${" if "escape character '$'" in str(error.problem) else ""
         where = f"{_relative(Path(mark.name))}:{mark.line + 1}" if mark else "configuration"
         raise UserError(f"{where}: this is not YAML: {error.problem}{hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_relative(_not_utf8())}: is not UTF-8 ({error.reason}); save it as UTF-8") from None
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert config is not None
@@ -295,12 +303,24 @@ def _place(files: list[tuple[Path, Keys]], path: Keys) -> tuple[Path | None, int
     return best[1:]
 
 
+def _not_utf8() -> Path:
+    """The first configuration file that is not: the error that Hydra lets through does not name it."""
+    for file in sorted(file for folder in config_dirs() for file in folder.rglob("*.yaml")):
+        try:
+            file.read_bytes().decode()
+        except UnicodeDecodeError:
+            return file
+    return CONFIG_DIR
+
+
 def _relative(file: Path) -> Path:
     return file.relative_to(CONFIG_DIR.parent) if file.is_relative_to(CONFIG_DIR.parent) else file
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # "In 'task/films': ConfigTypeError raised while composing config:" is followed by what went wrong.
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(".")
 
 
 def _short(word: str) -> str:

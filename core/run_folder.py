@@ -40,7 +40,7 @@ class Run:
         Raises:
             UserError: a file that is damaged, or of an unknown format; or no `evaluation.json`.
         """
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = _read_config(folder / "config.yaml")
         steps, validations = read_metrics(folder)
         return cls(
             folder,
@@ -106,6 +106,20 @@ def median(values: Iterable[float | None]) -> float:
     """Of those that are known; 0 where none is."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else 0.0
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A run's `config.yaml` as it stands. Raises UserError: it is missing or damaged."""
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+    lacking = [name for name in ("task", "model") if not isinstance(config, dict) or name not in config]
+    if lacking:
+        raise UserError(f"{file} is damaged: it has no section {', '.join(lacking)}")
+    return config
 
 
 def finished_runs(config: Config) -> list[Path]:

@@ -36,6 +36,8 @@ def _modules(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_as_text)]
 Number = Annotated[float, Field(allow_inf_nan=False), WrapValidator(_as_given)]
 NonEmpty = Annotated[Text, Field(min_length=1)]
+FolderName = Annotated[Text, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+OptionalFolderName = Annotated[Text, Field(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]*)?$")]
 Question = Annotated[str | dict[str, Any], BeforeValidator(_question)]
 Modules = Annotated[str | list[str], BeforeValidator(_modules)]
 
@@ -171,7 +173,7 @@ class EvaluateConfig(Section):
 
 
 class TaskConfig(Section):
-    name: NonEmpty = Field(description="names the folders of data and runs")
+    name: FolderName = Field(description="names the folders of data and runs")
     title: Text | None = Field(None, description="what people call the served adapter; null: its name")
     data: DataConfig
     prompt: PromptConfig
@@ -184,7 +186,7 @@ class TaskConfig(Section):
 
 
 class ModelConfig(Section):
-    name: NonEmpty = Field(description="names the base model's folder")
+    name: FolderName = Field(description="names the base model's folder")
     repo: Text = Field(description="its repository on the Hugging Face hub")
     revision: Text = Field(description="commit, tag or branch of that repository")
     embedded: bool = Field(description="built from Python packages (4-bit weights, dequantized), not downloaded")
@@ -202,7 +204,7 @@ class QuantizationConfig(Section):
 
 
 class PeftConfig(Section):
-    name: NonEmpty = Field(description="part of the run folder's name")
+    name: FolderName = Field(description="part of the run folder's name")
     r: int = Field(ge=1, description="rank")
     lora_alpha: Number = Field(gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: Number = Field(ge=0, lt=1, description="share of inputs that are dropped in training")
@@ -238,7 +240,7 @@ class Config(Section):
     seed: int = Field(ge=0, le=2**32 - 1, description="of everything that is random")
     data_dir: NonEmpty = Field(description="folder of the prepared data")
     runs_dir: NonEmpty = Field(description="folder of all runs")
-    experiment_name: Text = Field(description="part of the run folder's name")
+    experiment_name: OptionalFolderName = Field(description="part of the run folder's name")
     run: NonEmpty | None = Field(None, description="folder of a finished run, used in place of the newest")
     task: TaskConfig
     model: ModelConfig

@@ -44,6 +44,8 @@ def sentence(key: str, error: Mapping[str, Any]) -> str:
             known = re.findall(r"'([^']*)'", limits["expected"])
             hint = did_you_mean([str(value)], known)
             return f"{key}={value} is unknown. Known: {', '.join(known)}{hint}"
+        case "string_pattern_mismatch":  # only folder names have one, see core/schema.py
+            return f"{key} names a folder: use letters, digits, _, - and ., not {shown(value)}"
         case "value_error":
             return f"{key} {limits['error']}"
     return f"{key}: {error['msg']}, not {shown(value)}"

@@ -14,7 +14,7 @@ from core.run_folder import Run
 
 # A run folder as the code wrote it when its files had no format numbers.
 OLD_RUN = {
-    "config.yaml": "task: {name: slang}\nmodel: {name: gemma-3-270m}\ndata_dir: data/slang\n",
+    "config.yaml": "task: {name: slang}\nmodel: {name: gemma-3-270m}\npeft: {name: lora}\ndata_dir: data/slang\n",
     "data_manifest.json": """{
   "task": "slang",
   "fingerprint": "6c1f",
@@ -150,6 +150,32 @@ def test_what_is_no_artifact_at_all_is_named(old_run: Path, content: str) -> Non
     file = old_run / "evaluation.json"
     file.write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=f"^{file} is damaged"):
+        Run.read(old_run)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"task: [", "is damaged: while parsing"),
+        (b"task: caf\xe9", "is damaged: 'utf-8' codec"),
+        (b"task: {name: slang}", "is damaged: it has no section model"),
+        (b"text", "is damaged: it has no section task, model"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_damaged_configuration_is_named(old_run: Path, content: bytes | None, says: str) -> None:
+    file = old_run / "config.yaml"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        Run.read(old_run)
+    assert str(refused.value).startswith(f"{file} {says}")
+
+
+def test_lines_that_are_not_text_are_named(old_run: Path) -> None:
+    (old_run / "metrics.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged"):
         Run.read(old_run)
 
 

@@ -280,6 +280,27 @@ def test_a_right_value_arrives(word: str, path: str, value: object) -> None:
     assert found == value and type(found) is type(value)
 
 
+def test_a_file_that_is_not_utf8_is_named(configs: Path) -> None:
+    (configs / "task/films.yaml").write_bytes(FILMS.encode() + b"# caf\xe9\n")
+    assert refused(["task=films"]) == [
+        "nemo_configs/task/films.yaml: is not UTF-8 (invalid continuation byte); save it as UTF-8"
+    ]
+
+
+@pytest.mark.parametrize("name", ["../evil", "a b", "", ".hidden", "caf\u00e9"])
+def test_a_name_that_cannot_be_a_folder_s_is_refused(configs: Path, name: str) -> None:
+    (configs / "task/films.yaml").write_text(FILMS.replace("name: films", f'name: "{name}"'), encoding="utf-8")
+    (said,) = refused(["task=films"])
+    assert said.startswith("nemo_configs/task/films.yaml:1: task.name ")
+    if name:
+        assert "experiment_name names a folder" in refused([f"experiment_name='{name}'"])[0]
+
+
+@pytest.mark.parametrize("word", ["hydra.verbose=true", "+hydra.foo=1", "hydra/launcher=x", "~hydra.foo=1"])
+def test_hydra_s_own_settings_are_no_keys(word: str) -> None:
+    assert refused([word])[0].startswith(f"argument {word}: unknown key hydra")
+
+
 @pytest.mark.parametrize("model", names("model"))
 def test_every_file_of_the_project_passes(model: str) -> None:
     for task in ("slang", "squid_game", "chat"):

@@ -29,6 +29,14 @@ AFTERWARDS = ("task.evaluate.", "judge.")
 CHECKPOINT_KEY = "made_of"  # of the fingerprint in a checkpoint file
 
 
+def name_run(config: Config, base_folder: Path, fingerprint: dict[str, Any]) -> Path:
+    """`runs/<task>/<model>-<peft>[-automodel][-<experiment>]-<hash of configuration, base and data>`."""
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
+    engine = "" if config.engine == "lightning" else config.engine
+    parts = [describe(base_folder)["name"], config.peft.name, engine, config.experiment_name, digest]
+    return Path(config.runs_dir) / config.task.name / "-".join(part for part in parts if part)
+
+
 def run_fingerprint(config: Config, base_folder: Path, data_folder: Path) -> dict[str, Any]:
     """Everything that decides the result of a run, as one flat dictionary.
 
