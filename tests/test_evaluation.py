@@ -513,12 +513,12 @@ def test_the_commands_as_a_user_gives_them(words: list[str], tmp_path: Path) -> 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def call(module: str, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", f"evaluation.{module}", *words, *more]
+        command = [sys.executable, "-m", f"commands.{module}", *words, *more]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
 
     report_again, refused = call("report"), call("report", "task.evaluate.min_gain=0.999")
     assert report_again.returncode == 0 and report_again.stdout.strip().endswith("report.html"), report_again.stderr
     assert refused.returncode == 3 and "Traceback" not in refused.stderr
-    assert call("compare_runs").returncode == 0
+    assert call("compare").returncode == 0
     wrong = call("report", "judge.url=http://127.0.0.1:9/v1")
     assert wrong.returncode == 2 and "judge.model" in wrong.stderr and "Traceback" not in wrong.stderr

@@ -269,7 +269,7 @@ def test_an_engine_that_dies_mid_stream_is_told_and_asked_again(
     expect(page.locator("#before-text")).not_to_be_empty()
     with without_supervisor(stack):  # nobody brings the engine back while the page is looked at
         stack.managed("engine").kill()
-        expect(page.locator("#alert")).to_contain_text("The model is not there at the moment")
+        expect(page.locator("#alert")).to_contain_text("The model is not available at the moment")
         assert page.locator("#before-text").inner_text()  # what came is still there
         assert page.get_by_label("Where are you?").input_value() == SCENE
         assert violations(page) == []
