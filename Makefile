@@ -1,4 +1,4 @@
-# The front door. Every target is a thin call of a Python module that can be run by hand; `make` prints them.
+# Every target is a thin call of a Python module that can be run by hand; `make` prints them.
 
 TASK   ?= slang
 MODEL  ?= gemma-3-270m
