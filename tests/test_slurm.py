@@ -338,7 +338,8 @@ def test_a_sweep_produces_a_run_for_each_combination_and_one_table(
 def test_a_failed_job_reports_its_reason_and_exit_code(cluster: Cluster, words: list[str], tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, [*words, "task.train.epoch=3"], NODES="2")
     assert job.end() == 2
-    assert "unknown key task.train.epoch; did you mean task.train.epochs?" in job.said and "ended with code 2" in job.said
+    assert "unknown key task.train.epoch; did you mean task.train.epochs?" in job.said
+    assert "ended with code 2" in job.said
     assert cluster.job(job.number)["Restarts"] == "0" and "Traceback" not in job.said
 
 
