@@ -250,9 +250,8 @@ def test_a_new_run_beside_an_unfinished_one_says_what_differs(start: Start, copy
     training.wait_until(lambda: "Loading NeMo" in training.said)
     training.send(signal.SIGKILL)
     training.end()
-    assert (
-        f"{unfinished} is unfinished and differs: task.train.learning_rate 0.01 → 0.02. This starts another run"
-        in (training.said)
+    assert f"{unfinished} is unfinished and differs: task.train.learning_rate 0.01 → 0.02. This starts another run" in (
+        training.said
     )
 
 
