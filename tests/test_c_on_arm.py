@@ -33,6 +33,7 @@ def run(*command: str | Path) -> str:
 @needs_compiler
 @TARGETS
 @DTYPES
+@pytest.mark.slow
 def test_training_kernels_compile(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
     flags = [*PORTABLE, *training_kernels.DTYPE_FLAGS[dtype], f"-march={target}"]
     run(COMPILER, *flags, "-c", training_kernels.SOURCE, "-o", tmp_path / "kernels.o")
@@ -40,6 +41,7 @@ def test_training_kernels_compile(target: str, dtype: torch.dtype, tmp_path: Pat
 
 @needs_compiler
 @TARGETS
+@pytest.mark.slow
 def test_serving_kernels_compile(target: str, tmp_path: Path) -> None:
     flags = [flag for flag in serving_kernels.FLAGS if not flag.startswith("-mprefer-vector-width")]  # x86-64's own
     run(COMPILER, *PORTABLE, *flags, f"-march={target}", "-c", serving_kernels.SOURCE, "-o", tmp_path / "kernels.o")
@@ -49,6 +51,7 @@ def test_serving_kernels_compile(target: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64 is installed")
 @TARGETS
 @DTYPES
+@pytest.mark.slow
 def test_training_kernels_compute_the_same(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
     flags = [flag for flag in training_kernels.DTYPE_FLAGS[dtype] if flag != "-fopenmp"]
     flags += [*PORTABLE, "-w", "-I", str(training_kernels.SOURCE.parent), str(HARNESS), "-lm"]

@@ -91,6 +91,7 @@ def test_add_a_task(tiny_settings: list[str], make_without_installing: str, tmp_
     assert (trained / "opening_hours.nemo").exists() and (trained / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_load_in_transformers(tiny_base: Path, tmp_path: Path) -> None:
     """The example answers as the archive that it was converted from, asked by this project."""
     torch.manual_seed(0)
@@ -114,6 +115,7 @@ def test_load_in_transformers(tiny_base: Path, tmp_path: Path) -> None:
     assert printed == answer + "\n"
 
 
+@pytest.mark.slow
 def test_call_the_server(tiny_base: Path, tmp_path: Path) -> None:
     # the package as the wheel has it: serving/client with the prompt's own file in it
     package = shutil.copytree(ROOT / "serving/client", tmp_path / "packages/gemma_client")

@@ -66,6 +66,7 @@ def finished(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_folder_has_what_the_next_stage_needs(finished: Path) -> None:
     run = only_run(finished)
     for name in (
@@ -87,6 +88,7 @@ def test_a_run_folder_has_what_the_next_stage_needs(finished: Path) -> None:
     assert evaluation["after"]["perplexity"] < evaluation["before"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_nemo_restores_its_own_archive(finished: Path) -> None:
     from training.gemma_lora import GemmaLoRA
 
@@ -97,6 +99,7 @@ def test_nemo_restores_its_own_archive(finished: Path) -> None:
     assert all(torch.equal(restored[name], saved[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_shown_and_not_repeated(finished: Path, source: Path, tiny_base: Path) -> None:
     archive = only_run(finished) / "slang.nemo"
     written = archive.stat().st_mtime_ns
