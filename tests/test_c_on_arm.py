@@ -17,11 +17,19 @@ from training import kernels as training_kernels
 
 COMPILER = shutil.which("aarch64-linux-gnu-gcc") or ""
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static") or ""
+AARCH64 = 183  # EM_AARCH64 of elf.h
 HARNESS = Path(__file__).with_name("kernel_harness.c")
 PORTABLE = [flag for flag in FLAGS if not flag.startswith("-march")]
 TARGETS = pytest.mark.parametrize("target", ["armv8.2-a", "armv8.6-a+bf16"])
 DTYPES = pytest.mark.parametrize("dtype", training_kernels.DTYPE_FLAGS)
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="no aarch64-linux-gnu-gcc is installed")
+
+
+def machine_of(file: Path) -> int:
+    """What an ELF file is for: `e_machine`, the half word at byte 18 of its header."""
+    header = file.read_bytes()[:20]
+    assert header[:4] == b"\x7fELF"
+    return int.from_bytes(header[18:20], "little")
 
 
 def run(*command: str | Path) -> str:
@@ -37,6 +45,7 @@ def run(*command: str | Path) -> str:
 def test_training_kernels_compile(target: str, dtype: torch.dtype, tmp_path: Path) -> None:
     flags = [*PORTABLE, *training_kernels.DTYPE_FLAGS[dtype], f"-march={target}"]
     run(COMPILER, *flags, "-c", training_kernels.SOURCE, "-o", tmp_path / "kernels.o")
+    assert machine_of(tmp_path / "kernels.o") == AARCH64
 
 
 @needs_compiler
@@ -45,6 +54,7 @@ def test_training_kernels_compile(target: str, dtype: torch.dtype, tmp_path: Pat
 def test_serving_kernels_compile(target: str, tmp_path: Path) -> None:
     flags = [flag for flag in serving_kernels.FLAGS if not flag.startswith("-mprefer-vector-width")]  # x86-64's own
     run(COMPILER, *PORTABLE, *flags, f"-march={target}", "-c", serving_kernels.SOURCE, "-o", tmp_path / "kernels.o")
+    assert machine_of(tmp_path / "kernels.o") == AARCH64
 
 
 @needs_compiler

@@ -508,18 +508,21 @@ def victim(stack: Stack, name: str) -> psutil.Process:
 
 
 def test_clients_of_a_killed_engine_get_an_error_and_it_is_restarted(server: Server, stack: Stack) -> None:
-    strike(server, stack, "engine", signal.SIGKILL)
+    before = server.ask("http", "Hi", GREEDY)
+    assert strike(server, stack, "engine", signal.SIGKILL) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 @pytest.mark.parametrize("name", ["engine", "gemma", "triton", "adapters"])
 def test_any_process_may_die_or_hang(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
-    strike(server, stack, name, number)
+    before = server.ask("http", "Hi", GREEDY)
+    assert strike(server, stack, name, number) == before
 
 
-def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> None:
-    """Kill or stop a part while four wait: all are told, and what has taken its place answers."""
+def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> Any:
+    """Kill or stop a process while four wait: all are told. What the server then answers to `GREEDY`."""
+    after: list[Any] = []
     told: queue.Queue[float] = queue.Queue()
 
     def wait(protocol: str, stream: bool) -> None:
@@ -539,14 +542,15 @@ def strike(server: Server, stack: Stack, name: str, number: signal.Signals) -> N
     began = time.monotonic()
     struck.send_signal(number)
     last = max(told.get(timeout=PATIENCE) for _ in waiting) - began
-    until(lambda: not lives(struck) and server.is_ready() and answers(server))
+    until(lambda: not lives(struck) and server.is_ready() and answers(server, after))
     print(f"{name} {number.name}: told after {last:.2f} s, back after {time.monotonic() - began:.2f} s")
+    return after[0]
 
 
-def answers(server: Server) -> bool:
+def answers(server: Server, into: list[Any]) -> bool:
     with suppress(Refused):
-        return bool(server.ask("http", "Hi", GREEDY))
-    return False
+        into.append(server.ask("http", "Hi", GREEDY))
+    return bool(into)
 
 
 def test_running_out_of_memory_is_reported_as_such(tmp_path: Path) -> None:
@@ -564,7 +568,8 @@ def test_a_process_that_keeps_dying_is_restarted_less_and_less_often(tmp_path: P
     for delay in (0, 0, 1, 2):
         process.start()
         until(lambda: not process.is_running)
-        reason = reap(process, delay)
+        reason, least, most = reap(process)
+        assert least <= delay <= most
     assert reason == "engine ended with code 3: no such base (4 times in a row; the next start is in 2 s)"
 
 
@@ -574,15 +579,15 @@ def test_a_process_that_had_answered_is_restarted_soon_however_often_it_dies(tmp
         process.start()
         until(lambda: not process.is_running)
         process.answered()
-        reap(process, delay)
+        _, least, most = reap(process)
+        assert least <= delay <= most
 
 
-def reap(process: ManagedProcess, delay: float) -> str:
-    """Why it ended; its next start is `delay` seconds from a moment within the call."""
+def reap(process: ManagedProcess) -> tuple[str, float, float]:
+    """Why it ended, and what its next start may be away, in seconds: the call began and ended at some moment each."""
     before = time.monotonic()
     reason = process.reap()
-    assert before + delay <= process.start_at <= time.monotonic() + delay
-    return reason
+    return reason, process.start_at - time.monotonic(), process.start_at - before
 
 
 def leftovers(stack: Stack) -> list[str]:

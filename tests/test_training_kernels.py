@@ -53,19 +53,16 @@ def error(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact.double()).abs().max() / exact.double().abs().max()).item()
 
 
-def check(
-    fast: Callable[..., Tensor], plain: Callable[..., Tensor], parts: list[Tensor], forward: float, backward: float
-) -> None:
-    """`fast` of `parts` and its gradients are those of `plain` in float64."""
+def errors(fast: Callable[..., Tensor], plain: Callable[..., Tensor], parts: list[Tensor]) -> tuple[float, float]:
+    """Largest of `fast` and of its gradients, against `plain` in float64; NaN where one of them is."""
     parts = [part.requires_grad_() for part in parts]
     exact_parts = [part.detach().double().requires_grad_() for part in parts]
     found, exact = fast(*parts), plain(*exact_parts)
-    assert error(found, exact) <= forward
     weight = torch.randn(exact.shape).to(found.dtype)
     gradients = torch.autograd.grad((found * weight).sum(), parts)
     exact_gradients = torch.autograd.grad((exact * weight).sum(), exact_parts)
-    for one, other in zip(gradients, exact_gradients, strict=True):
-        assert error(one, other) <= backward
+    backward = [error(one, other) for one, other in zip(gradients, exact_gradients, strict=True)]
+    return error(found, exact), torch.tensor(backward, dtype=torch.float64).max().item()  # Python's max may lose a NaN
 
 
 def normed(x: Tensor, scale: Tensor) -> Tensor:
@@ -77,26 +74,24 @@ def normed(x: Tensor, scale: Tensor) -> Tensor:
 def test_norm(size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(70, size).to(dtype), torch.randn(size)
-    check(
+    forward, backward = errors(
         lambda x: _RMSNorm.apply(x, weight, 1e-6),
         lambda x: normed(x, 1 + weight),
         [x],
-        ROUNDED_ONCE[dtype],
-        GRADIENT[dtype],
     )
+    assert forward <= ROUNDED_ONCE[dtype] and backward <= GRADIENT[dtype]
 
 
 @DTYPES
 def test_gated_gelu(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     gate, up = (torch.randn(70, 96).mul(3).to(dtype) for _ in range(2))
-    check(
+    forward, backward = errors(
         _GatedGelu.apply,
         lambda gate, up: F.gelu(gate, approximate="tanh") * up,
         [gate, up],
-        2 * ROUNDED_ONCE[dtype],
-        GRADIENT[dtype],
     )
+    assert forward <= 2 * ROUNDED_ONCE[dtype] and backward <= GRADIENT[dtype]
 
 
 @DTYPES
@@ -128,7 +123,8 @@ def test_rope(size: int, with_norm: bool, dtype: torch.dtype) -> None:
         return x * cos[0, :, None].double() + swapped * sin[0, :, None].double()
 
     x = torch.randn(tokens, heads, size).to(dtype)
-    check(lambda x: _Rope.apply(x, norm, cos, sin), plain, [x], ROUNDED_ONCE[dtype], GRADIENT[dtype])
+    forward, backward = errors(lambda x: _Rope.apply(x, norm, cos, sin), plain, [x])
+    assert forward <= ROUNDED_ONCE[dtype] and backward <= GRADIENT[dtype]
 
 
 @DTYPES
@@ -143,13 +139,12 @@ def test_output_layer(softcap: float | None, dtype: torch.dtype) -> None:
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         return F.cross_entropy(logits, targets, reduction="none")
 
-    check(
+    forward, backward = errors(
         lambda hidden: linear_cross_entropy(hidden, weight, targets, softcap),
         plain,
         [hidden],
-        PRODUCTS[dtype],
-        PRODUCTS[dtype],
     )
+    assert forward <= PRODUCTS[dtype] and backward <= PRODUCTS[dtype]
 
 
 @DTYPES
@@ -175,13 +170,12 @@ def test_attention(window: int | None, softcap: float | None, groups: int, dtype
         probability = score.masked_fill(~visible[real], float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", probability, value)
 
-    check(
+    forward, backward = errors(
         lambda query, key, value: packed_attention(query, key, value, layout, 0.2, window, softcap)[real],
         plain,
         parts,
-        PRODUCTS[dtype],
-        PRODUCTS[dtype],
     )
+    assert forward <= PRODUCTS[dtype] and backward <= PRODUCTS[dtype]
 
 
 @DTYPES
