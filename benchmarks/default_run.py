@@ -5,15 +5,11 @@
 Takes the newest finished run of the default configuration and writes benchmarks/results/default-run/<machine>.json.
 """
 
-import re
-from pathlib import Path
-
+from benchmarks.figures import result_file
 from core.configuration import load_config, plain
 from core.errors import UserError, run
 from core.files import write_json
 from core.run_folder import Run, finished_runs
-
-RESULTS = Path(__file__).parent / "results" / "default-run"
 
 
 def main(argv: list[str]) -> None:
@@ -26,8 +22,7 @@ def main(argv: list[str]) -> None:
     evaluation, environment = default[-1].evaluation, default[-1].environment
     assert environment  # training writes it
     machine = f"{environment.cpu}, {environment.cores} cores"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
+    file = result_file("default-run", machine)
     write_json(
         file,
         {

@@ -24,6 +24,13 @@ AMX = "intel-xeon-processor-2-cores-gemma-3-270m"
 MARK = re.compile(r"<!--figure ([\w-]+)-->(.*?)<!--/figure-->", re.DOTALL)
 
 
+def result_file(kind: str, *parts: str) -> Path:
+    """Where a benchmark of `kind` keeps its result, named by `parts` (machine, model …); makes the folder."""
+    folder = RESULTS / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / (re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-") + ".json")
+
+
 def pages() -> list[Path]:
     """Every page that may quote a figure."""
     return [*Path().glob("README.md"), *sorted(Path("docs").glob("*.md"))]

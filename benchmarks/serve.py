@@ -14,7 +14,6 @@ import atexit
 import csv
 import json
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -32,7 +31,6 @@ from typing import Annotated, Any, Literal
 
 from benchmarks.worker import ROOT, NotRun, Worker, find_python
 
-RESULTS = Path("benchmarks/results/serving")
 # When each token of a request arrived, in seconds since the requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
@@ -395,7 +393,7 @@ def options() -> Any:
 
 
 def main(argv: list[str]) -> None:
-    from benchmarks.figures import refresh
+    from benchmarks.figures import refresh, result_file
     from benchmarks.table import serving_table
     from core.arguments import parse
     from core.errors import UserError
@@ -408,10 +406,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
         result = measure(given, Path(scratch))
     result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *argv])
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{result['machine']}-{result['model']}".lower())
-    write_json(RESULTS / f"{name}.json", result)
-    print("\n".join(serving_table(result)), f"\nwritten: {RESULTS / name}.json, {', '.join(refresh())}")
+    file = result_file("serving", result["machine"], result["model"])
+    write_json(file, result)
+    print("\n".join(serving_table(result)), f"\nwritten: {file}, {', '.join(refresh())}")
 
 
 if __name__ == "__main__":

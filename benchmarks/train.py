@@ -10,7 +10,6 @@ Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/bench
 
 import json
 import os
-import re
 import shlex
 import statistics
 import sys
@@ -64,12 +63,11 @@ def main(argv: list[str]) -> None:
         result = measure(options, config, base_folder, Path(scratch))
     result["command"] = shlex.join(["python", "-m", "benchmarks.train", *map(_without_folder, argv)])
     result["data"]["source"] = source.name
-    RESULTS.mkdir(parents=True, exist_ok=True)
 
     from core.files import write_json
 
     name = [result["machine"], result["model"], source.stem, *([str(options.length)] if options.length else [])]
-    file = RESULTS / (re.sub(r"[^a-z0-9.]+", "-", "-".join(name).lower()).strip("-") + ".json")
+    file = figures.result_file("training", *name)
     write_json(file, result)
     table.show(result)
     table.plot([json.loads(other.read_text()) for other in sorted(RESULTS.glob("*.json"))])
