@@ -259,6 +259,11 @@ class Supervisor:
     def is_up(self) -> bool:
         return all(process.is_up for process in self.processes)
 
+    @property
+    def _requests(self) -> int:
+        """How many the engine had, running or waiting, by its latest heartbeat."""
+        return int(self.heartbeat.get("running", 0)) + int(self.heartbeat.get("waiting", 0))
+
     def _asked_to_end(self) -> None:
         if self.ending.is_set():  # the second signal
             for process in self.processes:
@@ -271,7 +276,7 @@ class Supervisor:
         The engine finishes what it has and refuses new requests. Triton alone would wait for every connection that a
         client keeps open.
         """
-        running = int(self.heartbeat.get("running", 0)) + int(self.heartbeat.get("waiting", 0))
+        running = self._requests
         self.say(f"Stopping{f' after {running} requests, within {DRAIN:.0f} s' if running else ''}")
         self._note("draining", running=running)
         for process in self.processes:
@@ -337,15 +342,15 @@ class Supervisor:
     def _keeps_a_stub(self) -> str:
         """Why Triton must be killed for a stub that it keeps after its model was unloaded; "" where it need not.
 
-        Triton 2.51 now and then keeps one for ever, where a gRPC stream was cancelled at that moment. It is killed
-        while the next engine starts, when it has nothing to do.
+        Triton 2.51 now and then keeps one for ever, where a gRPC stream was cancelled at that moment. It is killed when
+        it has nothing to do: while the next engine starts, or once that has no requests. The stub only costs memory.
         """
         if not self.leaving:
             return ""
         stub, since = self.leaving
         if not lives(stub):
             self.leaving = None
-        elif time.monotonic() - since > LEAVE:
+        elif time.monotonic() - since > LEAVE and not (self.engine.is_up and self._requests):
             return "it kept a stub that had lost its engine"
         return ""
 
@@ -400,8 +405,7 @@ class Supervisor:
             from_engine = any(f"{code}: " in answer.text for code in (protocol.BUSY, protocol.UNAVAILABLE))
             problem = "" if answer.status_code == 200 or from_engine else answer.text[:200]
         except httpx.HTTPError as error:
-            is_slow = self.heartbeat.get("running") or self.heartbeat.get("waiting")  # but it did reach the engine
-            problem = "" if is_slow else type(error).__name__
+            problem = "" if self._requests else type(error).__name__  # slow, but it did reach the engine
         if not problem:
             self.generated_at = time.monotonic()
         elif (
