@@ -1,0 +1,161 @@
+"""Tiny random Gemma 4 models of every kind, with every mechanism of the real ones at work, and a tokenizer for them.
+
+Layer patterns, flags and the ids of control tokens are the published ones; sizes are small and rows exceed the window.
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_tokenizer import TEXTS
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+    Gemma4UnifiedConfig,
+    Gemma4UnifiedForCausalLM,
+    Gemma4UnifiedForConditionalGeneration,
+    Gemma4UnifiedTextConfig,
+    Gemma4VisionConfig,
+    GemmaTokenizer,
+    PreTrainedModel,
+)
+from transformers.tokenization_utils_base import generate_merges
+
+from core.base_model import start_with_bos
+
+CONTROL = {
+    0: "<pad>",
+    1: "<eos>",
+    2: "<bos>",
+    3: "<unk>",
+    46: "<|tool>",
+    47: "<tool|>",
+    48: "<|tool_call>",
+    49: "<tool_call|>",
+    50: "<|tool_response>",
+    51: "<tool_response|>",
+    52: '<|"|>',
+    98: "<|think|>",
+    100: "<|channel>",
+    101: "<channel|>",
+    105: "<|turn>",
+    106: "<turn|>",
+}
+VOCABULARY = 1024
+SLIDING, FULL = "sliding_attention", "full_attention"
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "max_position_embeddings": 1024,
+    "sliding_window": 16,
+    "final_logit_softcapping": 30.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+SMALL = COMMON | {  # E2B: per-layer embeddings, borrowed keys and values, a wider MLP in the borrowing layers
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 10,
+    "layer_types": [SLIDING, SLIDING, SLIDING, SLIDING, FULL] * 2,
+    "num_kv_shared_layers": 5,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
+LARGE = COMMON | {  # 31B: values are keys in the full-attention layers, which have fewer heads for them
+    "hidden_size_per_layer_input": 0,
+    "num_key_value_heads": 4,
+    "num_global_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING] * 5 + [FULL],
+    "attention_k_eq_v": True,
+    "use_bidirectional_attention": "vision",
+}
+EXPERTS = LARGE | {
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 24,
+}
+UNIFIED = {name: value for name, value in LARGE.items() if name != "hidden_size_per_layer_input"} | {
+    "num_global_key_value_heads": 1
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "use_clipped_linears": True,
+    "position_embedding_size": 64,
+}
+KINDS = {  # text models, by the size whose mechanisms they have
+    "e2b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**SMALL)),
+    "e4b": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(**SMALL | {"num_key_value_heads": 2, "use_double_wide_mlp": False})
+    ),
+    "12b": lambda: Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**UNIFIED)),
+    "26b-a4b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**EXPERTS)),
+    "31b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**LARGE)),
+}
+WHOLE = {  # as published, with what sees and hears: e2b with a vision tower of clipped linears, 12b with projections
+    "e2b": lambda: Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=SMALL, vision_config=Gemma4VisionConfig(**VISION))
+    ),
+    "12b": lambda: Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config=UNIFIED)),
+}
+
+
+def tiny_gemma4(kind: str, dtype: torch.dtype = torch.float32, whole: bool = False) -> PreTrainedModel:
+    """A random Gemma 4 of `kind`, in which no norm, scalar or buffer is one or zero; `whole` with its towers."""
+    torch.manual_seed(0)
+    model = (WHOLE if whole else KINDS)[kind]()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "language_model" not in name and whole:
+                continue  # towers: only their bytes matter
+            if "norm" in name or name.endswith(("router.scale", "per_expert_scale")):
+                parameter.normal_(1.0, 0.3)
+            else:
+                parameter.normal_(0.0, 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
+    return model.to(dtype).eval()
+
+
+@cache
+def tiny_tokenizer4() -> GemmaTokenizer:
+    """A tokenizer of Gemma's own kind, with Gemma 4's control tokens at their own ids and bytes as a last resort."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    bpe.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(vocab_size=330, show_progress=False))
+    pieces = sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__)
+    tokens = [CONTROL.get(number, f"<unused{number}>") for number in range(107)]
+    tokens += ["\n", *(f"<0x{byte:02X}>" for byte in range(256))]  # "\n" is 107
+    tokens += [piece for piece in pieces if piece not in tokens]
+    tokens += [f"<unused{number}>" for number in range(len(tokens), VOCABULARY)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = generate_merges(vocabulary, {token: -number for token, number in vocabulary.items()})
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": [CONTROL[number] for number in sorted(CONTROL)[4:]]})
+    return start_with_bos(tokenizer)
+
+
+def tiny_folder4(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, whole: bool = False) -> Path:
+    """`folder` with a tiny Gemma 4 of `kind` and its tokenizer, as Hugging Face keeps them."""
+    tiny_gemma4(kind, dtype, whole).save_pretrained(folder)
+    tiny_tokenizer4().save_pretrained(folder)
+    return folder
