@@ -175,6 +175,7 @@ def _composed(words: list[str], given: list[Override]) -> Config:
             tree = _resolved(composed, (), problems)
             config, refused = check(tree)
             problems = [*problems, *(one for one in refused if one.path not in {other.path for other in problems})]
+            problems = problems or _wrong_task_name(tree["task"]["name"], words)
             if problems:
                 raise UserError(*_located(problems, words, given))
     except MissingConfigException as error:
@@ -192,6 +193,14 @@ def _composed(words: list[str], given: list[Override]) -> Config:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert config is not None
     return config
+
+
+def _wrong_task_name(name: str, words: list[str]) -> list[Problem]:
+    """Runs and exports are kept under the name in a task's file, and looked for under the name of that file."""
+    file = next((file for file, _ in reversed(_files(words)) if file.parent.name == "task"), None)
+    if file is None or file.stem == name:
+        return []
+    return [Problem(("task", "name"), f"task.name is {name}; it must be the name of the file, {file.stem}")]
 
 
 def _resolved(node: Container, path: Keys, problems: list[Problem]) -> Any:
