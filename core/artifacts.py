@@ -201,7 +201,7 @@ class Environment(Artifact):
     @property
     def machine(self) -> str:
         """In one line: its GPUs, else its processor."""
-        return ", ".join(self.gpus) or (f"{self.cores} cores, {self.cpu}" if self.cpu else "")
+        return ", ".join(self.gpus) or (f"{self.cpu}, {self.cores} cores" if self.cpu else "")
 
 
 class MetricsLine(Artifact):
