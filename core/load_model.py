@@ -1,6 +1,7 @@
 """A base model in memory: frozen, whole or in 4 bits, with adapters on its linear layers."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from core.errors import UserError
+
+ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
 
 
 @cache
@@ -59,6 +62,19 @@ def load_base(
 def lora_settings(peft: Mapping[str, Any]) -> dict[str, Any]:
     """LoraConfig's keys of a `peft` section, which also has a name, a quantization and an optimizer."""
     return {key: value for key, value in peft.items() if key not in ("name", "quantization", "optimizer")}
+
+
+def is_target(name: str, targets: str | Collection[str]) -> bool:
+    """Whether peft adapts the layer or weight `name` (`model.layers.0.self_attn.q_proj`) with these `target_modules`
+    or `target_parameters`: names, which are its last parts, or one pattern for all of it.
+
+    ALL_LINEAR leaves out the router of experts: with an adapter there, a few steps send tokens to other experts than
+    those that were trained on them. `router.proj` by name adapts it."""
+    if targets == ALL_LINEAR:
+        return not name.endswith("router.proj")
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
 
 
 def add_lora(base: PreTrainedModel, settings: dict[str, Any]) -> PeftModel:
