@@ -43,6 +43,7 @@ from gguf import (
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
+from converters import gguf_gemma4
 from converters.adapter import target_modules
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
@@ -131,16 +132,20 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
     config = read_config(fields, family, stored)
     if "output.weight" in stored:
         config["tie_word_embeddings"] = False
+    family = config["model_type"]
     names = {llama: name for name, llama in _names(family, config["num_hidden_layers"]).items()}
+    of_4 = family in gguf_gemma4.FAMILIES
     dtype = getattr(torch, config["dtype"])
     tensors: dict[str, LazyTensor] = {}
     for llama, tensor in stored.items():
-        name = names.get(llama.removesuffix(".weight"))
+        name = names.get(llama)
+        if of_4 and (llama == gguf_gemma4.ROPE_FREQS or gguf_gemma4.is_borrowed(llama, config)):
+            continue
         if name is None:
             raise UserError(f"{file} has a tensor {llama}, which no {family} of so many layers has")
         shape = tuple(reversed(tensor.shape.tolist()))
-        read_it = partial(_read_tensor, file, tensor, shape, dtype, name.endswith("norm"))
-        tensors[f"{name}.weight"] = LazyTensor(shape, dtype, read_it)
+        read_it = partial(_read_tensor, file, tensor, shape, dtype, not of_4 and name.endswith("norm.weight"))
+        tensors[name] = LazyTensor(shape, dtype, read_it)
     # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
@@ -186,20 +191,21 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
     ranks: dict[str, set[int]] = {}
     for name, tensor in stored.items():
         layer, _, factor = name.rpartition(".weight.lora_")
-        if layer not in hugging_face or factor not in ("a", "b") or len(tensor.shape) != 2:
+        if f"{layer}.weight" not in hugging_face or factor not in ("a", "b") or len(tensor.shape) != 2:
             raise UserError(f"{file}: {name} is no LoRA of a {family}'s layer")
         if tensor.tensor_type not in PLAIN:
             raise UserError(f"{file}: {name} is quantized, which no adapter of peft is")
         inner, outer = tensor.shape.tolist()
         ranks.setdefault(layer, set()).add(outer if factor == "a" else inner)
-        full = f"base_model.model.{hugging_face[layer]}.lora_{factor.upper()}.weight"
+        module = hugging_face[f"{layer}.weight"].removesuffix(".weight")
+        full = f"base_model.model.{module}.lora_{factor.upper()}.weight"
         tensors[full] = _read_tensor(file, tensor, (outer, inner), PLAIN[tensor.tensor_type], False)
     for layer, found in ranks.items():
         if len(found) != 1 or {f"{layer}.weight.lora_a", f"{layer}.weight.lora_b"} - stored.keys():
             raise UserError(f"{file}: the two factors of {layer} do not fit each other")
     if not ranks:
         raise UserError(f"{file} is an adapter without tensors")
-    by_layer = {hugging_face[layer]: found.pop() for layer, found in ranks.items()}
+    by_layer = {hugging_face[f"{layer}.weight"].removesuffix(".weight"): found.pop() for layer, found in ranks.items()}
     rank, alpha = max(by_layer.values()), float(fields[Keys.Adapter.LORA_ALPHA])
     if not (math.isfinite(alpha) and alpha):
         raise UserError(f"{file}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
@@ -238,11 +244,15 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
     add_to_gguf(writer, read_vocabulary(content.files, config))
     names = _names(config.model_type, config.num_hidden_layers)
     tensors = {}
+    of_4 = config.model_type in gguf_gemma4.FAMILIES
+    if of_4:
+        tensors[gguf_gemma4.ROPE_FREQS] = in_memory(gguf_gemma4.rope_freqs(config))
     for name, lazy in content.tensors.items():
-        if name.endswith("norm.weight"):
+        if name.endswith("norm.weight") and not of_4:
             lazy = LazyTensor(lazy.shape, torch.float32, lambda lazy=lazy: lazy.read().float() + 1)  # type: ignore[misc]
-        tensors[f"{names[name.removesuffix('.weight')]}.weight"] = lazy
-    _write_tensors(writer, tensors, {name: kind for name, lazy in tensors.items() if len(lazy.shape) == 2})
+        tensors[names[name]] = lazy
+    matrices = [n for n, lazy in tensors.items() if len(lazy.shape) > 1 and not n.endswith(gguf_gemma4.ROUTER)]
+    _write_tensors(writer, tensors, dict.fromkeys(matrices, kind))
 
 
 def _writer(
@@ -274,9 +284,9 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
     for layer, update in found.items():
         ratio = update.scale * len(update.lora_a) / alpha
         for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
-            tensors[f"{names[layer]}.weight.lora_{factor}"] = in_memory(tensor)
+            tensors[f"{names[f'{layer}.weight']}.lora_{factor}"] = in_memory(tensor)
     kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
-    file_type = FILE_TYPES[kinds[f"{names[next(iter(found))]}.weight.lora_a"]]
+    file_type = FILE_TYPES[next(iter(kinds.values()))]
     writer = _writer(target, family, GGUFType.ADAPTER, file_type, adapter.prompt, adapter.base)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
@@ -336,10 +346,14 @@ def _encoded(tensor: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarra
 
 
 def _names(family: str, layers: int) -> dict[str, str]:
-    """Transformers' name of a module (`model.layers.0.mlp.up_proj`) → llama.cpp's (`blk.0.ffn_up`)."""
+    """Transformers' name of a tensor (`model.layers.0.mlp.up_proj.weight`) → llama.cpp's (`blk.0.ffn_up.weight`)."""
     known = get_tensor_name_map(FAMILIES[family], layers)
-    model = empty_model({"model_type": family, "num_hidden_layers": layers, "tie_word_embeddings": False})
-    return {name: str(known.get_name(name)) for name in (key.removesuffix(".weight") for key in model.state_dict())}
+    of_4 = family in gguf_gemma4.FAMILIES
+    config = gguf_gemma4.with_everything(layers) if of_4 else {"model_type": family, "num_hidden_layers": layers}
+    model = empty_model({**config, "tie_word_embeddings": False})
+    if of_4:
+        return {name: gguf_gemma4.tensor_name(name, known) for name in model.state_dict()}
+    return {name: f"{known.get_name(name.removesuffix('.weight'))}.weight" for name in model.state_dict()}
 
 
 def _read_prompt(file: Path, fields: Mapping[str, Any]) -> Prompt | None:

@@ -24,10 +24,23 @@ from gguf import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
+from converters import gguf_gemma4
 from core.errors import UserError
 
-FAMILIES = {"gemma": MODEL_ARCH.GEMMA, "gemma2": MODEL_ARCH.GEMMA2, "gemma3_text": MODEL_ARCH.GEMMA3}
-CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
+FAMILIES = {
+    "gemma": MODEL_ARCH.GEMMA,
+    "gemma2": MODEL_ARCH.GEMMA2,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+    "gemma4_unified_text": MODEL_ARCH.GEMMA4,
+    "gemma4_text": MODEL_ARCH.GEMMA4,
+}
+CLASSES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+}
 PATTERN = {"gemma2": 2, "gemma3_text": 6}
 # The same function in all Gemmas; the first were published under another name.
 GELU = ("gelu_pytorch_tanh", "gelu", None)
@@ -90,6 +103,24 @@ def read_config(fields: Mapping[str, Any], family: str, stored: Mapping[str, Rea
     Raises:
         KeyError, TypeError, ValueError: a field is missing, or is not what it should be.
     """
+    if family in gguf_gemma4.FAMILIES:
+        family, found = gguf_gemma4.read_settings(fields, stored)
+    else:
+        found = _read_settings(fields, family, stored)
+    matrices = {
+        tensor.tensor_type
+        for name, tensor in stored.items()
+        if len(tensor.shape) > 1 and not name.endswith(gguf_gemma4.ROUTER)
+    }
+    dtype = torch.float32 if matrices <= set(PLAIN) else torch.bfloat16
+    if len(matrices) == 1:
+        dtype = PLAIN.get(next(iter(matrices)), dtype)
+    found |= {name: fields[key] for name, key in TOKENS.items() if key in fields}
+    found |= {"dtype": str(dtype).removeprefix("torch."), "vocab_size": int(stored["token_embd.weight"].shape[1])}
+    return json.loads(AutoConfig.for_model(family, **found).to_json_string()) | {"architectures": [CLASSES[family]]}
+
+
+def _read_settings(fields: Mapping[str, Any], family: str, stored: Mapping[str, ReaderTensor]) -> dict[str, Any]:
     arch = MODEL_ARCH_NAMES[FAMILIES[family]]
 
     def field(key: str, default: Any = None) -> Any:
@@ -115,13 +146,7 @@ def read_config(fields: Mapping[str, Any], family: str, stored: Mapping[str, Rea
         every = field(Keys.Attention.SLIDING_WINDOW_PATTERN, PATTERN[family])
         found["layer_types"] = layer_types(int(every), layers)
         found["query_pre_attn_scalar"] = attention_scalar(family, found)
-    matrices = {tensor.tensor_type for tensor in stored.values() if len(tensor.shape) == 2}
-    dtype = torch.float32 if matrices <= set(PLAIN) else torch.bfloat16
-    if len(matrices) == 1:
-        dtype = PLAIN.get(next(iter(matrices)), dtype)
-    found |= {name: fields[key] for name, key in TOKENS.items() if key in fields}
-    found |= {"dtype": str(dtype).removeprefix("torch."), "vocab_size": int(stored["token_embd.weight"].shape[1])}
-    return json.loads(AutoConfig.for_model(family, **found).to_json_string()) | {"architectures": [CLASSES[family]]}
+    return found
 
 
 def add_config(writer: GGUFWriter, config: PretrainedConfig) -> None:
@@ -130,6 +155,9 @@ def add_config(writer: GGUFWriter, config: PretrainedConfig) -> None:
         UserError: the model does something that llama.cpp does not do in a model of its architecture.
     """
     _check_expressible(config)
+    if config.model_type in gguf_gemma4.FAMILIES:
+        gguf_gemma4.add_config(writer, config)
+        return
     for names, add in ((SIZES, writer.add_uint32), (NUMBERS, writer.add_float32)):
         for name, key in names.items():
             if getattr(config, name, None) is not None:
@@ -149,6 +177,13 @@ def add_config(writer: GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _check_expressible(config: PretrainedConfig) -> None:
+    family = config.model_type
+    found = gguf_gemma4.missing(config) if family in gguf_gemma4.FAMILIES else _missing(config)
+    if missing := [what for what, there in found.items() if there]:
+        raise UserError(f"llama.cpp has no field for what this {family} needs: {', '.join(missing)}")
+
+
+def _missing(config: PretrainedConfig) -> dict[str, bool]:
     family, rope = config.model_type, config.rope_parameters
     activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     caps = [getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")]
@@ -164,8 +199,7 @@ def _check_expressible(config: PretrainedConfig) -> None:
         scalar = attention_scalar(family, config.to_dict())
         found["layers whose kinds follow no period"] = _pattern(config) is None
         found[f"a query_pre_attn_scalar that is not {scalar}"] = config.query_pre_attn_scalar != scalar
-    if missing := [what for what, there in found.items() if there]:
-        raise UserError(f"llama.cpp has no field for what this {family} needs: {', '.join(missing)}")
+    return found
 
 
 def attention_scalar(family: str, config: Mapping[str, Any]) -> int:

@@ -2,7 +2,8 @@
 
 llama.cpp and SentencePiece merge the adjacent pair with the highest score, and `tokenizer.json` lists merges best
 first: a token's score is minus the index of its first merge. Gemma's tokenizer (SentencePiece BPE with byte fallback)
-is llama.cpp's "llama"; a byte-level BPE, which no published Gemma has, is its "gpt2".
+is llama.cpp's "llama", and that of a Gemma 4 its "gemma4", which merges by the list itself; a byte-level BPE, which no
+published Gemma has, is its "gpt2".
 """
 
 import json
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf import GGUFWriter, TokenType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TokenType
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
 from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
@@ -19,7 +20,9 @@ from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBa
 from core.base_model import read_gguf_tokenizer, start_with_bos
 from core.errors import UserError
 
-END_OF_TURN = "<end_of_turn>"
+END_OF_TURN = ("<end_of_turn>", "<turn|>")  # Gemma 4's is the second
+# What a Gemma 4 marks tool calls and thoughts with. llama.cpp's parser must see it, so there it is no control token.
+SHOWN = {"<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|channel>", "<channel|>"}
 SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -107,19 +110,23 @@ def _text(files: Mapping[str, bytes | Path], name: str) -> str:
 
 
 def add_to_gguf(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2" if vocabulary.of_bytes else "llama")
-    writer.add_tokenizer_pre("gpt-2" if vocabulary.of_bytes else "default")
+    of_4 = writer.arch == MODEL_ARCH_NAMES[MODEL_ARCH.GEMMA4] and not vocabulary.of_bytes
+    writer.add_tokenizer_model("gpt2" if vocabulary.of_bytes else "gemma4" if of_4 else "llama")
+    if not of_4:  # whose name says how texts are split
+        writer.add_tokenizer_pre("gpt-2" if vocabulary.of_bytes else "default")
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(vocabulary.kinds)
-    if vocabulary.of_bytes:
+    pairs = zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+    writer.add_token_types([TokenType.USER_DEFINED if of_4 and token in SHOWN else kind for token, kind in pairs])
+    if vocabulary.of_bytes or of_4:
         writer.add_token_merges([f"{first} {second}" for first, second in vocabulary.merges])
-    else:
+    if not vocabulary.of_bytes:
         writer.add_token_scores(vocabulary.scores)
         writer.add_add_space_prefix(False)
     for name, number in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(number)
-    if END_OF_TURN in vocabulary.tokens:
-        writer.add_eot_token_id(vocabulary.tokens.index(END_OF_TURN))
+    for token in END_OF_TURN:
+        if token in vocabulary.tokens:
+            writer.add_eot_token_id(vocabulary.tokens.index(token))
     writer.add_add_bos_token(vocabulary.starts_with_bos)
     writer.add_add_eos_token(False)
     writer.add_chat_template(vocabulary.chat_template)
@@ -164,7 +171,10 @@ def tokenizer_from_gguf(file: Path) -> dict[str, bytes]:
         link = Path(folder) / "model.gguf"
         link.symlink_to(file.resolve())
         try:
-            return _saved(read_gguf_tokenizer(link))
+            tokenizer = read_gguf_tokenizer(link)
+            if shown := sorted(SHOWN & tokenizer.get_added_vocab().keys()):
+                tokenizer.add_special_tokens({"additional_special_tokens": shown})  # as they are in transformers
+            return _saved(tokenizer)
         except Exception as error:  # of transformers and of tokenizers, which have no class in common
             raise UserError(f"{file}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None
 

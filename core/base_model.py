@@ -126,7 +126,7 @@ def read_gguf_tokenizer(gguf: Path) -> Any:
 
     # Not by AutoTokenizer, which also needs to know the architecture and does not know every Gemma's.
     metadata, _ = read_gguf_metadata(str(gguf))
-    kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] == "llama" else PreTrainedTokenizerFast
+    kind = GemmaTokenizer if metadata["tokenizer.ggml.model"] in ("llama", "gemma4") else PreTrainedTokenizerFast
     return start_with_bos(kind.from_pretrained(gguf.parent, gguf_file=gguf.name))
 
 

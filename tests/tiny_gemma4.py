@@ -32,6 +32,7 @@ CONTROL = {
     1: "<eos>",
     2: "<bos>",
     3: "<unk>",
+    4: "<mask>",
     46: "<|tool>",
     47: "<tool|>",
     48: "<|tool_call>",
@@ -154,7 +155,7 @@ def tiny_tokenizer4() -> GemmaTokenizer:
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = generate_merges(vocabulary, {token: -number for token, number in vocabulary.items()})
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": [CONTROL[number] for number in sorted(CONTROL)[4:]]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [CONTROL[number] for number in sorted(CONTROL)[5:]]})
     return start_with_bos(tokenizer)
 
 
