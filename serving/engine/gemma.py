@@ -122,6 +122,7 @@ class Gemma:
             {n: torch.zeros(own[n], device=self.device) for n in {one.kv_source for one in config.shapes}}
             for _ in range(2)
         )
+        self.table: Tensor | None = None
         if features := config.per_layer_input:
             self.table = weights.mapped("embed_tokens_per_layer")
             self.table_scale = torch.tensor(features**0.5, dtype=dtype).item()
@@ -208,6 +209,7 @@ class Gemma:
         """What each layer multiplies its gate by, of the embedding x and of a table: [tokens, layers, features]."""
         of_embedding = self._project(self.per_layer_model, x, lora, 0, "per_layer_model") * self.config.hidden**-0.5
         of_embedding = of_embedding.view(len(x), self.config.layers, -1)
+        assert self.table is not None
         of_table = self._embedded(self.table, ids, self.table_scale).view_as(of_embedding)
         return (self._norm(of_embedding, self.per_layer_norm) + of_table) * 0.5**0.5
 

@@ -141,7 +141,8 @@ class KernelGemma:
         layers = (_Layer * config.layers)(
             *(self._layer(weights, i, ropes.index(config.ropes[i]), int8) for i in range(config.layers))
         )
-        self.table, self.features, norm = None, config.per_layer_input, None
+        self.table: Tensor | None = None
+        self.features, norm = config.per_layer_input, None
         if self.features:
             self.table = weights.mapped("embed_tokens_per_layer")
             norm = self._keep(_filled(weights["per_layer_projection_norm"].float())).data_ptr()
