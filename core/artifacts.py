@@ -435,6 +435,9 @@ class EngineStats(Artifact):
     base: str = Field(default="", description="name of the base model's folder")
     dtype: str = Field(default="", description="of the base's weights")
     threads: int | None = Field(default=None, description="that compute")
+    memory: dict[str, int] = Field(
+        default={}, description="bytes of keys and values when the cache is full, and of a table that stays in its file"
+    )
     pid: int | None = Field(default=None, description="process id")
 
 
