@@ -82,33 +82,34 @@ def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) 
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x, *args, **kwargs)
     lora_a, lora_b = self.lora_A["default"].weight, self.lora_B["default"].weight
-    return _LoraLinear.apply(x, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    rows = x.reshape(-1, x.shape[-1])
+    y = _LoraLinear.apply(rows, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    return y.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with A [r, in] and B [out, r] in float32, products in the dtype of x."""
+    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with x [rows, in], A [r, in] and B [out, r]: adapters in float32, products in the
+    dtype of x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = lora_a.to(x.dtype), (lora_b * scale).to(x.dtype)
+    def forward(ctx, rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+        a, b = lora_a.to(rows.dtype), (lora_b * scale).to(rows.dtype)
         low = rows @ a.T
         y = _product(rows, weight.T).addmm_(low, b.T)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_low = grad_rows @ b
+        grad_low = grad @ b
         grad_a = (grad_low.T @ rows).float()
-        grad_b = (grad_rows.T @ low).float().mul_(ctx.scale)
-        grad_x = None
+        grad_b = (grad.T @ low).float().mul_(ctx.scale)
+        grad_rows = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the frozen embedding
-            grad_x = _product(grad_rows, weight).addmm_(grad_low, a).view(*grad.shape[:-1], -1)
-        return grad_x, None, grad_a, grad_b, None
+            grad_rows = _product(grad, weight).addmm_(grad_low, a)
+        return grad_rows, None, grad_a, grad_b, None
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
