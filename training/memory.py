@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from core.configuration import plain
 from core.errors import UserError
 from core.layer_shapes import LayerShape, layer_shapes
-from core.load_model import add_lora, lora_settings
+from core.load_model import TABLE, WHOLE_IN_4_BITS, add_lora, lora_settings
 from core.schema import Config
 from training.batches import Batches
 from training.cross_entropy import BLOCK
@@ -75,6 +75,10 @@ def check_memory(config: Config, base_folder: Path, samples: Dataset, dtype: tor
     tokens, targets = largest_micro_batch(batches)
     need = estimate(config, base_folder, dtype, tokens, targets)
     free = free_memory(config.trainer.accelerator)
+    architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
+    if config.peft.quantization:
+        parts = left_whole(_meta_model(architecture, dtype), dtype).items()
+        print(f"QLoRA: whole stay {', '.join(f'{name} {size / GIB:.2f} GiB' for name, size in parts)}")
     print(f"Memory: training needs about {need}; {free / GIB:.1f} GiB are free", flush=True)
     if need.total > free:
         advice = []
@@ -82,6 +86,9 @@ def check_memory(config: Config, base_folder: Path, samples: Dataset, dtype: tor
             advice.append("PEFT=qlora")
         if not settings.gradient_checkpointing:
             advice.append('ARGS="task.train.gradient_checkpointing=true"')
+        has_table = bool(getattr(architecture, "hidden_size_per_layer_input", 0))
+        if has_table and config.trainer.accelerator != "cpu" and not config.trainer.table_in_main_memory:
+            advice.append('ARGS="trainer.table_in_main_memory=true"')
         advice.append(f'ARGS="trainer.micro_batch_tokens={max(max(samples["length"]), tokens // 4)}"')
         raise UserError(
             f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
@@ -116,11 +123,7 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
     base = _meta_model(architecture, dtype)
     weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
     by_layer = [sum(weight.numel() for weight in layer.parameters()) * dtype.itemsize for layer in base.model.layers]
-    linear = {
-        name: layer.weight.numel()
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear) and name != "lm_head"
-    }
+    linear = {name: size for name, size in _linear(base).items() if not name.endswith(WHOLE_IN_4_BITS)}
     with torch.device("meta"):
         model = add_lora(base, lora_settings(plain(config.peft)))
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -128,6 +131,8 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
         {name for name, part in layer.named_modules() if isinstance(part, LoraLayer)}
         for layer in model.get_base_model().model.layers
     ]
+    if config.trainer.table_in_main_memory and config.trainer.accelerator != "cpu":
+        weights -= base.get_submodule(f"model.{TABLE}").weight.numel() * dtype.itemsize
     if config.peft.quantization:
         weights += sum(linear.values()) * (NF4_BYTES - dtype.itemsize)
     if (
@@ -173,6 +178,22 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
 def _meta_model(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
+
+
+def left_whole(base: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
+    """What a base of 4-bit layers keeps in `dtype`, in bytes: `embed_tokens`, `experts`, `router`, …"""
+    packed = {f"{name}.weight" for name in _linear(base) if not name.endswith(WHOLE_IN_4_BITS)}
+    found: dict[str, float] = {}
+    for name, weight in base.named_parameters():
+        parts = name.removesuffix(".weight").split(".")
+        what = next((part for part in parts if part in ("experts", "router")), parts[-1])
+        if name not in packed and weight.ndim > 1:  # norms are some kilobytes
+            found[what] = found.get(what, 0) + weight.numel() * dtype.itemsize
+    return found
+
+
+def _linear(base: PreTrainedModel) -> dict[str, int]:
+    return {name: layer.weight.numel() for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
 
 
 def layer_bytes(
