@@ -1,7 +1,7 @@
 """A forward pass by transformers with one decoder layer in memory at a time, so that a model of any size fits.
 
 The model is built on the meta device. Hooks load the weights of a decoder layer in float32 just before it runs and
-unload them after it; only the tokens' rows of the embedding are used; the output layer is computed in blocks of the
+unload them after it; only the tokens' rows of the embeddings are used; the output layer is computed in blocks of the
 vocabulary. An adapter is applied by peft, in memory.
 """
 
@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from converters.adapter import PREFIX
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 
-FAMILIES = ("gemma", "gemma2", "gemma3_text")
+FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
 BLOCK = 16_384  # rows of the output layer at a time: 350 MB of float32 for the widest Gemma
 
 
@@ -44,24 +44,36 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
         settings = LoraConfig(task_type="CAUSAL_LM", **adapter.peft)
         get_peft_model(model, settings, low_cpu_mem_usage=True)  # wraps the layers in place
         tensors |= {name.removeprefix(PREFIX): in_memory(tensor) for name, tensor in adapter.tensors.items()}
-    for number, layer in enumerate(body.layers):
-        _load_on_demand(layer, tensors, f"model.layers.{number}.")
-    body.norm.weight = nn.Parameter(tensors["model.norm.weight"].read().float())
+    for name, part in body.named_children():
+        if name == "layers":
+            for number, layer in enumerate(part):
+                _load_on_demand(layer, tensors, f"model.layers.{number}.")
+        elif name != "rotary_emb" and not isinstance(part, nn.Embedding):
+            _load_on_demand(part, tensors, f"model.{name}.")
 
-    embedding = tensors["model.embed_tokens.weight"].read()
-    rows = [embedding[ids].float() * config.hidden_size**0.5 for ids in texts]
-    del embedding
     # All texts in one batch, so that each layer is read once. Padding comes last, where causal attention does not see
     # it.
-    hidden = body(inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
+    inputs = {"inputs_embeds": _rows(tensors["model.embed_tokens.weight"], texts, config.hidden_size)}
+    if width := getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 4: what each layer adds for a token
+        added = _rows(tensors["model.embed_tokens_per_layer.weight"], texts, width)
+        inputs["per_layer_inputs"] = added.unflatten(-1, (-1, width))
+    hidden = body(**inputs, use_cache=False).last_hidden_state
     ends = torch.cat([states[: len(ids)] for states, ids in zip(hidden, texts, strict=True)])
     return _output(ends, checkpoint, getattr(config, "final_logit_softcapping", None))
 
 
+def _rows(table: LazyTensor, texts: Sequence[Tensor], width: int) -> Tensor:
+    """The rows of `table` for `texts`, times the root of the `width` of an embedding: [texts, tokens, columns]."""
+    values = table.read()
+    rows = [values[ids].float() * width**0.5 for ids in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def _load_on_demand(layer: nn.Module, tensors: Mapping[str, LazyTensor], prefix: str) -> None:
     names = {}
-    for name, _ in layer.named_parameters():
-        theirs = prefix + name.replace("base_layer.", "").replace(".default", "")
+    for name in layer.state_dict():  # parameters, and buffers that are saved: Gemma 4's layer_scalar
+        # Of adapted experts, which are two parameters of one module, the inner one's LoRA has base_layer in its name.
+        theirs = prefix + (name if ".lora_" in name else name.replace("base_layer.", "")).replace(".default", "")
         names[name] = theirs.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
     def load(*_: Any) -> None:

@@ -22,14 +22,14 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
         where: for error messages.
 
     Raises:
-        UserError: another family than Gemma 1, 2 or 3 text; a missing or unexpected tensor, or one of another shape or
+        UserError: another family than Gemma 1, 2, 3 or 4 text; a missing or unexpected tensor, or one of another shape or
             dtype than its configuration asks for.
     """
     config = checkpoint.config
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"{where} holds a model of type {str(family)[:40]!r}; only Gemma 1, 2 and 3 (text) are converted"
+            f"{where} holds a model of type {str(family)[:40]!r}; only Gemma 1, 2, 3 and 4 (text) are converted"
         )
     layers = config.get("num_hidden_layers")
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
