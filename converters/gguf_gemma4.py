@@ -67,7 +67,7 @@ def tensor_name(name: str, known: TensorNameMap) -> str:
 def is_borrowed(name: str, config: Mapping[str, Any]) -> bool:
     """Whether llama.cpp's tensor `name` makes keys and values of a layer that borrows them: no one reads it."""
     found = KEYS_AND_VALUES.fullmatch(name)
-    return bool(found) and int(found[1]) >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    return found is not None and int(found[1]) >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
 
 
 def rope_freqs(config: PretrainedConfig) -> Tensor:
@@ -116,7 +116,10 @@ def missing(config: PretrainedConfig) -> dict[str, bool]:
     """What llama.cpp cannot do or has no field for → whether this model needs it."""
     shapes, rope = layer_shapes(config), config.rope_parameters
     # llama.cpp lends the last keys and values of its own by position: full attention's, and those one layer before.
-    lender = {FULL: len(shapes) - config.num_kv_shared_layers - 1, SLIDING: len(shapes) - config.num_kv_shared_layers - 2}
+    lender = {
+        FULL: len(shapes) - config.num_kv_shared_layers - 1,
+        SLIDING: len(shapes) - config.num_kv_shared_layers - 2,
+    }
     return {
         "another activation": config.hidden_activation != "gelu_pytorch_tanh",
         "biases": config.attention_bias,

@@ -14,11 +14,13 @@ value heads, and h values a head:
   transformers'. `intermediate_dim` of Gemma 1 and 2 counts gate and up together: 2·f.
 - bfloat16 is stored as two opaque bytes with an attribute `dtype`.
 
+What is different in Gemma 4 is in `keras_gemma4`.
+
 The files of transformers' tokenizer are in a folder `transformers`, because KerasHub has a `tokenizer.json` of its own.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +29,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from converters import keras_lora
+from converters import keras_gemma4, keras_lora
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.hf import read_json, read_prompt, write_json
 from converters.keras_config import CLASSES, published, read_config, settings_of
 from converters.keras_h5 import SIGNATURE, dataset, dtype_of, open_h5, tensor_of, write_tensor
 from converters.vocabulary import read_vocabulary, to_sentencepiece, tokenizer_from_sentencepiece
 from core.errors import UserError
+from core.layer_shapes import layer_shapes
 from core.progress import Progress
 
 TITLE = "KerasHub preset or .weights.h5; LoRA of KerasHub (.lora.h5)"
@@ -44,8 +47,20 @@ CONFIG, WEIGHTS, SHARDS = "config.json", "model.weights.h5", "model.weights.json
 SENTENCEPIECE = "assets/tokenizer/vocabulary.spm"
 COMPANIONS = "transformers"  # folder of the files that KerasHub has no place for
 # A file of a whole task has the backbone inside.
-ROOTS = ("layers/gemma_backbone/", "layers/gemma3_backbone/", "backbone/", "")
-BLOCK = re.compile(r"gemma3?_decoder_block(?:_(\d+))?")
+ROOTS = ("layers/gemma_backbone/", "layers/gemma3_backbone/", "layers/gemma4_backbone/", "backbone/", "")
+BLOCK = re.compile(r"gemma(?:3|4_text)?_decoder_block(?:_(\d+))?")
+BLOCKS = {"gemma": "gemma_decoder_block", "gemma2": "gemma_decoder_block", "gemma3_text": "gemma3_decoder_block"}
+BLOCKS |= dict.fromkeys(keras_gemma4.FAMILIES, keras_gemma4.BLOCK)
+# Tokens for what a whole model sees and hears, by the name of the tokenizer's setting.
+OF_TOWERS = {
+    "Gemma3Backbone": {"vision": {"<start_of_image>", "<img>", "<end_of_image>"}},
+    "Gemma4Backbone": {
+        "vision": {"<|image>", "<|image|>", "<image|>"},
+        "audio": {"<|audio>", "<|audio|>", "<audio|>"},
+        "video": {"<|video|>"},
+    },
+}
+MODULES = {"GemmaBackbone": "gemma.gemma", "Gemma3Backbone": "gemma3.gemma3", "Gemma4Backbone": "gemma4.gemma4"}
 # transformers' name of a part of a layer → KerasHub's.
 PARTS = {
     "input_layernorm": "pre_attention_norm",
@@ -64,26 +79,34 @@ PARTS = {
 }
 
 
-class MatrixLayout(NamedTuple):
-    """KerasHub's layout of a matrix: its number of dimensions, and the conversions from and to transformers' [out,
-    in]."""
+class Layout(NamedTuple):
+    """KerasHub's layout of a tensor: its number of dimensions, and the conversions from and to transformers', for a
+    layer's size of a head."""
 
     dimensions: int
     to_hf: Callable[[Tensor], Tensor]
-    to_keras: Callable[[Tensor, PretrainedConfig], Tensor]
+    to_keras: Callable[[Tensor, int], Tensor]
 
 
-_HEADS_OUT = MatrixLayout(
+_HEADS_OUT = Layout(
     3,
     lambda w: w.transpose(1, 2).flatten(0, 1),
-    lambda w, config: w.unflatten(0, (-1, config.head_dim)).transpose(1, 2),
+    lambda w, head_dim: w.unflatten(0, (-1, head_dim)).transpose(1, 2),
 )
-_TRANSPOSED = MatrixLayout(2, lambda w: w.T, lambda w, config: w.T)
+_TRANSPOSED = Layout(2, lambda w: w.T, lambda w, _: w.T)
 LAYOUTS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), _HEADS_OUT),
-    "o_proj": MatrixLayout(3, lambda w: w.flatten(0, 1).T, lambda w, config: w.T.unflatten(0, (-1, config.head_dim))),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), _TRANSPOSED),
+    "o_proj": Layout(3, lambda w: w.flatten(0, 1).T, lambda w, head_dim: w.T.unflatten(0, (-1, head_dim))),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "proj"), _TRANSPOSED),
+    **dict.fromkeys(("per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"), _TRANSPOSED),
+    "experts": Layout(3, lambda w: w.transpose(1, 2), lambda w, _: w.transpose(1, 2)),
 }
+_SCALAR = Layout(0, lambda w: w.view(1), lambda w, _: w.view(()))
+
+
+def _layout(name: str) -> Layout | None:
+    """The layout of the tensor `name`; None where it is transformers' own."""
+    return _SCALAR if name.endswith("layer_scalar") else LAYOUTS.get(name.split(".")[-2])
 
 
 def recognizes(path: Path) -> bool:
@@ -149,12 +172,14 @@ def _read_weights(files: list[Path]) -> tuple[dict[str, LazyTensor], str, dict[s
             root = next((root for root in ROOTS if isinstance(file.get(f"{root}layers"), h5py.Group)), None)
             if root is None:
                 raise UserError(f"{path} holds no layers of a Gemma of KerasHub")
-            for name, place in _places(file[f"{root}layers"]).items():
-                found = dataset(file, f"{root}layers/{place}/vars/0")
-                if found is not None:
+            for name, places in _places(file[f"{root}layers"]).items():
+                found = [part for place in places if (part := dataset(file, f"{root}layers/{place}")) is not None]
+                if len(found) == len(places):
                     tensors[name] = _lazy(path, found, name)
                     if name.startswith("model.layers.0.self_attn"):
-                        first[name.split(".")[-2]] = found.shape
+                        first[name.split(".")[-2]] = found[0].shape
+    if keras_gemma4.is_of(tensors):
+        return tensors, keras_gemma4.FAMILIES[0], first
     if "q_norm" in first:
         return tensors, "gemma3_text", first
     if "model.layers.0.post_feedforward_layernorm.weight" in tensors:
@@ -164,30 +189,44 @@ def _read_weights(files: list[Path]) -> tuple[dict[str, LazyTensor], str, dict[s
     return {names[name]: tensor for name, tensor in tensors.items()}, "gemma", first
 
 
-def _places(layers: Iterable[str]) -> dict[str, str]:
-    """transformers' name → KerasHub's place below `layers`, of all that the Gemma in this file can have."""
-    found = {"model.embed_tokens.weight": "reversible_embedding", "model.norm.weight": "rms_normalization"}
+def _places(layers: Collection[str]) -> dict[str, list[str]]:
+    """transformers' name → KerasHub's places below `layers`, of all that the Gemma in this file can have."""
+    found = {"model.embed_tokens.weight": ["reversible_embedding/vars/0"]}
+    found |= {"model.norm.weight": ["rms_normalization/vars/0"]}
+    if keras_gemma4.BLOCK in layers or any(place.startswith(keras_gemma4.BLOCK) for place in layers):
+        found = keras_gemma4.places(layers)
     for place in layers:
         if block := BLOCK.fullmatch(place):
-            found |= {f"model.layers.{block[1] or 0}.{name}.weight": f"{place}/{part}" for name, part in PARTS.items()}
+            layer = f"model.layers.{block[1] or 0}"
+            found |= {f"{layer}.{name}.weight": [f"{place}/{part}/vars/0"] for name, part in PARTS.items()}
+            if place.startswith(keras_gemma4.BLOCK):
+                for name, parts in keras_gemma4.PARTS.items():
+                    found[f"{layer}.{name}"] = [f"{place}/{part}" for part in parts]
     return found
 
 
-def _lazy(path: Path, found: h5py.Dataset, name: str) -> LazyTensor:
-    layout, place, shape = LAYOUTS.get(name.split(".")[-2]), found.name.strip("/"), found.shape
-    if layout is not None:
-        if len(shape) != layout.dimensions:
-            raise UserError(f"{path}: {place} has shape {list(shape)}, with other dimensions than {name} has")
-        shape = tuple(layout.to_hf(torch.empty(shape, device="meta")).shape)
+def _lazy(path: Path, found: list[h5py.Dataset], name: str) -> LazyTensor:
+    """The tensor `name` of the datasets `found` of a file; of two, the first has the upper rows."""
+    layout, places = _layout(name), [part.name.strip("/") for part in found]
+
+    def whole(parts: list[Tensor]) -> Tensor:
+        return torch.cat([layout.to_hf(part) if layout else part for part in parts], -2 if len(parts) > 1 else 0)
+
+    for part in found:
+        if layout is not None and len(part.shape) != layout.dimensions:
+            place = part.name.strip("/")
+            raise UserError(f"{path}: {place} has shape {list(part.shape)}, with other dimensions than {name} has")
+    try:
+        shape = tuple(whole([torch.empty(part.shape, device="meta") for part in found]).shape)
+    except RuntimeError:
+        raise UserError(f"{path}: {' and '.join(places)} have shapes that do not fit each other") from None
 
     def read() -> Tensor:
         with open_h5(path) as file:
-            found = dataset(file, place)
-            assert found is not None  # it was there
-            tensor = tensor_of(found)
-        return layout.to_hf(tensor).contiguous() if layout else tensor
+            parts = [tensor_of(part) for place in places if (part := dataset(file, place)) is not None]
+        return whole(parts).contiguous()
 
-    return LazyTensor(shape, dtype_of(found), read)
+    return LazyTensor(shape, dtype_of(found[0]), read)
 
 
 def write(content: Checkpoint | Adapter, target: Path) -> None:
@@ -205,14 +244,14 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         raise UserError("this model has an output layer of its own; KerasHub's Gemmas use the embedding for it")
     config = AutoConfig.for_model(**content.config)
     settings = settings_of(config)
-    places = {
-        name: place for name, place in _all_places(family, config.num_hidden_layers).items() if name in content.tensors
-    }
+    per_layer = "model.embed_tokens_per_layer.weight" in content.tensors
+    known = _all_places(family, config.num_hidden_layers, per_layer)
+    places = {name: there for name, there in known.items() if name in content.tensors}
     if missing := content.tensors.keys() - places.keys():
         raise UserError(f"KerasHub has no place for {sorted(missing)[0]} in a {family}")
     target.mkdir()
-    keras = "keras_hub.src.models." + ("gemma3.gemma3_backbone" if family == "gemma3_text" else "gemma.gemma_backbone")
-    write_json(target / CONFIG, _object(keras, CLASSES[family], settings))
+    name = CLASSES[family]
+    write_json(target / CONFIG, _object(f"keras_hub.src.models.{MODULES[name]}_backbone", name, settings))
     if "tokenizer.json" in content.files:
         _write_tokenizer(content, config, target)
     if content.prompt:
@@ -221,17 +260,20 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         h5py.File(target / WEIGHTS, "w") as file,
         Progress("Writing", sum(t.nbytes for t in content.tensors.values())) as progress,
     ):
-        done = 0
-        for name, place in places.items():
-            layout, tensor = LAYOUTS.get(name.split(".")[-2]), content.tensors[name].read()
-            write_tensor(file, f"layers/{place}/vars/0", layout.to_keras(tensor, config) if layout else tensor)
+        done, sizes = 0, [shape.head_dim for shape in layer_shapes(config)]
+        for name, there in places.items():
+            layout, tensor = _layout(name), content.tensors[name].read()
+            number = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+            for place, part in zip(there, tensor.chunk(len(there), -2 if len(there) > 1 else 0), strict=True):
+                write_tensor(file, f"layers/{place}", layout.to_keras(part, sizes[number]) if layout else part)
             done += content.tensors[name].nbytes
             progress.at(done)
 
 
-def _all_places(family: str, layers: int) -> dict[str, str]:
-    block = "gemma3_decoder_block" if family == "gemma3_text" else "gemma_decoder_block"
-    found = _places([f"{block}_{number}" if number else block for number in range(layers)])
+def _all_places(family: str, layers: int, per_layer: bool) -> dict[str, list[str]]:
+    block = BLOCKS[family]
+    blocks = [f"{block}_{number}" if number else block for number in range(layers)]
+    found = _places([*blocks, "embedding"] if per_layer else blocks)
     if family != "gemma":
         return found
     renamed = {name for name in found if "feedforward_layernorm" in name or "post_attention_layernorm" in name}
@@ -251,11 +293,13 @@ def _write_tokenizer(content: Checkpoint, config: PretrainedConfig, target: Path
     (target / SENTENCEPIECE).parent.mkdir(parents=True)
     (target / SENTENCEPIECE).write_bytes(model or to_sentencepiece(vocabulary))
     settings = {"proto": None, "sequence_length": None, "add_bos": False, "add_eos": False, "dtype": "int32"}
-    module, name = "gemma.gemma_tokenizer", "GemmaTokenizer"
-    if config.model_type == "gemma3_text":
-        module, name = "gemma3.gemma3_tokenizer", "Gemma3Tokenizer"
-        settings["has_vision_tokens"] = {"<start_of_image>", "<img>", "<end_of_image>"} <= set(vocabulary.tokens)
-    write_json(target / "tokenizer.json", _object(f"keras_hub.src.models.{module}", name, settings))
+    backbone, tokens = CLASSES[config.model_type], set(vocabulary.tokens)
+    for seen, needed in OF_TOWERS.get(backbone, {}).items():
+        settings[f"has_{seen}_tokens"] = needed <= tokens
+    name = backbone.replace("Backbone", "Tokenizer")
+    write_json(
+        target / "tokenizer.json", _object(f"keras_hub.src.models.{MODULES[backbone]}_tokenizer", name, settings)
+    )
     (target / COMPANIONS).mkdir()
     for name, file in content.files.items():
         (target / COMPANIONS / name).write_bytes(file.read_bytes() if isinstance(file, Path) else file)

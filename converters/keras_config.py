@@ -12,12 +12,14 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from converters import keras_gemma4
 from converters.checkpoint import LazyTensor
 from converters.gguf_metadata import CLASSES as ARCHITECTURES
 from converters.gguf_metadata import GELU
 from core.errors import UserError
 
 CLASSES = {"gemma": "GemmaBackbone", "gemma2": "GemmaBackbone", "gemma3_text": "Gemma3Backbone"}
+CLASSES |= dict.fromkeys(keras_gemma4.FAMILIES, "Gemma4Backbone")
 EVERY = {"gemma2": 2, "gemma3_text": 6}  # one layer in so many has full attention
 # What Google published and the weights do not show, for a family and by number of layers.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -48,6 +50,10 @@ def published(
 ) -> dict[str, Any]:
     """The configuration of a file without one, with KerasHub's names: sizes from its tensors, the rest as published."""
     layers = sum(name.endswith("self_attn.q_proj.weight") for name in tensors)
+    if family in keras_gemma4.FAMILIES:
+        raise UserError(
+            f"{path} is a Gemma 4's, whose settings are in config.json of the KerasHub preset: convert that folder"
+        )
     if layers not in OF_LAYERS[family]:
         raise UserError(
             f"{path} has {layers} layers, as no published {family} has. Its settings are in config.json of "
@@ -76,7 +82,8 @@ def read_config(settings: Any, family: str, tensors: Mapping[str, LazyTensor], w
     """`config.json` of transformers from the `settings` of a backbone of KerasHub."""
     try:
         layers, heads, head_dim = settings["num_layers"], settings["num_query_heads"], settings["head_dim"]
-        fused = 1 if family == "gemma3_text" else 2
+        of_4 = family in keras_gemma4.FAMILIES
+        fused = 1 if of_4 or family == "gemma3_text" else 2
         found = {
             "vocab_size": settings["vocabulary_size"],
             "num_hidden_layers": layers,
@@ -95,7 +102,9 @@ def read_config(settings: Any, family: str, tensors: Mapping[str, LazyTensor], w
         window = settings.get("use_sliding_window_attention", False)
         if settings.get("is_embedding_model") or settings.get("use_bidirectional_attention"):
             raise UserError(f"{where} is of an embedding model, which does not generate text")
-        if family == "gemma":
+        if of_4:
+            found |= keras_gemma4.read_settings(settings)
+        elif family == "gemma":
             if window or any(caps.values()):
                 raise UserError(
                     f"{where} asks a Gemma 1 for sliding windows or soft-capping, which transformers' has not"
@@ -137,6 +146,15 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         UserError: the model needs something that KerasHub has no setting for.
     """
+    family = config.model_type
+    of_4 = family in keras_gemma4.FAMILIES
+    found, missing = keras_gemma4.settings_of(config) if of_4 else _settings_of(config)
+    if named := [what for what, there in missing.items() if there]:
+        raise UserError(f"KerasHub has no setting for what this {family} needs: {', '.join(named)}")
+    return found
+
+
+def _settings_of(config: PretrainedConfig) -> tuple[dict[str, Any], dict[str, bool]]:
     family, rope = config.model_type, config.rope_parameters
     of_3 = family == "gemma3_text"
     found = {
@@ -184,6 +202,4 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
             "local_rope_scaling_factor": local.get("factor", 1.0),
             "global_rope_scaling_factor": whole.get("factor", 1.0),
         }
-    if named := [what for what, there in missing.items() if there]:
-        raise UserError(f"KerasHub has no setting for what this {family} needs: {', '.join(named)}")
-    return found
+    return found, missing

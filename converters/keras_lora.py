@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from converters import keras_gemma4
 from converters.adapter import PREFIX, target_modules
 from converters.checkpoint import Adapter
 from converters.keras_h5 import dataset, open_h5, tensor_of, write_tensor
@@ -155,6 +156,8 @@ def write(adapter: Adapter, target: Path) -> None:
         UserError: the base is not known, or the adapter is no plain LoRA on the layers of a Gemma.
     """
     config = adapter.config or {}
+    if config.get("model_type") in keras_gemma4.FAMILIES:
+        raise UserError("KerasHub's LoRA of a Gemma 4 is not known here: convert to=merged, and that folder to=keras")
     if config.get("model_type") not in WALK:
         raise UserError("KerasHub's LoRA is ordered by heads; pass the folder of the base, a text Gemma,: base=FOLDER")
     if adapter.peft.get("use_dora"):
