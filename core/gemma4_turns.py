@@ -11,9 +11,9 @@
     <channel|><|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|><|tool_response>response:weather{…}<tool_response|>No.<turn|>
 
 The text is that of the published chat templates of 9 July 2026, to the character (tests/test_gemma4_turns.py). The
-large sizes (12B, 26B-A4B, 31B) are asked with an empty thought where thinking is off, the small ones (E2B, E4B) are not.
-Texts that come from outside are disarmed before they are written (core/prompt.py). As that file, this one is part of the
-client's wheel and needs only the standard library.
+large sizes (12B, 26B-A4B, 31B) are asked with an empty thought where thinking is off, the small ones (E2B, E4B) are
+not. Texts that come from outside are disarmed before they are written (core/prompt.py). As that file, this one is part
+of the client's wheel and needs only the standard library.
 """
 
 import json
@@ -37,8 +37,7 @@ def write_dialogue(
     messages: Messages,
     user_turn: Callable[[str], str],
     end: str,
-    *,
-    empty_thought: bool,
+    opening: str,
     thinking: bool,
     tools: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -48,7 +47,8 @@ def write_dialogue(
         messages: in OpenAI's form, as `check_turns` returns them; control tokens are disarmed.
         user_turn: the whole turn of the user's text.
         end: ends a turn of the model.
-        empty_thought: the model's turn begins with an empty thought where thinking is off.
+        opening: begins the answer that is asked for; the empty thought in it only this one, and not where thinking is
+            on.
         tools: functions in OpenAI's form, `{"type": "function", "function": {"name", "description", "parameters"}}`.
     """
     text, rest = "", list(messages)
@@ -58,12 +58,13 @@ def write_dialogue(
         text = f"{TURN}system\n{THINK * thinking}{system}{declared}{END}\n"
     asked = max((at for at, message in enumerate(rest) if message["role"] == "user"), default=-1)
     within = False  # a turn of the model
+    begun = MODEL_TURN + opening.replace(NO_THOUGHT, "")
     for at, message in enumerate(rest):
         if message["role"] == "user":
             text += user_turn(message["content"])
             within = False
         elif message["role"] == "assistant":
-            text += MODEL_TURN * (not within)
+            text += begun * (not within)
             if at > asked and message.get("thought"):
                 text += f"{THOUGHT}{message['thought']}\n{THOUGHT_END}"
             calls = message.get("tool_calls") or []
@@ -77,7 +78,7 @@ def write_dialogue(
             if not within or (is_last and message["content"]):
                 text += f"{end}\n"
     if not within:
-        return text + MODEL_TURN + NO_THOUGHT * (empty_thought and not thinking)
+        return text + (begun if thinking else MODEL_TURN + opening)
     return text + THOUGHT * thinking
 
 

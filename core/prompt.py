@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .gemma4_answers import AnswerPart, AnswerReader, ToolCall, read_answer
-from .gemma4_turns import MODEL_TURN, NO_THOUGHT, TURN, check_tools, check_turns, strip_thoughts, write_dialogue
+from .gemma4_turns import MODEL_TURN, TURN, check_tools, check_turns, strip_thoughts, write_dialogue
 
 __all__ = ["EOS", "PROMPT_FILE", "AnswerPart", "AnswerReader", "Prompt", "ToolCall", "disarm", "exchanges"]
 
@@ -63,10 +63,10 @@ class Prompt:
                 f"prompt template must hold {{instruction}} once and end in {{response}}, or in {{response}} and one "
                 f"token such as <end_of_turn>: {self.template!r}"
             )
-        if self.has_gemma4_turns and before.partition(MODEL_TURN)[2] not in ("", NO_THOUGHT):
+        if self.has_gemma4_turns and "{instruction}" not in before.partition(MODEL_TURN)[0]:
             raise ValueError(
-                f"prompt template with Gemma 4's turns must have {{response}} right after <|turn>model and a line "
-                f"break, or after an empty thought: {self.template!r}"
+                f"prompt template with Gemma 4's turns must have the line <|turn>model between {{instruction}} and "
+                f"{{response}}: {self.template!r}"
             )
 
     def write_instruction(self, **values: str) -> str:
@@ -153,14 +153,14 @@ class Prompt:
             ValueError: see `exchanges`; the last message is the model's; or the prompt has no thinking or no tools.
         """
         if self.has_gemma4_turns:
-            head = self.template.partition(MODEL_TURN)[0]
+            head, _, opening = self.template.partition("{response}")[0].partition(MODEL_TURN)
             return write_dialogue(
                 _disarmed(check_turns(messages)),
                 lambda text: self._fill(head, {"instruction": text}),
                 self.end or EOS,
-                empty_thought=NO_THOUGHT in self.template,
-                thinking=thinking,
-                tools=_disarmed(check_tools(tools)),
+                opening,
+                thinking,
+                _disarmed(check_tools(tools)),
             )
         if thinking or tools:
             raise ValueError(f"the prompt of this model has no {'tools' if tools else 'thinking'}")
