@@ -63,7 +63,8 @@ class Prompt:
                 f"prompt template must hold {{instruction}} once and end in {{response}}, or in {{response}} and one "
                 f"token such as <end_of_turn>: {self.template!r}"
             )
-        if self.has_gemma4_turns and "{instruction}" not in before.partition(MODEL_TURN)[0]:
+        asked, model_turn, _ = before.partition(MODEL_TURN)
+        if self.has_gemma4_turns and not (model_turn and "{instruction}" in asked):
             raise ValueError(
                 f"prompt template with Gemma 4's turns must have the line <|turn>model between {{instruction}} and "
                 f"{{response}}: {self.template!r}"
@@ -119,12 +120,17 @@ class Prompt:
         """
         if "messages" not in example:
             return [[(self.wrap(example["input"]), False), (self._answer(example["output"]), True)]]
-        messages, found, said = example["messages"], list[list[tuple[str, bool]]](), ""
-        if exchanges(messages)[-1][1] is None:
-            raise ValueError("the dialogue ends with the user; its last message must be the model's")
+        messages, pieces = example["messages"], list[tuple[str, bool]]()
+        for user, model in exchanges(messages):
+            if model is None:
+                raise ValueError("the dialogue ends with the user; its last message must be the model's")
+            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (self._answer(model), True)]
+        if not self.has_gemma4_turns:
+            return [pieces]
+        found, said = list[list[tuple[str, bool]]](), ""
         for number, message in enumerate(messages):
             if message["role"] in ("assistant", "model"):
-                asked, answer = self.wrap_dialogue(messages[:number]), self._answer(message["content"].strip())
+                asked, answer = self.wrap_dialogue(messages[:number]), self._answer(message["content"])
                 if found and asked.startswith(said):
                     found[-1] += [(asked[len(said) :], False), (answer, True)]
                 else:
