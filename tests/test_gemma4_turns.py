@@ -10,7 +10,7 @@ from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from tiny_gemma4 import CONTROL, KINDS, WHOLE, tiny_folder4, tiny_tokenizer4
+from tiny_gemma4 import CONTROL, KINDS, WHOLE, tiny_gemma4, tiny_tokenizer4
 
 from core.base_turns import in_turns, turns_of
 from core.configuration import load_config
@@ -151,15 +151,8 @@ def test_neither_tools_nor_calls_nor_thoughts_bring_control_tokens_along() -> No
 
 # --- training ---------------------------------------------------------------------------------------------------
 
-LONG = [
-    SYSTEM,
-    user("1"),
-    model("one"),
-    user("2"),
-    model("two"),
-    user("3"),
-    model("<|channel>thought\n?<channel|>three"),
-]
+THREE = model("<|channel>thought\n?<channel|>three")
+LONG = [SYSTEM, user("1"), model("one"), user("2"), model("two"), user("3"), THREE]
 
 
 @pytest.mark.parametrize("prompt, samples", [(SMALL, 1), (LARGE, 3)])
@@ -182,22 +175,28 @@ def test_every_answer_is_trained_after_the_very_tokens_that_it_is_asked_for_with
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_base_model_gets_its_own_turns_by_its_configuration(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tiny_folder4(kind, tmp_path)
-    size = LARGE if kind in ("12b", "26b-a4b", "31b") else SMALL
-    prompt = load_config(["task=squid_game", "+prompt=gemma-turns", f"model.path={folder}"]).task.prompt
-    assert prompt.template == size.template
-    assert f"turns that {folder.name} does not know; it gets its own" in capsys.readouterr().err
-    assert load_config(["+prompt=gemma4-turns", f"model.path={folder}"]).task.prompt.template == size.template
-    assert capsys.readouterr().err == ""
-    pretrained = load_config(["task=chat", f"model.path={folder}"]).task.prompt.template
-    assert pretrained == size.template.replace("{response}<turn|>", "{response}<eos>")
-    slang = load_config(["task=slang"]).task.prompt
-    assert load_config(["task=slang", f"model.path={folder}"]).task.prompt == slang
+def test_the_turns_of_a_model_are_known_from_its_configuration(kind: str, tmp_path: Path) -> None:
+    tiny_gemma4(kind).config.save_pretrained(tmp_path / "text")
+    found = "gemma4-large" if kind in ("12b", "26b-a4b", "31b") else "gemma4-small"
+    assert turns_of(tmp_path / "text") == found
     if kind in WHOLE:
-        assert turns_of(tiny_folder4(kind, tmp_path / "whole", whole=True)) == turns_of(folder)
+        tiny_gemma4(kind, whole=True).config.save_pretrained(tmp_path / "whole")
+        assert turns_of(tmp_path / "whole") == found
+
+
+@pytest.mark.parametrize("kind, own", [("e4b", SMALL), ("31b", LARGE)])
+def test_a_prompt_with_turns_gets_those_of_its_base(
+    kind: str, own: Prompt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_gemma4(kind).config.save_pretrained(tmp_path)
+    base = f"model.path={tmp_path}"
+    assert load_config(["task=squid_game", "+prompt=gemma-turns", base]).task.prompt.template == own.template
+    assert f"turns that {tmp_path.name} does not know; it gets its own" in capsys.readouterr().err
+    assert load_config(["+prompt=gemma4-turns", base]).task.prompt.template == own.template
+    assert capsys.readouterr().err == ""
+    pretrained = load_config(["task=chat", base]).task.prompt.template
+    assert pretrained == own.template.replace("{response}<turn|>", "{response}<eos>")
+    assert load_config([base]).task.prompt == load_config().task.prompt  # without turns
 
 
 def test_a_gemma_3_gets_back_its_own_turns(tiny_base: Path) -> None:
@@ -217,7 +216,7 @@ def test_a_text_before_the_answer_stays_and_a_turn_that_is_lacking_is_refused() 
         "<|turn>user\na<turn|>\n<|turn>model\nWell: b<turn|>\n"
         "<|turn>user\nc<turn|>\n<|turn>model\n<|channel>thought\n<channel|>Well: "
     )
-    with pytest.raises(ValueError, match="must have the line <|turn>model"):
+    with pytest.raises(ValueError, match=r"must have the line <\|turn>model"):
         Prompt("<|turn>user\n{instruction}{response}<turn|>", "{message}", "{answer}")
 
 
@@ -278,19 +277,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     that of the small ones; its hash says that nothing is missing."""
     folder = tmp_path_factory.mktemp("trl")
     (folder / "requirements.txt").write_text(WHEEL)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "-r",
-        folder / "requirements.txt",
-        "-d",
-        folder,
-    ]
-    if (done := subprocess.run([*map(str, command)], capture_output=True, text=True)).returncode:
+    command = ["-m", "pip", "download", "-q", "--no-deps", "-r", folder / "requirements.txt", "-d", folder]
+    if (done := subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)).returncode:
         pytest.skip(f"trl 1.16.0 cannot be had: {done.stderr.strip().splitlines()[-1]}")
     with ZipFile(next(folder.glob("*.whl"))) as wheel:
         small = wheel.read("trl/chat_templates/gemma4_v5.jinja").decode()
@@ -325,52 +313,30 @@ TOOLS = [
 ]
 
 
-def call(**arguments: Any) -> dict[str, Any]:
-    return {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+def calls(text: str = "", thought: str = "", **arguments: Any) -> dict[str, Any]:
+    function = {"name": "weather", "arguments": arguments}
+    return model(text, tool_calls=[{"id": "c1", "function": function}], reasoning_content=thought)
 
 
+TWO = model("", tool_calls=[*calls(city="Rome")["tool_calls"], {**calls(city="Oslo")["tool_calls"][0], "id": "c2"}])
 DIALOGUES = {
     "a question": [user(" hi ")],
     "with a system text": TALK,
     "thoughts of earlier turns": [*TALK[1:3], user("3"), model("4", reasoning_content="2 * 2"), user("5")],
-    "a call": [
-        user("?"),
-        model("", tool_calls=[call(c="Rome", n=3, f=1.5, Big=True, l=["a", {"z": None, "B": 1}])]),
-        tool("x"),
-    ],
-    "a call after a thought": [SYSTEM, user("?"), model("", tool_calls=[call()], reasoning="two\nlines"), tool("x\ny")],
-    "two calls": [
-        user("?"),
-        model("", tool_calls=[call(c="Rome"), {**call(c="Oslo"), "id": "c2"}]),
-        tool("sunny"),
-        {"role": "tool", "tool_call_id": "c2", "content": "wet"},
-        model("Both."),
-        user("ok"),
-    ],
-    "one call after another": [
-        SYSTEM,
-        user("?"),
-        model("", tool_calls=[call()]),
-        tool("a"),
-        model("", tool_calls=[call()]),
-        tool("b"),
-    ],
-    "a text beside a call": [user("?"), model("Let me see.", tool_calls=[call()]), tool("")],
-    "a tool that was not called": [
-        user("?"),
-        model("", tool_calls=[call()]),
-        {"role": "tool", "name": "x", "content": "y"},
-    ],
+    "a call": [user("?"), calls(city="Rome", n=3, f=1.5, Big=True, list=["a", {"z": None, "B": 1}]), tool("x")],
+    "a call after a thought": [SYSTEM, user("?"), calls(thought="two\nlines"), tool("x\ny")],
+    "two calls": [user("?"), TWO, tool("a"), {**tool("b"), "tool_call_id": "c2"}, model("Both."), user("ok")],
+    "one call after another": [SYSTEM, user("?"), calls(), tool("a"), calls(a="b"), tool("b")],
+    "a text beside a call": [user("?"), calls("Let me see."), tool("")],
+    "a tool that was not called": [user("?"), calls(), {"role": "tool", "name": "x", "content": "y"}],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialogue", DIALOGUES)
 def test_prompts_are_those_of_the_published_templates_token_by_token(dialogue: str, published: dict[str, str]) -> None:
-    tokenizer, messages = tiny_tokenizer4(), DIALOGUES[dialogue]
-    for (size, prompt), thinking, tools in product(
-        {"small": SMALL, "large": LARGE}.items(), (False, True), ([], TOOLS)
-    ):
+    tokenizer, messages, prompts = tiny_tokenizer4(), DIALOGUES[dialogue], {"small": SMALL, "large": LARGE}
+    for (size, prompt), thinking, tools in product(prompts.items(), (False, True), ([], TOOLS)):
         options = {"tools": tools or None, "enable_thinking": thinking, "chat_template": published[size]}
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
         asked = prompt.wrap_dialogue(messages, thinking, tools)
