@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from pydantic import BaseModel
 
 from core.arguments import Arguments, own_arguments, parse
+from core.base_turns import with_turns_of_its_base
 from core.checks import Keys, Problem, all_keys, check, dotted, section_of
 from core.errors import UserError
 from core.files import write_whole
@@ -51,7 +52,8 @@ def load_config(argv: Sequence[str], options: type[Options]) -> tuple[Config, Op
 def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) -> Config | tuple[Config, Options]:
     """The configuration that `argv` asks for, checked and with every reference resolved.
 
-    `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
+    `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`. A prompt with turns has those of
+    the base model (core/base_turns.py).
 
     Args:
         argv: overrides of the tree, and `key=value` for fields of `options`.
@@ -69,6 +71,7 @@ def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) 
     config = _composed(words if is_named else [*words, "trainer=cpu"], given)
     if not is_named and _has_gpu():
         config = _composed([*words, "trainer=gpu"], given)
+    config = with_turns_of_its_base(config)
     return (config, cast(Options, parsed)) if options else config
 
 
