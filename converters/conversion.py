@@ -23,10 +23,10 @@ from core.artifacts import Conversion, Proof
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
+from core.licence import licence_name, write_notices
 from core.progress import Progress
 from core.schema import ModelConfig
 
-TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
 PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare and run, on both sides
@@ -85,7 +85,7 @@ def write_proven(
         with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
             module.write(content, place, *([dtype] if dtype else []))
-            (folder / "NOTICE").write_text(TERMS_NOTICE)
+            write_notices(licence_name(whole.config, path), folder)
             if content.prompt:
                 content.prompt.save(folder)
 
