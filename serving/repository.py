@@ -12,11 +12,13 @@ Everything gets its final name only once it is complete.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from core.artifacts import ServedAdapter
 from core.files import commit
+from serving.vllm_adapter import name_for_vllm
 
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
@@ -119,8 +121,12 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
     )
 
 
-def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
-    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there."""
+def put_adapter(folder: Path, source: Path, serving: ServedAdapter, vllm_base: Mapping[str, Any] | None = None) -> bool:
+    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there.
+
+    Args:
+        vllm_base: config.json of the base, where vLLM serves it, which has names of its own for some layers.
+    """
     name = serving.name
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +134,8 @@ def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
+    if vllm_base:
+        name_for_vllm(partial, vllm_base)
     serving.write(partial / "serving.json")
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)
