@@ -39,9 +39,9 @@ def lora4(kind: str, sizes: dict[str, int], targets: str | list[str] = "all-line
     return at_work(even_gemma4(kind, **sizes), targets)
 
 
-def at_work(base: torch.nn.Module, targets: str | list[str] = "all-linear") -> PeftModel:
+def at_work(base: torch.nn.Module, targets: str | list[str] = "all-linear", **options: object) -> PeftModel:
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first
             torch.nn.init.normal_(parameter, std=0.1)
@@ -103,6 +103,16 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
     found = packed_step(model)
     assert_same(found, expected)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(packed_step(model), expected)
+
+
+def test_adapters_on_experts_have_the_gradients_of_peft() -> None:
+    base = even_gemma4("26b-a4b", **SIZES["kernels"])
+    model = at_work(base, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    expected = row_by_row(model)
+    assert sum("experts" in name for name in expected[1]) == 4 * len(base.model.layers)
+    fuse_layers(model)
+    use_packed_attention(base)
     assert_same(packed_step(model), expected)
 
 
