@@ -3,8 +3,8 @@
     python -m benchmarks.scaling                                        (MODELS on 8, 64 and 512 H100)
     python -m benchmarks.scaling model=gemma-3-12b gpus=8,16 gpu=A100 step_tokens=262144 peft.r=32
 
-Prints the table; without arguments, also writes those of MODELS, with a plot of the first, to docs/scaling.md. It is a plan, not a
-measurement: that document says what is checked against real runs and what is assumed.
+Prints the table; without arguments, also writes those of MODELS, with a plot of the first, to docs/scaling.md. It is a
+plan and not a measurement: that document says what is checked against real runs and what is assumed.
 """
 
 import sys
