@@ -59,6 +59,30 @@ def test_architectures_have_the_parameter_counts_of_their_reports(name: str, par
     assert sum(p.numel() for p in base.parameters()) - base.model.embed_tokens.weight.numel() == parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "billions", "used"),
+    [  # Gemma 4's model card, ai.google.dev/gemma/docs/core/model_card_4: all of the text model, and what a token uses
+        ("gemma-4-e2b", None, 2.3),
+        ("gemma-4-26b-a4b", 25.2, 3.8),
+        ("gemma-4-31b", 30.7, 30.7),
+    ],
+)
+def test_architectures_of_gemma_4_have_the_sizes_of_its_model_card(
+    name: str, billions: float | None, used: float
+) -> None:
+    family, options = ARCHITECTURES[name]
+    config = AutoConfig.for_model(family, **options)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.numel() for name, parameter in base.named_parameters()}
+    if billions:
+        assert round(sum(sizes.values()) / 1e9, 1) == billions
+    tables = sum(size for name, size in sizes.items() if "embed_tokens_per_layer" in name)
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    share = config.top_k_experts / config.num_experts if experts else 0
+    assert round((sum(sizes.values()) - tables - experts * (1 - share)) / 1e9, 1) == used
+
+
 # --- what is sent and held ------------------------------------------------------------------------------------------
 
 
