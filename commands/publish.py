@@ -20,15 +20,16 @@ from pydantic import Field
 
 from core.arguments import Arguments
 from core.artifacts import Conversion, Environment, Evaluation, Manifest
+from core.base_model import licence_of
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
-from core.run_folder import newest_run
+from core.licence import LICENCES
+from core.run_folder import Run, base_of, newest_run
 from core.schema import Config
 
 if TYPE_CHECKING:
     from converters.nemo_file import NemoFile
 
-TERMS = "https://ai.google.dev/gemma/terms"
 SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 
 MODEL_CARD = """---
@@ -81,8 +82,7 @@ difference {difference:.2g}, top-1 agreement {agreement:.1%} on fixed prompts. `
 
 ## Licence
 
-Gemma is provided under and subject to the Gemma Terms of Use found at {terms}. Whoever uses or passes on this model is
-bound by them, its use restrictions included; `NOTICE` goes with every copy.
+{licence}
 """
 DATA_CARD = """---
 {front}
@@ -152,10 +152,11 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
     if dataset:
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
         write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
-    convert(archive, to, folder / "model", config.model.path or trained["model"].get("path"))
+    base_folder = base_of(Run.read(run_folder), config)
+    convert(archive, to, folder / "model", base_folder)
     if to == "adapter":
         name_base(folder / "model", base_on_hub(nemo.base))
-    write_card(run_folder, trained, nemo, folder / "model", repo, to, dataset)
+    write_card(run_folder, trained, nemo, licence_of(base_folder), folder / "model", repo, to, dataset)
     for name, kind, place in pushed:
         if dry_run:
             print(f"{place} is what would go to the {kind} repository {name}")
@@ -164,9 +165,16 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
 
 
 def write_card(
-    run_folder: Path, trained: dict[str, Any], nemo: "NemoFile", folder: Path, repo: str, to: str, dataset: str
+    run_folder: Path,
+    trained: dict[str, Any],
+    nemo: "NemoFile",
+    licence: str,
+    folder: Path,
+    repo: str,
+    to: str,
+    dataset: str,
 ) -> None:
-    """`README.md` in `folder`, from what the run measured."""
+    """`README.md` in `folder`, from what the run measured; `licence` is its base's, a key of `LICENCES`."""
     from converters.adapter import HUB
 
     evaluation = Evaluation.read(run_folder / "evaluation.json")
@@ -176,7 +184,7 @@ def write_card(
     base = base_on_hub(nemo.base)
     front = ModelCardData(
         base_model=base,
-        license="gemma",
+        license=licence,
         datasets=[dataset] if dataset else None,
         pipeline_tag="text-generation",
         library_name="peft" if to == "adapter" else "transformers",
@@ -206,7 +214,7 @@ def write_card(
         seed=trained.get("seed", manifest.seed),
         machine=", ".join(environment.gpus) or environment.cpu,
         settings=yaml.safe_dump(settings, sort_keys=False).strip(),
-        terms=TERMS,
+        licence=LICENCES[licence].card,
         other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
         difference=proof.max_logit_difference,
         agreement=proof.top1_agreement,
