@@ -392,6 +392,9 @@ class Conversion(Artifact):
     base: dict[str, Any] = Field(default={}, description="of an adapter: name, source, revision and sha256 of its base")
     dtype: str | None = Field(default=None, description="of an adapter: what its base was trained in")
     quantization: dict[str, Any] | None = Field(default=None, description="of an adapter: 4-bit settings of its base")
+    loads_on: str | None = Field(
+        default=None, description="of an adapter for a Gemma 4: the class of transformers that peft applies it to"
+    )
     proof: Proof = Field(description="what was compared, and how far the sides differ")
     files: dict[str, str] = Field(default={}, description="file of the target → sha256")
     packages: dict[str, str] = Field(default={}, description="package → version")
