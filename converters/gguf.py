@@ -149,9 +149,10 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
     # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
-        stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID]})
+        stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID], *(gguf_gemma4.ends_of_turn(fields) if of_4 else ())})
     config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     generation = GenerationConfig.from_model_config(AutoConfig.for_model(**config))
+    generation.suppress_tokens = fields.get(gguf_gemma4.SUPPRESS)
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -238,13 +239,15 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
             f"no GGUF of a {content.config.get('model_type')} is known here; of {', '.join(FAMILIES)} one is"
         )
     config = AutoConfig.for_model(**content.config)
+    of_4 = config.model_type in gguf_gemma4.FAMILIES
     kind = KINDS[content.tensors["model.embed_tokens.weight"].dtype if dtype == "source" else dtype]
     writer = _writer(target, config.model_type, GGUFType.MODEL, FILE_TYPES[kind], content.prompt, content.origin)
     add_config(writer, config)
     add_to_gguf(writer, read_vocabulary(content.files, config))
+    if of_4 and (suppressed := gguf_gemma4.suppressed(content.files)):
+        writer.add_array(gguf_gemma4.SUPPRESS, suppressed)
     names = _names(config.model_type, config.num_hidden_layers)
     tensors = {}
-    of_4 = config.model_type in gguf_gemma4.FAMILIES
     if of_4:
         tensors[gguf_gemma4.ROPE_FREQS] = in_memory(gguf_gemma4.rope_freqs(config))
     for name, lazy in content.tensors.items():

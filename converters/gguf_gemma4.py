@@ -13,8 +13,10 @@ Values that are keys (`attention_k_eq_v`) have no tensor either. The frequencies
 have transformers' shapes [experts, out, in], gate above up, and the router is in float32 always.
 """
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter,
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from core.errors import UserError
 from core.layer_shapes import FULL, SLIDING, layer_shapes
 
 FAMILIES = ("gemma4_text", "gemma4_unified_text")
@@ -68,6 +71,26 @@ def is_borrowed(name: str, config: Mapping[str, Any]) -> bool:
     """Whether llama.cpp's tensor `name` makes keys and values of a layer that borrows them: no one reads it."""
     found = KEYS_AND_VALUES.fullmatch(name)
     return found is not None and int(found[1]) >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
+
+
+def suppressed(files: Mapping[str, bytes | Path]) -> list[int]:
+    """The tokens that the model must never write, by its `generation_config.json`: the ends of an image and of audio.
+
+    Raises:
+        UserError: that file is damaged.
+    """
+    file = files.get("generation_config.json", b"{}")
+    try:
+        found = json.loads(file.read_bytes() if isinstance(file, Path) else file).get("suppress_tokens") or []
+        return [int(number) for number in found]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"generation_config.json is damaged ({error}); copy or download it again") from None
+
+
+def ends_of_turn(fields: Mapping[str, Any]) -> list[int]:
+    """The token after which a tool is called: a turn may end with it too."""
+    tokens = fields[Keys.Tokenizer.LIST]
+    return [tokens.index("<|tool_response>")] if "<|tool_response>" in tokens else []
 
 
 def rope_freqs(config: PretrainedConfig) -> Tensor:
