@@ -20,6 +20,14 @@ export override RUNS := $(value RUNS)
 export override REPO := $(value REPO)
 export override DATASET := $(value DATASET)
 
+# What may stand on make's command line; a misspelt name would otherwise be a default that nobody asked for.
+variables := TASK MODEL PEFT ENGINE TO RUNTIME PYTHON ARGS SOURCE NAME TITLE CONTEXT CONDITION QUESTION RUNS REPO DATASET \
+	TASKS GPUS BASE KIND VARIANT BASE_IMAGE PROFILES IMAGE TRAIN_IMAGE DRY_RUN NODES GPUS_PER_NODE CPUS_PER_NODE PARTITION \
+	ACCOUNT QOS TIME CONTAINER SWEEP NAMESPACE OVERLAY JOB GATEWAY_PORT HTTP_PORT GRPC_PORT METRICS_PORT WEB_PORT PROMETHEUS_PORT \
+	GRAFANA_PORT PROMETHEUS_IMAGE GRAFANA_IMAGE WEB_NAME OWNER WORKERS CC KERNEL_CFLAGS HF_TOKEN PIP_FIND_LINKS MASTER_ADDR MASTER_PORT NODE_RANK
+given := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+$(foreach name,$(filter-out $(variables),$(given)),$(error $(name) is no variable of this Makefile. Known: $(variables)))
+
 # A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
 # Folders of PYTHONPATH may bring tasks of their own, see docs/tasks.md.
 homes := ./ $(addsuffix /,$(subst :, ,$(PYTHONPATH)))

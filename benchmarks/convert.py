@@ -77,10 +77,9 @@ def main(argv: list[str]) -> None:
             write_adapter(base, folder / "adapter")
             rows += compare(base, folder, with_peers=not count)
             shutil.rmtree(folder)
-    machine = describe_environment()
     result = {
         "command": " ".join(["python -m benchmarks.convert", *argv]),
-        "machine": f"{machine.cpu}, {machine.cores} cores",
+        "machine": describe_environment().machine,
         "finished": f"{datetime.now(UTC):%Y-%m-%d}",
         "rows": rows,
     }

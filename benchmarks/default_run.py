@@ -21,12 +21,11 @@ def main(argv: list[str]) -> None:
         raise UserError("no finished run of the default configuration. Train one: make train TASK=slang")
     evaluation, environment = default[-1].evaluation, default[-1].environment
     assert environment  # training writes it
-    machine = f"{environment.cpu}, {environment.cores} cores"
-    file = result_file("default-run", machine)
+    file = result_file("default-run", environment.machine)
     write_json(
         file,
         {
-            "machine": machine,
+            "machine": environment.machine,
             "finished": evaluation.finished,
             "commit": environment.commit,
             "command": environment.command,

@@ -57,11 +57,9 @@ def main(argv: list[str]) -> None:
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
             overrides = RUNS[name]
             rows.append({"run": name, "overrides": overrides, "expected_gib": expected, "measured_gib": measured})
-    environment = describe_environment()
-    machine = environment.gpus[0] if environment.gpus else f"{environment.cpu}, {environment.cores} cores"
     result = {
         "command": " ".join(["python -m benchmarks.memory", *argv]),
-        "machine": machine,
+        "machine": describe_environment().machine,
         "finished": f"{datetime.now(UTC):%Y-%m-%d}",
         "model": model.name,
         "rows": rows,

@@ -10,6 +10,25 @@ from typing import Any
 from core.errors import UserError
 from core.files import writing_folder
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA_4: dict[str, Any] = {  # that all sizes of Gemma 4 have in common
+    "vocab_size": 262_144,
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "final_logit_softcapping": 30.0,
+}
+SMALL_4 = GEMMA_4 | {
+    "num_attention_heads": 8,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262_144,
+}
+LARGE_4 = GEMMA_4 | {
+    "sliding_window": 1024,
+    "attention_k_eq_v": True,
+    "use_bidirectional_attention": "vision",
+    "max_position_embeddings": 262_144,
+}
 # As the published configurations: https://huggingface.co/google/gemma-2-2b/blob/main/config.json and its like.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma-2b": (
@@ -137,11 +156,85 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 168,
         },
     ),
+    "gemma-4-e2b": (
+        "gemma4_text",
+        SMALL_4
+        | {
+            "hidden_size": 1536,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 35,
+            "layer_types": [*[SLIDING] * 4, FULL] * 7,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 20,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma-4-e4b": (
+        "gemma4_text",
+        SMALL_4
+        | {
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "num_hidden_layers": 42,
+            "layer_types": [*[SLIDING] * 5, FULL] * 7,
+            "num_key_value_heads": 2,
+            "num_kv_shared_layers": 18,
+            "use_double_wide_mlp": False,
+        },
+    ),
+    "gemma-4-12b": (
+        "gemma4_unified_text",
+        LARGE_4
+        | {
+            "hidden_size": 3840,
+            "intermediate_size": 15_360,
+            "num_hidden_layers": 48,
+            "layer_types": [*[SLIDING] * 5, FULL] * 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 1,
+        },
+    ),
+    "gemma-4-26b-a4b": (
+        "gemma4_text",
+        LARGE_4
+        | {
+            "hidden_size": 2816,
+            "intermediate_size": 2112,
+            "num_hidden_layers": 30,
+            "layer_types": [*[SLIDING] * 5, FULL] * 5,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "top_k_experts": 8,
+            "moe_intermediate_size": 704,
+        },
+    ),
+    "gemma-4-31b": (
+        "gemma4_text",
+        LARGE_4
+        | {
+            "hidden_size": 5376,
+            "intermediate_size": 21_504,
+            "num_hidden_layers": 60,
+            "layer_types": [*[SLIDING] * 5, FULL] * 10,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "num_global_key_value_heads": 4,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
 }
 
 
-def random_base(name: str, tokenizer_folder: Path, models_dir: Path) -> Path:
+def random_base(name: str, tokenizer_folder: Path, models_dir: Path, **changes: Any) -> Path:
     """`<models_dir>/random-<name>`, made on first use: bfloat16 weights, and the tokenizer of `tokenizer_folder`.
+
+    Args:
+        changes: to the published configuration, for a smaller model of the same kind.
 
     Raises:
         UserError: an unknown architecture.
@@ -156,7 +249,7 @@ def random_base(name: str, tokenizer_folder: Path, models_dir: Path) -> Path:
         return folder
     family, options = ARCHITECTURES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **options, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+    config = AutoConfig.for_model(family, **options | changes, bos_token_id=2, eos_token_id=1, pad_token_id=0)
     with writing_folder(folder) as partial:
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(partial)
         for file in tokenizer_folder.glob("tokenizer*"):

@@ -5,13 +5,15 @@ can be faster than the roofline.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from training.flops import Flops, bf16_peak, layer_shapes
+from core.layer_shapes import layer_shapes
+from training.flops import Flops, bf16_peak
 
 SECONDS = 0.3  # each product is repeated for so long, after a warm-up call
 VOCABULARY_BLOCKS = (512, 2048, 8192)  # on a CPU, logits that fit in the cache are computed several times faster
@@ -27,16 +29,17 @@ def measure(config: PretrainedConfig, tokens: int, target_tokens: int) -> dict[s
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = bf16_peak(torch.cuda.get_device_name()) if device.type == "cuda" else None
     rates: dict[str, Any] = {"tokens": tokens, "learned": target_tokens, "gpu_peak": peak}
+    sizes = Counter(size for layer in layer_shapes(config) for size in layer.linear().values())
     with torch.inference_mode():
         for dtype in (torch.bfloat16, torch.float32):
             seconds = flops = 0.0
-            for inputs, outputs in layer_shapes(config).values():
+            for (inputs, outputs), count in sizes.items():
                 x, weight = _random(tokens, inputs, dtype, device), _random(outputs, inputs, dtype, device)
                 grad = _random(tokens, outputs, dtype, device)
                 forward, backward = torch.empty_like(grad), torch.empty_like(x)
-                seconds += _best(lambda x=x, w=weight, to=forward: torch.mm(x, w.T, out=to))  # type: ignore[misc]
-                seconds += _best(lambda g=grad, w=weight, to=backward: torch.mm(g, w, out=to))  # type: ignore[misc]
-                flops += 4.0 * tokens * inputs * outputs
+                seconds += count * _best(lambda x=x, w=weight, to=forward: torch.mm(x, w.T, out=to))  # type: ignore[misc]
+                seconds += count * _best(lambda g=grad, w=weight, to=backward: torch.mm(g, w, out=to))  # type: ignore[misc]
+                flops += count * 4.0 * tokens * inputs * outputs
             rates[str(dtype).removeprefix("torch.")] = {
                 "layers": flops / seconds,
                 "output": _output_rate(config, target_tokens, dtype, device),

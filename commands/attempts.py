@@ -72,7 +72,7 @@ def summarize(results: list[Run], argv: list[str]) -> dict[str, Any]:
         "model": first.config["model"]["name"],
         "peft": first.config["peft"]["name"],
         "seed": first.config["seed"],
-        "machine": f"{environment.cpu}, {environment.cores} cores, {', '.join(environment.gpus) or 'no GPU'}",
+        "machine": environment.machine + ("" if environment.gpus else ", no GPU"),
         "packages": {name: environment.packages[name] for name in ("torch", "nemo-toolkit")},
         "table": [base, *table],
         "samples": [

@@ -2,11 +2,16 @@
 
     python -m commands.convert source=runs/slang/<run>/slang.nemo to=adapter
     python -m commands.convert source=runs/slang/<run>/slang.nemo to=merged out=my-slang-gemma
+    python -m commands.convert source=runs/slang/<run>/slang.nemo to=merged base=a/whole/gemma-4-E2B-it
     python -m commands.convert source=google/gemma-2-2b to=nemo
 
 The input format is detected from the file's contents. The target is a folder; it appears when it has passed its proof,
 `conversion.json`, or not at all. `merged`, or `hf` of an adapter, is the adapter merged into its base, as a Hugging
 Face folder. `--help` lists what can be converted to what.
+
+A Gemma 4 as published also sees and hears, and its layers have other names than those of its text model. With the
+folder of a whole one as base, an adapter is named for that, or merged into it with all but the text model untouched.
+`whole=true` names an adapter so without that folder.
 """
 
 from pathlib import Path
@@ -28,6 +33,10 @@ class Options(Arguments):
         None, description="an adapter's base: folder, or name on the hub; without it models/<its name>"
     )
     dtype: str | None = Field(None, description="how weights are stored, where the format leaves a choice")
+    whole: bool | None = Field(
+        None,
+        description="an adapter for the whole model, with image and sound, or its text alone; without it as the base",
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +44,7 @@ def main(argv: list[str]) -> None:
         print(table())
     options = parse(Options, argv)
     target = options.out or Path("exports") / Path(options.source).stem / options.to
-    convert(options.source, options.to, target, options.base, options.dtype)
+    convert(options.source, options.to, target, options.base, options.dtype, options.whole)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ async def serve(options: ServerOptions, state: State, console: Console) -> None:
             await asyncio.sleep(0.1)
     if not running.done():
         console.print(f"Ready after {time.monotonic() - began:.1f} s. Ctrl-C ends it.")
+        if memory := engine_of(state).memory:
+            console.print(in_words(memory))
         console.print(addresses(state.read(), adapters), markup=False)
     await running
     console.print("Ended.")
@@ -116,6 +118,14 @@ def engine_of(state: State) -> EngineStats:
         return state.ask_engine(5)
     except OSError:
         return EngineStats(running=0, waiting=0, kv_tokens=0, kv_capacity=0)
+
+
+def in_words(memory: dict[str, int]) -> str:
+    """What the engine says of its memory."""
+    words = f"Keys and values take {memory['keys_and_values'] / 1e9:.1f} GB when the cache is full"
+    if table := memory.get("table_in_file"):
+        words += f"; the per-layer table of {table / 1e9:.1f} GB stays in its file, mapped, and is read by rows"
+    return f"{words}."
 
 
 def addresses(status: ServerStatus, adapters: list[str]) -> str:

@@ -6,7 +6,16 @@ Names and shapes, for a linear layer [out, in] and rank r:
     base_model.model.model.layers.N.<layer>.lora_B.weight           [out, r]
     base_model.model.model.layers.N.<layer>.lora_magnitude_vector   [out], DoRA
 
-Names written by other tools are normalized to these: Unsloth's for a multimodal Gemma 3 (`language_model.`), a raw
+The E experts of a layer are two parameters of one module, which peft adapts by `target_parameters`; expert e has rows
+e·r to e·r + r of A and columns e, e + E, e + 2E … of B:
+
+    ….layers.N.experts.base_layer.lora_{A,B}.weight   [E·r, in], [out, E·r], of gate_up_proj
+    ….layers.N.experts.lora_{A,B}.weight              the same of down_proj, or of the only one that is adapted
+
+peft's class of a whole Gemma 4, which sees and hears, has `model.language_model.` for `model.` in all names. An adapter
+of one class that is loaded onto the other changes nothing, and peft only warns: see `Adapter.whole`.
+
+Names written by other tools are normalized to those of the text model: a whole model's (`language_model.`), a raw
 state dict's (`lora_A.default.weight`), target modules as a pattern. Values and dtypes stay. Only adapters that can be
 merged into the base's matrices are accepted: no biases, no fully trained layers beside the LoRA, no variants of LoRA
 that change the base or depend on the input.
@@ -24,6 +33,7 @@ from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.hf import read_json, read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
 from core.errors import UserError
+from core.gemma_config import is_gemma4
 
 TITLE = "PEFT adapter folder"
 READS = {Adapter}
@@ -32,10 +42,13 @@ WRITES = {Adapter: ""}
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "conversion.json"
 HUB = "https://huggingface.co/"
 PREFIX = "base_model.model."
-# The linear layer, and which of its tensors.
+# The layer, and which of its tensors.
 LORA_TENSOR = re.compile(
-    r"base_model\.model\.(model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj)\.lora_(A|B|magnitude_vector)(?:\.weight)?"
+    r"base_model\.model\.(model\.(?:layers\.\d+\.(?:(?:self_attn|mlp)\.\w+_proj|per_layer_input_gate|per_layer_projection"
+    r"|router\.proj|experts(?:\.base_layer)?)|per_layer_model_projection))\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # inner and outer of peft's two wrappers around one module
+OF_THE_TEXT = re.compile(r"(?:model\\?\.language_model|language_model\\?\.model)(?=\\?\.(?:layers|per_layer_))")
 # Settings that decide what a LoRA computes ...
 COMPUTED: dict[str, Any] = {
     "r": int,
@@ -46,6 +59,7 @@ COMPUTED: dict[str, Any] = {
     "use_dora": bool,
     "rank_pattern": dict,
     "alpha_pattern": dict,
+    "target_parameters": list,
 }
 # ... and those that do not: origin, initialization, target modules (which the tensors show).
 IRRELEVANT = {
@@ -100,12 +114,13 @@ def read(path: Path) -> Adapter:
 def write(content: Checkpoint | Adapter, target: Path) -> None:
     assert isinstance(content, Adapter)
     target.mkdir()
-    tensors = {name: in_memory(tensor) for name, tensor in content.tensors.items()}
+    named = whole_name if content.whole else str
+    tensors = {named(name): in_memory(tensor) for name, tensor in content.tensors.items()}
     write_tensors(target / WEIGHTS, tensors)
-    config = LoraConfig(task_type="CAUSAL_LM", **content.peft)
+    config = LoraConfig(task_type="CAUSAL_LM", **(_for_the_whole(content) if content.whole else content.peft))
     source = content.base.get("source", "")
-    # A hub id where there is one, so that peft finds the base on any machine.
-    on_hub = source.startswith(HUB)
+    # A hub id where there is one, so that peft finds the base on any machine; but there, a Gemma 4 is a whole model.
+    on_hub = source.startswith(HUB) and (content.whole or not is_gemma4(content.config or {}))
     config.base_model_name_or_path = source.removeprefix(HUB) if on_hub else content.base.get("folder", source)
     config.revision = content.base.get("revision") if on_hub else None
     config.inference_mode = True
@@ -126,13 +141,27 @@ def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def peft_name(name: str) -> str:
-    """peft's name of a tensor, from the name that another tool gave it."""
-    name = (
-        name.replace(".default.", ".").removesuffix(".default").replace("model.language_model.layers.", "model.layers.")
-    )
-    name = name.replace("language_model.model.layers.", "model.layers.")
+    """peft's name of a tensor of the text model, from the name that another tool gave it."""
+    name = OF_THE_TEXT.sub("model", name.replace(".default.", ".").removesuffix(".default"))
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
     return name if name.startswith(PREFIX) else PREFIX + name
+
+
+def whole_name(name: str) -> str:
+    """The name of a layer or tensor in the class of a whole model, from its name in that of the text model."""
+    return re.sub(r"(^|\.|\^)model(?=\\?\.(?:layers|per_layer_))", r"\1model.language_model", name)
+
+
+def _for_the_whole(content: Adapter) -> dict[str, Any]:
+    """The settings of an adapter for the whole model, with every layer by its full name: towers have a q_proj too."""
+    layers = {LORA_TENSOR.sub(r"\1", name) for name in content.tensors}
+    patterns: dict[str, Any] = {
+        key: {whole_name(name): value for name, value in content.peft[key].items()}
+        for key in ("rank_pattern", "alpha_pattern")
+        if key in content.peft
+    }
+    targets = sorted(whole_name(layer) for layer in layers if ".experts" not in layer)
+    return {**content.peft, **patterns, "target_modules": targets}
 
 
 def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
@@ -172,6 +201,8 @@ def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
         ).items():  # a name or a suffix; an arbitrary pattern may take forever to match
             if not re.fullmatch(r"[\w.^\\]+", name) or not isinstance(value, int | float) or not 0 < value <= 65_536:
                 raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a positive number were expected")
+        if key in peft:
+            peft[key] = {OF_THE_TEXT.sub("model", name): value for name, value in peft[key].items()}
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
@@ -180,7 +211,32 @@ def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
                 f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
                 f"cannot be folded into its base or converted"
             )
-    return {**peft, "target_modules": target_modules(LORA_TENSOR.sub(r"\1", name) for name in tensors)}
+    layers = {LORA_TENSOR.sub(r"\1", name) for name in tensors}
+    peft.pop("target_parameters", None)
+    if any(".experts" in layer for layer in layers):
+        peft["target_parameters"] = _target_parameters(settings.get("target_parameters") or [], layers, where)
+    return {**peft, "target_modules": target_modules(layer for layer in layers if ".experts" not in layer)}
+
+
+def _target_parameters(given: list[Any], layers: set[str], where: Path) -> list[str]:
+    """Which parameters of the experts the LoRA of `layers` adapts, as peft names them: `experts.down_proj` …
+
+    Raises:
+        UserError: the tensors are not those of `given`, the adapter's own target_parameters.
+    """
+    found = [name for name in EXPERTS if any(f".{target}".endswith(f".{name}") for target in given)]
+    both = {layer.removesuffix(".base_layer") for layer in layers if layer.endswith(".experts.base_layer")}
+    some = {layer for layer in layers if layer.endswith(".experts")}
+    unknown = [target for target in given if not str(target).endswith(EXPERTS)]
+    if unknown or not found or both != (some if len(found) == 2 else set()):
+        raise UserError(
+            f"{where}: target_parameters is {str(given)[:80]}, which does not say what the LoRA of the experts in "
+            f"{WEIGHTS} adapts; {' and '.join(EXPERTS)} are known"
+        )
+    every = {layer.split(".")[2] for layer in layers if layer.startswith("model.layers.")}
+    if len(some) == len(every):
+        return sorted(found)
+    return sorted(layer.removesuffix("experts") + name for layer in some for name in found)
 
 
 def _shown(value: Any) -> str:
@@ -191,11 +247,13 @@ def target_modules(layers: Iterable[str]) -> list[str]:
     """peft's `target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where every decoder layer
     has them, else full names."""
     places: dict[str, set[str]] = {}
-    full = set(layers)
+    full, beside = set(layers), []
     for layer in full:
-        _, _, number, _, name = layer.split(".")
-        places.setdefault(name, set()).add(number)
+        if part := re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)", layer):
+            places.setdefault(part[2], set()).add(part[1])
+        else:
+            beside.append(layer)
     everywhere = set().union(*places.values())
     if all(numbers == everywhere for numbers in places.values()):
-        return sorted(places)
+        return sorted([*places, *beside])
     return sorted(full)

@@ -44,13 +44,15 @@ class Checkpoint:
     """A full model.
 
     Attributes:
-        config: transformers' `config.json` of a text model (Gemma 1, 2 or 3).
+        config: transformers' `config.json` of a text model (Gemma 1, 2, 3 or 4).
         tensors: transformers' names of that text model (`model.embed_tokens.weight`, `model.layers.0.…`) → tensors.
             Without `lm_head.weight` where embeddings are tied.
         files: name → content or path of the files that are copied unchanged: tokenizer, generation config, chat
             template, licence.
         prompt: the template that it was fine-tuned with.
         origin: `{"name", "source", "revision", "sha256"}` as far as known; see `core.base_model.describe`.
+        whole: the folder of the whole Gemma 4, with what sees and hears, that the tensors are put back into when they
+            are written as a Hugging Face folder; None: the text model is written alone.
     """
 
     config: dict[str, Any]
@@ -58,6 +60,7 @@ class Checkpoint:
     files: Mapping[str, bytes | Path] = field(default_factory=dict)
     prompt: Prompt | None = None
     origin: dict[str, str] = field(default_factory=dict)
+    whole: Path | None = None
 
 
 @dataclass
@@ -65,13 +68,15 @@ class Adapter:
     """A LoRA adapter.
 
     Attributes:
-        peft: keys of a `peft.LoraConfig`: r, lora_alpha, target_modules, use_rslora, use_dora …
+        peft: keys of a `peft.LoraConfig`: r, lora_alpha, target_modules, target_parameters, use_rslora, use_dora …
         tensors: peft's names (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`) → [r, in] or [out, r].
         base: origin of its base, as `Checkpoint.origin`; empty where the source does not name it.
         config: `config.json` of its base, which a format with fused layers needs; `conversion` sets it before writing.
         prompt: the template that it was trained with, if the source has it.
         dtype: of the base in training, e.g. "bfloat16", if the source has it.
         quantization: BitsAndBytesConfig keys, if the base was in 4 bits in training.
+        whole: whether a PEFT folder is written for the class of the whole Gemma 4 that sees and hears, instead of for
+            that of its text model. `tensors` have the text model's names either way.
     """
 
     peft: dict[str, Any]
@@ -81,3 +86,4 @@ class Adapter:
     prompt: Prompt | None = None
     dtype: str | None = None
     quantization: dict[str, Any] | None = None
+    whole: bool = False

@@ -6,23 +6,26 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from converters import hf
+from converters.adapter import lora_settings
 from converters.checkpoint import Adapter, Checkpoint
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
-from converters.prove import MERGED_LIMITS, prove
+from converters.prove import MERGED_LIMITS, compare_beside, place_in_peft, prove, same_bits
 from converters.validation import check_shapes, validated
 from core.artifacts import Conversion, Proof
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
+from core.gemma_config import is_gemma4, is_whole
 from core.progress import Progress
 from core.schema import ModelConfig
 
@@ -33,7 +36,12 @@ PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare
 
 
 def write_proven(
-    folder: Path, source_name: Path | str, to: str, base_name: Path | str | None, dtype: str | None
+    folder: Path,
+    source_name: Path | str,
+    to: str,
+    base_name: Path | str | None,
+    dtype: str | None,
+    whole: bool | None,
 ) -> Proof:
     """Create `folder` with the converted model, the licence notice and `conversion.json`.
 
@@ -49,11 +57,16 @@ def write_proven(
     source = read_source(origin, path)
     if to == "hf" and isinstance(source, Adapter):
         to = MERGED
+    if whole is not None and (isinstance(source, Checkpoint) or to not in ("adapter", MERGED)):
+        raise UserError(f"whole={str(whole).lower()} is for an adapter: with to=adapter, or to=merged")
     base = read_base(source, base_name) if isinstance(source, Adapter) else None
     if isinstance(source, Adapter) and base:
-        check_base(source, base, path)
+        check_same_base(source, base, path)
+        leave_out_borrowed(source, base.config, path)
         check_fit(lora_updates(source, path), base, path)
-        source.base = {**base.origin, **source.base, "folder": base.origin["folder"]}
+        known = {} if base.whole is None else {"sha256": ""}  # a hash of what it is trained on: of the text model
+        source.base = {**base.origin, **known, **source.base, "folder": base.origin["folder"]}
+        choose_model(source, base, to, whole)
         source.config = base.config
     elif to == MERGED:
         raise UserError(f"{path} is a whole model, there is nothing to merge; to=hf makes a Hugging Face folder of it")
@@ -65,9 +78,9 @@ def write_proven(
         known = ", ".join(getattr(module, "DTYPES", ())) or "none, it keeps those of the source"
         raise UserError(f"dtype={dtype} is unknown to {to}. Known: {known}")
 
-    whole = source if isinstance(source, Checkpoint) else base
-    assert whole
-    with Progress("Converting", PASSES * sum(tensor.nbytes for tensor in whole.tensors.values())) as progress:
+    model = source if isinstance(source, Checkpoint) else base
+    assert model
+    with Progress("Converting", PASSES * sum(tensor.nbytes for tensor in model.tensors.values())) as progress:
         done = 0
 
         def seen(size: int) -> None:
@@ -75,7 +88,7 @@ def write_proven(
             done += size
             progress.at(done)
 
-        whole.tensors = validated(whole.tensors, path if whole is source else Path(whole.origin["folder"]), seen)
+        model.tensors = validated(model.tensors, path if model is source else Path(model.origin["folder"]), seen)
         content: Checkpoint | Adapter = source
         if to == MERGED and base and isinstance(source, Adapter):
             content = merge(base, source, path)
@@ -96,6 +109,10 @@ def write_proven(
         if target.prompt != content.prompt:
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
+        if isinstance(content, Checkpoint) and content.whole:
+            beside = compare_beside(content.whole, place, content.tensors.keys())
+            proof.tensors += beside
+            proof.tensors_with_the_same_bits += beside
         adapter = source if isinstance(source, Adapter) else Adapter({}, {})
         record = Conversion(
             source=path.name,
@@ -112,6 +129,8 @@ def write_proven(
             seconds=round(time.monotonic() - begun, 1),
             peak_memory_gib=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         )
+        if isinstance(content, Adapter) and to == "adapter" and (content.whole or is_gemma4(content.config or {})):
+            record.loads_on = place_in_peft(place, content)
     with disk_errors(folder):
         record.write(folder / "conversion.json")
     return proof
@@ -159,16 +178,69 @@ def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
         UserError: it is not there, or the adapter does not name it.
     """
     known = Path(adapter.base.get("name") or "").name
-    folder = resolve_source(name) if name else Path("models") / known
-    if not name and not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
-        folder = Path(adapter.base["source"])
+    folder = resolve_source(name) if name else own_base(adapter)
     if not (folder / "config.json").exists():
         missing = f"the base model {known} is not in {folder}" if known or name else "the adapter does not say its base"
         raise UserError(f"{missing}; name its folder with base=FOLDER")
     base = read_source("hf", folder)
     assert isinstance(base, Checkpoint)
     base.origin = {**describe(folder), "folder": str(folder)}
+    if is_gemma4(base.config) and is_whole(hf.read_json(folder / "config.json")):
+        base.whole = folder
     return base
+
+
+def own_base(adapter: Adapter) -> Path:
+    """Where the base that `adapter` names lies on this machine, or would."""
+    folder = Path("models") / Path(adapter.base.get("name") or "").name
+    if not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
+        return Path(adapter.base["source"])
+    return folder
+
+
+def check_same_base(adapter: Adapter, base: Checkpoint, path: Path) -> None:
+    """Check that `adapter` was trained on `base`, if it has a hash of what it was trained on.
+
+    Raises:
+        UserError: it was not; or it was trained on a text model that cannot be compared with that of a whole `base`.
+    """
+    wanted, own = adapter.base.get("sha256"), own_base(adapter)
+    if base.whole is None or wanted in (None, "", base.origin["sha256"]):
+        check_base(adapter, base, path)
+        return
+    if not (own / "config.json").exists() or describe(own)["sha256"] != wanted:
+        raise UserError(
+            f"{path} was trained on the text model {adapter.base.get('name')}, which must be in {own} too, to see that "
+            f"{base.whole} holds the same weights"
+        )
+    text = hf.read(own).tensors
+    differing = [name for name in text if name not in base.tensors or not same_bits(text[name], base.tensors[name])]
+    if differing:
+        raise UserError(f"{path} was trained on {own}, whose {differing[0]} is another than in {base.whole}")
+
+
+def leave_out_borrowed(adapter: Adapter, config: Mapping[str, Any], path: Path) -> None:
+    """Drop what older tools train in layers that borrow keys and values: updates of projections that nothing reads."""
+    if unused := hf.borrowed(config, adapter.tensors):
+        print(f"{path} has {len(unused)} tensors for layers that borrow keys and values, which nothing reads: left out")
+        adapter.tensors = {name: tensor for name, tensor in adapter.tensors.items() if name not in unused}
+        adapter.peft = lora_settings(adapter.peft, adapter.tensors, path)
+
+
+def choose_model(adapter: Adapter, base: Checkpoint, to: str, whole: bool | None) -> None:
+    """Decide whether the result is for the whole Gemma 4, which sees and hears, or for its text model: as the base is,
+    unless `whole` says otherwise.
+
+    Raises:
+        UserError: a whole model is asked for, and the base is none.
+    """
+    chosen = base.whole is not None if whole is None else whole
+    if chosen and to == MERGED and base.whole is None:
+        raise UserError(
+            f"{base.origin['folder']} is no whole Gemma 4; name the folder of one, with image and sound: base=FOLDER"
+        )
+    adapter.whole = chosen
+    base.whole = base.whole if chosen else None
 
 
 @contextmanager

@@ -26,7 +26,12 @@ def table() -> str:
 
 
 def convert(
-    source: Path | str, to: str, target: Path, base: Path | str | None = None, dtype: str | None = None
+    source: Path | str,
+    to: str,
+    target: Path,
+    base: Path | str | None = None,
+    dtype: str | None = None,
+    whole: bool | None = None,
 ) -> None:
     """Convert `source` to the folder `target`, and prove that the target is equivalent.
 
@@ -38,6 +43,8 @@ def convert(
         target: must not exist, or be the target of an earlier conversion.
         base: of an adapter, unless the adapter names it: a Hugging Face folder, or a name on the hub.
         dtype: one of the format's DTYPES.
+        whole: whether an adapter is named for, or merged into, the whole model that sees and hears, rather than its
+            text model; None: as the base of a Gemma 4 is.
 
     Raises:
         UserError: an unreadable source, a format that cannot hold it, a missing or wrong base, a target in the way, a
@@ -53,7 +60,7 @@ def convert(
     partial = beside(target, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        proof = write_proven(partial, source, to, base, dtype)
+        proof = write_proven(partial, source, to, base, dtype, whole)
         with disk_errors(partial):
             commit(partial, target)
     finally:

@@ -22,28 +22,32 @@ from core.errors import UserError
 
 @dataclass
 class Update:
-    """The update of one matrix [out, in]: A [r, in], B [out, r], the scale s, and DoRA's magnitudes m [out] or None."""
+    """The update of one matrix [out, in]: A [r, in], B [out, r], the scale s, and DoRA's magnitudes m [out] or None.
+
+    Of experts [E, out, in]: A [E, r, in] and B [E, out, r]. `module` is peft's name of what holds A and B.
+    """
 
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     magnitudes: Tensor | None
+    module: str = ""
 
 
 def merge(base: Checkpoint, adapter: Adapter, where: Path) -> Checkpoint:
     """`base` with `adapter`, of the file `where`, merged; each tensor is computed when it is read.
 
     Raises:
-        UserError: the adapter was trained on another base, by its hash, or does not fit this one.
+        UserError: the adapter does not fit this base.
     """
-    check_base(adapter, base, where)
     found = lora_updates(adapter, where)
     check_fit(found, base, where)
     tensors = dict(base.tensors)
     for layer, update in found.items():
-        name, weight = f"{layer}.weight", base.tensors[f"{layer}.weight"]
+        name = weight_name(layer)
+        weight = base.tensors[name]
         tensors[name] = replace(weight, read=partial(_read_merged, weight, update))
-    return Checkpoint(base.config, tensors, base.files, adapter.prompt or base.prompt)
+    return Checkpoint(base.config, tensors, base.files, adapter.prompt or base.prompt, whole=base.whole)
 
 
 def check_base(adapter: Adapter, base: Checkpoint, where: Path) -> None:
@@ -57,18 +61,24 @@ def check_base(adapter: Adapter, base: Checkpoint, where: Path) -> None:
 
 def check_fit(found: Mapping[str, Update], base: Checkpoint, where: Path) -> None:
     for layer, update in found.items():
-        weight = base.tensors.get(f"{layer}.weight")
+        weight = base.tensors.get(weight_name(layer))
         if weight is None:
             raise UserError(f"the base has no {layer}, which {where} changes; name the right base with base=FOLDER")
-        if weight.shape != (len(update.lora_b), update.lora_a.shape[1]):
+        shape = (*update.lora_b.shape[:-1], update.lora_a.shape[-1])
+        if weight.shape != shape:
             raise UserError(
-                f"{where} changes {layer} of shape {[len(update.lora_b), update.lora_a.shape[1]]}, but the "
+                f"{where} changes {layer} of shape {list(shape)}, but the "
                 f"base's is {list(weight.shape)}; name the right base with base=FOLDER"
             )
 
 
+def weight_name(layer: str) -> str:
+    """The tensor that an update of `layer` changes."""
+    return layer if ".experts." in layer else f"{layer}.weight"
+
+
 def lora_updates(adapter: Adapter, where: Path) -> dict[str, Update]:
-    """Linear layer (`model.layers.0.self_attn.q_proj`) → its update.
+    """Linear layer (`model.layers.0.self_attn.q_proj`), or experts (`model.layers.0.experts.down_proj`) → the update.
 
     Raises:
         UserError: tensors of a layer that are missing, do not fit each other, or are not finite.
@@ -83,7 +93,19 @@ def lora_updates(adapter: Adapter, where: Path) -> dict[str, Update]:
         layers.setdefault(part[1], {})[part[2]] = tensor
     if not layers:
         raise UserError(f"{where} holds no LoRA")
-    return {layer: _update(layer, parts, adapter.peft, where) for layer, parts in sorted(layers.items())}
+    updates = {}
+    for module, parts in sorted(layers.items()):
+        layer = _experts(module, adapter.peft) if ".experts" in module else module
+        updates[layer] = replace(_update(layer, parts, adapter.peft, where), module=module)
+    return updates
+
+
+def _experts(module: str, peft: Mapping[str, Any]) -> str:
+    """The parameter that the LoRA of `module` adapts: the inner wrapper holds the first of two."""
+    names = {target.rpartition(".")[2] for target in peft.get("target_parameters") or []}
+    inner = module.endswith(".base_layer")
+    name = "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
+    return f"{module.removesuffix('.base_layer')}.{name}"
 
 
 def _update(layer: str, parts: dict[str, Tensor], peft: Mapping[str, Any], where: Path) -> Update:
@@ -93,8 +115,11 @@ def _update(layer: str, parts: dict[str, Tensor], peft: Mapping[str, Any], where
         raise UserError(f"{where}: {layer} must have {', '.join(wanted)}, and has lora_{', lora_'.join(sorted(parts))}")
     rank = _value(peft, "rank_pattern", layer, peft["r"])
     alpha = _value(peft, "alpha_pattern", layer, peft["lora_alpha"])
-    fits = lora_a.dim() == lora_b.dim() == 2 and len(lora_a) == lora_b.shape[1] == rank
-    if not fits or (magnitudes is not None and magnitudes.shape != lora_b.shape[:1]):
+    fits = lora_a.dim() == lora_b.dim() == 2 and len(lora_a) == lora_b.shape[1]
+    if fits and ".experts." in layer and len(lora_a) and not len(lora_a) % rank:
+        lora_a = lora_a.unflatten(0, (-1, int(rank)))
+        lora_b = lora_b.unflatten(1, (int(rank), -1)).permute(2, 0, 1)
+    if not fits or lora_a.shape[-2] != rank or (magnitudes is not None and magnitudes.shape != lora_b.shape[:1]):
         shapes = ", ".join(f"lora_{part} {list(tensor.shape)}" for part, tensor in parts.items())
         raise UserError(f"{where}: {layer} of rank {rank} has {shapes}, which do not fit each other")
     return Update(lora_a, lora_b, alpha / rank**0.5 if peft.get("use_rslora") else alpha / rank, magnitudes)
@@ -110,7 +135,12 @@ def _read_merged(weight: LazyTensor, update: Update) -> Tensor:
 
 
 def fold(weight: Tensor, update: Update) -> Tensor:
-    """`weight` [out, in] with `update` merged, in the dtype of `weight`."""
+    """`weight` [out, in] or [experts, out, in] with `update` merged, in the dtype of `weight`."""
+    if weight.dim() == 3:  # one at a time in float32
+        merged = torch.empty_like(weight)
+        for expert, (lora_a, lora_b) in enumerate(zip(update.lora_a, update.lora_b, strict=True)):
+            merged[expert] = fold(weight[expert], Update(lora_a, lora_b, update.scale, None))
+        return merged
     merged = torch.addmm(weight.float(), update.lora_b.float(), update.lora_a.float(), alpha=update.scale)
     if update.magnitudes is not None:
         merged *= (update.magnitudes.float() / merged.norm(dim=1)).unsqueeze(1)

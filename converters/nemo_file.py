@@ -49,7 +49,7 @@ class NemoFile:
             UserError: `base_folder` holds other weights than the adapter was trained on.
         """
         found = describe(base_folder)
-        if found["sha256"] != self.base["sha256"]:
+        if self.base["sha256"] and found["sha256"] != self.base["sha256"]:
             raise UserError(
                 f"this adapter was trained on {self.base['name']} with weights {self.base['sha256'][:12]}; "
                 f"{base_folder} holds {found['name']} with weights {found['sha256'][:12]}. Pass the right base: "
@@ -59,7 +59,11 @@ class NemoFile:
         quantization = self.quantization if as_trained else None
         base = load_base(base_folder, getattr(torch, self.dtype), quantization, torch.device(device))
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **self.peft))
-        set_peft_model_state_dict(model, self.adapter)
+        if set_peft_model_state_dict(model, self.adapter).unexpected_keys:
+            raise UserError(
+                f"{base_folder} holds a {type(base).__name__}, onto which this adapter of a text model does not fit; "
+                f"name the text model's folder: model.path=FOLDER"
+            )
         return model.to(device).eval(), load_tokenizer(base_folder)
 
 

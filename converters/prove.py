@@ -5,20 +5,25 @@ TOLERANCE does. Then both sides are run on the same prompts, a layer at a time (
 what they predict is compared. An adapter is run on its base, by peft.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from converters.adapter import LORA_TENSOR
+from converters.adapter import PREFIX, WEIGHTS
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
-from converters.layerwise_forward import logits
-from converters.merge_lora import lora_updates
+from converters.layerwise_forward import empty_model, logits
+from converters.merge_lora import lora_updates, weight_name
 from core.artifacts import Proof
+from core.base_model import text_name
 from core.errors import UserError
+from core.gemma_config import WHOLE
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
 # predicted distributions must stay far below what separates the fine-tuned model from its base.
@@ -56,8 +61,8 @@ def prove(
     """
     merged = isinstance(source, Adapter) and isinstance(target, Checkpoint)
     names, differing = _compare(base if merged and base else source, target)
-    if merged:
-        changed = {LORA_TENSOR.sub(r"\1.weight", name) for name in source.tensors}
+    if isinstance(source, Adapter) and merged:
+        changed = {weight_name(layer) for layer in lora_updates(source, Path("the adapter"))}
         unexpected = [name for name in differing if name not in changed]
     else:
         unexpected = differing if tolerance is None else []
@@ -129,7 +134,11 @@ def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tupl
             f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}"
         )
     left, right = {**left, **_rescaled(source, target)}, {**right, **_rescaled(target, source)}
-    return len(left), [name for name in sorted(left) if not _same_bits(left[name].read(), right[name].read())]
+    return len(left), [name for name in sorted(left) if not same_bits(left[name], right[name])]
+
+
+def same_bits(one: LazyTensor, other: LazyTensor) -> bool:
+    return _same_bits(one.read(), other.read())
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
@@ -138,6 +147,54 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(
         left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
     )
+
+
+def compare_beside(whole: Path, written: Path, text: Collection[str]) -> int:
+    """Compare what a whole model has beside the tensors `text` of its text model (towers, and keys and values that no
+    layer uses) with what was `written`, as the safetensors library reads both.
+
+    Returns:
+        The number of tensors compared.
+
+    Raises:
+        UserError: one differs, or is only in one of the two.
+    """
+    count = 0
+    for shard in sorted(whole.glob("*.safetensors")):
+        with safe_open(shard, "pt") as source, safe_open(written / shard.name, "pt") as target:
+            if set(source.keys()) != set(target.keys()):
+                raise UserError(f"the conversion is not faithful: {shard.name} has other tensors than in the source")
+            for name in source.keys():  # noqa: SIM118, safe_open is not a dict
+                if text_name(name) in text:
+                    continue
+                left, right = source.get_tensor(name), target.get_tensor(name)
+                if left.dtype != right.dtype or not _same_bits(left.reshape(-1), right.reshape(-1)):
+                    raise UserError(f"the conversion is not faithful: {name} has other values than in the source")
+                count += 1
+    return count
+
+
+def place_in_peft(folder: Path, adapter: Adapter) -> str:
+    """Have plain peft load the adapter in `folder` onto the class that it is for, whole or text, without weights.
+
+    Returns:
+        The name of that class of transformers.
+
+    Raises:
+        UserError: peft finds no place for a tensor, or no tensor for a place, about which it would only warn.
+    """
+    config: Mapping[str, Any] = adapter.config or {}
+    if adapter.whole:
+        kind = next(name for name, text in WHOLE.items() if text == config["model_type"])
+        config = {"model_type": kind, "text_config": config}
+    model, settings = empty_model(config), LoraConfig.from_pretrained(folder)
+    settings.base_model_name_or_path = None  # this one has no name, about which peft would warn
+    adapted = get_peft_model(model, settings, low_cpu_mem_usage=True)
+    loaded = set_peft_model_state_dict(adapted, load_file(folder / WEIGHTS), low_cpu_mem_usage=True)
+    lost = [*loaded.unexpected_keys, *(name for name in loaded.missing_keys if ".lora_" in name)]
+    if lost:
+        raise UserError(f"the conversion is not faithful: peft finds no {lost[0]} in a {type(model).__name__}")
+    return type(model).__name__
 
 
 def _tensors(side: Checkpoint | Adapter) -> Mapping[str, LazyTensor]:
@@ -151,11 +208,12 @@ def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[s
     if not isinstance(side, Adapter) or not isinstance(other, Adapter):
         return {}
     mine, theirs = (lora_updates(adapter, Path("the adapter")) for adapter in (side, other))
-    return {
-        f"base_model.model.{layer}.lora_B.weight": in_memory(update.lora_b.float() * update.scale)
+    differing = [
+        (f"{PREFIX}{update.module}.lora_B.weight", update.scale)
         for layer, update in mine.items()
         if layer in theirs and update.scale != theirs[layer].scale
-    }
+    ]
+    return {name: in_memory(side.tensors[name].float() * scale) for name, scale in differing}
 
 
 # --- prompts for both sides ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ header, the header, and the tensors' bytes end to end (https://github.com/huggin
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from core.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CHUNK = 2**24  # bytes
 
 
 def read_tensors(path: Path) -> dict[str, LazyTensor]:
@@ -64,6 +66,23 @@ def write_tensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         file.write(header(tensors))
         for name in _order(tensors):
             file.write(as_bytes(tensors[name].read()))
+
+
+def write_with(source: Path, target: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write the file `target` as `source` is, byte for byte, but with the values of `tensors`, which have the shapes
+    and dtypes that they have there."""
+    with source.open("rb") as old, target.open("wb") as new:
+        start = old.read(8)
+        entries = old.read(int.from_bytes(start, "little"))
+        new.write(start + entries)
+        places = {name: entry["data_offsets"] for name, entry in json.loads(entries).items() if name != "__metadata__"}
+        for name, (begin, end) in sorted(places.items(), key=lambda place: place[1]):
+            if name in tensors:
+                new.write(as_bytes(tensors[name].read()))
+                old.seek(end - begin, os.SEEK_CUR)
+            else:
+                for at in range(begin, end, CHUNK):
+                    new.write(old.read(min(CHUNK, end - at)))
 
 
 def header(tensors: Mapping[str, LazyTensor | Tensor]) -> bytes:

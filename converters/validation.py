@@ -22,8 +22,8 @@ def check_shapes(checkpoint: Checkpoint, where: Path) -> None:
         where: for error messages.
 
     Raises:
-        UserError: another family than Gemma 1, 2, 3 or 4 text; a missing or unexpected tensor, or one of another shape or
-            dtype than its configuration asks for.
+        UserError: another family than the text models of Gemma 1 to 4; a missing or unexpected tensor, or one of
+            another shape or dtype than its configuration asks for.
     """
     config = checkpoint.config
     family = config.get("model_type")

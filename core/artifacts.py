@@ -201,7 +201,7 @@ class Environment(Artifact):
     @property
     def machine(self) -> str:
         """In one line: its GPUs, else its processor."""
-        return ", ".join(self.gpus) or (f"{self.cores} cores, {self.cpu}" if self.cpu else "")
+        return ", ".join(self.gpus) or (f"{self.cpu}, {self.cores} cores" if self.cpu else "")
 
 
 class MetricsLine(Artifact):
@@ -392,6 +392,9 @@ class Conversion(Artifact):
     base: dict[str, Any] = Field(default={}, description="of an adapter: name, source, revision and sha256 of its base")
     dtype: str | None = Field(default=None, description="of an adapter: what its base was trained in")
     quantization: dict[str, Any] | None = Field(default=None, description="of an adapter: 4-bit settings of its base")
+    loads_on: str | None = Field(
+        default=None, description="of an adapter for a Gemma 4: the class of transformers that peft applies it to"
+    )
     proof: Proof = Field(description="what was compared, and how far the sides differ")
     files: dict[str, str] = Field(default={}, description="file of the target → sha256")
     packages: dict[str, str] = Field(default={}, description="package → version")
@@ -435,6 +438,9 @@ class EngineStats(Artifact):
     base: str = Field(default="", description="name of the base model's folder")
     dtype: str = Field(default="", description="of the base's weights")
     threads: int | None = Field(default=None, description="that compute")
+    memory: dict[str, int] = Field(
+        default={}, description="bytes of keys and values when the cache is full, and of a table that stays in its file"
+    )
     pid: int | None = Field(default=None, description="process id")
 
 

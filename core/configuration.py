@@ -22,6 +22,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from pydantic import BaseModel
 
 from core.arguments import Arguments, own_arguments, parse
+from core.base_turns import with_turns_of_its_base
 from core.checks import Keys, Problem, all_keys, check, dotted, section_of
 from core.errors import UserError
 from core.files import write_whole
@@ -51,7 +52,8 @@ def load_config(argv: Sequence[str], options: type[Options]) -> tuple[Config, Op
 def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) -> Config | tuple[Config, Options]:
     """The configuration that `argv` asks for, checked and with every reference resolved.
 
-    `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`.
+    `trainer` follows the machine unless named: `gpu` where CUDA is usable, else `cpu`. A prompt with turns has those of
+    the base model (core/base_turns.py).
 
     Args:
         argv: overrides of the tree, and `key=value` for fields of `options`.
@@ -69,6 +71,7 @@ def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) 
     config = _composed(words if is_named else [*words, "trainer=cpu"], given)
     if not is_named and _has_gpu():
         config = _composed([*words, "trainer=gpu"], given)
+    config = with_turns_of_its_base(config)
     return (config, cast(Options, parsed)) if options else config
 
 
@@ -175,6 +178,7 @@ def _composed(words: list[str], given: list[Override]) -> Config:
             tree = _resolved(composed, (), problems)
             config, refused = check(tree)
             problems = [*problems, *(one for one in refused if one.path not in {other.path for other in problems})]
+            problems = problems or _wrong_task_name(tree["task"]["name"], words)
             if problems:
                 raise UserError(*_located(problems, words, given))
     except MissingConfigException as error:
@@ -192,6 +196,14 @@ def _composed(words: list[str], given: list[Override]) -> Config:
         raise UserError(f"configuration: {_first_line(error)}") from None
     assert config is not None
     return config
+
+
+def _wrong_task_name(name: str, words: list[str]) -> list[Problem]:
+    """Runs and exports are kept under the name in a task's file, and looked for under the name of that file."""
+    file = next((file for file, _ in reversed(_files(words)) if file.parent.name == "task"), None)
+    if file is None or file.stem == name:
+        return []
+    return [Problem(("task", "name"), f"task.name is {name}; it must be the name of the file, {file.stem}")]
 
 
 def _resolved(node: Container, path: Keys, problems: list[Problem]) -> Any:

@@ -22,6 +22,8 @@ class LayerShape:
         kv_source: the layer whose keys and values are attended to; its own number unless it borrows them, and then it
             has no k_proj, v_proj, k_norm and v_norm.
         has_v_proj: False where values are the keys before norm and rotation (`attention_k_eq_v`), or are borrowed.
+        norms: RMS norms around attention and MLP: one before each, in Gemma 2 and later one behind each too.
+        has_v_norm: values are normed too, without a weight.
         per_layer_input: features of the per-layer embedding that the layer adds; 0: none.
         experts, active_experts, expert_inner: how many there are, how many a token uses, the features of each; 0: none.
     """
@@ -35,6 +37,8 @@ class LayerShape:
     kv_source: int
     has_k_proj: bool
     has_v_proj: bool
+    norms: int
+    has_v_norm: bool
     per_layer_input: int = 0
     experts: int = 0
     active_experts: int = 0
@@ -57,6 +61,12 @@ class LayerShape:
             found["router.proj"] = (hidden, self.experts)
         return found
 
+    def expert(self) -> dict[str, tuple[int, int]]:
+        """Name → (inputs, outputs) of the matrices of one expert, which lie in one tensor for all: none or two."""
+        hidden, inner = self.hidden, self.expert_inner
+        two = {"experts.gate_up_proj": (hidden, 2 * inner), "experts.down_proj": (inner, hidden)}
+        return two if self.experts else {}
+
 
 def layer_shapes(config: Any) -> list[LayerShape]:
     """The layers that a transformers configuration of a Gemma text model describes, in order.
@@ -67,11 +77,12 @@ def layer_shapes(config: Any) -> list[LayerShape]:
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [FULL] * count
     borrowing = count - (getattr(config, "num_kv_shared_layers", 0) or 0)  # from this layer on
+    is_4 = hasattr(config, "num_kv_shared_layers")
     has_experts = bool(getattr(config, "enable_moe_block", False))
     shapes = []
     for number, kind in enumerate(kinds):
         # transformers 5.15 and later refuse to name one head_dim for layers that differ in it
-        layer = config.per_layer_config[number] if hasattr(config, "num_kv_shared_layers") else config
+        layer = config.per_layer_config[number] if is_4 else config
         own = number < borrowing
         equal = kind == FULL and bool(getattr(config, "attention_k_eq_v", False))
         wide = bool(getattr(config, "use_double_wide_mlp", False)) and not own
@@ -86,6 +97,8 @@ def layer_shapes(config: Any) -> list[LayerShape]:
                 kv_source=number if own else max(at for at in range(borrowing) if kinds[at] == kind),
                 has_k_proj=own,
                 has_v_proj=own and not equal,
+                norms=2 if config.model_type in ("gemma", "vaultgemma") else 4,
+                has_v_norm=is_4 and own,
                 per_layer_input=getattr(config, "hidden_size_per_layer_input", 0) or 0,
                 experts=config.num_experts if has_experts else 0,
                 active_experts=config.top_k_experts if has_experts else 0,
@@ -93,3 +106,9 @@ def layer_shapes(config: Any) -> list[LayerShape]:
             )
         )
     return shapes
+
+
+def linear_before_layers(config: Any) -> dict[str, tuple[int, int]]:
+    """Name → (inputs, outputs) of the linear layers before the first decoder layer: that of per-layer embeddings."""
+    size = getattr(config, "hidden_size_per_layer_input", 0) or 0
+    return {"per_layer_model_projection": (config.hidden_size, config.num_hidden_layers * size)} if size else {}

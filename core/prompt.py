@@ -1,8 +1,9 @@
 """How an example becomes a prompt and a response, for data preparation, training, evaluation and serving alike.
 
 A `Prompt` is written into every checkpoint and exported adapter, so that a model is prompted as it was trained. This
-file is part of the client's wheel too (setup.py), so it needs only the standard library. It fills `{name}` by plain
-replacement: a template in a checkpoint from elsewhere cannot reach into Python objects as it could with `str.format`.
+file and gemma4_*.py are part of the client's wheel too (setup.py), so they need only the standard library. `{name}` is
+filled by plain replacement: a template in a checkpoint from elsewhere cannot reach into Python objects as it could with
+`str.format`.
 """
 
 import json
@@ -12,14 +13,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .gemma4_answers import AnswerPart, AnswerReader, ToolCall, read_answer
+from .gemma4_turns import MODEL_TURN, TURN, check_tools, check_turns, strip_thoughts, write_dialogue
+
+__all__ = ["EOS", "PROMPT_FILE", "AnswerPart", "AnswerReader", "Prompt", "ToolCall", "disarm", "exchanges"]
+
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
 EOS = "<eos>"  # of every Gemma, as text
 _FIELD = re.compile(r"\{(\w+)\}")
 # The control tokens of all Gemma generations, as text. In a user's message they must not act as control tokens.
 _CONTROL = re.compile(
-    r"<(?=(?:pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token)>)"
+    r"<(?=(?:pad|eos|bos|unk|mask|unused\d+|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token"
+    r"|start_of_audio|end_of_audio|audio_soft_token)>"
+    r"|\|(?:turn|channel|think|tool|tool_call|tool_response|image|audio|video|\")\|?>"
+    r"|(?:turn|channel|think|tool|tool_call|tool_response|image|audio|video)\|>)"
 )
-_END = re.compile(r"(<\w+>)?")  # what may follow {response}: one token of the model's own
+_END = re.compile(r"(<\w+>|<\w+\|>)?")  # what may follow {response}: one token of the model's own
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class Prompt:
 
     Attributes:
         template: the text of an example, with `{instruction}` and, at its end, `{response}`. One token of the model's
-            may follow, such as `<end_of_turn>`: it is the target after a response in place of EOS.
+            may follow, such as `<end_of_turn>`: it is the target after a response in place of EOS. Gemma 4's turns are
+            known by `<|turn>`: they have a turn for the system, thoughts and tools (gemma4_turns.py).
         instruction: how the fields of an example make an instruction, e.g. `{tag}{context}{condition}`.
         response: how the fields of an example make a response, one `Label: {field}` a line.
         fields: values for the fields that an example or a caller leaves out.
@@ -52,6 +62,12 @@ class Prompt:
             raise ValueError(
                 f"prompt template must hold {{instruction}} once and end in {{response}}, or in {{response}} and one "
                 f"token such as <end_of_turn>: {self.template!r}"
+            )
+        asked, model_turn, _ = before.partition(MODEL_TURN)
+        if self.has_gemma4_turns and not (model_turn and "{instruction}" in asked):
+            raise ValueError(
+                f"prompt template with Gemma 4's turns must have the line <|turn>model between {{instruction}} and "
+                f"{{response}}: {self.template!r}"
             )
 
     def write_instruction(self, **values: str) -> str:
@@ -75,12 +91,26 @@ class Prompt:
         """The token after `{response}` in the template, which ends the model's turn; "" if there is none."""
         return self.template.partition("{response}")[2]
 
+    @property
+    def has_gemma4_turns(self) -> bool:
+        """Whether there is a turn for the system, thinking and tools, and answers may hold thoughts and calls."""
+        return TURN in self.template
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling parameters, by vLLM's names, that `read_answer` needs an engine to be given."""
+        return {"skip_special_tokens": False} if self.has_gemma4_turns else {}
+
     def wrap(self, instruction: str) -> str:
         """The text that the model is given for `instruction`, in which control tokens are disarmed."""
         return self._fill(self.template.partition("{response}")[0], {"instruction": disarm(instruction)})
 
-    def pieces(self, example: Mapping[str, Any]) -> list[tuple[str, bool]]:
-        """An example's text in pieces `(text, is_target)`. The loss is on targets; the end token follows each of them.
+    def samples(self, example: Mapping[str, Any]) -> list[list[tuple[str, bool]]]:
+        """What an example trains the model on: samples, each in pieces `(text, is_target)`.
+
+        The loss is on targets; the end token follows each of them. A dialogue is one sample where every answer comes
+        after the very text that it is asked for with, the answers before it included. Gemma 4's large sizes are asked
+        with an empty thought that earlier turns do not have, so that each answer is a sample of its own.
 
         Args:
             example: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an answer.
@@ -89,26 +119,71 @@ class Prompt:
             ValueError: see `exchanges`.
         """
         if "messages" not in example:
-            return [(self.wrap(example["input"]), False), (disarm(example["output"]), True)]
-        pieces: list[tuple[str, bool]] = []
-        for user, model in exchanges(example["messages"]):
+            return [[(self.wrap(example["input"]), False), (self._answer(example["output"]), True)]]
+        messages, pieces = example["messages"], list[tuple[str, bool]]()
+        for user, model in exchanges(messages):
             if model is None:
                 raise ValueError("the dialogue ends with the user; its last message must be the model's")
-            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (disarm(model), True)]
-        return pieces
+            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (self._answer(model), True)]
+        if not self.has_gemma4_turns:
+            return [pieces]
+        found, said = list[list[tuple[str, bool]]](), ""
+        for number, message in enumerate(messages):
+            if message["role"] in ("assistant", "model"):
+                asked, answer = self.wrap_dialogue(messages[:number]), self._answer(message["content"])
+                if found and asked.startswith(said):
+                    found[-1] += [(asked[len(said) :], False), (answer, True)]
+                else:
+                    found.append([(asked, False), (answer, True)])
+                said = asked + answer + (self.end or EOS)
+        return found
 
-    def wrap_dialogue(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def pieces(self, example: Mapping[str, Any]) -> list[tuple[str, bool]]:
+        """The pieces of all samples of an example, see `samples`."""
+        return [piece for sample in self.samples(example) for piece in sample]
+
+    def wrap_dialogue(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The text that the model is given to answer the last of `messages`, the user's. As `wrap`, for many turns.
 
+        Args:
+            thinking: let the model think before it answers.
+            tools: functions that it may call, in OpenAI's form. `messages` may then have calls (`tool_calls`) and
+                answers of tools (`role` "tool"), and end with one of these.
+
         Raises:
-            ValueError: see `exchanges`; or the last message is the model's.
+            ValueError: see `exchanges`; the last message is the model's; or the prompt has no thinking or no tools.
         """
+        if self.has_gemma4_turns:
+            head, _, opening = self.template.partition("{response}")[0].partition(MODEL_TURN)
+            return write_dialogue(
+                _disarmed(check_turns(messages)),
+                lambda text: self._fill(head, {"instruction": text}),
+                self.end or EOS,
+                opening,
+                thinking,
+                _disarmed(check_tools(tools)),
+            )
+        if thinking or tools:
+            raise ValueError(f"the prompt of this model has no {'tools' if tools else 'thinking'}")
         text = ""
         for user, model in exchanges(messages):
             text += "\n" * bool(text) + self.wrap(user) + ("" if model is None else disarm(model) + (self.end or EOS))
         if model is not None:
             raise ValueError("the dialogue ends with the model; its last message must be the user's")
         return text
+
+    def _answer(self, text: str) -> str:
+        """An answer as it is learned, and as it stands in a dialogue."""
+        return disarm(strip_thoughts(text) if self.has_gemma4_turns else text)
+
+    def read_answer(self, asked: str, text: str) -> AnswerPart:
+        """Answer and thought of a generated `text`; with Gemma 4's turns, `text` has its control tokens."""
+        return read_answer(asked, text)[0] if self.has_gemma4_turns else AnswerPart(text, "")
 
     def end_id(self, tokenizer: Any) -> int:
         """The id of the token that ends a response, in a Hugging Face tokenizer.
@@ -193,6 +268,15 @@ def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | No
     if not found:
         raise ValueError("the dialogue has no user message")
     return found
+
+
+def _disarmed(value: Any) -> Any:
+    """`value` of JSON with all its texts disarmed."""
+    if isinstance(value, str):
+        return disarm(value)
+    if isinstance(value, Mapping):
+        return {disarm(str(key)): _disarmed(inner) for key, inner in value.items()}
+    return [_disarmed(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def disarm(text: str) -> str:

@@ -209,7 +209,13 @@ class PeftConfig(Section):
     lora_alpha: Number = Field(gt=0, description="the update is scaled by lora_alpha / r")
     lora_dropout: Number = Field(ge=0, lt=1, description="share of inputs that are dropped in training")
     bias: Literal["none", "all", "lora_only"] = Field(description="which biases are trained")
-    target_modules: Modules = Field(description="names of the layers that get an adapter, or one regular expression")
+    target_modules: Modules = Field(
+        description="names of the layers that get an adapter, or one regular expression; all-linear takes all but the "
+        "router of experts"
+    )
+    target_parameters: list[Text] | None = Field(
+        None, description="weights of experts that get one too: experts.gate_up_proj, experts.down_proj"
+    )
     use_rslora: bool = Field(description="scale by lora_alpha / √r instead")
     use_dora: bool = Field(description="learn magnitude and direction apart; slower")
     quantization: QuantizationConfig | None = Field(description="null: the base as it is")
@@ -224,6 +230,9 @@ class TrainerConfig(Section):
         description="fsdp2 shards the base, tp splits it by heads; auto: ddp for several devices"
     )
     micro_batch_tokens: int = Field(ge=1, description="tokens in memory at once; does not change the result")
+    table_in_main_memory: bool = Field(
+        False, description="on GPUs: leave the table of per-layer embeddings (Gemma 4 E2B, E4B) in main memory"
+    )
     wandb: bool = Field(description="log to Weights & Biases too, with the key in WANDB_API_KEY")
 
 

@@ -116,8 +116,8 @@ class SplitWriter:
         return {**wanted, **columns, **wanted}  # a column may be called input or output too
 
     def _count(self, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-        """All tokens and target tokens of each row as training/batches.py makes them, with BOS and end tokens."""
-        pieces = [self._prompt.pieces(row) for row in rows]
+        """All tokens and target tokens of each sample as training/batches.py makes them, with BOS and end tokens."""
+        pieces = [sample for row in rows for sample in self._prompt.samples(row)]
         texts = [text for parts in pieces for text, _ in parts]
         encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
         for parts in pieces:

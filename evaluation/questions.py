@@ -12,6 +12,7 @@ from core.errors import UserError
 from core.prompt import Prompt
 from core.schema import Config
 from core.tasks import part_of
+from data_prep.task import Task
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,15 @@ class Question:
 
 
 def check(config: Config) -> dict[str, Any]:
-    """`task.evaluate` as a dictionary. Raises a UserError: there are no metrics of that name."""
+    """`task.evaluate` as a dictionary.
+
+    Raises:
+        UserError: there are no metrics of that name, the prompt is broken, or a question does not fit it.
+    """
     settings = plain(config.task.evaluate)
     if settings["metrics"] is not None:
         part_of(settings["metrics"], "metrics", "task.evaluate.metrics")
+    listed_questions(settings["questions"], Task.of(config).prompt)
     return settings
 
 

@@ -76,7 +76,7 @@ def test_a_run_from_before_there_were_formats_is_read(old_run: Path) -> None:
     assert run.evaluation.format == 1 and run.manifest and run.environment and run.metrics
     assert run.evaluation.after.loss == 3 and run.evaluation.before.rows[1] == (17.5, 5)
     assert run.manifest.splits["training"].tokens.mean == 100 and run.manifest.splits["test"].tokens is None  # type: ignore
-    assert run.environment.machine == "2 cores, A Processor"
+    assert run.environment.machine == "A Processor, 2 cores"
     assert run.metrics.held_out and run.metrics.held_out.gain[0] == 0.39 and run.metrics.judge is None
     assert [line.step for line in run.steps] == [1, 2] and [line.val_loss for line in run.validations] == [3.0]
     assert run.seconds == 6 and run.step_seconds == 2

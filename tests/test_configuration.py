@@ -71,6 +71,7 @@ def refused(words: list[str]) -> list[str]:
         ("+task.train.epohcs=3", "unknown key task.train.epohcs; did you mean task.train.epochs?"),
         ("learning_rate=1e-3", "unknown key learning_rate; did you mean task.train.learning_rate?"),
         ("sede=1", "unknown key sede; did you mean seed?"),
+        ("task.name=other", "task.name is other; it must be the name of the file, slang"),
         ("peft.quantization.load_in_8bit=true", "unknown key peft.quantization.load_in_8bit; did you mean"),
         ("task.train={epochs: 3, epoch: 2}", "unknown key task.train.epoch; did you mean task.train.epochs?"),
         ("task.train.epochs=two", "task.train.epochs must be a whole number, not 'two'"),

@@ -19,6 +19,7 @@ from conftest import FAMILIES, ROOT, tiny_gemma, until
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import GemmaConfig
 
 from converters.nemo_file import read_nemo
 from core.configuration import load_config
@@ -369,8 +370,7 @@ def test_an_invalid_number_of_processes_is_refused(override: str, says: str, mon
 def test_tensor_parallelism_lists_the_sizes_that_the_heads_allow(
     heads: int, devices: int, says: str | None, tmp_path: Path
 ) -> None:
-    sizes = {"num_key_value_heads": heads, "num_attention_heads": 8, "intermediate_size": 64}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    GemmaConfig(num_key_value_heads=heads, num_attention_heads=8, intermediate_size=64).save_pretrained(tmp_path)
     config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
     if says is None:
         check_tensor_parallel(config, tmp_path)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, needs_task, tiny_gemma
+from peft.tuners.lora import LoraLayer
 
 from core.configuration import load_config, plain
+from core.layer_shapes import layer_shapes
 from core.load_model import add_lora, load_base
 from training.fused_layers import fuse_layers
 from training.memory import estimate, free_memory, layer_bytes
@@ -66,7 +68,13 @@ def test_saved_activations_of_a_layer_are_counted(family: str, words: list[str])
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
     assert hidden.last_hidden_state.requires_grad
-    counted = 3 * tokens * layer_bytes(gemma.config, model, torch.bfloat16, fused=not words)
+    adapted = [
+        {name for name, part in layer.named_modules() if isinstance(part, LoraLayer)} for layer in gemma.model.layers
+    ]
+    counted = tokens * sum(
+        layer_bytes(shape, names, model.peft_config["default"], torch.bfloat16, fused=not words)
+        for shape, names in zip(layer_shapes(gemma.config), adapted, strict=True)
+    )
     # The more is where queries and keys are rotated without kernels of our own (no compiler).
     assert 0.92 < counted / sum(kept.values()) < 1.16
 

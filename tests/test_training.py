@@ -137,6 +137,7 @@ def test_two_commands_cannot_train_the_same_run(source: Path, tiny_base: Path, t
         ("model=gemma-9-1b", "unknown model 'gemma-9-1b'"),
         ("task.train.epoch=3", "epoch"),
         ("task.data.source=/no/such.csv", "/no/such.csv"),
+        ("task.evaluate.questions=[{contxt: a}]", "the prompt has no field contxt. Known: condition, context, tag"),
     ],
 )
 def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
@@ -154,3 +155,9 @@ def test_make_lists_known_names_before_anything_is_installed(word: str, known: s
     result = subprocess.run(["make", "train", word], cwd=ROOT, capture_output=True, text=True, env={**os.environ})
     assert result.returncode == 2
     assert f"{word} is unknown. Known:" in result.stderr and known in result.stderr
+
+
+def test_make_refuses_a_misspelt_variable() -> None:
+    result = subprocess.run(["make", "train", "SORCE=my.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "SORCE is no variable of this Makefile. Known: TASK" in result.stderr and " SOURCE " in result.stderr

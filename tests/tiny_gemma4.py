@@ -102,26 +102,30 @@ VISION = {
     "position_embedding_size": 64,
 }
 KINDS = {  # text models, by the size whose mechanisms they have
-    "e2b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**SMALL)),
-    "e4b": lambda: Gemma4ForCausalLM(
-        Gemma4TextConfig(**SMALL | {"num_key_value_heads": 2, "use_double_wide_mlp": False})
+    "e2b": lambda **sizes: Gemma4ForCausalLM(Gemma4TextConfig(**SMALL | sizes)),
+    "e4b": lambda **sizes: Gemma4ForCausalLM(
+        Gemma4TextConfig(**SMALL | {"num_key_value_heads": 2, "use_double_wide_mlp": False} | sizes)
     ),
-    "12b": lambda: Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**UNIFIED)),
-    "26b-a4b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**EXPERTS)),
-    "31b": lambda: Gemma4ForCausalLM(Gemma4TextConfig(**LARGE)),
+    "12b": lambda **sizes: Gemma4UnifiedForCausalLM(Gemma4UnifiedTextConfig(**UNIFIED | sizes)),
+    "26b-a4b": lambda **sizes: Gemma4ForCausalLM(Gemma4TextConfig(**EXPERTS | sizes)),
+    "31b": lambda **sizes: Gemma4ForCausalLM(Gemma4TextConfig(**LARGE | sizes)),
 }
 WHOLE = {  # as published, with what sees and hears: e2b with a vision tower of clipped linears, 12b with projections
-    "e2b": lambda: Gemma4ForConditionalGeneration(
-        Gemma4Config(text_config=SMALL, vision_config=Gemma4VisionConfig(**VISION))
+    "e2b": lambda **sizes: Gemma4ForConditionalGeneration(
+        Gemma4Config(text_config=SMALL | sizes, vision_config=Gemma4VisionConfig(**VISION))
     ),
-    "12b": lambda: Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config=UNIFIED)),
+    "12b": lambda **sizes: Gemma4UnifiedForConditionalGeneration(Gemma4UnifiedConfig(text_config=UNIFIED | sizes)),
 }
 
 
-def tiny_gemma4(kind: str, dtype: torch.dtype = torch.float32, whole: bool = False) -> PreTrainedModel:
-    """A random Gemma 4 of `kind`, in which no norm, scalar or buffer is one or zero; `whole` with its towers."""
+def tiny_gemma4(kind: str, dtype: torch.dtype = torch.float32, whole: bool = False, **sizes: Any) -> PreTrainedModel:
+    """A random Gemma 4 of `kind`, in which no norm, scalar or buffer is one or zero; `whole` with its towers.
+
+    Args:
+        sizes: keys of the text model's configuration in place of the tiny ones.
+    """
     torch.manual_seed(0)
-    model = (WHOLE if whole else KINDS)[kind]()
+    model = (WHOLE if whole else KINDS)[kind](**sizes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "language_model" not in name and whole:

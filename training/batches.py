@@ -77,7 +77,8 @@ def tokenize(
 
     `target_ranges` is the loss mask as half-open ranges of `input_ids`, `[[first, past the last], …]`: the response, or
     the model's turns of a dialogue. Each is tokenized apart from what comes before it, as it is at inference, and ends
-    with EOS or the template's own end token, so that the model learns to stop.
+    with EOS or the template's own end token, so that the model learns to stop. A row is one sample, or several (see
+    `Prompt.samples`).
 
     Args:
         file: JSONL of contract 1, `{"input", "output"}` or `{"messages"}`.
@@ -98,11 +99,12 @@ def tokenize(
     samples = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [prompt.pieces(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
-        texts = [text for pieces in rows for text, _ in pieces]
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        made = [pieces for row in rows for pieces in prompt.samples(row)]
+        texts = [text for pieces in made for text, _ in pieces]
         tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids)
         encoded: dict[str, list[Any]] = {"input_ids": [], "length": [], "target_ranges": []}
-        for pieces in rows:
+        for pieces in made:
             ids, ranges = [tokenizer.bos_token_id], []
             for _, is_target in pieces:
                 first = len(ids)

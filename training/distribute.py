@@ -97,10 +97,13 @@ def shard_base(gemma: PreTrainedModel, mesh: DeviceMesh) -> None:
         UserError: the base is quantized.
     """
     _check_weights(gemma, "fsdp2")
-    adapters = {parameter for parameter in gemma.parameters() if parameter.requires_grad}
+    whole = {parameter for parameter in gemma.parameters() if parameter.requires_grad}
+    for module in gemma.modules():
+        if "_apply" in vars(module):  # see core.load_model.keep_in_main_memory
+            whole.update(module.parameters())
     for layer in gemma.model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=adapters)
-    fully_shard(gemma, mesh=mesh, ignored_params=adapters)
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(gemma, mesh=mesh, ignored_params=whole)
     register_fsdp_forward_method(gemma, "loss_sum")
 
 

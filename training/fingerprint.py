@@ -21,6 +21,7 @@ WITHOUT_EFFECT = (
     "trainer.num_nodes",
     "trainer.strategy",
     "trainer.micro_batch_tokens",
+    "trainer.table_in_main_memory",
     "trainer.wandb",
     "task.train.log_every",
     "task.title",

@@ -149,6 +149,7 @@ def fit(
                 **model_settings(base_folder, peft, plain(config.task.prompt), config.seed),
                 "quantization": peft["quantization"],
                 "gradient_checkpointing": settings.gradient_checkpointing,
+                **({"table_in_main_memory": True} if config.trainer.table_in_main_memory else {}),
                 "clip": settings.clip,
                 "optim": {
                     "name": available_optimizer(settings.optimizer, config.trainer.accelerator),

@@ -10,6 +10,9 @@ from dataclasses import astuple, dataclass
 
 from transformers import PretrainedConfig
 
+from core.layer_shapes import SLIDING, layer_shapes, linear_before_layers
+from core.load_model import is_target
+
 # Dense bfloat16 FLOP/s, from NVIDIA's data sheets; the first key that is part of the device's name applies.
 BF16_PEAKS = {
     "H200": 989e12,
@@ -44,48 +47,44 @@ class Flops:
         return sum(astuple(self))
 
 
-def layer_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """Name → (inputs, outputs) of each linear layer of one Gemma layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    return {
-        "q_proj": (hidden, queries),
-        "k_proj": (hidden, keys),
-        "v_proj": (hidden, keys),
-        "o_proj": (queries, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
-
-
 def flops_of(
-    config: PretrainedConfig, lengths: Iterable[int], target_tokens: int, rank: int, targets: Collection[str]
+    config: PretrainedConfig,
+    lengths: Iterable[int],
+    target_tokens: int,
+    rank: int,
+    targets: str | Collection[str],
+    experts: Collection[str] = (),
 ) -> Flops:
     """FLOPs of one pass over samples with LoRA.
 
     Args:
-        config: of a Gemma 1, 2 or 3 text model.
+        config: of a Gemma text model.
         lengths: tokens of each sample (it attends to itself only, packed or not).
         target_tokens: of all samples, those in the loss.
-        rank: LoRA's r.
-        targets: names of the adapted layers, e.g. `q_proj`.
+        rank: LoRA's r; of experts, that of each expert.
+        targets: peft's `target_modules`, e.g. `[q_proj, v_proj]` or a pattern.
+        experts: peft's `target_parameters`, e.g. `[experts.down_proj]`; only a token's active ones are counted.
     """
     lengths = list(lengths)
-    tokens, layers = sum(lengths), config.num_hidden_layers
-    shapes = layer_shapes(config)
-    weights = sum(inputs * outputs for inputs, outputs in shapes.values())
-    adapted = sum(sum(shapes[name]) for name in targets)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    pairs = 0
-    for kind in kinds:
-        window = config.sliding_window if kind == "sliding_attention" else None
-        pairs += sum(_attended_pairs(length, window) for length in lengths)
-    width = config.num_attention_heads * config.head_dim
+    tokens = sum(lengths)
+    frozen = adapters = attention = 0.0
+    for number, layer in enumerate(layer_shapes(config)):
+        for name, (inputs, outputs) in layer.linear().items():
+            frozen += 4.0 * inputs * outputs
+            adapters += 6.0 * (inputs + outputs) * is_target(f"model.layers.{number}.{name}", targets)
+        for name, (inputs, outputs) in layer.expert().items():
+            frozen += 4.0 * layer.active_experts * inputs * outputs
+            adapters += 6.0 * layer.active_experts * (inputs + outputs) * is_target(name, experts)
+        window = config.sliding_window if layer.kind == SLIDING else None
+        pairs = sum(_attended_pairs(length, window) for length in lengths)
+        attention += 12.0 * pairs * layer.heads * layer.head_dim  # two products forward, four backward
+    for name, (inputs, outputs) in linear_before_layers(config).items():  # their input is frozen, it has no gradient
+        frozen += 2.0 * inputs * outputs
+        adapters += (4.0 * inputs + 6.0 * outputs) * is_target(f"model.{name}", targets)
     return Flops(
-        layers=4.0 * tokens * layers * weights,
-        adapters=6.0 * tokens * layers * rank * adapted,
-        attention=12.0 * pairs * width,  # two products forward, four backward
+        layers=frozen * tokens,
+        adapters=adapters * rank * tokens,
+        attention=attention,
         output=4.0 * target_tokens * config.vocab_size * config.hidden_size,
     )
 

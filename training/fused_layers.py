@@ -14,30 +14,57 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers.activations import GELUTanh
 
 from training.kernels import kernels_for
 from training.packed_attention import packed_attention
 
 
+# What transformers' classes compute, by their exact names. A class that is not named here, such as those of Gemma 3n with
+# its sparse MLP, may compute something else under a name of the same kind: it keeps its own code.
+_NORM_OFFSETS = {  # y = x / √(mean(x²) + eps) · (offset + weight); without a weight where `with_scale` is False
+    "GemmaRMSNorm": 1,
+    "Gemma2RMSNorm": 1,
+    "Gemma3RMSNorm": 1,
+    "VaultGemmaRMSNorm": 1,
+    "Gemma4RMSNorm": 0,
+    "Gemma4UnifiedRMSNorm": 0,
+}
+_ATTENTIONS = {  # `_attention_forward` says what
+    "GemmaAttention",
+    "Gemma2Attention",
+    "Gemma3Attention",
+    "VaultGemmaAttention",
+    "Gemma4TextAttention",
+    "Gemma4UnifiedTextAttention",
+}
+_MLPS = {  # down(act_fn(gate(x)) · up(x))
+    "GemmaMLP",
+    "Gemma2MLP",
+    "Gemma3MLP",
+    "VaultGemmaMLP",
+    "Gemma4TextMLP",
+    "Gemma4UnifiedTextMLP",
+}
+
+
 def fuse_layers(model: PeftModel) -> None:
     """Replace the forward of LoRA layers, RMS norms, attentions and gated MLPs of a Gemma by a fused one, in place.
 
-    LoRA layers that it does not cover (dropout, DoRA, a quantized or biased base, several adapters) keep peft's.
+    LoRA layers that it does not cover (dropout, DoRA, a quantized or biased base, several adapters) keep peft's, and
+    classes of transformers that it does not know keep theirs.
     """
     module: Any
     for module in model.modules():
         kind = type(module).__name__
         if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear and is_plain_lora(module):
             module.forward = types.MethodType(_lora_forward, module)
-        elif kind.startswith("Gemma") and kind.endswith("RMSNorm"):
+        elif kind in _NORM_OFFSETS:
             module.forward = types.MethodType(_norm_forward, module)
-        elif kind.startswith("Gemma") and kind.endswith("Attention"):
+        elif kind in _ATTENTIONS:
             module.forward = types.MethodType(_attention_forward, module)
-        elif kind.startswith("Gemma") and kind.endswith("MLP") and module.config.hidden_activation in _TANH_GELU:
+        elif kind in _MLPS and isinstance(module.act_fn, GELUTanh):
             module.forward = types.MethodType(_mlp_forward, module)
-
-
-_TANH_GELU = ("gelu_pytorch_tanh", None)  # None: early configurations of Gemma 1, which mean the same
 
 
 def is_plain_lora(layer: Any) -> bool:
@@ -55,33 +82,34 @@ def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) 
     if self.disable_adapters or self.merged:
         return type(self).forward(self, x, *args, **kwargs)
     lora_a, lora_b = self.lora_A["default"].weight, self.lora_B["default"].weight
-    return _LoraLinear.apply(x, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    rows = x.reshape(-1, x.shape[-1])
+    y = _LoraLinear.apply(rows, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    return y.view(*x.shape[:-1], -1)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with A [r, in] and B [out, r] in float32, products in the dtype of x."""
+    """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with x [rows, in], A [r, in] and B [out, r]: adapters in float32, products in the
+    dtype of x."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = lora_a.to(x.dtype), (lora_b * scale).to(x.dtype)
+    def forward(ctx, rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:  # type: ignore[no-untyped-def]
+        a, b = lora_a.to(rows.dtype), (lora_b * scale).to(rows.dtype)
         low = rows @ a.T
         y = _product(rows, weight.T).addmm_(low, b.T)
         ctx.save_for_backward(rows, weight, a, b, low)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         rows, weight, a, b, low = ctx.saved_tensors
-        grad_rows = grad.reshape(-1, grad.shape[-1])
-        grad_low = grad_rows @ b
+        grad_low = grad @ b
         grad_a = (grad_low.T @ rows).float()
-        grad_b = (grad_rows.T @ low).float().mul_(ctx.scale)
-        grad_x = None
+        grad_b = (grad.T @ low).float().mul_(ctx.scale)
+        grad_rows = None
         if ctx.needs_input_grad[0]:  # the first layer's input is the frozen embedding
-            grad_x = _product(grad_rows, weight).addmm_(grad_low, a).view(*grad.shape[:-1], -1)
-        return grad_x, None, grad_a, grad_b, None
+            grad_rows = _product(grad, weight).addmm_(grad_low, a)
+        return grad_rows, None, grad_a, grad_b, None
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
@@ -97,17 +125,26 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
-def _norm_forward(self: nn.Module, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, self.weight, self.eps)
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, _norm_scale(self), self.eps)
+
+
+def _norm_scale(norm: Any) -> Tensor | None:
+    """What `norm` multiplies x / √(mean(x²) + eps) by: [size], float32; None for nothing."""
+    if not getattr(norm, "with_scale", True):
+        return None
+    offset, weight = _NORM_OFFSETS[type(norm).__name__], norm.weight.float()
+    return offset + weight if offset else weight
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / √(mean(x²) + eps) · (1 + weight), computed in float32; the weight is frozen."""
+    """y = x / √(mean(x²) + eps) · scale, computed in float32; the scale is frozen, None for 1."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, scale: Tensor | None, eps: float) -> Tensor:  # type: ignore[no-untyped-def]
+        scale = x.new_ones(x.shape[-1], dtype=torch.float32) if scale is None else scale
         if kernels := kernels_for(x):
-            x, scale = x.contiguous(), 1 + weight.float()
+            x = x.contiguous()
             y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
             kernels.norm_forward(
                 y.data_ptr(), inverse.data_ptr(), x.data_ptr(), scale.data_ptr(), eps, inverse.numel(), x.shape[-1]
@@ -116,7 +153,6 @@ class _RMSNorm(torch.autograd.Function):
             return y
         y = x.float()
         inverse = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        scale = 1 + weight.float()
         ctx.save_for_backward(x, inverse, scale)
         return (y * inverse if y is x else y.mul_(inverse)).mul_(scale).to(x.dtype)
 
@@ -185,27 +221,41 @@ def _attention_forward(self: Any, hidden_states: Tensor, position_embeddings: An
     """transformers' own, but for packed rows and where the kernels can norm and rotate queries and keys in one pass."""
     layout = kwargs.get("layout")
     cos, sin = position_embeddings
-    if layout is None or not kernels_for(hidden_states, cos) or cos.shape[-1] % 32:
+    if layout is None or not kernels_for(hidden_states, cos) or cos.shape[-1] != self.head_dim:
         return type(self).forward(self, hidden_states, position_embeddings, *args, **kwargs)
-    query, key, value = (
-        part(hidden_states)[0].unflatten(-1, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    query = _Rope.apply(query, getattr(self, "q_norm", None), cos, sin)
-    key = _Rope.apply(key, getattr(self, "k_norm", None), cos, sin)
+    query = _rotated(_heads(self, self.q_proj, hidden_states), getattr(self, "q_norm", None), cos, sin)
+    if getattr(self, "is_kv_shared_layer", False):  # Gemma 4: those of an earlier layer, which gets their gradients
+        key, value = (part[0].transpose(0, 1) for part in kwargs["shared_kv_states"][self.layer_type])
+    else:
+        key = _heads(self, self.k_proj, hidden_states)
+        value = key if self.v_proj is None else _heads(self, self.v_proj, hidden_states)
+        key = _rotated(key, getattr(self, "k_norm", None), cos, sin)
+        value = self.v_norm(value) if hasattr(self, "v_norm") else value
+    if getattr(self, "store_full_length_kv", False):
+        kwargs["shared_kv_states"][self.layer_type] = tuple(part.transpose(0, 1)[None] for part in (key, value))
     softcap = getattr(self, "attn_logit_softcapping", None)
     out = packed_attention(query, key, value, layout, self.scaling, getattr(self, "sliding_window", None), softcap)
     return self.o_proj(out.flatten(1)[None]), None
 
 
+def _heads(attention: Any, projection: nn.Module, hidden_states: Tensor) -> Tensor:
+    """[1, tokens, hidden] → [tokens, heads, size]."""
+    return projection(hidden_states)[0].unflatten(-1, (-1, attention.head_dim))
+
+
+def _rotated(x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    scale, eps = (None, 0.0) if norm is None else (_norm_scale(norm), norm.eps)
+    return _Rope.apply(x, scale, eps, cos, sin)
+
+
 class _Rope(torch.autograd.Function):
-    """Rotary embedding of x [tokens, heads, size] after its RMSNorm, if it has one; cos and sin [1, tokens, size]."""
+    """Rotary embedding of x [tokens, heads, size], with a scale after its RMSNorm; cos and sin [1, tokens, size]."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, norm: Any, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, x: Tensor, scale: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         kernels = kernels_for(x)
         assert kernels is not None
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        scale, eps = (None, 0.0) if norm is None else (1 + norm.weight.float(), norm.eps)
         y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
         place = None if scale is None else scale.data_ptr()
         kernels.rope_forward(
@@ -230,4 +280,4 @@ class _Rope(torch.autograd.Function):
             sin.data_ptr(),
             *x.shape,
         )
-        return grad_x, None, None, None
+        return grad_x, None, None, None, None

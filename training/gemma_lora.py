@@ -22,7 +22,7 @@ from torch import Tensor
 from core.base_model import describe
 from core.configuration import escaped, unescaped
 from core.errors import UserError
-from core.load_model import add_lora, load_base, lora_settings
+from core.load_model import add_lora, keep_in_main_memory, load_base, lora_settings
 from core.prompt import Prompt
 from training.batches import MicroBatch, Step, loss_sum
 from training.distribute import AdapterParallel
@@ -73,7 +73,8 @@ class GemmaLoRA(ModelPT):
     Args:
         cfg: `base_folder` (a Hugging Face folder), `base` (`base_model.describe` of it), `dtype` of its weights, `peft`
             (`name` and LoraConfig keys), `quantization` (BitsAndBytesConfig keys or None), `gradient_checkpointing`,
-            `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (maximum gradient norm), `seed`.
+            `prompt` (Prompt keys), `optim` (NeMo's optimizer config), `clip` (maximum gradient norm), `seed`, and where
+            it is wanted `table_in_main_memory`.
         trainer: a Lightning trainer, or None for inference.
 
     Raises:
@@ -98,6 +99,8 @@ class GemmaLoRA(ModelPT):
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
         base = load_base(folder, getattr(torch, cfg.dtype), settings.get("quantization"), device)
+        if cfg.get("table_in_main_memory") and device.type != "cpu":
+            keep_in_main_memory(base)
         base.config.use_cache = False
         base.loss_sum = MethodType(loss_sum, base)  # a method: FSDP gathers a sharded base around its methods
         self.model = add_lora(base, {key: value for key, value in settings["peft"].items() if key != "name"})

@@ -83,11 +83,17 @@ def check_tensor_parallel(config: Config, base_folder: Path) -> None:
     """
     if config.trainer.strategy != "tp":
         return
-    model = json.loads((base_folder / "config.json").read_text())
-    names = ("num_key_value_heads", "num_attention_heads", "intermediate_size")
-    sizes = [n for n in range(2, model[names[0]] + 1) if not any(model[name] % n for name in names)]
+    from transformers import AutoConfig
+
+    from core.layer_shapes import layer_shapes
+
+    layers = layer_shapes(AutoConfig.from_pretrained(base_folder).get_text_config())
+    kinds = {(layer.kv_heads, layer.heads, layer.inner) for layer in layers}
+    fewest = min(layer.kv_heads for layer in layers)
+    sizes = [n for n in range(2, fewest + 1) if not any(size % n for kind in kinds for size in kind)]
     if config.trainer.devices not in sizes:
-        has = f"{config.model.name} has {model[names[0]]} key/value heads"
+        some = " in some layers" if len({layer.kv_heads for layer in layers}) > 1 else ""
+        has = f"{config.model.name} has {fewest} key/value heads{some}"
         can = f"trainer.devices may be {' or '.join(map(str, sizes))}" if sizes else "it cannot be split"
         raise UserError(f"trainer.strategy=tp: {has}, so {can}. trainer.strategy=ddp and fsdp2 take any number")
 

@@ -5,27 +5,28 @@ saves for its backward pass, summed over the architecture; they grow with the to
 are measured, on Gemma 3 270M with a CPU: `python -m benchmarks.memory` compares estimates with real runs.
 """
 
-import copy
 import ctypes
 import gc
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from core.configuration import plain
 from core.errors import UserError
-from core.load_model import add_lora, lora_settings
+from core.layer_shapes import LayerShape, layer_shapes
+from core.load_model import TABLE, WHOLE_IN_4_BITS, add_lora, lora_settings
 from core.schema import Config
 from training.batches import Batches
 from training.cross_entropy import BLOCK
+from training.distribute import COLUMN_PARALLEL, ROW_PARALLEL
 
 GIB = 2**30
 PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer and oneDNN's cached kernels; none of it is on a GPU
@@ -74,6 +75,10 @@ def check_memory(config: Config, base_folder: Path, samples: Dataset, dtype: tor
     tokens, targets = largest_micro_batch(batches)
     need = estimate(config, base_folder, dtype, tokens, targets)
     free = free_memory(config.trainer.accelerator)
+    architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
+    if config.peft.quantization:
+        parts = left_whole(_meta_model(architecture, dtype), dtype).items()
+        print(f"QLoRA: whole stay {', '.join(f'{name} {size / GIB:.2f} GiB' for name, size in parts)}")
     print(f"Memory: training needs about {need}; {free / GIB:.1f} GiB are free", flush=True)
     if need.total > free:
         advice = []
@@ -81,6 +86,9 @@ def check_memory(config: Config, base_folder: Path, samples: Dataset, dtype: tor
             advice.append("PEFT=qlora")
         if not settings.gradient_checkpointing:
             advice.append('ARGS="task.train.gradient_checkpointing=true"')
+        has_table = bool(getattr(architecture, "hidden_size_per_layer_input", 0))
+        if has_table and config.trainer.accelerator != "cpu" and not config.trainer.table_in_main_memory:
+            advice.append('ARGS="trainer.table_in_main_memory=true"')
         advice.append(f'ARGS="trainer.micro_batch_tokens={max(max(samples["length"]), tokens // 4)}"')
         raise UserError(
             f"training would need {need}, and {free / GIB:.1f} GiB are free. Less is needed with "
@@ -109,42 +117,54 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
         UserError: `config.peft` does not fit the model.
     """
     architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
-    trainer, layers = config.trainer, architecture.num_hidden_layers
+    layers = layer_shapes(architecture)
+    trainer, checkpointing = config.trainer, config.task.train.gradient_checkpointing
     processes = trainer.devices * trainer.num_nodes
-    settings = lora_settings(plain(config.peft))
     base = _meta_model(architecture, dtype)
-    linear = sum(
-        layer.weight.numel()
-        for name, layer in base.named_modules()
-        if isinstance(layer, nn.Linear) and name != "lm_head"
-    )
     weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
-    in_layers = sum(weight.numel() for weight in base.model.layers.parameters()) * dtype.itemsize
+    by_layer = [sum(weight.numel() for weight in layer.parameters()) * dtype.itemsize for layer in base.model.layers]
+    linear = {name: size for name, size in _linear(base).items() if not name.endswith(WHOLE_IN_4_BITS)}
     with torch.device("meta"):
-        model = add_lora(base, settings)
+        model = add_lora(base, lora_settings(plain(config.peft)))
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    adapted = [
+        {name for name, part in layer.named_modules() if isinstance(part, LoraLayer)}
+        for layer in model.get_base_model().model.layers
+    ]
+    if config.trainer.table_in_main_memory and config.trainer.accelerator != "cpu":
+        weights -= base.get_submodule(f"model.{TABLE}").weight.numel() * dtype.itemsize
     if config.peft.quantization:
-        weights += linear * (NF4_BYTES - dtype.itemsize)
+        weights += sum(linear.values()) * (NF4_BYTES - dtype.itemsize)
     if (
         trainer.strategy == "fsdp2" and processes > 1
     ):  # its shard; in full the embedding, the layer at work and the next one
-        weights = weights / processes + (weights - in_layers) + 2 * in_layers / layers
-    elif trainer.strategy == "tp":  # an architecture of fewer heads and features
-        weights -= linear * dtype.itemsize * (1 - 1 / trainer.devices)
-        architecture = copy.deepcopy(architecture)
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            setattr(architecture, name, getattr(architecture, name) // trainer.devices)
-        with torch.device("meta"):
-            model = add_lora(_meta_model(architecture, dtype), settings)
+        two = max(map(sum, zip(by_layer, by_layer[1:] or [0], strict=False)))
+        weights = weights / processes + (weights - sum(by_layer)) + two
+    elif trainer.strategy == "tp":  # fewer heads and features in attention and MLP
+        split = sum(size for name, size in linear.items() if name.rpartition(".")[2] in COLUMN_PARALLEL + ROW_PARALLEL)
+        weights -= split * dtype.itemsize * (1 - 1 / trainer.devices)
+        layers = [
+            replace(
+                layer,
+                heads=layer.heads // trainer.devices,
+                kv_heads=layer.kv_heads // trainer.devices,
+                inner=layer.inner // trainer.devices,
+            )
+            for layer in layers
+        ]
     # Else the layers are peft's own: see fused_layers.py and qlora.py.
     fused = not (config.peft.use_dora or config.peft.lora_dropout)
-    saved = tokens * layer_bytes(architecture, model, dtype, fused)
+    by_layer = [
+        tokens * layer_bytes(*layer, model.peft_config["default"], dtype, fused)
+        for layer in zip(layers, adapted, strict=True)
+    ]
     if config.peft.use_dora:  # each layer's weights with its adapter added, in float32
-        saved += 4 * linear / layers
-    if config.task.train.gradient_checkpointing:  # one layer's, and every layer's input
-        saved += tokens * (layers - 1) * architecture.hidden_size * dtype.itemsize
+        by_layer = [saved + 4 * sum(linear.values()) / len(layers) for saved in by_layer]
+    if checkpointing:  # one layer's, and every layer's input
+        saved = max(by_layer) + tokens * (len(layers) - 1) * architecture.hidden_size * dtype.itemsize
     else:
-        saved *= layers
+        saved = sum(by_layer)
+    saved += tokens * dtype.itemsize * sum(layer.per_layer_input for layer in layers)  # all that the layers add
     return Estimate(
         process=PROCESS if config.trainer.accelerator == "cpu" else 0,
         weights=weights,
@@ -160,25 +180,44 @@ def _meta_model(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTraine
         return AutoModelForCausalLM.from_config(architecture, dtype=dtype)
 
 
-def layer_bytes(architecture: PretrainedConfig, model: PeftModel, dtype: torch.dtype, fused: bool) -> float:
+def left_whole(base: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
+    """What a base of 4-bit layers keeps in `dtype`, in bytes: `embed_tokens`, `experts`, `router`, …"""
+    packed = {f"{name}.weight" for name in _linear(base) if not name.endswith(WHOLE_IN_4_BITS)}
+    found: dict[str, float] = {}
+    for name, weight in base.named_parameters():
+        parts = name.removesuffix(".weight").split(".")
+        what = next((part for part in parts if part in ("experts", "router")), parts[-1])
+        if name not in packed and weight.ndim > 1:  # norms are some kilobytes
+            found[what] = found.get(what, 0) + weight.numel() * dtype.itemsize
+    return found
+
+
+def _linear(base: PreTrainedModel) -> dict[str, int]:
+    return {name: layer.weight.numel() for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+
+
+def layer_bytes(
+    layer: LayerShape, adapted: Collection[str], lora: LoraConfig, dtype: torch.dtype, fused: bool
+) -> float:
     """What one layer saves for its backward pass, in bytes per token; see fused_layers.py and packed_attention.py.
 
     Args:
-        model: of `architecture` with its LoRA layers, on the meta device.
+        adapted: the names of its LoRA layers, e.g. `self_attn.q_proj`.
         fused: the layers are fused_layers.py's, not peft's own.
     """
-    hidden, inner = architecture.hidden_size, architecture.intermediate_size
-    queries = architecture.num_attention_heads * architecture.head_dim
-    keys = architecture.num_key_value_heads * architecture.head_dim
-    norms = (2 if architecture.model_type == "gemma" else 4) * hidden
-    attention = 2 * queries + 3 * keys  # queries and keys before and after the rotation, and values
-    gated = 2 * inner  # gate and up; their product is the input of down_proj
-    elements = norms + attention + gated
+    queries, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+    norms = (layer.norms + bool(layer.per_layer_input) + 2 * bool(layer.experts)) * layer.hidden
+    attention = 2 * queries  # before and after the rotation
+    if layer.has_k_proj:  # likewise, and values; those that are not keys also before their norm
+        attention += (4 if layer.has_v_norm and layer.has_v_proj else 3) * keys
+    gated = 2 * layer.inner  # gate and up; their product is the input of down_proj
+    # gate and up of a token's experts, their product with the gate open, and the outputs before they are weighed
+    experts = layer.active_experts * (3 * layer.expert_inner + layer.hidden)
+    elements = norms + attention + gated + layer.per_layer_input + experts
     extra_bytes = 0.0
-    config: Any = model.peft_config["default"]
     shared = set()
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LoraLayer) or ".layers.0." not in name:
+    for name, (inputs, outputs) in layer.linear().items():
+        if name not in adapted:
             continue
         kind = name.rpartition(".")[2]
         if fused:  # the input in its own dtype, once for layers that share it
@@ -186,11 +225,11 @@ def layer_bytes(architecture: PretrainedConfig, model: PeftModel, dtype: torch.d
                 kind, kind
             )
             if group not in shared:
-                elements += layer.in_features
+                elements += inputs
             shared.add(group)
         else:  # peft's: the input in float32 for each layer, the dropout mask, DoRA's two terms
-            extra_bytes += layer.in_features * (4 + (4 if config.lora_dropout else 0))
-            extra_bytes += layer.out_features * (4 + dtype.itemsize) if config.use_dora else 0
+            extra_bytes += inputs * (4 + (4 if lora.lora_dropout else 0))
+            extra_bytes += outputs * (4 + dtype.itemsize) if lora.use_dora else 0
     return extra_bytes + elements * dtype.itemsize
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from core.errors import UserError
 from training.kernels import kernels_for
 from training.packing import Block, Layout, compiled
 
@@ -23,7 +24,15 @@ def use_packed_attention(gemma: PreTrainedModel) -> str:
 
     Returns:
         The name of the attention it had, for `gemma.set_attn_implementation`.
+
+    Raises:
+        UserError: its tokens see later ones.
     """
+    if getattr(gemma.config, "use_bidirectional_attention", None) in (True, "all"):  # "vision": within images
+        raise UserError(
+            "this model attends to later tokens (use_bidirectional_attention in its config.json) and writes no text: "
+            "pass a Gemma that does, by MODEL or model.path"
+        )
     before: str = gemma.config._attn_implementation
     gemma.set_attn_implementation("packed")
     return before

@@ -14,7 +14,7 @@ from core.artifacts import MetricsLine
 from core.files import write_whole
 from training.batches import Step
 from training.checkpoints import check_finite
-from training.flops import bf16_peak, flops_of, layer_shapes
+from training.flops import bf16_peak, flops_of
 
 
 class RunProgress(Callback):
@@ -129,10 +129,8 @@ class RunProgress(Callback):
 def _flops(module: Any, batch: Step) -> float:
     """FLOPs of this process's share of a step."""
     config, lora = module.model.get_base_model().config, module.model.peft_config["default"]
-    targets = set(layer_shapes(config))
-    if not isinstance(lora.target_modules, str):
-        targets &= set(lora.target_modules)
-    return sum(flops_of(config, part.lengths, len(part.targets), lora.r, targets).total for part in batch.micro_batches)
+    adapters = lora.r, lora.target_modules or (), lora.target_parameters or ()
+    return sum(flops_of(config, part.lengths, len(part.targets), *adapters).total for part in batch.micro_batches)
 
 
 def memory_gib() -> float:

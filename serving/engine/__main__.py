@@ -104,7 +104,15 @@ def serve(options: argparse.Namespace) -> None:
     folder.rescan()
     watch = threading.Thread(target=_watch, args=(folder, stopping), name="adapters", daemon=True)
     watch.start()
-    about = {"base": options.base.name, "dtype": options.dtype, "threads": options.threads, "pid": os.getpid()}
+    memory = memory_of(scheduler.model, scheduler.max_tokens)
+    log.info("memory", extra=memory)
+    about = {
+        "base": options.base.name,
+        "dtype": options.dtype,
+        "threads": options.threads,
+        "pid": os.getpid(),
+        "memory": memory,
+    }
 
     def describe() -> dict[str, Any]:
         uptime = time.monotonic() - started
@@ -181,6 +189,12 @@ def load(options: argparse.Namespace) -> tuple[Any, Any]:
     ), folder
 
 
+def memory_of(model: Any, tokens: int) -> dict[str, int]:
+    """Bytes of keys and values, once all `tokens` are in use, and of the per-layer table, which stays in its file."""
+    table = {} if model.table is None else {"table_in_file": model.table.nbytes}
+    return {"keys_and_values": model.config.cache_bytes_per_token * tokens, **table}
+
+
 def load_model(options: argparse.Namespace, blocks: int) -> Any:
     """The fastest implementation of Gemma on this machine."""
     import torch
@@ -201,12 +215,18 @@ def load_model(options: argparse.Namespace, blocks: int) -> Any:
 
 
 def eos_token_ids(base: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: those of the model's configuration, and <end_of_turn>."""
-    found = {tokenizer.token_to_id("<end_of_turn>")}
+    """The tokens that end an answer: those of the model's configuration, and the end of a turn.
+
+    Of a whole model the text part counts too. Gemma 4's chat models name three in generation_config.json, which some
+    tools lose.
+    """
+    found = {tokenizer.token_to_id(name) for name in ("<end_of_turn>", "<turn|>")}
     for name in ("generation_config.json", "config.json"):
         if (base / name).exists():
-            ids = json.loads((base / name).read_text()).get("eos_token_id")
-            found |= set(ids) if isinstance(ids, list) else {ids}
+            settings = json.loads((base / name).read_text())
+            for given in (settings, settings.get("text_config") or {}):
+                ids = given.get("eos_token_id")
+                found |= set(ids) if isinstance(ids, list) else {ids}
     return tuple(sorted(found - {None}))
 
 

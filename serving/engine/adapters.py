@@ -13,10 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.errors import UserError
-from serving.engine.architecture import GemmaConfig
+from serving.engine.architecture import GemmaConfig, is_of_a_tower
 
 log = logging.getLogger(__name__)
-TENSOR = re.compile(r".*?(layers\.(\d+)\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight")
+MODULE = r"layers\.(\d+)\.(?:self_attn\.|mlp\.)?((?:router\.)?\w+)|(per_layer_model_projection)"
+TENSOR = re.compile(rf"(?:base_model\.model\.)?(.*?(?:{MODULE}))\.lora_([AB])(?:\.\w+)?\.weight")
 UNSUPPORTED = (
     "use_dora",
     "lora_bias",
@@ -38,7 +39,7 @@ class LoraAdapter:
 
     Attributes:
         version: unique, by which the prefix cache tells adapters apart.
-        lora_a: (layer, module) → A [rank, in], float32.
+        lora_a: (layer, module) → A [rank, in], float32. What the whole model has once is the first layer's.
         lora_b: (layer, module) → B [out, rank], float32, times alpha / rank (or alpha / √rank).
     """
 
@@ -75,18 +76,30 @@ def read_adapter(folder: Path, config: GemmaConfig) -> LoraAdapter:
     lora_a: dict[tuple[int, str], Tensor] = {}
     lora_b: dict[tuple[int, str], Tensor] = {}
     scales: dict[tuple[int, str], float] = {}
-    shapes = module_shapes(config)
+    shapes = [module_shapes(config, layer) for layer in range(config.layers)]
+    unread: list[str] = []
     for name, tensor in tensors.items():
         match = TENSOR.fullmatch(name)
-        if not match or match[3] not in shapes or int(match[2]) >= config.layers:
+        layer, module = (int(match[2] or 0), match[3] or match[4]) if match else (config.layers, "")
+        if layer >= config.layers or is_of_a_tower(name):
+            raise UserError(f"{folder}: {name} belongs to no linear layer of this base")
+        if not config.shapes[layer].has_k_proj and module in ("k_proj", "v_proj"):
+            unread.append(name)
+            continue
+        if module not in shapes[layer]:
             raise UserError(f"{folder}: {name} belongs to no linear layer of this base")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{folder}: {name} holds values that are not finite")
-        key = int(match[2]), match[3]
-        (lora_a if match[4] == "A" else lora_b)[key] = tensor
-        scales[key] = _scale(settings, match[1])
+        assert match
+        (lora_a if match[5] == "A" else lora_b)[layer, module] = tensor
+        scales[layer, module] = _scale(settings, match[1])
+    if unread:
+        log.info(
+            "keys and values of layers that borrow them are not read",
+            extra={"adapter": folder.name, "tensors": len(unread)},
+        )
     for key in scales:
-        out, into = shapes[key[1]]
+        out, into = shapes[key[0]][key[1]]
         a, b = lora_a.get(key), lora_b.get(key)
         if a is None or b is None or a.dim() != 2 or a.shape[1] != into or b.shape != (out, a.shape[0]):
             raise UserError(
@@ -98,24 +111,19 @@ def read_adapter(folder: Path, config: GemmaConfig) -> LoraAdapter:
     return LoraAdapter(folder.name, next(versions), lora_a, lora_b)
 
 
-def module_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
-    """Name of a linear layer → (out, in)."""
-    queries, values = config.heads * config.head_size, config.kv_heads * config.head_size
-    return {
-        "q_proj": (queries, config.hidden),
-        "k_proj": (values, config.hidden),
-        "v_proj": (values, config.hidden),
-        "o_proj": (config.hidden, queries),
-        "gate_proj": (config.intermediate, config.hidden),
-        "up_proj": (config.intermediate, config.hidden),
-        "down_proj": (config.hidden, config.intermediate),
-    }
+def module_shapes(config: GemmaConfig, layer: int) -> dict[str, tuple[int, int]]:
+    """Name of a linear layer of `layer` → (out, in). What the whole model has once is the first layer's."""
+    shape = config.shapes[layer]
+    found = {name.removeprefix("self_attn.").removeprefix("mlp."): both for name, both in shape.linear().items()}
+    if shape.per_layer_input and not layer:
+        found["per_layer_model_projection"] = config.hidden, config.layers * shape.per_layer_input
+    return {name: (out, into) for name, (into, out) in found.items()}
 
 
 def _scale(settings: dict[str, Any], module: str) -> float:
     """The alpha of a module: as in PEFT, `alpha_pattern` overrides it by a suffix or a pattern of the name."""
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", f"model.{module}"):
+        if re.match(rf"(.*\.)?({pattern})$", module):
             return float(alpha)
     return float(settings["lora_alpha"])
 

@@ -6,6 +6,13 @@
              ─▶ attend: score ─▶ softmax ─▶ weighted_sum ─▶ matmul O ─▶ store_output ─▶ rms_norm ─▶ + x
       x ─▶ rms_norm ─▶ load_input ─▶ matmul GATE_UP ─▶ store_gated: gelu(gate) · up
              ─▶ matmul DOWN ─▶ store_output ─▶ rms_norm ─▶ + x
+    of Gemma 4, what a model has of these:
+      experts, beside the MLP: x ─▶ route ─▶ gather: the tokens of each expert together ─▶ matmul_experts, twice
+             ─▶ mix: their weighted sum ─▶ rms_norm ─▶ + the MLP's
+      per-layer inputs: before the layers, x ─▶ matmul PER_LAYER_MODEL ─▶ combine: + the table's
+             at a layer's end, x ─▶ matmul PER_LAYER_GATE ─▶ store_per_layer: gelu(gate) · the layer's input
+             ─▶ matmul PER_LAYER_PROJECTION ─▶ store_output ─▶ rms_norm ─▶ + x
+    After the last layer with keys and values of its own, the tokens that are wanted go on alone.
     x of the tokens that are wanted ─▶ rms_norm ─▶ matmul head ─▶ argmax, logits
 
 A token's adapter, if its request has one, adds to each product: lora_a makes A x of the input, add_lora_b adds B A x to
@@ -25,7 +32,7 @@ prompts and shared prefixes therefore change no bit of an answer.
 Layouts, in C order:
     weights       [rows / 32][columns / 32][2 blocks][16][16 rows][2]; of gate and up, the blocks are 16 rows of each
     activations   [tokens / 16][columns / 32][3 summands][16 tokens][32]
-    keys, values  [layer][slot][kv head][head size], float32; slot = BLOCK * block + offset in it
+    keys, values  of a layer: [slot][kv head][head size], float32; slot = BLOCK * block + offset in it
 */
 #define _GNU_SOURCE
 #include <math.h>
@@ -48,9 +55,10 @@ Layouts, in C order:
 #include <sanitizer/asan_interface.h>
 #endif
 
-enum { QKV, O, GATE_UP, DOWN, SITES };
-enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, MODULES };
-enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 10 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
+/* Products with adapters. PER_LAYER_MODEL, which the model has once, is the first layer's. */
+enum { QKV, O, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, PER_LAYER_MODEL, SITES, NO_SITE = SITES };
+enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, OF_PER_LAYER, ROUTER = OF_PER_LAYER + 3, MODULES };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 19 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
@@ -66,7 +74,7 @@ typedef int32_t i32 __attribute__((vector_size(64)));
 #define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
 #define UNROLLED _Pragma("GCC unroll 16")
 
-typedef struct { /* rows and columns are multiples of 32 */
+typedef struct { /* rows and columns are multiples of 32; rows 0: there is none */
     int32_t rows, columns;
     const void *weight;   /* bf16, or int8 where `scales` are given */
     const float *scales;  /* [rows], or NULL */
@@ -75,8 +83,16 @@ typedef struct { /* rows and columns are multiples of 32 */
 typedef struct {
     Matrix site[SITES];
     const float *input_norm, *after_attention_norm, *before_mlp_norm, *after_mlp_norm, *q_norm, *k_norm; /* or NULL */
+    const float *per_layer_norm, *dense_norm, *before_experts_norm, *experts_norm;                       /* or NULL */
+    const float *router_norm, *router; /* [experts][hidden], or NULL */
+    const float *expert_scale;         /* [experts] */
+    const Matrix *expert;              /* [experts][2]: gate and up, down */
+    float *keys, *values;              /* where it borrows them, the other layer's */
+    int32_t kv_heads, head_size;
+    int32_t has_k, has_v;     /* neither: it borrows both; no v: values are keys */
     int32_t rope;             /* which of the model's */
     int32_t window;           /* 0: all */
+    float scalar;             /* of its output */
 } Layer;
 
 typedef struct {
@@ -86,16 +102,17 @@ typedef struct {
 } Lora;
 
 typedef struct {
-    int32_t layers, vocabulary, hidden, intermediate, heads, kv_heads, head_size;
+    int32_t layers, vocabulary, hidden, heads, last_own /* layer with keys */, experts, active_experts, values_are_normed;
+    int32_t features, padded; /* of a layer's input, and the same as a multiple of 32; 0: none */
     float eps, scale, attention_cap, final_cap, embedding_scale;
     const Layer *layer;
-    const float *frequencies; /* [ropes][head_size / 2] */
-    int32_t ropes;
+    const float *frequencies; /* [ropes][rope_width / 2] */
+    int32_t ropes, rope_width /* the largest head's */;
     Matrix head;
     const bf16 *embedding; /* [vocabulary][hidden] */
-    const float *norm;
-    float *keys, *values;
-    int64_t slots;
+    const float *norm, *per_layer_norm /* [padded], or NULL */;
+    const int32_t *suppressed; /* tokens that are never an answer */
+    int32_t suppressed_count;
 } Model;
 
 typedef struct { /* one request's share of a step */
@@ -107,6 +124,7 @@ typedef struct { /* one request's share of a step */
 typedef struct {
     int32_t tokens, rows;
     const int32_t *token; /* [tokens] */
+    const float *per_layer; /* [tokens][layers][padded], of the table; or NULL */
     const Rows *row;
     int32_t *best;   /* [rows wanted] */
     float *logits;   /* [rows wanted][vocabulary]; written where wanted is 2 */
@@ -136,8 +154,15 @@ typedef struct Scratch {
     atomic_int *counters; /* of each phase: the next piece of its work */
     int32_t wanted, longest, ranks;
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
+    int32_t *origin;   /* [tokens]: which of the step's */
     float *rope_table; /* [tokens][ropes][cosines, sines] */
     float *x, *normed, *gated, *y, *low_rank, *scores, *best;
+    float *per_layer; /* [tokens][layers][padded] */
+    /* of experts: [tokens][active] their numbers, shares and places among `gathered`; how many tokens each has; tokens'
+    input of them, [tokens][hidden]; the same, gate and output of each place */
+    int32_t *choice, *place, *count;
+    float *share, *routed, *gathered, *expert_gated, *expert_y;
+    bf16 *packed_gathered, *packed_expert;
     size_t *offset; /* [threads][longest]: where keys and values lie */
     bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
@@ -233,9 +258,13 @@ static inline void add(float *y, const float *x, int n) {
     for (int i = 0; i < n; i += 16) *(f32 *)(y + i) += *(const f32 *)(x + i);
 }
 
+/* `weight`: NULL: none. */
 static inline void rms_norm(float *out, const float *x, const float *weight, float eps, int n) {
     float factor = 1.0f / sqrtf(dot(x, x, n) / n + eps);
-    for (int i = 0; i < n; i += 16) *(f32 *)(out + i) = *(const f32 *)(x + i) * factor * *(const f32 *)(weight + i);
+    if (weight)
+        for (int i = 0; i < n; i += 16) *(f32 *)(out + i) = *(const f32 *)(x + i) * factor * *(const f32 *)(weight + i);
+    else
+        for (int i = 0; i < n; i += 16) *(f32 *)(out + i) = *(const f32 *)(x + i) * factor;
 }
 
 /* Split 16 float32 values of a token into three bfloat16 summands, where the products expect them. */
@@ -346,59 +375,88 @@ typedef struct {
     const float *x;     /* [tokens][columns] */
     const bf16 *packed; /* the same as summands */
     int tokens;
+    float *out;       /* [tokens][…] */
+    bf16 *packed_out; /* the same as summands, or NULL */
 } Product;
 typedef void Epilogue(const Product *, Sums *, int pair, int first, int tokens);
 
-static void matmul(const Product *p, int phase, Epilogue *epilogue) {
+static void multiply_piece(const Product *p, int piece, int most, Epilogue *epilogue) {
     const Matrix *m = p->m;
-    int pairs = m->rows / 32, most = pairs_of_piece(p->pool, m, p->tokens);
     size_t size = (size_t)m->columns * 32, bytes = size * (m->scales ? 1 : 2); /* of a pair */
+    int from = piece * most, to = from + most < m->rows / 32 ? from + most : m->rows / 32;
     Sums sums[2];
-    for (int piece; (piece = next_piece(p->pool, phase)) * most < pairs;) {
-        int from = piece * most, to = from + most < pairs ? from + most : pairs;
-        for (int first = 0; first < p->tokens; first += PANEL) {
-            int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
-            for (int pair = from; pair < to; pair += 2) {
-                int both = pair + 1 < to;
-                const char *weights = (const char *)m->weight + pair * bytes;
+    for (int first = 0; first < p->tokens; first += PANEL) {
+        int some = p->tokens - first < PANEL ? p->tokens - first : PANEL;
+        for (int pair = from; pair < to; pair += 2) {
+            int both = pair + 1 < to;
+            const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
-                if (p->pool->amx) {
-                    const bf16 *one = (const bf16 *)weights, *x = p->packed + (size_t)first * m->columns * 3;
-                    const char *end = first ? NULL : (const char *)m->weight + to * bytes;
-                    if (m->scales) {
-                        bf16 *widened = p->pool->scratch->widened + p->thread * p->pool->scratch->piece;
-                        if (p->tokens > PANEL) widened += (pair - from) * size; /* kept for the next panel */
-                        if (!first) widen(widened, (const int8_t *)weights, size * (1 + both), (const int8_t *)end);
-                        one = widened, end = NULL;
-                    }
-                    matmul_amx(&sums[0], &sums[both], one, one + both * size, x, m->columns, end);
-                } else
-#endif
-                    for (int i = 0; i <= both; i++)
-                        matmul_vectors(&sums[i], m, weights + i * bytes, p->x + (size_t)first * m->columns, some);
-                for (int i = 0; i <= both; i++) {
-                    if (m->scales)
-                        for (int block = 0; block < 2; block++)
-                            for (int t = 0; t < some; t++)
-                                *(f32 *)sums[i].of[block][t] *= *(const f32 *)(m->scales + (pair + i) * 32 + block * 16);
-                    epilogue(p, &sums[i], pair + i, first, some);
+            if (p->pool->amx) {
+                const bf16 *one = (const bf16 *)weights, *x = p->packed + (size_t)first * m->columns * 3;
+                const char *end = first ? NULL : (const char *)m->weight + to * bytes;
+                if (m->scales) {
+                    bf16 *widened = p->pool->scratch->widened + p->thread * p->pool->scratch->piece;
+                    if (p->tokens > PANEL) widened += (pair - from) * size; /* kept for the next panel */
+                    if (!first) widen(widened, (const int8_t *)weights, size * (1 + both), (const int8_t *)end);
+                    one = widened, end = NULL;
                 }
+                matmul_amx(&sums[0], &sums[both], one, one + both * size, x, m->columns, end);
+            } else
+#endif
+                for (int i = 0; i <= both; i++)
+                    matmul_vectors(&sums[i], m, weights + i * bytes, p->x + (size_t)first * m->columns, some);
+            for (int i = 0; i <= both; i++) {
+                if (m->scales)
+                    for (int block = 0; block < 2; block++)
+                        for (int t = 0; t < some; t++)
+                            *(f32 *)sums[i].of[block][t] *= *(const f32 *)(m->scales + (pair + i) * 32 + block * 16);
+                epilogue(p, &sums[i], pair + i, first, some);
             }
         }
     }
 }
 
+static void matmul(const Product *p, int phase, Epilogue *epilogue) {
+    int most = pairs_of_piece(p->pool, p->m, p->tokens);
+    for (int piece; (piece = next_piece(p->pool, phase)) * most < p->m->rows / 32;)
+        multiply_piece(p, piece, most, epilogue);
+}
+
+/* For each expert that has tokens, these times its matrix number `which`; `all`: the first expert's product. */
+static void matmul_experts(const Product *all, int which, int phase, Epilogue *epilogue) {
+    const Model *m = all->pool->model;
+    const int32_t *count = all->pool->scratch->count;
+    int before = 0, piece = next_piece(all->pool, phase);
+    Product p = *all;
+    for (int e = 0; e < m->experts; e++) {
+        if (!count[e]) continue;
+        p.m = &m->layer[p.layer].expert[2 * e + which], p.tokens = count[e];
+        int most = pairs_of_piece(p.pool, p.m, p.tokens), end = before + (p.m->rows / 32 + most - 1) / most;
+        for (; piece < end; piece = next_piece(p.pool, phase)) multiply_piece(&p, piece - before, most, epilogue);
+        before = end;
+        size_t panels = (count[e] + 15) / 16 * 16, outputs = which ? p.m->rows : p.m->rows / 2;
+        p.x += panels * p.m->columns, p.out += panels * outputs;
+        if (p.packed) p.packed += panels * p.m->columns * 3;
+        if (p.packed_out) p.packed_out += panels * outputs * 3;
+    }
+}
+
 /* --- the parts of a layer ----------------------------------------------------------------------------------------- */
 
-static const int first_module[SITES] = {Q_PROJ, O_PROJ, GATE_PROJ, DOWN_PROJ};
-static const int modules_of[SITES] = {3, 1, 2, 1};
+static const int first_module[SITES + 1] = {
+    Q_PROJ, O_PROJ, GATE_PROJ, DOWN_PROJ, OF_PER_LAYER, OF_PER_LAYER + 1, OF_PER_LAYER + 2, 0,
+};
+static const int modules_of[SITES + 1] = {3, 1, 2, 1, 1, 1, 1, 0};
 
 /* Rows of a module in its site's output. */
-static int width(const Model *m, int module) {
+static int width(const Model *m, int number, int module) {
+    const Layer *layer = &m->layer[number];
     switch (module) {
-        case Q_PROJ: return m->heads * m->head_size;
-        case K_PROJ: case V_PROJ: return m->kv_heads * m->head_size;
-        case GATE_PROJ: case UP_PROJ: return m->intermediate;
+        case Q_PROJ: return m->heads * layer->head_size;
+        case K_PROJ: case V_PROJ: return layer->kv_heads * layer->head_size;
+        case GATE_PROJ: case UP_PROJ: return layer->site[DOWN].columns;
+        case OF_PER_LAYER: return m->padded;
+        case OF_PER_LAYER + 2: return layer->site[PER_LAYER_MODEL].rows;
         default: return m->hidden;
     }
 }
@@ -439,8 +497,8 @@ static inline __attribute__((always_inline)) void accumulate_lora_b(const int to
 /* Add B A x of the tokens' adapters to their sums: a module's rows `row` … row + 15. */
 static void add_lora_b(const Product *p, float (*y)[16], int first, int tokens, int module, int row) {
     const Scratch *s = p->pool->scratch;
-    if (!s->ranks) return;
-    int rows = width(p->pool->model, module);
+    if (!s->ranks || p->site == NO_SITE) return;
+    int rows = width(p->pool->model, p->layer, module);
     for (int t = 0, some; t < tokens; t += some) {
 #define LORA(t) p->pool->step->row[s->row_of[first + (t)]].lora
         const Lora *lora = LORA(t);
@@ -466,31 +524,138 @@ static void load_input(Pool *pool, int layer, int site, int token, const float *
     lora_a(pool, layer, site, token, x);
 }
 
-/* The sums, with what adapters add, to y[token][row]. */
+/* The sums, with what adapters add, to out[token][row]. */
 static void store_output(const Product *p, Sums *sums, int pair, int first, int tokens) {
+    const Model *m = p->pool->model;
     for (int block = 0; block < 2; block++) {
         int row = pair * 32 + block * 16, module = first_module[p->site], start = 0;
-        while (module + 1 < first_module[p->site] + modules_of[p->site] && row >= start + width(p->pool->model, module))
-            start += width(p->pool->model, module++);
+        while (module + 1 < first_module[p->site] + modules_of[p->site] && row >= start + width(m, p->layer, module))
+            start += width(m, p->layer, module++);
         add_lora_b(p, sums->of[block], first, tokens, module, row - start);
-        float *y = p->pool->scratch->y + (size_t)first * p->m->rows + row;
-        for (int t = 0; t < tokens; t++, y += p->m->rows) *(f32 *)y = *(f32 *)sums->of[block][t];
+        float *out = p->out + (size_t)first * p->m->rows + row;
+        for (int t = 0; t < tokens; t++, out += p->m->rows) *(f32 *)out = *(f32 *)sums->of[block][t];
     }
+}
+
+static inline f32 gelu(f32 x) {
+    f32 tanh = tanh_f32(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    return 0.5f * x * (1.0f + tanh);
 }
 
 /* gelu(gate x) * (up x), which the product with `down` takes. */
 static void store_gated(const Product *p, Sums *sums, int pair, int first, int tokens) {
-    Scratch *s = p->pool->scratch;
-    int intermediate = p->pool->model->intermediate;
+    int columns = p->m->rows / 2;
     add_lora_b(p, sums->of[0], first, tokens, GATE_PROJ, pair * 16);
     add_lora_b(p, sums->of[1], first, tokens, UP_PROJ, pair * 16);
     for (int t = 0; t < tokens; t++) {
-        f32 gate = *(f32 *)sums->of[0][t], up = *(f32 *)sums->of[1][t];
-        f32 tanh = tanh_f32(0.7978845608028654f * (gate + 0.044715f * gate * gate * gate));
-        f32 y = 0.5f * gate * (1.0f + tanh) * up;
-        *(f32 *)(s->gated + (size_t)(first + t) * intermediate + pair * 16) = y;
-        if (p->pool->amx) pack(s->packed_gated, intermediate, first + t, pair * 16, y);
+        f32 y = gelu(*(f32 *)sums->of[0][t]) * *(f32 *)sums->of[1][t];
+        *(f32 *)(p->out + (size_t)(first + t) * columns + pair * 16) = y;
+        if (p->pool->amx) pack(p->packed_out, columns, first + t, pair * 16, y);
     }
+}
+
+/* gelu(gate x) * the layer's input of each token, which the product with PER_LAYER_PROJECTION takes. */
+static void store_per_layer(const Product *p, Sums *sums, int pair, int first, int tokens) {
+    const Model *m = p->pool->model;
+    const Scratch *s = p->pool->scratch;
+    for (int block = 0; block < 2; block++) {
+        int row = pair * 32 + block * 16;
+        add_lora_b(p, sums->of[block], first, tokens, OF_PER_LAYER, row);
+        for (int t = 0; t < tokens; t++) {
+            const float *input = s->per_layer + ((size_t)s->origin[first + t] * m->layers + p->layer) * m->padded;
+            f32 y = gelu(*(f32 *)sums->of[block][t]) * *(const f32 *)(input + row);
+            *(f32 *)(p->out + (size_t)(first + t) * m->padded + row) = y;
+            if (p->pool->amx) pack(p->packed_out, m->padded, first + t, row, y);
+        }
+    }
+}
+
+/* The layers' inputs of one token: of its embedding, through the model's projection and a norm, and of its table. */
+static void combine(const Pool *pool, int token) {
+    const Model *m = pool->model;
+    float root = 1.0f / sqrtf((float)m->hidden);
+    for (int i = 0; i < m->layers; i++) {
+        size_t at = ((size_t)token * m->layers + i) * m->padded;
+        float *input = pool->scratch->per_layer + at;
+        for (int k = 0; k < m->padded; k += 16) *(f32 *)(input + k) *= root;
+        float factor = 1.0f / sqrtf(dot(input, input, m->padded) / m->features + m->eps);
+        for (int k = 0; k < m->padded; k += 16) {
+            f32 normed = *(f32 *)(input + k) * factor * *(const f32 *)(m->per_layer_norm + k);
+            *(f32 *)(input + k) = (normed + *(const f32 *)(pool->step->per_layer + at + k)) * 0.7071067811865476f;
+        }
+    }
+}
+
+/* Which experts a token's x goes to and their shares, the likeliest first; and what they get of it. */
+static void route(const Pool *pool, int number, int token, const float *x) {
+    const Model *m = pool->model;
+    const Layer *layer = &m->layer[number];
+    const Scratch *s = pool->scratch;
+    const Lora *lora = pool->step->row[s->row_of[token]].lora;
+    float *input = s->routed + (size_t)token * m->hidden, score[m->experts], highest = -INFINITY, all = 0, chosen = 0;
+    rms_norm(input, x, layer->router_norm, m->eps, m->hidden);
+    for (int e = 0; e < m->experts; e++) score[e] = dot(layer->router + (size_t)e * m->hidden, input, m->hidden);
+    if (lora) {
+        lora += number * MODULES + ROUTER;
+        for (int r = 0; r < lora->rank; r++) {
+            float low_rank = dot(lora->a + (size_t)r * m->hidden, input, m->hidden);
+            for (int e = 0; e < m->experts; e++) score[e] += lora->b[(size_t)r * m->experts + e] * low_rank;
+        }
+    }
+    for (int e = 0; e < m->experts; e++) highest = score[e] > highest ? score[e] : highest;
+    for (int e = 0; e < m->experts; e++) all += score[e] = expf(score[e] - highest);
+    for (int n = 0; n < m->active_experts; n++) {
+        int best = 0;
+        for (int e = 1; e < m->experts; e++) best = score[e] > score[best] ? e : best;
+        float *share = &s->share[(size_t)token * m->active_experts + n];
+        s->choice[(size_t)token * m->active_experts + n] = best;
+        chosen += *share = score[best] / all, score[best] = -1;
+    }
+    for (int n = 0; n < m->active_experts; n++) {
+        size_t at = (size_t)token * m->active_experts + n;
+        s->share[at] = s->share[at] / chosen * layer->expert_scale[s->choice[at]];
+    }
+    rms_norm(input, x, layer->before_experts_norm, m->eps, m->hidden);
+}
+
+/* A place among `gathered` for each token and expert of its: those of an expert together, from the start of a panel on. */
+static void group_by_expert(const Pool *pool, int tokens) {
+    const Model *m = pool->model;
+    const Scratch *s = pool->scratch;
+    int next[m->experts], pairs = tokens * m->active_experts, start = 0;
+    memset(s->count, 0, m->experts * sizeof *s->count);
+    for (int i = 0; i < pairs; i++) s->count[s->choice[i]]++;
+    for (int e = 0; e < m->experts; e++) next[e] = start, start += (s->count[e] + 15) / 16 * 16;
+    for (int i = 0; i < pairs; i++) s->place[i] = next[s->choice[i]]++;
+}
+
+static void gather(const Pool *pool, int token) {
+    const Model *m = pool->model;
+    const Scratch *s = pool->scratch;
+    const float *x = s->routed + (size_t)token * m->hidden;
+    for (int n = 0; n < m->active_experts; n++) {
+        int place = s->place[(size_t)token * m->active_experts + n];
+        memcpy(s->gathered + (size_t)place * m->hidden, x, m->hidden * sizeof(float));
+        if (pool->amx)
+            for (int k = 0; k < m->hidden; k += 16) pack(s->packed_gathered, m->hidden, place, k, *(const f32 *)(x + k));
+    }
+}
+
+/* Add what a token's experts make of it to what the MLP does, `y`: both normed. */
+static void mix(const Pool *pool, int number, int token, float *y) {
+    const Model *m = pool->model;
+    const Layer *layer = &m->layer[number];
+    const Scratch *s = pool->scratch;
+    float *sum = s->routed + (size_t)token * m->hidden; /* its input is not needed any more */
+    memset(sum, 0, m->hidden * sizeof(float));
+    for (int n = 0; n < m->active_experts; n++) {
+        size_t at = (size_t)token * m->active_experts + n;
+        const float *one = s->expert_y + (size_t)s->place[at] * m->hidden;
+        for (int k = 0; k < m->hidden; k += 16) *(f32 *)(sum + k) += *(const f32 *)(one + k) * s->share[at];
+    }
+    rms_norm(sum, sum, layer->experts_norm, m->eps, m->hidden);
+    rms_norm(y, y, layer->dense_norm, m->eps, m->hidden);
+    add(y, sum, m->hidden);
 }
 
 /* Rotary embedding of a head, by halves. */
@@ -507,19 +672,27 @@ static void rope(float *x, const float *cosines, const float *sines, int half) {
 static void write_kv(const Pool *pool, int number, int token, float *qkv) {
     const Model *m = pool->model;
     const Layer *layer = &m->layer[number];
-    const Rows *row = &pool->step->row[pool->scratch->row_of[token]];
-    int size = m->head_size, half = size / 2, position = pool->scratch->position[token];
-    const float *cosines = pool->scratch->rope_table + ((size_t)token * m->ropes + layer->rope) * size;
-    for (int head = 0; head < m->heads + m->kv_heads; head++) {
+    const Scratch *s = pool->scratch;
+    const Rows *row = &pool->step->row[s->row_of[token]];
+    int size = layer->head_size, half = size / 2, position = s->position[token];
+    const float *cosines = s->rope_table + ((size_t)s->origin[token] * m->ropes + layer->rope) * m->rope_width;
+    size_t slot = (size_t)row->blocks[position / BLOCK] * BLOCK + position % BLOCK, kv_width = (size_t)layer->kv_heads * size;
+    if (layer->has_k) { /* values first: they may be keys before their norm */
+        const float *from = qkv + (m->heads + (layer->has_v ? layer->kv_heads : 0)) * size;
+        float *value = layer->values + slot * kv_width;
+        if (m->values_are_normed)
+            for (int head = 0; head < layer->kv_heads; head++)
+                rms_norm(value + head * size, from + head * size, NULL, m->eps, size);
+        else
+            memcpy(value, from, kv_width * sizeof(float));
+    }
+    for (int head = 0; head < m->heads + (layer->has_k ? layer->kv_heads : 0); head++) {
         float *x = qkv + head * size;
         const float *weight = head < m->heads ? layer->q_norm : layer->k_norm;
         if (weight) rms_norm(x, x, weight, m->eps, size);
-        rope(x, cosines, cosines + half, half);
+        rope(x, cosines, cosines + m->rope_width / 2, half);
     }
-    size_t slot = ((size_t)number * m->slots + (size_t)row->blocks[position / BLOCK] * BLOCK + position % BLOCK);
-    size_t kv_width = (size_t)m->kv_heads * size;
-    memcpy(m->keys + slot * kv_width, qkv + m->heads * size, kv_width * sizeof(float));
-    memcpy(m->values + slot * kv_width, qkv + (m->heads + m->kv_heads) * size, kv_width * sizeof(float));
+    if (layer->has_k) memcpy(layer->keys + slot * kv_width, qkv + m->heads * size, kv_width * sizeof(float));
 }
 
 /* The loops of attention keep 16 sums in registers. They are written once and compiled for each of the numbers of
@@ -527,45 +700,46 @@ queries that share what is loaded; `queries`, `keys` and `columns` are constants
 #define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
 
 /* scores[g][j] of some queries and 16 / queries keys. */
-COMPILED_FOR_EACH score(const int queries, const Model *m, const float *query, const size_t *offset, float *scores,
-                        int line) {
+COMPILED_FOR_EACH score(const int queries, const Model *m, const Layer *layer, const float *query, const size_t *offset,
+                        float *scores, int line) {
+    const float *cached = layer->keys, *wanted_next = layer->values;
     const int keys = 16 / queries;
     f32 sum[16] = {{0}};
-    for (int i = 0; i < m->head_size; i += 16)
+    for (int i = 0; i < layer->head_size; i += 16)
         UNROLLED for (int j = 0; j < keys; j++) {
-            __builtin_prefetch(m->values + offset[j] + i); /* which are wanted next */
+            __builtin_prefetch(wanted_next + offset[j] + i);
             UNROLLED for (int g = 0; g < queries; g++)
                 sum[g * keys + j] +=
-                    *(const f32 *)(query + g * m->head_size + i) * *(const f32 *)(m->keys + offset[j] + i);
+                    *(const f32 *)(query + g * layer->head_size + i) * *(const f32 *)(cached + offset[j] + i);
         }
     f32 found = reduce_add_each(sum) * m->scale;
     for (int g = 0; g < queries; g++) memcpy(scores + (size_t)g * line, (float *)&found + g * keys, keys * sizeof(float));
 }
 
 /* Columns `i` … of the values' sum, weighted by each query's probabilities. */
-COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool *pool, int token, int column,
-                               const size_t *offset, int length, const float *scores, int line, int i) {
-    const Model *m = pool->model;
+COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool *pool, const Layer *layer, int token,
+                               int column, const size_t *offset, int length, const float *scores, int line, int i) {
+    const float *values = layer->values;
     f32 sum[16] = {{0}};
     for (int j = 0; j < length; j++)
         UNROLLED for (int c = 0; c < columns; c++)
             UNROLLED for (int g = 0; g < queries; g++)
-                sum[g * columns + c] += *(const f32 *)(m->values + offset[j] + i + 16 * c) * scores[(size_t)g * line + j];
+                sum[g * columns + c] += *(const f32 *)(values + offset[j] + i + 16 * c) * scores[(size_t)g * line + j];
     for (int g = 0; g < queries; g++)
         for (int c = 0; c < columns; c++) {
-            int at = column + g * m->head_size + i + 16 * c, all = m->heads * m->head_size;
+            int at = column + g * layer->head_size + i + 16 * c, all = layer->site[O].columns;
             *(f32 *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
             if (pool->amx) pack(pool->scratch->packed, all, token, at, sum[g * columns + c]);
         }
 }
 
 /* Attention of some queries of a token, from `column` on, to `length` keys and values at the offsets `offset`. */
-COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, int token, int column, const float *query,
-                                 const size_t *offset, int length, float *scores) {
+COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, const Layer *layer, int token, int column,
+                                 const float *query, const size_t *offset, int length, float *scores) {
     const Model *m = pool->model;
     const int together = 16 / queries;
     int line = (length + 15) / 16 * 16, i = 0;
-    for (int j = 0; j < line; j += together) score(queries, m, query, offset + j, scores + j, line);
+    for (int j = 0; j < line; j += together) score(queries, m, layer, query, offset + j, scores + j, line);
     for (int g = 0; g < queries; g++) {
         float *weight = scores + (size_t)g * line;
         f32 most = {0}, sum = {0};
@@ -584,28 +758,34 @@ COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, int token,
         float all = reduce_add(sum);
         for (int j = 0; j < line; j += 16) *(f32 *)(weight + j) /= all;
     }
-    for (; i + 16 * together <= m->head_size; i += 16 * together)
-        weighted_sum(queries, together, pool, token, column, offset, length, scores, line, i);
-    for (; i < m->head_size; i += 16) weighted_sum(queries, 1, pool, token, column, offset, length, scores, line, i);
+    for (; i + 16 * together <= layer->head_size; i += 16 * together)
+        weighted_sum(queries, together, pool, layer, token, column, offset, length, scores, line, i);
+    for (; i < layer->head_size; i += 16)
+        weighted_sum(queries, 1, pool, layer, token, column, offset, length, scores, line, i);
 }
 
 /* Attention of the queries of one token that share a key/value head. */
 static void attend(const Pool *pool, int number, int token, int kv_head, const float *qkv, float *scores, size_t *offset) {
     const Model *m = pool->model;
+    const Layer *layer = &m->layer[number];
     const Rows *row = &pool->step->row[pool->scratch->row_of[token]];
-    int size = m->head_size, group = m->heads / m->kv_heads, position = pool->scratch->position[token];
-    int window = m->layer[number].window;
-    int begin = window && position >= window ? position - window + 1 : 0, length = position + 1 - begin;
-    size_t kv_width = (size_t)m->kv_heads * size, start = (size_t)number * m->slots * kv_width + (size_t)kv_head * size;
+    int size = layer->head_size, group = m->heads / layer->kv_heads, position = pool->scratch->position[token];
+    int begin = layer->window && position >= layer->window ? position - layer->window + 1 : 0;
+    int length = position + 1 - begin;
+    size_t kv_width = (size_t)layer->kv_heads * size, start = (size_t)kv_head * size;
     for (int j = 0; j < length; j++)
         offset[j] = start + ((size_t)row->blocks[(begin + j) / BLOCK] * BLOCK + (begin + j) % BLOCK) * kv_width;
     for (int j = length; j % 16; j++) offset[j] = offset[0]; /* scored, and given no weight */
     for (int g = 0, some; g < group; g += some) {
         int column = (kv_head * group + g) * size;
+        const float *query = qkv + column;
         some = group - g < 2 ? 1 : group - g < MOST_QUERIES ? 2 : MOST_QUERIES;
-        if (some == MOST_QUERIES) attend_queries(MOST_QUERIES, pool, token, column, qkv + column, offset, length, scores);
-        else if (some == 2) attend_queries(2, pool, token, column, qkv + column, offset, length, scores);
-        else attend_queries(1, pool, token, column, qkv + column, offset, length, scores);
+        if (some == MOST_QUERIES)
+            attend_queries(MOST_QUERIES, pool, layer, token, column, query, offset, length, scores);
+        else if (some == 2)
+            attend_queries(2, pool, layer, token, column, query, offset, length, scores);
+        else
+            attend_queries(1, pool, layer, token, column, query, offset, length, scores);
     }
 }
 
@@ -620,6 +800,8 @@ static void argmax(const Product *p, Sums *sums, int pair, int first, int tokens
             float *line = sums->of[block][t], highest = -INFINITY;
             int start = pair * 32 + block * 16, count = m->vocabulary - start < 16 ? m->vocabulary - start : 16;
             if (m->final_cap) *(f32 *)line = tanh_f32(*(f32 *)line / m->final_cap) * m->final_cap;
+            for (int n = 0; n < m->suppressed_count; n++)
+                if (m->suppressed[n] >= start && m->suppressed[n] < start + 16) line[m->suppressed[n] - start] = -INFINITY;
 #pragma omp simd reduction(max : highest)
             for (int n = 0; n < count; n++) highest = line[n] > highest ? line[n] : highest;
             if (highest > best[0]) {
@@ -647,8 +829,24 @@ static void compact_wanted(const Pool *pool, int qkv_width) {
         int t = s->wanted_token[i];
         memmove(s->x + (size_t)i * hidden, s->x + (size_t)t * hidden, hidden * sizeof(float));
         memmove(s->y + (size_t)i * qkv_width, s->y + (size_t)t * qkv_width, qkv_width * sizeof(float));
-        s->row_of[i] = s->row_of[t], s->position[i] = s->position[t];
+        s->row_of[i] = s->row_of[t], s->position[i] = s->position[t], s->origin[i] = s->origin[t];
     }
+}
+
+/* What the next layer's projections take of a token: x, normed. */
+static void enter_layer(Pool *pool, int number, int token) {
+    const Model *m = pool->model;
+    float *normed = pool->scratch->normed + (size_t)token * m->hidden;
+    rms_norm(normed, pool->scratch->x + (size_t)token * m->hidden, m->layer[number].input_norm, m->eps, m->hidden);
+    load_input(pool, number, QKV, token, normed);
+}
+
+static void leave_layer(Pool *pool, int number, int token) {
+    const Model *m = pool->model;
+    float *x = pool->scratch->x + (size_t)token * m->hidden, scalar = m->layer[number].scalar;
+    if (scalar != 1)
+        for (int k = 0; k < m->hidden; k += 16) *(f32 *)(x + k) *= scalar;
+    if (number + 1 < m->layers) enter_layer(pool, number + 1, token);
 }
 
 /* One thread's part of a step. Tokens, pieces of matrices and (token, head) are shared out as threads become free. */
@@ -657,75 +855,123 @@ static void work(Pool *pool, int thread) {
     const Step *step = pool->step;
     Scratch *s = pool->scratch;
     long long passed = atomic_load(&pool->barriers); /* no next one is counted before this thread has come to it */
-    int phase = 0, tokens = step->tokens, hidden = m->hidden, qkv_width = m->layer[0].site[QKV].rows;
-    int units = tokens * m->kv_heads, found = m->heads * m->head_size;
+    int phase = 0, tokens = step->tokens, hidden = m->hidden;
     float *scores = s->scores + (size_t)thread * (s->longest + 15) * MOST_QUERIES;
     size_t *offset = s->offset + (size_t)thread * (s->longest + 15);
 #if HAS_AMX
     if (pool->amx) configure_tiles();
 #endif
     for (int t; (t = next_piece(pool, phase)) < tokens;) {
-        embed(m, step->token[t], s->x + (size_t)t * hidden);
-        for (int i = 0, half = m->head_size / 2; i < m->ropes * half; i++) {
+        float *x = s->x + (size_t)t * hidden;
+        embed(m, step->token[t], x);
+        for (int i = 0, half = m->rope_width / 2; i < m->ropes * half; i++) {
             float angle = (float)s->position[t] * m->frequencies[i];
-            float *cosines = s->rope_table + ((size_t)t * m->ropes + i / half) * m->head_size + i % half;
+            float *cosines = s->rope_table + ((size_t)t * m->ropes + i / half) * m->rope_width + i % half;
             cosines[0] = cosf(angle), cosines[half] = sinf(angle);
         }
-        rms_norm(s->normed + (size_t)t * hidden, s->x + (size_t)t * hidden, m->layer[0].input_norm, m->eps, hidden);
-        load_input(pool, 0, QKV, t, s->normed + (size_t)t * hidden);
+        if (m->padded)
+            load_input(pool, 0, PER_LAYER_MODEL, t, x);
+        else
+            enter_layer(pool, 0, t);
     }
     phase = barrier(pool, phase, &passed);
+    if (m->padded) {
+        Product product = {pool, thread, 0, PER_LAYER_MODEL, &m->layer[0].site[PER_LAYER_MODEL], s->x, s->packed, tokens,
+                           s->per_layer, NULL};
+        matmul(&product, phase, store_output);
+        phase = barrier(pool, phase, &passed);
+        for (int t; (t = next_piece(pool, phase)) < tokens;) combine(pool, t), enter_layer(pool, 0, t);
+        phase = barrier(pool, phase, &passed);
+    }
     for (int i = 0; i < m->layers; i++) {
         const Layer *layer = &m->layer[i];
-        Product product = {pool, thread, i, QKV, &layer->site[QKV], s->normed, s->packed, tokens};
+        int qkv_width = layer->site[QKV].rows, inner = layer->site[DOWN].columns;
+        Product product = {pool, thread, i, QKV, &layer->site[QKV], s->normed, s->packed, tokens, s->y, NULL};
         matmul(&product, phase, store_output);
         phase = barrier(pool, phase, &passed);
         for (int t; (t = next_piece(pool, phase)) < tokens;) write_kv(pool, i, t, s->y + (size_t)t * qkv_width);
         phase = barrier(pool, phase, &passed);
-        if (i + 1 == m->layers) { /* of the last layer only what is wanted is needed any more */
+        if (i == m->last_own) { /* of the layers from here on only what is wanted is needed */
             if (next_piece(pool, phase) == 0) compact_wanted(pool, qkv_width);
             phase = barrier(pool, phase, &passed);
-            tokens = s->wanted, units = tokens * m->kv_heads;
+            tokens = s->wanted;
         }
-        for (int unit; (unit = next_piece(pool, phase)) < units;) {
-            int t = units - 1 - unit; /* the longest first */
-            attend(pool, i, t / m->kv_heads, t % m->kv_heads, s->y + (size_t)(t / m->kv_heads) * qkv_width, scores, offset);
+        for (int unit, units = tokens * layer->kv_heads; (unit = next_piece(pool, phase)) < units;) {
+            int t = (units - 1 - unit) / layer->kv_heads, head = (units - 1 - unit) % layer->kv_heads; /* the longest first */
+            attend(pool, i, t, head, s->y + (size_t)t * qkv_width, scores, offset);
         }
         phase = barrier(pool, phase, &passed);
         if (s->ranks) {
-            for (int t; (t = next_piece(pool, phase)) < tokens;) lora_a(pool, i, O, t, s->normed + (size_t)t * found);
+            for (int t; (t = next_piece(pool, phase)) < tokens;)
+                lora_a(pool, i, O, t, s->normed + (size_t)t * layer->site[O].columns);
             phase = barrier(pool, phase, &passed);
         }
-        product = (Product){pool, thread, i, O, &layer->site[O], s->normed, s->packed, tokens};
+        product = (Product){pool, thread, i, O, &layer->site[O], s->normed, s->packed, tokens, s->y, NULL};
         matmul(&product, phase, store_output);
         phase = barrier(pool, phase, &passed);
         for (int t; (t = next_piece(pool, phase)) < tokens;) {
             float *x = s->x + (size_t)t * hidden, *y = s->y + (size_t)t * hidden;
             if (layer->after_attention_norm) rms_norm(y, y, layer->after_attention_norm, m->eps, hidden);
             add(x, y, hidden);
+            if (m->experts) route(pool, i, t, x);
             rms_norm(s->normed + (size_t)t * hidden, x, layer->before_mlp_norm, m->eps, hidden);
             load_input(pool, i, GATE_UP, t, s->normed + (size_t)t * hidden);
         }
         phase = barrier(pool, phase, &passed);
-        product = (Product){pool, thread, i, GATE_UP, &layer->site[GATE_UP], s->normed, s->packed, tokens};
+        product = (Product){pool, thread, i, GATE_UP, &layer->site[GATE_UP],
+                            s->normed, s->packed, tokens, s->gated, s->packed_gated};
         matmul(&product, phase, store_gated);
         phase = barrier(pool, phase, &passed);
         if (s->ranks) {
-            for (int t; (t = next_piece(pool, phase)) < tokens;)
-                lora_a(pool, i, DOWN, t, s->gated + (size_t)t * m->intermediate);
+            for (int t; (t = next_piece(pool, phase)) < tokens;) lora_a(pool, i, DOWN, t, s->gated + (size_t)t * inner);
             phase = barrier(pool, phase, &passed);
         }
-        product = (Product){pool, thread, i, DOWN, &layer->site[DOWN], s->gated, s->packed_gated, tokens};
+        product = (Product){pool, thread, i, DOWN, &layer->site[DOWN], s->gated, s->packed_gated, tokens, s->y, NULL};
+        matmul(&product, phase, store_output);
+        phase = barrier(pool, phase, &passed);
+        if (m->experts) {
+            if (next_piece(pool, phase) == 0) group_by_expert(pool, tokens);
+            phase = barrier(pool, phase, &passed);
+            for (int t; (t = next_piece(pool, phase)) < tokens;) gather(pool, t);
+            phase = barrier(pool, phase, &passed);
+            Product gate_up = {pool, thread, i, NO_SITE, NULL, s->gathered, s->packed_gathered, 0, s->expert_gated,
+                               s->packed_expert};
+            matmul_experts(&gate_up, 0, phase, store_gated);
+            phase = barrier(pool, phase, &passed);
+            Product down = {pool, thread, i, NO_SITE, NULL, s->expert_gated, s->packed_expert, 0, s->expert_y, NULL};
+            matmul_experts(&down, 1, phase, store_output);
+            phase = barrier(pool, phase, &passed);
+        }
+        for (int t; (t = next_piece(pool, phase)) < tokens;) {
+            float *x = s->x + (size_t)t * hidden, *y = s->y + (size_t)t * hidden;
+            if (m->experts) mix(pool, i, t, y);
+            if (layer->after_mlp_norm) rms_norm(y, y, layer->after_mlp_norm, m->eps, hidden);
+            add(x, y, hidden);
+            if (m->padded)
+                load_input(pool, i, PER_LAYER_GATE, t, x);
+            else
+                leave_layer(pool, i, t);
+        }
+        phase = barrier(pool, phase, &passed);
+        if (!m->padded) continue;
+        product = (Product){pool, thread, i, PER_LAYER_GATE, &layer->site[PER_LAYER_GATE],
+                            s->x, s->packed, tokens, s->gated, s->packed_gated};
+        matmul(&product, phase, store_per_layer);
+        phase = barrier(pool, phase, &passed);
+        if (s->ranks) {
+            for (int t; (t = next_piece(pool, phase)) < tokens;)
+                lora_a(pool, i, PER_LAYER_PROJECTION, t, s->gated + (size_t)t * m->padded);
+            phase = barrier(pool, phase, &passed);
+        }
+        product = (Product){pool, thread, i, PER_LAYER_PROJECTION, &layer->site[PER_LAYER_PROJECTION],
+                            s->gated, s->packed_gated, tokens, s->y, NULL};
         matmul(&product, phase, store_output);
         phase = barrier(pool, phase, &passed);
         for (int t; (t = next_piece(pool, phase)) < tokens;) {
             float *x = s->x + (size_t)t * hidden, *y = s->y + (size_t)t * hidden;
-            if (layer->after_mlp_norm) rms_norm(y, y, layer->after_mlp_norm, m->eps, hidden);
+            rms_norm(y, y, layer->per_layer_norm, m->eps, hidden);
             add(x, y, hidden);
-            if (i + 1 < m->layers) {
-                rms_norm(s->normed + (size_t)t * hidden, x, m->layer[i + 1].input_norm, m->eps, hidden);
-                load_input(pool, i + 1, QKV, t, s->normed + (size_t)t * hidden);
-            }
+            leave_layer(pool, i, t);
         }
         phase = barrier(pool, phase, &passed);
     }
@@ -738,7 +984,7 @@ static void work(Pool *pool, int thread) {
     float *best = s->best + (size_t)thread * s->wanted * 2;
     for (int i = 0; i < s->wanted; i++) best[2 * i] = -INFINITY, best[2 * i + 1] = 0;
     phase = barrier(pool, phase, &passed);
-    Product product = {pool, thread, 0, 0, &m->head, s->normed, s->packed, s->wanted};
+    Product product = {pool, thread, 0, NO_SITE, &m->head, s->normed, s->packed, s->wanted, NULL, NULL};
     if (s->wanted) matmul(&product, phase, argmax);
     phase = barrier(pool, phase, &passed);
 #if HAS_AMX
@@ -823,28 +1069,50 @@ static void *carve(char *memory, size_t *used, size_t bytes) {
 
 /* The scratch of a step in `memory`, whose size is returned; NULL: the size alone. */
 static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const Model *model, int tokens) {
-    const Matrix *site = model->layer[0].site;
     size_t used = 0, most = s->longest + 15, padded = (tokens + 15) / 16 * 16; /* products take whole panels */
-    size_t widest = site[QKV].rows > model->hidden ? site[QKV].rows : model->hidden;
-    size_t deepest = site[O].columns > model->hidden ? site[O].columns : model->hidden;
+    size_t hidden = model->hidden, widest = hidden, deepest = hidden, inner = model->padded, expert = 0;
+    size_t layers_inputs = (size_t)tokens * model->layers * model->padded, pairs = (size_t)tokens * model->active_experts;
+    size_t hit = pairs < (size_t)model->experts ? pairs : (size_t)model->experts, places = (pairs + 15 * hit + 15) / 16 * 16;
+    for (int i = 0; i < model->layers; i++) {
+        const Layer *layer = &model->layer[i];
+        const Matrix *site = layer->site;
+        if ((size_t)site[QKV].rows > widest) widest = site[QKV].rows;
+        if ((size_t)site[O].columns > deepest) deepest = site[O].columns;
+        if ((size_t)site[DOWN].columns > inner) inner = site[DOWN].columns;
+        if (layer->expert && (size_t)layer->expert[1].columns > expert) expert = layer->expert[1].columns;
+    }
 #define CARVE(name, count) s->name = carve(memory, &used, (size_t)(count) * sizeof *s->name)
     CARVE(counters, pool->phases);
     CARVE(row_of, tokens);
     CARVE(position, tokens);
     CARVE(wanted_token, s->wanted);
     CARVE(wanted_row, s->wanted);
-    CARVE(rope_table, (size_t)tokens * model->ropes * model->head_size);
-    CARVE(x, tokens * (size_t)model->hidden);
+    CARVE(origin, tokens);
+    CARVE(rope_table, (size_t)tokens * model->ropes * model->rope_width);
+    CARVE(x, tokens * hidden);
     CARVE(normed, tokens * deepest);
-    CARVE(gated, tokens * (size_t)model->intermediate);
+    CARVE(gated, tokens * inner);
     CARVE(y, tokens * widest);
     CARVE(low_rank, tokens * (size_t)s->ranks);
     CARVE(scores, pool->threads * most * MOST_QUERIES);
     CARVE(offset, pool->threads * most);
     CARVE(best, pool->threads * (size_t)s->wanted * 2);
     CARVE(packed, pool->amx ? padded * deepest * 3 : 0);
-    CARVE(packed_gated, pool->amx ? padded * model->intermediate * 3 : 0);
+    CARVE(packed_gated, pool->amx ? padded * inner * 3 : 0);
     CARVE(widened, pool->threads * s->piece);
+    CARVE(per_layer, layers_inputs);
+    if (pairs) {
+        CARVE(choice, pairs);
+        CARVE(place, pairs);
+        CARVE(share, pairs);
+        CARVE(count, model->experts);
+        CARVE(routed, tokens * hidden);
+        CARVE(gathered, places * hidden);
+        CARVE(expert_gated, places * expert);
+        CARVE(expert_y, places * hidden);
+        CARVE(packed_gathered, pool->amx ? places * hidden * 3 : 0);
+        CARVE(packed_expert, pool->amx ? places * expert * 3 : 0);
+    }
 #undef CARVE
     return used;
 }
@@ -860,6 +1128,16 @@ static int reserve(Pool *pool, size_t bytes) {
     else madvise(pool->memory, pool->room, MADV_HUGEPAGE);
 #endif
     return pool->memory != NULL;
+}
+
+/* Room for a matrix's pieces, whether few or all of the tokens are multiplied with it. */
+static void reserve_piece(Scratch *s, const Pool *pool, const Matrix *m, int tokens) {
+    if (!m->rows) return;
+    for (int some = 1; some <= tokens; some += PANEL) {
+        size_t piece = (size_t)pairs_of_piece(pool, m, some) * m->columns * 32;
+        s->piece = piece > s->piece ? piece : s->piece;
+        if (some > PANEL) break; /* there are two sizes of pieces */
+    }
 }
 
 /* 0, or 1 where memory is wanting; nothing has been done then. */
@@ -878,18 +1156,23 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
-    for (int i = 0; i <= SITES && model->head.scales; i++) {
-        const Matrix *one = i < SITES ? &model->layer[0].site[i] : &model->head;
-        size_t piece = (size_t)pairs_of_piece(pool, one, i < SITES ? step->tokens : s.wanted) * one->columns * 32;
-        s.piece = piece > s.piece ? piece : s.piece;
+    if (model->head.scales) { /* int8 weights, of which a piece is widened at a time */
+        reserve_piece(&s, pool, &model->head, s.wanted);
+        for (int i = 0; i < model->layers; i++) {
+            for (int site = 0; site < SITES; site++) reserve_piece(&s, pool, &model->layer[i].site[site], step->tokens);
+            for (int e = 0; e < 2 && model->experts; e++) reserve_piece(&s, pool, &model->layer[i].expert[e], step->tokens);
+        }
     }
-    pool->phases = model->layers * PHASES + 5;
+    pool->phases = model->layers * PHASES + 7;
     if (!reserve(pool, layout_scratch(&s, NULL, pool, model, step->tokens))) return 1;
     layout_scratch(&s, pool->memory, pool, model, step->tokens);
     memset(s.counters, 0, pool->phases * sizeof *s.counters);
     for (int i = 0, wanted = 0; i < step->rows; i++) {
         const Rows *row = &step->row[i];
-        for (int t = 0; t < row->count; t++) s.row_of[row->first + t] = i, s.position[row->first + t] = row->start + t;
+        for (int t = 0; t < row->count; t++) {
+            int token = row->first + t;
+            s.row_of[token] = i, s.position[token] = row->start + t, s.origin[token] = token;
+        }
         if (row->wanted) s.wanted_row[wanted] = i, s.wanted_token[wanted++] = row->first + row->count - 1;
     }
     pthread_mutex_lock(&pool->mutex);

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from core.c_build import NoLibrary, compiled
 from core.errors import UserError
+from core.layer_shapes import LayerShape
 from serving.engine.adapters import LoraAdapter
-from serving.engine.architecture import GemmaConfig, Weights, norms_of
+from serving.engine.architecture import GemmaConfig, Weights, norms_of, projections_of
 from serving.engine.kv_cache import BLOCK
 from serving.engine.step import Chunk
 
@@ -25,8 +27,10 @@ SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ["-fopenmp-simd", "-fno-signed-zeros", "-pthread"]
 if platform.machine() == "x86_64":
     FLAGS.append("-mprefer-vector-width=512")
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SITES = ("qkv", "o", "gate_up", "down")
+MODULES = (  # in the order of kernels.c
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection", "router.proj"),
+)
 
 
 class NoKernels(Exception):
@@ -39,15 +43,17 @@ class _Matrix(c.Structure):
 
 class _Layer(c.Structure):
     _fields_ = (
-        ("site", _Matrix * 4),
-        ("input_norm", c.c_void_p),
-        ("after_attention_norm", c.c_void_p),
-        ("before_mlp_norm", c.c_void_p),
-        ("after_mlp_norm", c.c_void_p),
-        ("q_norm", c.c_void_p),
-        ("k_norm", c.c_void_p),
-        ("rope", c.c_int32),
-        ("window", c.c_int32),
+        ("site", _Matrix * 7),
+        *(
+            (name, c.c_void_p)
+            for name in (
+                *("input_norm", "after_attention_norm", "before_mlp_norm", "after_mlp_norm", "q_norm", "k_norm"),
+                *("per_layer_norm", "dense_norm", "before_experts_norm", "experts_norm"),
+                *("router_norm", "router", "expert_scale", "expert", "keys", "values"),
+            )
+        ),
+        *((name, c.c_int32) for name in ("kv_heads", "head_size", "has_k", "has_v", "rope", "window")),
+        ("scalar", c.c_float),
     )
 
 
@@ -59,18 +65,22 @@ class _Model(c.Structure):
     _fields_ = (
         *(
             (name, c.c_int32)
-            for name in ("layers", "vocabulary", "hidden", "intermediate", "heads", "kv_heads", "head_size")
+            for name in (
+                *("layers", "vocabulary", "hidden", "heads", "last_own", "experts", "active_experts"),
+                *("values_are_normed", "features", "padded"),
+            )
         ),
         *((name, c.c_float) for name in ("eps", "scale", "attention_cap", "final_cap", "embedding_scale")),
         ("layer", c.POINTER(_Layer)),
         ("frequencies", c.c_void_p),
         ("ropes", c.c_int32),
+        ("rope_width", c.c_int32),
         ("head", _Matrix),
         ("embedding", c.c_void_p),
         ("norm", c.c_void_p),
-        ("keys", c.c_void_p),
-        ("values", c.c_void_p),
-        ("slots", c.c_int64),
+        ("per_layer_norm", c.c_void_p),
+        ("suppressed", c.c_void_p),
+        ("suppressed_count", c.c_int32),
     )
 
 
@@ -90,6 +100,7 @@ class _Step(c.Structure):
         ("tokens", c.c_int32),
         ("rows", c.c_int32),
         ("token", c.c_void_p),
+        ("per_layer", c.c_void_p),
         ("row", c.POINTER(_Rows)),
         ("best", c.c_void_p),
         ("logits", c.c_void_p),
@@ -112,42 +123,56 @@ class KernelGemma:
             UserError: the folder is not a whole Gemma.
         """
         self.config = config = GemmaConfig.read(folder)
-        heads = config.heads * config.head_size, (config.heads + 2 * config.kv_heads) * config.head_size
-        wide = config.hidden, *heads, config.intermediate
-        if any(one % 32 for one in wide) or config.head_size % 16:
-            raise NoKernels(f"widths {wide} are not multiples of 32, or heads of {config.head_size} not of 16")
+        rows = {rows for shape in config.shapes for rows in _widths(config, shape)}
+        sizes = {shape.head_dim for shape in config.shapes}
+        if any(one % 32 for one in rows) or any(one % 16 for one in sizes):
+            raise NoKernels(f"widths {sorted(rows)} are not all multiples of 32, or heads of {sorted(sizes)} not of 16")
         self.library = _load()
         weights = Weights(folder, torch.bfloat16, torch.device("cpu"))
         self.kept: list[Any] = []  # what C points at
         embedding = self._keep(weights["embed_tokens"])
-        ropes = sorted(set(config.ropes))
-        frequencies = self._keep(torch.stack([_frequencies(config, *rope) for rope in ropes]))
+        ropes, width = sorted(set(config.ropes)), max(sizes)
+        frequencies = self._keep(torch.stack([pad(one.frequencies(), (0, (width - one.size) // 2)) for one in ropes]))
+        self.caches = {
+            number: [self._keep(torch.zeros(blocks * BLOCK, shape.kv_heads, shape.head_dim)) for _ in range(2)]
+            for number, shape in enumerate(config.shapes)
+            if shape.kv_source == number
+        }
         layers = (_Layer * config.layers)(
             *(self._layer(weights, i, ropes.index(config.ropes[i]), int8) for i in range(config.layers))
         )
-        shape = config.layers, blocks * BLOCK, config.kv_heads, config.head_size
+        self.table: Tensor | None = None
+        self.features, norm = config.per_layer_input, None
+        if self.features:
+            self.table = weights.mapped("embed_tokens_per_layer")
+            norm = self._keep(_filled(weights["per_layer_projection_norm"].float())).data_ptr()
+        suppressed = self._keep(torch.tensor(config.suppressed, dtype=torch.int32))
         self.model = _Model(
-            config.layers,
-            config.vocabulary,
-            config.hidden,
-            config.intermediate,
-            config.heads,
-            config.kv_heads,
-            config.head_size,
-            config.eps,
-            config.scale,
-            config.attention_cap,
-            config.final_cap,
-            config.hidden**0.5,
-            layers,
-            frequencies.data_ptr(),
-            len(ropes),
-            self._matrix(embedding, int8),
-            embedding.data_ptr(),
-            self._keep(1 + weights["norm"].float()).data_ptr(),
-            self._keep(torch.zeros(shape)).data_ptr(),
-            self._keep(torch.zeros(shape)).data_ptr(),
-            blocks * BLOCK,
+            layers=config.layers,
+            vocabulary=config.vocabulary,
+            hidden=config.hidden,
+            heads=config.heads,
+            last_own=config.last_own,
+            experts=config.shapes[0].experts,
+            active_experts=config.shapes[0].active_experts,
+            values_are_normed=config.generation == 4,
+            features=self.features,
+            padded=_multiple(self.features),
+            eps=config.eps,
+            scale=config.scale,
+            attention_cap=config.attention_cap,
+            final_cap=config.final_cap,
+            embedding_scale=config.hidden**0.5,
+            layer=layers,
+            frequencies=frequencies.data_ptr(),
+            ropes=len(ropes),
+            rope_width=width,
+            head=self._matrix(embedding, int8),
+            embedding=embedding.data_ptr(),
+            norm=self._keep(config.norm_shift + weights["norm"].float()).data_ptr(),
+            per_layer_norm=norm,
+            suppressed=suppressed.data_ptr(),
+            suppressed_count=len(suppressed),
         )
         self.kept.append(layers)
         self.loras: weakref.WeakKeyDictionary[LoraAdapter, tuple[Any, list[Tensor]]] = weakref.WeakKeyDictionary()
@@ -169,7 +194,16 @@ class KernelGemma:
                 for one, block in zip(chunks, blocks, strict=True)
             )
         )
-        step = _Step(len(tokens), len(chunks), token.ctypes.data, table, best.ctypes.data, logits.ctypes.data)
+        of_table = self._of_table(tokens)
+        step = _Step(
+            tokens=len(tokens),
+            rows=len(chunks),
+            token=token.ctypes.data,
+            per_layer=None if of_table is None else of_table.data_ptr(),
+            row=table,
+            best=best.ctypes.data,
+            logits=logits.ctypes.data,
+        )
         if self.library.run_step(self.pool, c.byref(self.model), c.byref(step)):
             raise MemoryError
         return best.tolist(), logits
@@ -179,36 +213,78 @@ class KernelGemma:
         self.kept.append(tensor)
         return tensor
 
+    def _of_table(self, tokens: list[int]) -> Tensor | None:
+        """The per-layer embeddings of tokens, [tokens, layers, padded features] in float32."""
+        if self.table is None:
+            return None
+        found = self.table[torch.tensor(tokens)].float() * self.features**0.5
+        return _filled(found.view(len(tokens), self.config.layers, -1)).contiguous()
+
     def _layer(self, weights: Weights, i: int, rope: int, int8: bool) -> _Layer:
-        at = f"layers.{i}"
-        gate, up = (weights[f"{at}.mlp.{name}_proj"] for name in ("gate", "up"))
-        inputs = gate.shape[1]
+        at, config, shape = f"layers.{i}", self.config, self.config.shapes[i]
         sites = [
-            torch.cat([weights[f"{at}.self_attn.{name}_proj"] for name in "qkv"]),
+            torch.cat([weights[f"{at}.self_attn.{name}_proj"] for name in projections_of(shape)]),
             weights[f"{at}.self_attn.o_proj"],
-            torch.stack((gate.view(-1, 16, inputs), up.view(-1, 16, inputs)), 1).view(-1, inputs),
+            _interleaved(*(weights[f"{at}.mlp.{name}_proj"] for name in ("gate", "up"))),
             weights[f"{at}.mlp.down_proj"],
         ]
-        norms = {name: self._keep(1 + weights[f"{at}.{name}"].float()).data_ptr() for name in norms_of(self.config)}
+        if shape.per_layer_input:
+            sites += [weights[f"{at}.per_layer_input_gate"], _filled(weights[f"{at}.per_layer_projection"])]
+            if not i:
+                projection = weights["per_layer_model_projection"].view(config.layers, -1, config.hidden)
+                sites.append(_filled(projection, rows=True).view(-1, config.hidden))
+        norms = {
+            name: self._keep(config.norm_shift + weights[f"{at}.{name}"].float()).data_ptr()
+            for name in norms_of(config, i)
+        }
         after = norms["post_attention_layernorm"]
-        first = self.config.generation == 1  # its norm after attention is the one before the MLP
+        first = config.generation == 1  # its norm after attention is the one before the MLP
+        keys, values = self.caches[shape.kv_source]
         return _Layer(
-            (_Matrix * 4)(*(self._matrix(site, int8) for site in sites)),
-            norms["input_layernorm"],
-            None if first else after,
-            after if first else norms["pre_feedforward_layernorm"],
-            norms.get("post_feedforward_layernorm"),
-            norms.get("self_attn.q_norm"),
-            norms.get("self_attn.k_norm"),
-            rope,
-            self.config.windows[i],
+            site=(_Matrix * 7)(*(self._matrix(site, int8) for site in sites)),
+            input_norm=norms["input_layernorm"],
+            after_attention_norm=None if first else after,
+            before_mlp_norm=after if first else norms["pre_feedforward_layernorm"],
+            after_mlp_norm=norms.get("post_feedforward_layernorm"),
+            q_norm=norms.get("self_attn.q_norm"),
+            k_norm=norms.get("self_attn.k_norm"),
+            per_layer_norm=norms.get("post_per_layer_input_norm"),
+            dense_norm=norms.get("post_feedforward_layernorm_1"),
+            before_experts_norm=norms.get("pre_feedforward_layernorm_2"),
+            experts_norm=norms.get("post_feedforward_layernorm_2"),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_dim,
+            has_k=shape.has_k_proj,
+            has_v=shape.has_v_proj,
+            rope=rope,
+            window=config.windows[i],
+            scalar=weights[f"{at}.layer_scalar"].item() if config.generation == 4 else 1.0,
+            **(self._experts(weights, at, int8) if shape.experts else {}),
         )
+
+    def _experts(self, weights: Weights, at: str, int8: bool) -> dict[str, int]:
+        """A layer's router and experts, as fields of `_Layer`."""
+        matrices = []
+        gates_and_ups, downs = weights[f"{at}.experts.gate_up_proj"], weights[f"{at}.experts.down_proj"]
+        for gate_up, down in zip(gates_and_ups, downs, strict=True):
+            gate, up = (_filled(one, rows=True) for one in gate_up.chunk(2))
+            matrices += [self._matrix(_interleaved(gate, up), int8), self._matrix(_filled(down), int8)]
+        table = (_Matrix * len(matrices))(*matrices)
+        self.kept.append(table)
+        router_norm = weights[f"{at}.router.scale"].float() * self.config.hidden**-0.5
+        return {
+            "router_norm": self._keep(router_norm).data_ptr(),
+            "router": self._keep(weights[f"{at}.router.proj"].float()).data_ptr(),
+            "expert_scale": self._keep(weights[f"{at}.router.per_expert_scale"].float()).data_ptr(),
+            "expert": c.addressof(table),
+        }
 
     def _matrix(self, weight: Tensor, int8: bool) -> _Matrix:
         """[outputs, inputs] in the order in which kernels.c reads it, outputs filled up with zeros."""
-        rows, columns = weight.shape
-        if rows % 32:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, 32 - rows % 32))
+        columns = weight.shape[1]
+        weight = _filled(weight, rows=True)
         scales = None
         if int8:
             scales = self._keep((weight.abs().amax(1).float() / 127).clamp_min(1e-30))
@@ -227,15 +303,40 @@ class KernelGemma:
                 for number, module in enumerate(MODULES):
                     if (inner := adapter.lora_a.get((layer, module))) is None:
                         continue
-                    inner, outer = inner.contiguous(), adapter.lora_b[layer, module].T.contiguous()
+                    outer = adapter.lora_b[layer, module].T
+                    if module == "per_layer_input_gate":
+                        outer = _filled(outer)
+                    elif module == "per_layer_projection":
+                        inner = _filled(inner)
+                    elif module == "per_layer_model_projection":
+                        outer = _filled(outer.reshape(len(outer), self.config.layers, -1)).flatten(1)
+                    inner, outer = inner.contiguous(), outer.contiguous()
                     kept += [inner, outer]
                     table[layer * len(MODULES) + number] = _Lora(len(inner), inner.data_ptr(), outer.data_ptr())
             self.loras[adapter] = table, kept
         return c.addressof(self.loras[adapter][0])
 
 
-def _frequencies(config: GemmaConfig, theta: float, factor: float) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, config.head_size, 2, dtype=torch.float) / config.head_size) / factor
+def _widths(config: GemmaConfig, shape: LayerShape) -> tuple[int, ...]:
+    """Rows and columns of a layer's matrices, but for those that are filled up with zeros."""
+    queries, keys = config.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return config.hidden, queries, queries + keys * (len(projections_of(shape)) - 1), shape.inner
+
+
+def _multiple(number: int) -> int:
+    return -(-number // 32) * 32
+
+
+def _filled(weight: Tensor, *, rows: bool = False) -> Tensor:
+    """With zeros up to a multiple of 32 columns, or rows."""
+    missing = _multiple(weight.shape[-1 - rows]) - weight.shape[-1 - rows]
+    return pad(weight, (0, 0, 0, missing) if rows else (0, missing)) if missing else weight
+
+
+def _interleaved(gate: Tensor, up: Tensor) -> Tensor:
+    """16 rows of one and 16 of the other in turn."""
+    inputs = gate.shape[1]
+    return torch.stack((gate.view(-1, 16, inputs), up.view(-1, 16, inputs)), 1).view(-1, inputs)
 
 
 def _load() -> c.CDLL:

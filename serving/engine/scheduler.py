@@ -116,7 +116,12 @@ class Scheduler:
     @property
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer together."""
-        return min(self.model.config.max_position_embeddings, len(self.pool.ref_counts) * BLOCK)
+        return min(self.model.config.max_position_embeddings, self.max_tokens)
+
+    @property
+    def max_tokens(self) -> int:
+        """What the cache has room for, of all requests."""
+        return len(self.pool.ref_counts) * BLOCK
 
     @property
     def busy(self) -> bool:
@@ -174,7 +179,7 @@ class Scheduler:
             "running": len(self.running),
             "waiting": len(self.waiting),
             "kv_tokens": self.pool.in_use * BLOCK,
-            "kv_capacity": len(self.pool.ref_counts) * BLOCK,
+            "kv_capacity": self.max_tokens,
             "adapters": sorted(self.adapters),
             "tokens": dict(self.tokens),
             "counts": dict(self.counts),

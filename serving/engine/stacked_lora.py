@@ -12,12 +12,16 @@ from serving.engine.adapters import LoraAdapter, module_shapes
 from serving.engine.architecture import GemmaConfig
 from serving.engine.step import Chunk
 
-# The projections of a layer, and the modules whose outputs are concatenated in each.
+# The projections of a layer, and the modules whose outputs are concatenated in each, as far as the layer has them.
 PACKED_MODULES = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
+    "per_layer_gate": ("per_layer_input_gate",),
+    "per_layer_projection": ("per_layer_projection",),
+    "per_layer_model": ("per_layer_model_projection",),
+    "router": ("router.proj",),
 }
 
 
@@ -33,9 +37,10 @@ class StackedAdapters:
         self.adapters = adapters
         self.device = device
         self.projections: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
-        shapes = module_shapes(config)
         for layer in range(config.layers):
-            for projection, modules in PACKED_MODULES.items():
+            shapes = module_shapes(config, layer)
+            for projection, all_modules in PACKED_MODULES.items():
+                modules = [module for module in all_modules if module in shapes]
                 widths = [shapes[module][0] for module in modules]
                 a_blocks, b_blocks, owners = [], [], []
                 for index, adapter in enumerate(adapters):

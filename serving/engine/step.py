@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from serving.engine.adapters import LoraAdapter
 from serving.engine.architecture import GemmaConfig
@@ -35,9 +36,14 @@ class Chunk:
 
 
 class Model(Protocol):
-    """A Gemma with its key/value cache."""
+    """A Gemma with its key/value cache.
+
+    Attributes:
+        table: the per-layer embedding of Gemma 4's small sizes, mapped from its file and read by rows.
+    """
 
     config: GemmaConfig
+    table: Tensor | None
 
     def step(self, tokens: list[int], chunks: list[Chunk]) -> tuple[list[int], npt.NDArray[np.float32]]:
         """Compute one step, and write its keys and values to the cache.

@@ -113,7 +113,7 @@ class Reader:
         return fewer or self._count(pieces) <= self._most
 
     def _pieces(self, system: list[str], turns: list[str]) -> list[tuple[str, bool]]:
-        return self._prompt.pieces({"messages": write_messages([*(system or [""]), *turns])})
+        return self._prompt.samples({"messages": write_messages([*(system or [""]), *turns])})[-1]  # the longest
 
     def _count(self, pieces: list[tuple[str, bool]]) -> int:
         """The number of tokens with BOS and an end token after each model turn, as in training/batches.py."""
