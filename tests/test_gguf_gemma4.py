@@ -16,14 +16,16 @@ import pytest
 import torch
 from conftest import ROOT, read_checked
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_gguf import copy_of, finish
 from tiny_gemma4 import KINDS, tiny_folder4, tiny_gemma4, tiny_tokenizer4
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma4TextConfig
 
 from benchmarks.worker import NotRun, find_python
-from converters import gguf, hf
-from converters.checkpoint import Checkpoint, in_memory
+from converters import adapter as adapter_folder
+from converters import gguf, gguf_gemma4, hf
+from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.gguf_metadata import add_config
 from core.errors import UserError
 
@@ -251,7 +253,7 @@ def test_tokens_that_a_parser_must_see_are_no_control_tokens(folders: Any, tmp_p
 @pytest.mark.parametrize(
     ("kind", "change", "named"),
     [
-        ("e2b", {"num_kv_shared_layers": 6, "layer_types": [*[SLIDING] * 4, FULL] * 2}, "borrowed"),
+        ("e2b", {"num_kv_shared_layers": 4}, "borrowed"),
         ("e2b", {"vocab_size_per_layer_input": 1000}, "vocabulary"),
         ("31b", {"use_bidirectional_attention": "all"}, "later tokens"),
         ("31b", {"hidden_activation": "relu"}, "activation"),
@@ -339,3 +341,91 @@ def test_llama_cpp_computes_what_transformers_does(kind: str, folders: Any, tmp_
     assert expected.std(-1).min() > 0.5  # far from alike
     torch.testing.assert_close(torch.tensor(found["log_probabilities"]), expected, atol=0.04, rtol=0)
     assert found["tokens"] == [tiny_tokenizer4()(text).input_ids for text in texts]
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: dict[str, dict[str, Any]] = {
+    "e2b": {"target_modules": [*EVERYWHERE, "per_layer_input_gate", "per_layer_projection"]},
+    "31b": {"target_modules": EVERYWHERE, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 5}},
+    "26b-a4b": {
+        "target_modules": ["q_proj", "down_proj", "router.proj"],
+        "target_parameters": ["experts.gate_up_proj"],
+        "rank_pattern": {"q_proj": 2},
+    },
+}
+
+
+def adapted(kind: str, base: Path, folder: Path, **settings: Any) -> tuple[Any, Adapter]:
+    """transformers' model with a random LoRA of peft's, and the adapter that it was saved as."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    options = {"r": 4, "lora_alpha": 6, **TARGETS[kind], **settings}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    found = adapter_folder.read(folder)
+    found.config = hf.read(base).config
+    return model, found
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_an_adapter_survives_a_round_trip(kind: str, folders: Any, tmp_path: Path) -> None:
+    base = folders[kind, torch.float32]
+    model, adapter = adapted(kind, base, tmp_path / "adapter")
+    with torch.inference_mode():
+        expected = model(torch.tensor([IDS]), use_cache=False).logits
+    gguf.write(adapter, tmp_path / "adapter.gguf")
+    assert fields_of(tmp_path / "adapter.gguf")["general.architecture"] == "gemma4"
+    found = read(tmp_path / "adapter.gguf")
+    assert isinstance(found, Adapter) and set(found.tensors) == set(adapter.tensors)
+    adapter_folder.write(found, tmp_path / "again")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "again").eval()
+    with torch.inference_mode():
+        found_logits = again(torch.tensor([IDS]), use_cache=False).logits
+    torch.testing.assert_close(found_logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_experts_have_one_factor_each(folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_gemma4, "UNADAPTED", {})  # as other tools write it
+    both = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    _, adapter = adapted("26b-a4b", folders["26b-a4b", torch.float32], tmp_path / "adapter", **both)
+    gguf.write(adapter, tmp_path / "adapter.gguf")
+    tensors = stored(tmp_path / "adapter.gguf")
+    assert tensors["blk.0.ffn_gate_up_exps.weight.lora_a"].shape.tolist() == [64, 4, 4]  # in, rank, experts
+    assert tensors["blk.0.ffn_down_exps.weight.lora_b"].shape.tolist() == [4, 64, 4]  # rank, out, experts
+    found = read(tmp_path / "adapter.gguf")
+    assert isinstance(found, Adapter) and found.peft["target_parameters"] == sorted(both["target_parameters"])
+    assert found.tensors.keys() == adapter.tensors.keys()
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(found.tensors[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "named"),
+    [
+        ("e2b", {"target_modules": ["q_proj", "per_layer_model_projection"]}, "per_layer_model_projection"),
+        ("26b-a4b", {"target_parameters": ["experts.down_proj"]}, "experts.down_proj"),
+    ],
+)
+def test_a_lora_that_llama_cpp_would_not_apply_as_trained_is_refused(
+    kind: str, settings: dict[str, Any], named: str, folders: Any, tmp_path: Path
+) -> None:
+    _, adapter = adapted(kind, folders[kind, torch.float32], tmp_path / "adapter", **settings)
+    with pytest.raises(UserError, match=f"{named} has a LoRA, .*to=merged"):
+        gguf.write(adapter, tmp_path / "adapter.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TARGETS)
+def test_llama_cpp_applies_an_adapter_as_peft_does(kind: str, folders: Any, tmp_path: Path) -> None:
+    base = folders[kind, torch.float32]
+    gguf.write(hf.read(base), tmp_path / "model.gguf")
+    model, adapter = adapted(kind, base, tmp_path / "adapter")
+    gguf.write(adapter, tmp_path / "adapter.gguf")
+    found = torch.tensor(llama_cpp(tmp_path / "model.gguf", tmp_path / "adapter.gguf")["log_probabilities"])
+    without = expected_of(AutoModelForCausalLM.from_pretrained(base).eval())
+    assert (found - without).abs().max() > 1.0
+    torch.testing.assert_close(found, expected_of(model), atol=0.04, rtol=0)
