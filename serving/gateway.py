@@ -37,7 +37,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from serving.adapter_check import changes_nothing
-from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
+from serving.client import BASE, DEFAULT_URL, AnswerPart, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
 from serving.client.transport import connect
 from serving.gateway_records import NOBODY, GatewayMetrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
@@ -159,6 +159,7 @@ class Gateway:
             if self._open >= self._limits.concurrent:
                 raise ApiError(429, "too many requests are being answered; try again shortly", "busy", retry_after=1)
             record.model = form.model if form.model in self._served else NOBODY
+            await form.settle(self.client)
             return await self._answer(request, form, record)
         except ApiError as error:
             record.error = error.code or "invalid"
@@ -210,7 +211,7 @@ class Gateway:
             return GONE if has_left else 200
 
         try:
-            first = await anext(stream, "")  # errors up to here have an HTTP status of their own
+            first = await stream.part()  # errors up to here have an HTTP status of their own
             if stream.answer.output_tokens:
                 self._served.add(form.model)
                 record.model = form.model
@@ -281,10 +282,10 @@ class Events(StreamingResponse):
             self._end()
 
 
-async def _events(reply: Reply, stream: AsyncStream, first: str, record: Record) -> AsyncIterator[str]:
-    yield reply.chunk(first, first=True)
+async def _events(reply: Reply, stream: AsyncStream, first: AnswerPart | None, record: Record) -> AsyncIterator[str]:
+    yield reply.chunk(first or AnswerPart("", ""), first=True)
     try:
-        async for part in stream:
+        while (part := await stream.part()) is not None:
             yield reply.chunk(part, first=False)
     except ServingError as error:
         record.error = str(error)
