@@ -61,8 +61,8 @@ def describe_environment() -> Environment:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For the import of large libraries, a fifth faster: Python's garbage collector does not look again and again through
-    the objects that they make, most of a million, which all stay. It leaves them alone afterwards too."""
+    """For the import of large libraries, which it makes a fifth faster: Python's garbage collector does not look again
+    and again through the objects that they make and that all stay. It leaves them alone afterwards too."""
     gc.disable()
     try:
         yield
