@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, TINY, TINY_FAMILY, tiny_gemma
+from launcher import ENVIRONMENT
 from peft import LoraConfig, get_peft_model
-from test_training import ENVIRONMENT
 from tiny_gemma4 import KINDS, tiny_gemma4
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM

@@ -13,7 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 from conftest import ROOT, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_distribute import ENVIRONMENT, TARGETS, adapters, rows, tiny_lora
+from test_distribute import LOOPBACK, TARGETS, adapters, rows, tiny_lora
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -147,8 +147,8 @@ def watch_a_step(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_step_communicates_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
+    for name, value in (("OMP_NUM_THREADS", "1"), LOOPBACK):
+        monkeypatch.setenv(name, value)
     assert torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2) is None  # else it raises
 
 
