@@ -28,6 +28,7 @@ from core.load_model import add_lora, lora_settings
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import Batches, loss_sum, tokenize
+from training.experts import round_experts
 from training.fused_layers import fuse_layers
 from training.gemma_lora import GemmaLoRA, nemo_config
 from training.packed_attention import use_packed_attention
@@ -319,6 +320,7 @@ def test_gradients_of_adapters_on_experts_are_those_of_transformers_and_peft(
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             fuse_layers(model)
             use_packed_attention(base)
+            round_experts(base)
             sum(loss_sum(base, batch) for batch in step.micro_batches).backward()
         else:
             for row in rows:
