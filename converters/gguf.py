@@ -44,12 +44,12 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from converters import gguf_gemma4
-from converters.adapter import target_modules
+from converters.adapter import PREFIX, lora_settings
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
 from converters.hf import parse_prompt
 from converters.layerwise_forward import empty_model
-from converters.merge_lora import lora_updates
+from converters.merge_lora import lora_updates, weight_name
 from converters.vocabulary import add_to_gguf, read_vocabulary, tokenizer_from_gguf
 from core.errors import UserError
 from core.progress import Progress
@@ -149,9 +149,10 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
     # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
     if Keys.Tokenizer.CHAT_TEMPLATE in fields and Keys.Tokenizer.EOT_ID in fields:
-        stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID]})
+        stops = sorted({*stops, fields[Keys.Tokenizer.EOT_ID], *(gguf_gemma4.ends_of_turn(fields) if of_4 else ())})
     config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     generation = GenerationConfig.from_model_config(AutoConfig.for_model(**config))
+    generation.suppress_tokens = fields.get(gguf_gemma4.SUPPRESS)
     return Checkpoint(
         config=config,
         tensors=tensors,
@@ -187,37 +188,42 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
     stored = {tensor.name: tensor for tensor in header.tensors}
     blocks = [int(name.split(".")[1]) for name in stored if name.startswith("blk.")]
     hugging_face = {llama: name for name, llama in _names(family, min(max(blocks, default=0), len(stored)) + 1).items()}
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, set[int]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored.items():
-        layer, _, factor = name.rpartition(".weight.lora_")
-        if f"{layer}.weight" not in hugging_face or factor not in ("a", "b") or len(tensor.shape) != 2:
+        weight, _, factor = name.rpartition(".lora_")
+        layer = hugging_face.get(weight, "").removesuffix(".weight")
+        if not layer or factor not in ("a", "b") or len(tensor.shape) != (3 if ".experts." in layer else 2):
             raise UserError(f"{file}: {name} is no LoRA of a {family}'s layer")
         if tensor.tensor_type not in PLAIN:
             raise UserError(f"{file}: {name} is quantized, which no adapter of peft is")
-        inner, outer = tensor.shape.tolist()
-        ranks.setdefault(layer, set()).add(outer if factor == "a" else inner)
-        module = hugging_face[f"{layer}.weight"].removesuffix(".weight")
-        full = f"base_model.model.{module}.lora_{factor.upper()}.weight"
-        tensors[full] = _read_tensor(file, tensor, (outer, inner), PLAIN[tensor.tensor_type], False)
-    for layer, found in ranks.items():
-        if len(found) != 1 or {f"{layer}.weight.lora_a", f"{layer}.weight.lora_b"} - stored.keys():
+        shape = tuple(reversed(tensor.shape.tolist()))
+        layers.setdefault(layer, {})[factor] = _read_tensor(file, tensor, shape, PLAIN[tensor.tensor_type], False)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for layer, found in layers.items():
+        if (
+            len(found) != 2
+            or found["a"].shape[-2] != found["b"].shape[-1]
+            or len({len(x.shape) for x in found.values()}) != 1
+        ):
             raise UserError(f"{file}: the two factors of {layer} do not fit each other")
+        module, factors, ranks[layer] = layer, (found["a"], found["b"]), found["b"].shape[-1]
+        if ".experts." in layer:
+            module, factors = gguf_gemma4.experts_to_peft(layer, *factors, layers)
+        for which, factor_ in zip("AB", factors, strict=True):
+            tensors[f"{PREFIX}{module}.lora_{which}.weight"] = factor_
     if not ranks:
         raise UserError(f"{file} is an adapter without tensors")
-    by_layer = {hugging_face[f"{layer}.weight"].removesuffix(".weight"): found.pop() for layer, found in ranks.items()}
-    rank, alpha = max(by_layer.values()), float(fields[Keys.Adapter.LORA_ALPHA])
+    rank, alpha = max(ranks.values()), float(fields[Keys.Adapter.LORA_ALPHA])
     if not (math.isfinite(alpha) and alpha):
         raise UserError(f"{file}: {Keys.Adapter.LORA_ALPHA} is {alpha}")
-    peft: dict[str, Any] = {
-        "r": rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "bias": "none",
-        "target_modules": target_modules(by_layer),
-    }
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "bias": "none"}
     # Each update is scaled by alpha / r with its own r, so that only ranks differ between layers.
-    if smaller := {layer: r for layer, r in by_layer.items() if r != rank}:
-        peft["rank_pattern"] = smaller
+    if smaller := {layer: r for layer, r in ranks.items() if r != rank}:
+        settings["rank_pattern"] = smaller
+    if adapted := sorted({layer.split(".", 3)[3] for layer in layers if ".experts." in layer}):
+        settings["target_parameters"] = adapted
+    peft = lora_settings(settings, tensors, file)
     return Adapter(peft, tensors, base=_read_origin(file, fields), prompt=_read_prompt(file, fields))
 
 
@@ -238,13 +244,15 @@ def write(content: Checkpoint | Adapter, target: Path, dtype: str = "source") ->
             f"no GGUF of a {content.config.get('model_type')} is known here; of {', '.join(FAMILIES)} one is"
         )
     config = AutoConfig.for_model(**content.config)
+    of_4 = config.model_type in gguf_gemma4.FAMILIES
     kind = KINDS[content.tensors["model.embed_tokens.weight"].dtype if dtype == "source" else dtype]
     writer = _writer(target, config.model_type, GGUFType.MODEL, FILE_TYPES[kind], content.prompt, content.origin)
     add_config(writer, config)
     add_to_gguf(writer, read_vocabulary(content.files, config))
+    if of_4 and (suppressed := gguf_gemma4.suppressed(content.files)):
+        writer.add_array(gguf_gemma4.SUPPRESS, suppressed)
     names = _names(config.model_type, config.num_hidden_layers)
     tensors = {}
-    of_4 = config.model_type in gguf_gemma4.FAMILIES
     if of_4:
         tensors[gguf_gemma4.ROPE_FREQS] = in_memory(gguf_gemma4.rope_freqs(config))
     for name, lazy in content.tensors.items():
@@ -277,14 +285,17 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
     if adapter.peft.get("use_dora"):
         raise UserError("llama.cpp has no DoRA: convert to=merged, and that folder to=gguf")
     found = lora_updates(adapter, target)
+    for layer in found:
+        if reason := next((why for name, why in gguf_gemma4.UNADAPTED.items() if layer.endswith(name)), None):
+            raise UserError(f"{layer} has a LoRA, {reason}: convert to=merged, and that folder to=gguf")
     names = _names(family, 1 + max(int(layer.split(".")[2]) for layer in found))
     # There is one alpha for the whole file: where layers differ in alpha, the ratio is multiplied into B.
-    alpha = max(update.scale * len(update.lora_a) for update in found.values())
+    alpha = max(update.scale * update.lora_a.shape[-2] for update in found.values())
     tensors: dict[str, LazyTensor] = {}
     for layer, update in found.items():
-        ratio = update.scale * len(update.lora_a) / alpha
+        ratio = update.scale * update.lora_a.shape[-2] / alpha
         for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
-            tensors[f"{names[f'{layer}.weight']}.lora_{factor}"] = in_memory(tensor)
+            tensors[f"{names[weight_name(layer)]}.lora_{factor}"] = in_memory(tensor.contiguous())
     kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
     file_type = FILE_TYPES[next(iter(kinds.values()))]
     writer = _writer(target, family, GGUFType.ADAPTER, file_type, adapter.prompt, adapter.base)

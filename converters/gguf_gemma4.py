@@ -13,8 +13,10 @@ Values that are keys (`attention_k_eq_v`) have no tensor either. The frequencies
 have transformers' shapes [experts, out, in], gate above up, and the router is in float32 always.
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter,
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from core.errors import UserError
 from core.layer_shapes import FULL, SLIDING, layer_shapes
 
 FAMILIES = ("gemma4_text", "gemma4_unified_text")
@@ -33,6 +36,11 @@ ROPE_FREQS = "rope_freqs.weight"
 UNROTATED = 1e30
 ROUTER = ".ffn_gate_inp.weight"
 KEYS_AND_VALUES = re.compile(r"blk\.(\d{1,4})\.attn_(?:k|v|k_norm)\.weight")
+# Where a LoRA would have another effect than in training → why; gone into the weights, it has the right one.
+UNADAPTED = {
+    "per_layer_model_projection": "which llama.cpp does not look for",
+    "experts.down_proj": "which llama.cpp scales as it does the experts in some versions and not in others",
+}
 SCALES = {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"}
 SIZES = {
     "max_position_embeddings": Keys.LLM.CONTEXT_LENGTH,
@@ -68,6 +76,44 @@ def is_borrowed(name: str, config: Mapping[str, Any]) -> bool:
     """Whether llama.cpp's tensor `name` makes keys and values of a layer that borrows them: no one reads it."""
     found = KEYS_AND_VALUES.fullmatch(name)
     return found is not None and int(found[1]) >= config["num_hidden_layers"] - config["num_kv_shared_layers"]
+
+
+def experts_to_peft(
+    layer: str, lora_a: Tensor, lora_b: Tensor, adapted: Collection[str]
+) -> tuple[str, tuple[Tensor, Tensor]]:
+    """peft's module and factors of the LoRA of experts.
+
+    Args:
+        layer: `model.layers.0.experts.gate_up_proj`, one of all that are `adapted`.
+        lora_a, lora_b: [experts, r, in] and [experts, out, r].
+
+    Returns:
+        The module (see `adapter`), and the factors [experts · r, in] and [out, r · experts].
+    """
+    module, _, name = layer.rpartition(".")
+    inner = name == "gate_up_proj" and f"{module}.down_proj" in adapted
+    factors = lora_a.flatten(0, 1), lora_b.permute(1, 2, 0).flatten(1)
+    return (f"{module}.base_layer" if inner else module), factors
+
+
+def suppressed(files: Mapping[str, bytes | Path]) -> list[int]:
+    """The tokens that the model must never write, by its `generation_config.json`: the ends of an image and of audio.
+
+    Raises:
+        UserError: that file is damaged.
+    """
+    file = files.get("generation_config.json", b"{}")
+    try:
+        found = json.loads(file.read_bytes() if isinstance(file, Path) else file).get("suppress_tokens") or []
+        return [int(number) for number in found]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"generation_config.json is damaged ({error}); copy or download it again") from None
+
+
+def ends_of_turn(fields: Mapping[str, Any]) -> list[int]:
+    """The token after which a tool is called: a turn may end with it too."""
+    tokens = fields[Keys.Tokenizer.LIST]
+    return [tokens.index("<|tool_response>")] if "<|tool_response>" in tokens else []
 
 
 def rope_freqs(config: PretrainedConfig) -> Tensor:

@@ -2,7 +2,7 @@
 
     repository/gemma/     config.pbtxt, 1/model.py and protocol.py; or, for NVIDIA's vLLM backend, 1/model.json and
                           1/multi_lora.json
-    repository/adapters/  config.pbtxt, 1/model.py: the catalogue of what is served
+    repository/adapters/  config.pbtxt, 1/model.py and base.json: the catalogue of what is served
     adapters/<name>/      a PEFT folder with prompt.json and serving.json; comes and goes while the server runs
     base                  a link to the base model's Hugging Face folder
 
@@ -12,11 +12,16 @@ Everything gets its final name only once it is complete.
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from core.artifacts import ServedAdapter
+from core.base_turns import in_turns, turns_of
 from core.files import commit
+from serving.client import BASE
+from serving.vllm_adapter import name_for_vllm
 
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
@@ -87,6 +92,7 @@ def write_repository(folder: Path, base: Path) -> None:
             "gemma/1/protocol.py": HERE / "protocol.py",
             "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED,
             "adapters/1/model.py": HERE / "triton_catalogue.py",
+            "adapters/1/base.json": json.dumps(base_entry(base), indent=2) + "\n",
         },
     )
 
@@ -115,12 +121,31 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
             **files,
             "adapters/config.pbtxt": CATALOGUE,
             "adapters/1/model.py": HERE / "triton_catalogue.py",
+            "adapters/1/base.json": json.dumps(base_entry(base), indent=2) + "\n",
         },
     )
 
 
-def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
-    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there."""
+def base_entry(base: Path) -> dict[str, Any]:
+    """The catalogue's entry for the base alone, which is asked with its own turns."""
+    prompt = replace(BASE.prompt, template=in_turns(BASE.prompt.template, turns_of(base)))
+    return {
+        "name": BASE.name,
+        "title": BASE.title,
+        "prompt": asdict(prompt),
+        "sampling": {**BASE.sampling, "stop": [prompt.end]},
+        "has_turns": BASE.has_turns,
+        "base": base.name,
+        "field": BASE.field,
+    }
+
+
+def put_adapter(folder: Path, source: Path, serving: ServedAdapter, vllm_base: Mapping[str, Any] | None = None) -> bool:
+    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there.
+
+    Args:
+        vllm_base: config.json of the base, where vLLM serves it, which has names of its own for some layers.
+    """
     name = serving.name
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +153,8 @@ def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
+    if vllm_base:
+        name_for_vllm(partial, vllm_base)
     serving.write(partial / "serving.json")
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)

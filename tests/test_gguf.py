@@ -9,17 +9,18 @@ transformers' own loader stands in for it, and for Gemma 1, which that does not 
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, read_checked, tiny_gemma
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, dequantize
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tiny_tokenizer import TEXTS, tiny_tokenizer
 from torch import Tensor
@@ -230,11 +231,15 @@ def test_every_quantization_is_read(kind: str, tmp_path: Path) -> None:
     assert found.config["dtype"] == "bfloat16"
 
 
-def copy_of(reader: GGUFReader, path: Path) -> GGUFWriter:
-    """A writer with the fields of `reader`."""
+def copy_of(reader: GGUFReader, path: Path, changed: Mapping[str, Any] = MappingProxyType({})) -> GGUFWriter:
+    """A writer with the fields of `reader`, some with other values."""
     writer = GGUFWriter(path, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
+        if name in changed and isinstance(changed[name], list):
+            writer.add_array(name, changed[name])
+        elif name in changed:
+            writer.add_key_value(name, changed[name], GGUFValueType.get_type(changed[name]))
+        elif not name.startswith("GGUF.") and name != "general.architecture":
             writer.add_key_value(
                 name, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None
             )

@@ -128,7 +128,16 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
         served: list[Adapter] = app.state.served or []
-        adapters = [{"name": a.name, "title": a.title, "has_turns": a.has_turns, "run": a.run} for a in served]
+        adapters = [
+            {
+                "name": a.name,
+                "title": a.title,
+                "has_turns": a.has_turns,
+                "thinks": a.prompt.has_gemma4_turns,
+                "run": a.run,
+            }
+            for a in served
+        ]
         return {"ready": app.state.served is not None, "adapters": adapters}
 
     @app.get("/health")
