@@ -20,9 +20,10 @@ from pydantic import Field
 
 from core.arguments import Arguments
 from core.artifacts import Conversion, Environment, Evaluation, Manifest
-from core.base_model import licence_of
+from core.base_model import licence_of, read_config
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
+from core.gemma_config import is_gemma4
 from core.licence import LICENCES
 from core.run_folder import Run, base_of, newest_run
 from core.schema import Config
@@ -60,7 +61,7 @@ It answers what it was trained with, word for word (`prompt.json`; `{{instructio
 ```python
 {code}
 ```
-
+{loads_on}
 ## Data
 
 {data}
@@ -101,6 +102,9 @@ OTHER_BASE = """
 
 The weights that it was trained on came from another place than the hub ({source}), and may differ from those there by
 their rounding; the figures below are of the former, with SHA-256 `{sha256}`."""
+LOADS_ON = """
+Its tensors are named for `{}`. On another class of transformers, peft only warns and the adapter does nothing.
+"""
 LOAD = {
     "adapter": """from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}")  # fetches {base} too""",
@@ -153,9 +157,12 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
         write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
     base_folder = base_of(Run.read(run_folder), config)
-    convert(archive, to, folder / "model", base_folder)
+    base = base_on_hub(nemo.base)
+    # There, a Gemma 4 is a whole model with image and sound, on which an adapter for its text model does nothing.
+    whole = to == "adapter" and "/" in base and is_gemma4(read_config(base_folder))
+    convert(archive, to, folder / "model", base_folder, whole=whole or None)
     if to == "adapter":
-        name_base(folder / "model", base_on_hub(nemo.base))
+        name_base(folder / "model", base)
     write_card(run_folder, trained, nemo, licence_of(base_folder), folder / "model", repo, to, dataset)
     for name, kind, place in pushed:
         if dry_run:
@@ -180,7 +187,8 @@ def write_card(
     evaluation = Evaluation.read(run_folder / "evaluation.json")
     manifest = Manifest.read(run_folder / "data_manifest.json")
     environment = Environment.read(run_folder / "environment.json")
-    proof = Conversion.read(folder / "conversion.json").proof
+    record = Conversion.read(folder / "conversion.json")
+    proof = record.proof
     base = base_on_hub(nemo.base)
     front = ModelCardData(
         base_model=base,
@@ -208,6 +216,7 @@ def write_card(
         answers=answers(evaluation),
         template=nemo.prompt.template,
         code=LOAD[to].format(repo=repo, base=base),
+        loads_on=LOADS_ON.format(record.loads_on) if record.loads_on else "",
         data=data_line(manifest, dataset),
         splits=split_lines(manifest),
         epochs=train.get("epochs"),

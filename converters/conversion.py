@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from converters import hf
-from converters.adapter import lora_settings
+from converters.adapter import lora_settings, name_targets
 from converters.checkpoint import Adapter, Checkpoint
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
@@ -63,7 +63,9 @@ def write_proven(
     if isinstance(source, Adapter) and base:
         check_same_base(source, base, path)
         leave_out_borrowed(source, base.config, path)
-        check_fit(lora_updates(source, path), base, path)
+        updates = lora_updates(source, path)
+        check_fit(updates, base, path)
+        source.peft = name_targets(source.peft, updates, base.tensors)
         origin_of_base = base.origin if base.whole is None else {**base.origin, "sha256": ""}  # its text model has none
         source.base = {**origin_of_base, **source.base, "folder": base.origin["folder"]}
         choose_model(source, base, to, whole)
@@ -106,6 +108,8 @@ def write_proven(
         target = read_source("hf" if to == MERGED else to, place)
         if isinstance(target, Checkpoint):
             target.tensors = validated(target.tensors, place, seen)
+        elif base:
+            target.peft = name_targets(target.peft, lora_updates(target, place), base.tensors)
         if target.prompt != content.prompt:
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))
