@@ -293,7 +293,7 @@ def test_a_job_that_is_preempted_out_of_time_and_loses_a_node_ends_like_an_unint
     job.wait_for(lambda: job.step() > resumed)
     starts = cluster.job(job.number)["Restarts"]
     cluster.lose_node("node2")
-    job.wait_for(lambda: cluster.job(job.number)["Restarts"] != starts)
+    job.wait_for(lambda: (now := cluster.job(job.number))["Restarts"] != starts and now["JobState"] != "COMPLETING")
     cluster.start_node("node2")
     assert start_again(4) > resumed
 
