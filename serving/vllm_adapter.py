@@ -4,7 +4,8 @@ Where peft's names go wrong there:
 
 - In full-attention layers whose values are their keys (K = V), peft has a LoRA on k_proj alone, and it acts on both.
   vLLM keeps the matrix twice, for keys and for values, and would adapt the keys only: the LoRA is written for both.
-- Of experts, peft has one LoRA on the matrices of all; vLLM takes one for each expert, gate and up apart.
+- Of experts, peft has one LoRA on the matrices of all; vLLM takes one for each expert, gate and up apart, and wants all
+  three matrices of an expert: one that was not trained is zero.
 - Layers that borrow keys and values have no k_proj and v_proj, in vLLM's release as here; nothing is written for them.
 
 Other families' adapters are taken as they are.
@@ -48,6 +49,7 @@ def for_vllm(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     """
     found = dict[str, Any]()
     kinds = layer_types(config)
+    tensors = {**_missing_experts(tensors, config), **tensors}
     for name, tensor in tensors.items():
         if fused := EXPERTS.fullmatch(name):
             found |= _of_each_expert(fused[1], bool(fused[2]), fused[3], tensor, config["num_experts"])
@@ -56,6 +58,22 @@ def for_vllm(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         keys = KEYS.fullmatch(name)
         if keys and config.get("attention_k_eq_v") and kinds[int(keys[2])] == FULL:
             found[f"{keys[1]}v_proj{keys[3]}"] = tensor.clone()
+    return found
+
+
+def _missing_experts(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Zeros in peft's form for gate and up, or down, of experts of which the other was trained."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not (fused := EXPERTS.fullmatch(name)):
+            continue
+        layer, is_gate_and_up, factor = fused[1], bool(fused[2]), fused[3]
+        other = f"{layer}{'' if is_gate_and_up else '.base_layer'}.lora_{factor}.weight"
+        if other not in tensors:
+            inner, hidden = config["moe_intermediate_size"], config["hidden_size"]
+            inputs, outputs = (inner, hidden) if is_gate_and_up else (hidden, 2 * inner)
+            shape = (tensor.shape[0], inputs) if factor == "A" else (outputs, tensor.shape[1])
+            found[other] = tensor.new_zeros(shape)
     return found
 
 
