@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_gemma4 import KINDS, tiny_gemma4
 
 from core.artifacts import ServedAdapter
-from serving.repository import put_adapter
+from serving.repository import put_adapter, write_vllm_repository
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -80,6 +80,16 @@ def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, parameters: lis
         assert torch.equal(update(tensors, layer), update(tensors, layer.replace("v_proj", "k_proj")))
     written = json.loads((tmp_path / "adapters/slang/adapter_config.json").read_text())
     assert written["target_parameters"] is None and written["r"] == 3
+
+
+@pytest.mark.parametrize("kind", ["12b", "31b"])
+def test_vllm_gets_a_class_that_it_has(kind: str, tmp_path: Path) -> None:
+    tiny_gemma4(kind).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "serve/adapters").mkdir(parents=True)
+    write_vllm_repository(tmp_path / "serve", tmp_path / "tiny")
+    model = json.loads((tmp_path / "serve/repository/gemma/1/model.json").read_text())
+    known = {"architectures": ["Gemma4ForCausalLM"]}
+    assert model.get("hf_overrides") == (known if kind == "12b" else None)
 
 
 def test_the_embedded_engines_adapter_and_other_families_stay_as_they_are(tmp_path: Path) -> None:
