@@ -43,10 +43,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.safetensors_file import read_tensors, write_tensors, write_with
-from core.base_model import text_name
 from core.errors import UserError
 from core.gemma_config import FAMILIES, is_whole, text_config, write_both_dialects
 from core.prompt import PROMPT_FILE, Prompt
+from core.text_model import text_name
 
 TITLE = "Hugging Face folder"
 READS = {Checkpoint}

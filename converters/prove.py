@@ -21,9 +21,9 @@ from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.layerwise_forward import empty_model, logits
 from converters.merge_lora import lora_updates, weight_name
 from core.artifacts import Proof
-from core.base_model import text_name
 from core.errors import UserError
 from core.gemma_config import WHOLE
+from core.text_model import text_name
 
 # Merging rounds each weight once, to bfloat16's 8 bits, which moves logits a little: the mean divergence of the
 # predicted distributions must stay far below what separates the fine-tuned model from its base.

@@ -31,7 +31,6 @@ from core.gemma_config import family_of, is_whole
 from core.licence import LICENCES, licence_name
 from core.schema import ModelConfig
 from core.text_model import COMPANIONS, cut_text_model, weight_files
-from core.text_model import text_name as text_name
 
 RECORD = "base.json"
 # Every base model must predict this text before it is used: a Gemma without its BOS token, with wrong norms or with

@@ -25,7 +25,7 @@ from converters import nemo
 from converters.adapter import peft_name
 from converters.checkpoint import Adapter
 from core.artifacts import BaseRecord
-from core.base_model import describe
+from core.base_model import describe, local_base
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -38,6 +38,11 @@ ROWS = [{"input": f"Rain {n}.", "output": f"Slang: drip{n}"} for n in range(5)]
 def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the rows and a finished run of the slang task, on the tiny base."""
     monkeypatch.chdir(tmp_path)
+    finish_run(tmp_path, tiny_base)
+    return tmp_path
+
+
+def finish_run(tmp_path: Path, tiny_base: Path) -> None:
     run, data = tmp_path / "runs/slang/tiny-lora-0", tmp_path / "data/slang"
     run.mkdir(parents=True)
     data.mkdir(parents=True)
@@ -74,7 +79,6 @@ def work(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         Adapter(settings, tensors, {**describe(tiny_base), "name": "tiny"}, None, prompt, "bfloat16"),
         run / "slang.nemo",
     )
-    return tmp_path
 
 
 class Hub(ThreadingHTTPServer):
@@ -154,7 +158,7 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
         "`mine.csv`",
         "r: 4",
         "epochs: 3",
-        "Gemma Terms of Use",
+        "Gemma Terms of Use found at https://ai.google.dev/gemma/terms",
         "Q:\n{instruction}\nA:\n{response}",
         "> Slang: after\n> Two lines",
         "A processor",
@@ -169,6 +173,25 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
         "test.jsonl",
     ]
     assert not (work / "exports/slang/hub/dataset/dropped.jsonl").exists()
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_what_is_made_from_a_gemma_4_is_under_its_licence(
+    is_whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tiny_folder4("e2b", tmp_path / "my-gemma", torch.float32, whole=is_whole)
+    base = local_base(folder, tmp_path / "models")
+    finish_run(tmp_path, base)
+    words = ["task=slang", "repo=me/slang-gemma", "dry_run=true", f"model.path={folder}"]
+    main(words)
+    model = tmp_path / "exports/slang/hub/model"
+    card = ModelCard.load(model / "README.md")
+    assert card.data.license == "apache-2.0" and "[Apache License 2.0]" in card.text and "Gemma Terms" not in card.text
+    notice = (model / "NOTICE").read_text()
+    assert "Apache License, Version 2.0" in notice and "changed by fine-tuning" in notice and "Terms" not in notice
+    assert "Apache License" in (model / "LICENSE").read_text()
+    assert {"NOTICE", "LICENSE"} <= json.loads((model / "conversion.json").read_text())["files"].keys()
 
 
 @pytest.mark.parametrize("to", ["adapter", "merged"])
