@@ -230,8 +230,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # With the same mechanisms and head sizes, small enough for a few steps of plain transformers in float32 on two cores.
 CUT_4: dict[str, Any] = {
-    "vocab_size": 65_536,
-    "vocab_size_per_layer_input": 65_536,
+    "vocab_size": 32_768,
+    "vocab_size_per_layer_input": 32_768,
     "hidden_size": 512,
     "intermediate_size": 2048,
     "num_attention_heads": 4,
