@@ -4,7 +4,8 @@
     python -m benchmarks.memory runs=slang,rank-64
 
 Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
-stops growing within its steps. Writes benchmarks/results/memory.json and the table in docs/memory.md.
+stops growing within its steps. Writes benchmarks/results/memory.json (of the default model), memory-gemma-4.json
+(of random models, smaller than the published ones and of their kinds) and the tables in docs/memory.md.
 """
 
 import json
@@ -98,6 +99,7 @@ RUNS |= {  # name → overrides; the first word is of MID_SIZE
     "dense": [],
     "dense-long-rows": ["task=chat", "task.train.max_length=2048", "task.train.batch_size=4"],
 }
+FEW = ["task.data.train_rows=128"]
 SHORT = ["task.train.epochs=1", "task.generate.max_new_tokens=8", "task.evaluate.questions=[]"]
 
 
@@ -120,15 +122,20 @@ def main(argv: list[str]) -> None:
             rows.append(
                 {"run": name, "of": of, "overrides": overrides, "expected_gib": expected, "measured_gib": measured}
             )
-    result = {
-        "command": " ".join(["python -m benchmarks.memory", *argv]),
-        "machine": describe_environment().machine,
-        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
-        "model": model.name,
-        "rows": rows,
-    }
-    write_json(RESULTS / "memory.json", result)
-    print(f"written: {RESULTS / 'memory.json'}, {', '.join(refresh())}")
+    for file, those in (
+        ("memory.json", [row for row in rows if row["of"] == model.name]),
+        ("memory-gemma-4.json", [row for row in rows if row["of"] != model.name]),
+    ):
+        if those:
+            result = {
+                "command": " ".join(["python -m benchmarks.memory", *argv]),
+                "machine": describe_environment().machine,
+                "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+                "rows": those,
+            }
+            write_json(RESULTS / file, result)
+            print(f"written: {RESULTS / file}")
+    print(f"written: {', '.join(refresh())}")
 
 
 def random_model(name: str, tokenizer: Path, folder: Path) -> Path | None:
@@ -143,7 +150,7 @@ def random_model(name: str, tokenizer: Path, folder: Path) -> Path | None:
 def measure(name: str, folder: Path, base: Path | None) -> tuple[float, float]:
     """The estimated and the measured peak memory of the run `name` on `base`, in GiB."""
     folder.mkdir()
-    overrides = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    overrides = [*RUNS[name], *SHORT, *(FEW if base else []), f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     if base:
         overrides.append(f"model.path={base}")
     if name.endswith("long-rows"):

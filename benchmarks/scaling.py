@@ -42,15 +42,17 @@ def plan_all(options: Options, overrides: list[str]) -> tuple[list[Plan], list[s
         overrides = ["task.train.gradient_checkpointing=true", *overrides]
     config = load_config(overrides)
     sizes = model_bytes(architecture_of(config), 0)
-    plans, refused = [], []
+    plans: list[Plan] = []
+    refused: dict[str, list[int]] = {}  # why → on how many GPUs
     for gpus in options.gpus:
         for strategy, (kind, peft) in STRATEGIES.items():
             print(f"{config.model.name}, {gpus} GPUs, {strategy}", file=sys.stderr, flush=True)
             try:
                 plans.append(plan(options, overrides, gpus, strategy, kind, peft))
             except UserError as error:
-                refused.append(f"{gpus} GPUs, {strategy}: {error}")
-    return plans, facts(options, config, sizes, plans) + refused
+                refused.setdefault(f"{strategy}: {error}", []).append(gpus)
+    sentences = [f"On {', '.join(map(str, gpus))} GPUs not {why}." for why, gpus in refused.items()]
+    return plans, facts(options, config, sizes, plans) + sentences
 
 
 def facts(options: Options, config: Any, sizes: ModelBytes, plans: list[Plan]) -> list[str]:

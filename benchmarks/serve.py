@@ -303,7 +303,7 @@ def read_prompts(adapter: Path, count: int) -> list[str]:
 def random_model(name: str, layers: int | None, tokenizer_folder: Path, scratch: Path) -> tuple[Path, Path]:
     """Random weights in the published shape of `name`, or in its first `layers`, and a random adapter for them.
 
-    Of layers that borrow keys and values, the cut model has the same share.
+    Of layers that borrow keys and values, the cut model has about the same share.
     """
     import torch
     from peft import LoraConfig
@@ -318,10 +318,13 @@ def random_model(name: str, layers: int | None, tokenizer_folder: Path, scratch:
     if layers and name in ARCHITECTURES:
         given = ARCHITECTURES[name][1]
         changes["num_hidden_layers"] = layers
-        if "layer_types" in given:
-            changes["layer_types"] = given["layer_types"][:layers]
+        if kinds := given.get("layer_types", [])[:layers]:
+            changes["layer_types"] = kinds
         if shared := given.get("num_kv_shared_layers"):
-            changes["num_kv_shared_layers"] = shared * layers // given["num_hidden_layers"]
+            shared = shared * layers // given["num_hidden_layers"]
+            while {*kinds[: layers - shared]} != {*kinds}:  # each kind has a layer to borrow from
+                shared -= 1
+            changes["num_kv_shared_layers"] = shared
     base, adapter = random_base(name, tokenizer_folder, scratch, **changes), scratch / "adapter"
     tensors = {}
     for number, shape in enumerate(GemmaConfig.read(base).shapes):

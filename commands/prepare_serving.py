@@ -16,7 +16,7 @@ from pydantic import Field
 
 from core.arguments import Arguments, parse
 from core.artifacts import Conversion, ServedAdapter
-from core.base_model import ensure_base_model, read_config
+from core.base_model import ensure_base_model, licence_of, read_config
 from core.configuration import load_config, plain
 from core.errors import UserError, run
 from core.prompt import EOS, Prompt
@@ -130,6 +130,7 @@ def serving_of(found: Run, adapter: Path, base: Path) -> ServedAdapter:
         base=base.name,
         sampling=sampling,
         run=found.folder.name,
+        licence=licence_of(base),
         has_turns=bool(prompt.end),
         field=field,
     )

@@ -19,13 +19,15 @@ from typing import Any
 
 from core.artifacts import ServedAdapter
 from core.base_turns import in_turns, turns_of
-from core.files import commit
+from core.files import commit, read_json
+from core.gemma_config import FAMILIES
 from serving.client import BASE
 from serving.vllm_adapter import name_for_vllm
 
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as max_lora_rank
+UNIFIED = FAMILIES["gemma4_unified_text"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
 
 # The inputs and outputs of NVIDIA's vLLM backend, except images and log-probabilities.
@@ -106,6 +108,10 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
         "gpu_memory_utilization": 0.9,
         "disable_log_stats": False,  # otherwise vLLM has no metrics to report
     }
+    architecture = read_json(base / "config.json").get("architectures")
+    if architecture == [UNIFIED.text]:
+        # The text model of a "unified" Gemma 4 has no class of its own there; the one of the others computes the same.
+        model["hf_overrides"] = {"architectures": [FAMILIES["gemma4_text"].text]}
     files: dict[str, str | Path] = {}
     if ranks:
         rank = next((known for known in RANKS if known >= max(ranks.values())), RANKS[-1])

@@ -11,16 +11,19 @@ import torch
 from conftest import FAMILIES, ROOT, TINY, TINY_FAMILY, tiny_gemma
 from launcher import ENVIRONMENT
 from peft import LoraConfig, get_peft_model
-from tiny_gemma4 import KINDS, tiny_gemma4
+from tiny_gemma4 import KINDS, SMALL, tiny_gemma4
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.samples import chunks
+from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
 from core.layer_shapes import layer_shapes
+from serving.engine.adapters import read_adapter
+from serving.engine.architecture import GemmaConfig
 from training.flops import flops_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -222,3 +225,17 @@ def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tiny_base:
     result = benchmark(tmp_path, f"model.path={tiny_base}", word)
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("layers", "borrowing"), [(10, 5), (8, 3), (5, 0)])
+def test_what_is_served_at_random_is_a_published_shape_cut_short(
+    layers: int, borrowing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shape = {name: value for name, value in SMALL.items() if not name.endswith("token_id")}
+    monkeypatch.setitem(ARCHITECTURES, "tiny", ("gemma4_text", shape))
+    base, adapter = random_model("tiny", layers, tmp_path / "none", tmp_path)
+    config = GemmaConfig.read(base)
+    assert config.layers == layers
+    assert sum(shape.kv_source != number for number, shape in enumerate(config.shapes)) == borrowing
+    assert len(read_adapter(adapter, config).lora_a) == 7 * layers - 2 * borrowing
+    assert "Instruction:" in read_prompts(adapter, 1)[0]

@@ -17,6 +17,7 @@ from core.configuration import load_config, plain
 from core.errors import UserError
 from core.layer_shapes import layer_shapes
 from core.load_model import add_lora, keep_in_main_memory, load_base, lora_settings
+from training.experts import round_experts
 from training.fused_layers import fuse_layers
 from training.memory import adapted_in, estimate, free_memory, layer_bytes, saved_activations
 from training.packed_attention import use_packed_attention
@@ -102,6 +103,7 @@ def test_saved_activations_of_gemma_4_are_counted(kind: str, words: list[str]) -
     gemma.config.use_cache = False
     fuse_layers(model)
     use_packed_attention(gemma)
+    round_experts(gemma)
     packed = pack(sorted([2, *range(3 + n, 253 + n)] for n in range(9)))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

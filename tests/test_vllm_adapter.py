@@ -1,5 +1,7 @@
-"""An adapter of a Gemma 4 for vLLM computes there what it does in peft. vLLM cannot run in this suite (docs/serving.md has
-the command and what came of it): the tensors are held to plain peft's own update of each matrix."""
+"""An adapter of a Gemma 4 for vLLM computes there what it does in peft.
+
+vLLM cannot run in this suite (docs/serving.md has what came of it): the tensors are held to peft's own merge.
+"""
 
 import json
 import shutil
@@ -17,6 +19,7 @@ from serving.repository import put_adapter, write_vllm_repository
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+CHOICES = [EXPERTS, EXPERTS[:1], EXPERTS[1:]]
 SERVING = ServedAdapter(name="slang", task="slang")
 
 
@@ -40,9 +43,9 @@ def update(tensors: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
     return 2.0 * b @ a
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, tmp_path: Path) -> None:
-    experts = {"target_parameters": EXPERTS} if kind == "26b-a4b" else {}
+@pytest.mark.parametrize(("kind", "parameters"), [*((k, None) for k in KINDS), *(("26b-a4b", p) for p in CHOICES)])
+def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, parameters: list[str] | None, tmp_path: Path) -> None:
+    experts = {"target_parameters": parameters} if parameters else {}
     merged, config = adapted(kind, tmp_path / "peft", target_modules=SEVEN, **experts)
     assert put_adapter(tmp_path, tmp_path / "peft", SERVING, config)
     assert not put_adapter(tmp_path, tmp_path / "peft", SERVING, config)  # the same again
@@ -51,13 +54,13 @@ def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, tmp_path: Path)
     used = set()
     for name, wanted in merged.items():
         layer = name.removesuffix(".weight")
-        if name.endswith("experts.gate_up_proj"):
+        if parameters and name.endswith("experts.gate_up_proj"):
             where = layer.removesuffix(".gate_up_proj")
             for number, one in enumerate(wanted):
                 both = [f"{where}.{number}.{which}" for which in ("gate_proj", "up_proj")]
                 torch.testing.assert_close(torch.cat([update(tensors, each) for each in both]), one, atol=1e-6, rtol=0)
                 used |= {*both}
-        elif name.endswith("experts.down_proj"):
+        elif parameters and name.endswith("experts.down_proj"):
             for number, one in enumerate(wanted):
                 each = f"{layer.removesuffix('.down_proj')}.{number}.down_proj"
                 torch.testing.assert_close(update(tensors, each), one, atol=1e-6, rtol=0)
@@ -70,11 +73,23 @@ def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, tmp_path: Path)
     # What is left is the value matrices that only vLLM has: where values are keys, they move together.
     values = layers - used
     full = [n for n, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    assert parameters is None or len([layer for layer in layers if ".experts." in layer]) == 6 * 4 * 3
+    values = {layer for layer in values if ".experts." not in layer or update(tensors, layer).any()}
     assert values == {f"model.layers.{n}.self_attn.v_proj" for n in full if config["attention_k_eq_v"]}
     for layer in values:
         assert torch.equal(update(tensors, layer), update(tensors, layer.replace("v_proj", "k_proj")))
     written = json.loads((tmp_path / "adapters/slang/adapter_config.json").read_text())
     assert written["target_parameters"] is None and written["r"] == 3
+
+
+@pytest.mark.parametrize("kind", ["12b", "31b"])
+def test_vllm_gets_a_class_that_it_has(kind: str, tmp_path: Path) -> None:
+    tiny_gemma4(kind).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "serve/adapters").mkdir(parents=True)
+    write_vllm_repository(tmp_path / "serve", tmp_path / "tiny")
+    model = json.loads((tmp_path / "serve/repository/gemma/1/model.json").read_text())
+    known = {"architectures": ["Gemma4ForCausalLM"]}
+    assert model.get("hf_overrides") == (known if kind == "12b" else None)
 
 
 def test_the_embedded_engines_adapter_and_other_families_stay_as_they_are(tmp_path: Path) -> None:

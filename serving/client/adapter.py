@@ -22,6 +22,7 @@ class Adapter:
         base: the name of the base model it was trained on.
         field: the field of the prompt's instruction that a plain question fills; None: the question is the instruction.
         run: the name of the training run's folder.
+        licence: of its base, as the hub calls it: gemma or apache-2.0.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Adapter:
     base: str
     field: str | None
     run: str = ""
+    licence: str = "gemma"
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Adapter":
@@ -51,6 +53,7 @@ class Adapter:
             entry.get("base", ""),
             entry.get("field") or (fields[0] if len(fields) == 1 else None),
             entry.get("run", ""),
+            entry.get("licence", "gemma"),
         )
 
     def write(self, question: str | Mapping[str, str]) -> str:
