@@ -1,25 +1,31 @@
 """Gemma 4 of every kind survives conversions: as an adapter, merged, alone and inside the whole model it belongs to."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import fit_here
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_gemma4 import KINDS, WHOLE, tiny_folder4, tiny_gemma4
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from converters import adapter as adapter_folder
 from converters import hf
 from converters.checkpoint import Adapter
 from converters.convert import convert
 from converters.layerwise_forward import logits
+from converters.nemo_file import read_nemo
 from converters.safetensors_file import write_with
-from core.base_model import describe
+from core.base_model import describe, local_base
+from core.configuration import load_config
 from core.errors import UserError
+from core.prompt import Prompt
+from training.batches import tokenize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +39,11 @@ ADAPTED: dict[str, dict[str, Any]] = {  # by kind, what only it has among the ta
     "26b-a4b": {"target_modules": ["q_proj", "down_proj"], "target_parameters": EXPERTS, "rank_pattern": {"q_proj": 2}},
     "31b": {"target_modules": SEVEN, "alpha_pattern": {"v_proj": 3}},
 }
+
+
+def quick(*kinds: str, of: Iterable[str] = KINDS) -> list[Any]:
+    """All kinds `of` some, of which only `kinds` belong to the quick tests."""
+    return [pytest.param(kind, marks=[] if kind in kinds else pytest.mark.slow) for kind in of]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +78,7 @@ def change(one: torch.Tensor, other: torch.Tensor) -> float:
 # --- the text model alone -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick("e2b", "26b-a4b"))
 def test_the_layerwise_forward_pass_equals_that_of_transformers_and_peft(kind: str, folders: dict[str, Path]) -> None:
     checkpoint, plain = hf.read(folders[kind]), say(tiny_gemma4(kind))
     found = logits(checkpoint, [IDS, IDS[:17]])
@@ -80,7 +91,7 @@ def test_the_layerwise_forward_pass_equals_that_of_transformers_and_peft(kind: s
     assert change(say(model), plain) > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick("26b-a4b"))
 def test_an_adapter_of_peft_survives_every_round_trip(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     base, model = folders[kind], adapted(tiny_gemma4(kind), **ADAPTED[kind])
     model.save_pretrained(tmp_path / "peft")
@@ -98,7 +109,7 @@ def test_an_adapter_of_peft_survives_every_round_trip(kind: str, folders: dict[s
         torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", quick())
 def test_a_model_survives_a_round_trip_and_speaks_both_dialects(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -111,6 +122,7 @@ def test_a_model_survives_a_round_trip_and_speaks_both_dialects(
     assert config["global_head_dim"] == 32 and "per_layer_config" in config and "num_global_key_value_heads" in config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [EXPERTS[:1], EXPERTS[1:], ["model.layers.2.experts.gate_up_proj"]])
 def test_one_parameter_of_the_experts_may_be_adapted_alone(
     names: list[str], folders: dict[str, Path], tmp_path: Path
@@ -199,7 +211,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     )
 
 
-@pytest.fixture(params=WHOLE)
+@pytest.fixture(params=quick("e2b", of=WHOLE))
 def trained(
     request: pytest.FixtureRequest, wholes: dict[str, Path], tmp_path: Path
 ) -> tuple[str, Path, Path, PeftModel]:
@@ -276,6 +288,7 @@ def test_what_was_trained_is_put_back_into_the_whole_model(
     )
 
 
+@pytest.mark.slow
 def test_a_bit_of_a_tower_that_changes_is_detected(
     wholes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +307,7 @@ def test_a_bit_of_a_tower_that_changes_is_detected(
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_whole_model_with_other_text_weights_than_were_trained_on_is_refused(
     trained: tuple[str, Path, Path, PeftModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +337,52 @@ def test_a_whole_model_is_asked_for_where_there_is_one(
         convert(tmp_path / "peft", "merged", tmp_path / "merged", text, whole=True)
     with pytest.raises(UserError, match="whole=true is for an adapter"):
         convert(whole, "hf", tmp_path / "hf", whole=True)
+
+
+# --- after training -----------------------------------------------------------------------------------------------
+
+
+def train(base: Path, folder: Path, *words: str) -> Path:
+    """Two steps on `base`; the run's `.nemo`."""
+    file, config = folder / "training.jsonl", load_config(["task.train.epochs=1", "task.train.batch_size=4", *words])
+    rows = [{"input": f"We go {n}", "output": f"Slang: yes {n}"} for n in range(8)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = Prompt("{instruction}\n{response}<eos>", "{ask}", "{slang}")
+    tokens = tokenize(file, AutoTokenizer.from_pretrained(base), prompt, 512, folder / "cache")[0]
+    fit_here(config, base, tokens, tokens, folder)
+    return folder / "slang.nemo"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_exported(
+    kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.gemma_lora.weights_dtype", lambda: torch.float32)
+    experts = ["+peft.target_parameters=[experts.gate_up_proj,experts.down_proj]", "peft.lora_dropout=0"]
+    archive = train(folders[kind], tmp_path, "task.train.learning_rate=0.05", *(experts if kind == "26b-a4b" else []))
+    model, _ = read_nemo(archive).load_onto(folders[kind], "cpu")
+    learned = change(say(model), say(load(folders[kind])))
+    convert(archive, "adapter", tmp_path / "adapter", folders[kind])
+    assert torch.equal(say(PeftModel.from_pretrained(load(folders[kind]), tmp_path / "adapter").eval()), say(model))
+    convert(archive, "merged", tmp_path / "merged", folders[kind])
+    assert change(say(load(tmp_path / "merged")), say(model)) < 1e-3 * learned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", WHOLE)
+def test_a_run_on_a_whole_model_ends_in_that_whole_model(
+    kind: str, wholes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, text = wholes[kind], local_base(wholes[kind], Path("models"))
+    archive = train(text, tmp_path, "task.train.learning_rate=0.05")
+    convert(archive, "merged", tmp_path / "merged", whole)
+    before, after = everything(whole), everything(tmp_path / "merged")
+    changed = {name for name in before if not same(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and all("language_model.layers" in name for name in changed)
+    trained, found, bare = read_nemo(archive).load_onto(text, "cpu")[0].float(), load(tmp_path / "merged"), load(whole)
+    assert type(found) is type(bare) and change(say(found), say(trained)) < 0.1 * change(say(bare), say(trained))
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
