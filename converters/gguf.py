@@ -40,6 +40,7 @@ from gguf import (
     get_tensor_name_map,
     quantize,
 )
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
@@ -123,7 +124,15 @@ def read(path: Path) -> Checkpoint | Adapter:
         if fields.get(Keys.General.TYPE) == GGUFType.ADAPTER:
             return _read_adapter(file, header, fields, family)
         return _read_model(file, header, fields, family)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         raise UserError(f"{file}: a field is missing or of the wrong kind ({type(error).__name__}: {error})") from None
 
 

@@ -7,6 +7,7 @@ KerasHub does, and its hidden states [tokens, features] as `hidden.npy`.
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "torch"
 
@@ -23,7 +24,7 @@ def main() -> None:
     with torch.inference_mode():
         hidden = backbone(inputs)[0].numpy()
     backbone.save_to_preset(job["save"])
-    np.save(os.path.join(job["save"], "hidden.npy"), hidden)
+    np.save(Path(job["save"]) / "hidden.npy", hidden)
 
 
 if __name__ == "__main__":
