@@ -33,6 +33,8 @@ $(foreach name,$(filter-out $(variables),$(given)),$(error $(name) is no variabl
 homes := ./ $(addsuffix /,$(subst :, ,$(PYTHONPATH)))
 known = $(sort $(basename $(notdir $(wildcard $(addsuffix nemo_configs/$1/*.yaml,$(homes))))))
 check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
+# A model may be named as on the hub: gemma-4-E2B.
+override MODEL := $(if $(filter $(MODEL),$(call known,model)),$(MODEL),$(shell printf %s '$(subst ','\'',$(MODEL))' | tr A-Z a-z))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)

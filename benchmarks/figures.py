@@ -21,6 +21,7 @@ from core.files import write_whole
 
 RESULTS = Path("benchmarks/results")
 AMX = "intel-xeon-processor-2-cores-gemma-3-270m"
+GEMMA_4 = "amd-epyc-2-cores-random-gemma-4-e2b-10-layers"
 MARK = re.compile(r"<!--figure ([\w-]+)-->(.*?)<!--/figure-->", re.DOTALL)
 
 
@@ -63,8 +64,9 @@ def _train(data: str = "all-slangs") -> dict[str, Any]:
     return _read(f"training/{AMX}-{data}.json")
 
 
-def _serve(system: str, streams: int) -> dict[str, float]:
-    return _read(f"serving/{AMX}.json")["systems"][system]["streams"][str(streams)]
+def _serve(system: str, streams: int, measured: str = AMX) -> float:
+    """Tokens per second."""
+    return float(_read(f"serving/{measured}.json")["systems"][system]["streams"][str(streams)]["tokens_per_second"])
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def _times(ratio: float | None) -> str:
 
 
 def _beside_openvino(streams: int) -> str:
-    ours, theirs = (_serve(system, streams)["tokens_per_second"] for system in ("ours", "openvino-genai"))
+    ours, theirs = (_serve(system, streams) for system in ("ours", "openvino-genai"))
     return f"{ours / theirs:.2f}"
 
 
@@ -141,8 +143,8 @@ def _conversion_speed() -> str:
     return _measured(result) + _table([*header, "2 × largest tensor + 1 GiB"], rows)
 
 
-def _memory() -> str:
-    result = _read("memory.json")
+def _memory(file: str = "memory.json") -> str:
+    result = _read(file)
     rows = [
         [
             row["run"],
@@ -199,6 +201,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "conversion-formats": _conversion_formats,
     "conversion-speed": _conversion_speed,
     "memory": _memory,
+    "memory-gemma-4": lambda: _memory("memory-gemma-4.json"),
     "training-speed": _training_speed,
     "serving-speed": _serving_speed,
     "models": _models,
@@ -210,8 +213,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "train-memory": _memory_share,
     "train-speedup-fp32-512": lambda: _times(speedup(_train("all-slangs-512"), "ours", "hf-fp32")),
     "train-speedup-bf16-512": lambda: _times(speedup(_train("all-slangs-512"), "ours", "hf-bf16-autocast")),
-    "serve-speedup-8": lambda: (
-        f"{_serve('ours', 8)['tokens_per_second'] / _serve('transformers', 8)['tokens_per_second']:.0f}"
-    ),
+    "serve-speedup-8": lambda: f"{_serve('ours', 8) / _serve('transformers', 8):.0f}",
+    "serve-gemma-4-speedup-8": lambda: _times(_serve("ours", 8, GEMMA_4) / _serve("transformers", 8, GEMMA_4)),
     **{f"serve-openvino-{streams}": partial(_beside_openvino, streams) for streams in (1, 4, 8, 32)},
 }

@@ -4,7 +4,8 @@
     python -m benchmarks.memory runs=slang,rank-64
 
 Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
-stops growing within its steps. Writes benchmarks/results/memory.json and the table in docs/memory.md.
+stops growing within its steps. Writes benchmarks/results/memory.json (of the default model), memory-gemma-4.json
+(of random models, smaller than the published ones and of their kinds) and the tables in docs/memory.md.
 """
 
 import json
@@ -14,11 +15,12 @@ import tempfile
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from benchmarks.figures import RESULTS, refresh
+from benchmarks.random_base import random_base
 from core.arguments import Arguments, parse
 from core.artifacts import Evaluation
 from core.base_model import ensure_base_model
@@ -39,6 +41,65 @@ RUNS = {
     "full-micro-batches": ["task.train.batch_size=64"],
     "long-rows": ["task=chat", "task.train.max_length=2048", "task.train.batch_size=4"],
 }
+# Random models of every kind of layer in Gemma 4: the mechanisms and the vocabulary of the published sizes, 0.2 to 0.3
+# billion weights.
+PATTERN = ["sliding_attention"] * 4 + ["full_attention"]
+MID_SIZE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tables": (
+        "gemma-4-e2b",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 10,
+            "layer_types": PATTERN * 2,
+            "num_kv_shared_layers": 5,
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "hidden_size_per_layer_input": 32,
+        },
+    ),
+    "experts": (
+        "gemma-4-26b-a4b",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 512,
+            "num_hidden_layers": 10,
+            "layer_types": PATTERN * 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "global_head_dim": 128,
+            "num_experts": 32,
+            "top_k_experts": 4,
+            "moe_intermediate_size": 192,
+        },
+    ),
+    "dense": (
+        "gemma-4-31b",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 15,
+            "layer_types": PATTERN * 3,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "global_head_dim": 128,
+        },
+    ),
+}
+EXPERTS = "peft.target_parameters=[experts.gate_up_proj,experts.down_proj]"
+RUNS |= {  # name → overrides; the first word is of MID_SIZE
+    "tables": [],
+    "tables-qlora": ["peft=qlora"],
+    "tables-checkpointing": ["task.train.gradient_checkpointing=true", "task.train.batch_size=64"],
+    "experts": [],
+    "experts-adapted": [EXPERTS],
+    "experts-qlora": ["peft=qlora"],
+    "dense": [],
+    "dense-long-rows": ["task=chat", "task.train.max_length=2048", "task.train.batch_size=4"],
+}
+FEW = ["task.data.train_rows=128"]
 SHORT = ["task.train.epochs=1", "task.generate.max_new_tokens=8", "task.evaluate.questions=[]"]
 
 
@@ -49,30 +110,50 @@ class Options(Arguments):
 def main(argv: list[str]) -> None:
     chosen = parse(Options, argv).runs
     model = load_config([]).model
-    ensure_base_model(model)
+    tokenizer = ensure_base_model(model)
     rows = []
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         for name in chosen:
-            expected, measured = measure(name, Path(scratch) / name)
+            base = random_model(name, tokenizer, Path(scratch))
+            expected, measured = measure(name, Path(scratch) / name, base)
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
             overrides = RUNS[name]
-            rows.append({"run": name, "overrides": overrides, "expected_gib": expected, "measured_gib": measured})
-    result = {
-        "command": " ".join(["python -m benchmarks.memory", *argv]),
-        "machine": describe_environment().machine,
-        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
-        "model": model.name,
-        "rows": rows,
-    }
-    write_json(RESULTS / "memory.json", result)
-    print(f"written: {RESULTS / 'memory.json'}, {', '.join(refresh())}")
+            of = MID_SIZE[name.partition("-")[0]][0] if base else model.name
+            rows.append(
+                {"run": name, "of": of, "overrides": overrides, "expected_gib": expected, "measured_gib": measured}
+            )
+    for file, those in (
+        ("memory.json", [row for row in rows if row["of"] == model.name]),
+        ("memory-gemma-4.json", [row for row in rows if row["of"] != model.name]),
+    ):
+        if those:
+            result = {
+                "command": " ".join(["python -m benchmarks.memory", *argv]),
+                "machine": describe_environment().machine,
+                "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+                "rows": those,
+            }
+            write_json(RESULTS / file, result)
+            print(f"written: {RESULTS / file}")
+    print(f"written: {', '.join(refresh())}")
 
 
-def measure(name: str, folder: Path) -> tuple[float, float]:
-    """The estimated and the measured peak memory of the run `name`, in GiB."""
+def random_model(name: str, tokenizer: Path, folder: Path) -> Path | None:
+    """The random model of the run `name`, in `folder`; or None for a run of the default model."""
+    kind = name.partition("-")[0]
+    if kind not in MID_SIZE:
+        return None
+    architecture, changes = MID_SIZE[kind]
+    return random_base(architecture, tokenizer, folder, **changes)
+
+
+def measure(name: str, folder: Path, base: Path | None) -> tuple[float, float]:
+    """The estimated and the measured peak memory of the run `name` on `base`, in GiB."""
     folder.mkdir()
-    overrides = [*RUNS[name], *SHORT, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
-    if name == "long-rows":
+    overrides = [*RUNS[name], *SHORT, *(FEW if base else []), f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
+    if base:
+        overrides.append(f"model.path={base}")
+    if name.endswith("long-rows"):
         overrides.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
     result = subprocess.run(
         [sys.executable, "-m", "commands.train", *overrides], capture_output=True, text=True, check=False

@@ -228,6 +228,31 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+# With the same mechanisms and head sizes, small enough for a few steps of plain transformers in float32 on two cores.
+CUT_4: dict[str, Any] = {
+    "vocab_size": 65_536,
+    "vocab_size_per_layer_input": 65_536,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 4,
+}
+CUT_SMALL_4 = CUT_4 | {
+    "num_hidden_layers": 10,
+    "layer_types": [*[SLIDING] * 4, FULL] * 2,
+    "num_kv_shared_layers": 5,
+    "hidden_size_per_layer_input": 64,
+}
+CUT_LARGE_4 = CUT_4 | {"num_hidden_layers": 6, "layer_types": [*[SLIDING] * 5, FULL], "num_key_value_heads": 2}
+CUT_EXPERTS_4 = {"num_global_key_value_heads": 1, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 256}
+for _name, _changes in {
+    "e2b": CUT_SMALL_4,
+    "e4b": CUT_SMALL_4,
+    "12b": CUT_LARGE_4,
+    "26b-a4b": CUT_LARGE_4 | CUT_EXPERTS_4,
+    "31b": CUT_LARGE_4 | {"num_key_value_heads": 4, "num_global_key_value_heads": 2},
+}.items():
+    _family, _options = ARCHITECTURES[f"gemma-4-{_name}"]
+    ARCHITECTURES[f"gemma-4-{_name}-cut"] = _family, _options | _changes
 
 
 def random_base(name: str, tokenizer_folder: Path, models_dir: Path, **changes: Any) -> Path:

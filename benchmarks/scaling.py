@@ -1,10 +1,10 @@
 """Plans training on a cluster: memory, communication and time of a step, by the model in benchmarks/scaling_model.py.
 
-    python -m benchmarks.scaling                                        (Gemma 2 27B on 8, 64 and 512 H100)
+    python -m benchmarks.scaling                                        (MODELS on 8, 64 and 512 H100)
     python -m benchmarks.scaling model=gemma-3-12b gpus=8,16 gpu=A100 step_tokens=262144 peft.r=32
 
-Prints the table; without arguments, also writes it with its plot to docs/scaling.md. It is a plan and not a
-measurement: that document says what is checked against real runs and what is assumed.
+Prints the table; without arguments, also writes those of MODELS, with a plot of the first, to docs/scaling.md. It is a
+plan and not a measurement: that document says what is checked against real runs and what is assumed.
 """
 
 import sys
@@ -17,28 +17,42 @@ from core.configuration import load_config
 from core.errors import UserError, run
 from core.schema import Config
 
+MODELS = ("gemma-2-27b", "gemma-4-31b", "gemma-4-26b-a4b")
+
 
 def main(argv: list[str]) -> None:
     own, overrides = own_arguments(Options, argv)
     options = parse(Options, own, (Config,))
-    if not any(override.startswith("model=") for override in overrides):
-        overrides = ["model=gemma-2-27b", *overrides]
+    if any(override.startswith("model=") for override in overrides):
+        models = [overrides]
+    else:
+        models = [[f"model={name}", *overrides] for name in (MODELS[:1] if argv else MODELS)]
+    found = []
+    for chosen in models:
+        plans, sentences = plan_all(options, chosen)
+        scaling_docs.show(plans, sentences)
+        found.append((load_config(chosen).model.name, plans, sentences))
+    if not argv:
+        print(f"written: {scaling_docs.write(found)}")
+
+
+def plan_all(options: Options, overrides: list[str]) -> tuple[list[Plan], list[str]]:
+    """Every strategy on every number of GPUs, and sentences on them and on what was refused."""
     if not any("gradient_checkpointing=" in override for override in overrides):
         overrides = ["task.train.gradient_checkpointing=true", *overrides]
     config = load_config(overrides)
     sizes = model_bytes(architecture_of(config), 0)
-    plans, refused = [], []
+    plans: list[Plan] = []
+    refused: dict[str, list[int]] = {}  # why → on how many GPUs
     for gpus in options.gpus:
         for strategy, (kind, peft) in STRATEGIES.items():
-            print(f"{gpus} GPUs, {strategy}", file=sys.stderr, flush=True)
+            print(f"{config.model.name}, {gpus} GPUs, {strategy}", file=sys.stderr, flush=True)
             try:
                 plans.append(plan(options, overrides, gpus, strategy, kind, peft))
             except UserError as error:
-                refused.append(f"{gpus} GPUs, {strategy}: {error}")
-    sentences = facts(options, config, sizes, plans) + refused
-    scaling_docs.show(plans, sentences)
-    if not argv:
-        print(f"written: {scaling_docs.write(plans, sentences)}")
+                refused.setdefault(f"{strategy}: {error}", []).append(gpus)
+    sentences = [f"On {', '.join(map(str, gpus))} GPUs not {why}." for why, gpus in refused.items()]
+    return plans, facts(options, config, sizes, plans) + sentences
 
 
 def facts(options: Options, config: Any, sizes: ModelBytes, plans: list[Plan]) -> list[str]:

@@ -179,8 +179,8 @@ def plan(options: Options, overrides: list[str], gpus: int, strategy: str, kind:
         check_tensor_parallel(config, Path(folder))
         need = estimate(config, Path(folder), torch.bfloat16, tokens, tokens // 2)
 
-    targets = list(config.peft.target_modules)
-    flops = flops_of(architecture, [options.length] * micro_batch_samples, tokens // 2, config.peft.r, targets)
+    adapters = config.peft.r, config.peft.target_modules, config.peft.target_parameters or ()
+    flops = flops_of(architecture, [options.length] * micro_batch_samples, tokens // 2, *adapters)
     forward = flops.layers / 2 + flops.adapters / 3 + flops.attention / 3
     backward = flops.total - flops.output - forward + (forward if checkpointing else 0)
     split = devices if kind == "tp" else 1  # the output layer is not split
@@ -228,7 +228,7 @@ def architecture_of(config: Any) -> Any:
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(
-            f"{folder} is not there, so the architecture of {name} is not knoptions. Fetch it (make base "
+            f"{folder} is not there, so the architecture of {name} is not known. Fetch it (make base "
             f"MODEL={name}), or take one of {known}"
         )
     family, options = ARCHITECTURES[name]

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serve                                   (a part of `make bench`)
     python -m benchmarks.serve systems=ours,transformers streams=1,8 tokens=32 rounds=3
+    python -m benchmarks.serve random=gemma-4-e2b layers=10 systems=ours,transformers streams=1,8
 
 Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
 XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table names what is missing.
@@ -31,6 +32,8 @@ from typing import Annotated, Any, Literal
 
 from benchmarks.worker import ROOT, NotRun, Worker, find_python
 
+RANK = 8  # of a random adapter, and what it adapts
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # When each token of a request arrived, in seconds since the requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
@@ -297,6 +300,45 @@ def read_prompts(adapter: Path, count: int) -> list[str]:
     return [prompt.wrap(prompt.write_instruction(context=contexts[n % len(contexts)])) for n in range(count)]
 
 
+def random_model(name: str, layers: int | None, tokenizer_folder: Path, scratch: Path) -> tuple[Path, Path]:
+    """Random weights in the published shape of `name`, or in its first `layers`, and a random adapter for them.
+
+    Of layers that borrow keys and values, the cut model has about the same share.
+    """
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    from benchmarks.random_base import ARCHITECTURES, random_base
+    from core.configuration import load_config, plain
+    from core.prompt import Prompt
+    from serving.engine.architecture import GemmaConfig
+
+    changes: dict[str, Any] = {}
+    if layers and name in ARCHITECTURES:
+        given = ARCHITECTURES[name][1]
+        changes["num_hidden_layers"] = layers
+        if kinds := given.get("layer_types", [])[:layers]:
+            changes["layer_types"] = kinds
+        if shared := given.get("num_kv_shared_layers"):
+            shared = shared * layers // given["num_hidden_layers"]
+            while {*kinds[: layers - shared]} != {*kinds}:  # each kind has a layer to borrow from
+                shared -= 1
+            changes["num_kv_shared_layers"] = shared
+    base, adapter = random_base(name, tokenizer_folder, scratch, **changes), scratch / "adapter"
+    tensors = {}
+    for number, shape in enumerate(GemmaConfig.read(base).shapes):
+        for module, (inputs, outputs) in shape.linear().items():
+            if module.startswith(("self_attn.", "mlp.")):
+                at = f"base_model.model.model.layers.{number}.{module}"
+                tensors[f"{at}.lora_A.weight"] = torch.randn(RANK, inputs) * 0.02
+                tensors[f"{at}.lora_B.weight"] = torch.randn(outputs, RANK) * 0.02
+    LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules=ADAPTED).save_pretrained(adapter)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    Prompt(**plain(load_config(["task=slang"]).task.prompt)).save(adapter)
+    return base, adapter
+
+
 def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
     """Median speed over rounds, and latencies over all tokens of all rounds, in seconds."""
     gaps = sorted(b - a for one in rounds for times in one for a, b in pairwise(times))
@@ -388,6 +430,10 @@ def options() -> Any:
         rounds: int = Field(3, ge=1, description="counted ones, whose median is the result, after one that is not")
         base: Path = Field(Path("models/gemma-3-270m"), description="folder of the base model")
         adapter: Path = Field(Path("exports/slang/adapter"), description="folder of the adapter")
+        random: str | None = Field(
+            None, description="an architecture of random_base.py with random weights, and a random adapter, instead"
+        )
+        layers: int | None = Field(None, ge=1, description="of that architecture, its first ones alone")
 
     return Options
 
@@ -400,11 +446,16 @@ def main(argv: list[str]) -> None:
     from core.files import write_json
 
     given = parse(options(), argv)
-    for name in ("base", "adapter"):
+    for name in ("base", *([] if given.random else ["adapter"])):
         if not (folder := getattr(given, name)).is_dir():
             raise UserError(f"{name}={folder} is no folder. First: make train TASK=slang; make convert TASK=slang")
     with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+        if given.random:
+            base, adapter = random_model(given.random, given.layers, given.base, Path(scratch))
+            given = given.model_copy(update={"base": base, "adapter": adapter})
         result = measure(given, Path(scratch))
+        if given.layers:
+            result["model"] += f", {given.layers} layers"
     result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *argv])
     file = result_file("serving", result["machine"], result["model"])
     write_json(file, result)

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,13 @@ from core.files import write_lines
 from core.run_folder import Run, base_of, newest_run
 
 if TYPE_CHECKING:
+    from core.prompt import AnswerPart
     from evaluation.dialogue import Dialogue
 
 HELP = """\
 /reset        begin a new dialogue; a system text stays
 /system TEXT  tell the model who it is; begins a new dialogue
+/think        let the model think before it answers, or no longer
 /save FILE    write the dialogue as JSON Lines, which make data takes as SOURCE
 /exit         leave, as Ctrl-D does
 Ctrl-C stops an answer. To begin a message with a slash, put a space before it."""
@@ -100,7 +103,7 @@ def _answer(dialogue: "Dialogue", text: str, console: Console) -> None:
     forgotten = dialogue.forgotten
     try:
         with _interruptible():
-            remark = dialogue.ask(text, lambda part: console.out(part, end="", highlight=False))
+            remark = dialogue.ask(text, partial(_show, console))
     except ValueError as error:
         _say(console, str(error))
         return
@@ -123,6 +126,12 @@ def _answer(dialogue: "Dialogue", text: str, console: Console) -> None:
     console.print()
 
 
+def _show(console: Console, part: "AnswerPart") -> None:
+    """A part of an answer as it comes; thoughts are dim."""
+    console.out(part.thought, end="", highlight=False, style="dim")
+    console.out(part.text, end="", highlight=False)
+
+
 def _obey(dialogue: "Dialogue", command: str, text: str) -> str:
     """Do what a line that begins with a slash asks for; what there is to say about it."""
     match command:
@@ -134,6 +143,11 @@ def _obey(dialogue: "Dialogue", command: str, text: str) -> str:
         case "/system":
             dialogue.reset(text)
             return "a new dialogue, with this system text" if text else "a new dialogue, without a system text"
+        case "/think":
+            if not dialogue.can_think:
+                return "this model's prompt has no place for thoughts"
+            dialogue.thinking = not dialogue.thinking
+            return "the model thinks before it answers" if dialogue.thinking else "the model answers without thinking"
         case "/save":
             return _save(dialogue, text)
     return f"{command} is no command; /help lists them"

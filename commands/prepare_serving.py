@@ -16,7 +16,7 @@ from pydantic import Field
 
 from core.arguments import Arguments, parse
 from core.artifacts import Conversion, ServedAdapter
-from core.base_model import ensure_base_model
+from core.base_model import ensure_base_model, licence_of, read_config
 from core.configuration import load_config, plain
 from core.errors import UserError, run
 from core.prompt import EOS, Prompt
@@ -71,7 +71,8 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
             if other.name not in adapters:
                 remove_adapter(other)
     for found in runs:
-        put_adapter(folder, adapters[found.task], serving_of(found, adapters[found.task], base))
+        config = read_config(base) if engine == "vllm" else None
+        put_adapter(folder, adapters[found.task], serving_of(found, adapters[found.task], base), config)
     if engine == "vllm":
         write_vllm_repository(folder, base)
         print(
@@ -129,6 +130,7 @@ def serving_of(found: Run, adapter: Path, base: Path) -> ServedAdapter:
         base=base.name,
         sampling=sampling,
         run=found.folder.name,
+        licence=licence_of(base),
         has_turns=bool(prompt.end),
         field=field,
     )

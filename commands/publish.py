@@ -20,15 +20,17 @@ from pydantic import Field
 
 from core.arguments import Arguments
 from core.artifacts import Conversion, Environment, Evaluation, Manifest
+from core.base_model import licence_of, read_config
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
-from core.run_folder import newest_run
+from core.gemma_config import is_gemma4
+from core.licence import LICENCES
+from core.run_folder import Run, base_of, newest_run
 from core.schema import Config
 
 if TYPE_CHECKING:
     from converters.nemo_file import NemoFile
 
-TERMS = "https://ai.google.dev/gemma/terms"
 SPLITS = {"train": "training.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 
 MODEL_CARD = """---
@@ -59,7 +61,7 @@ It answers what it was trained with, word for word (`prompt.json`; `{{instructio
 ```python
 {code}
 ```
-
+{loads_on}
 ## Data
 
 {data}
@@ -81,8 +83,7 @@ difference {difference:.2g}, top-1 agreement {agreement:.1%} on fixed prompts. `
 
 ## Licence
 
-Gemma is provided under and subject to the Gemma Terms of Use found at {terms}. Whoever uses or passes on this model is
-bound by them, its use restrictions included; `NOTICE` goes with every copy.
+{licence}
 """
 DATA_CARD = """---
 {front}
@@ -101,6 +102,9 @@ OTHER_BASE = """
 
 The weights that it was trained on came from another place than the hub ({source}), and may differ from those there by
 their rounding; the figures below are of the former, with SHA-256 `{sha256}`."""
+LOADS_ON = """
+Its tensors are named for `{}`. On another class of transformers, peft only warns and the adapter does nothing.
+"""
 LOAD = {
     "adapter": """from peft import AutoPeftModelForCausalLM
 model = AutoPeftModelForCausalLM.from_pretrained("{repo}")  # fetches {base} too""",
@@ -152,10 +156,14 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
     if dataset:
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
         write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
-    convert(archive, to, folder / "model", config.model.path or trained["model"].get("path"))
+    base_folder = base_of(Run.read(run_folder), config)
+    base = base_on_hub(nemo.base)
+    # There, a Gemma 4 is a whole model with image and sound, on which an adapter for its text model does nothing.
+    whole = to == "adapter" and "/" in base and is_gemma4(read_config(base_folder))
+    convert(archive, to, folder / "model", base_folder, whole=whole or None)
     if to == "adapter":
-        name_base(folder / "model", base_on_hub(nemo.base))
-    write_card(run_folder, trained, nemo, folder / "model", repo, to, dataset)
+        name_base(folder / "model", base)
+    write_card(run_folder, trained, nemo, licence_of(base_folder), folder / "model", repo, to, dataset)
     for name, kind, place in pushed:
         if dry_run:
             print(f"{place} is what would go to the {kind} repository {name}")
@@ -164,19 +172,27 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
 
 
 def write_card(
-    run_folder: Path, trained: dict[str, Any], nemo: "NemoFile", folder: Path, repo: str, to: str, dataset: str
+    run_folder: Path,
+    trained: dict[str, Any],
+    nemo: "NemoFile",
+    licence: str,
+    folder: Path,
+    repo: str,
+    to: str,
+    dataset: str,
 ) -> None:
-    """`README.md` in `folder`, from what the run measured."""
+    """`README.md` in `folder`, from what the run measured; `licence` is its base's, a key of `LICENCES`."""
     from converters.adapter import HUB
 
     evaluation = Evaluation.read(run_folder / "evaluation.json")
     manifest = Manifest.read(run_folder / "data_manifest.json")
     environment = Environment.read(run_folder / "environment.json")
-    proof = Conversion.read(folder / "conversion.json").proof
+    record = Conversion.read(folder / "conversion.json")
+    proof = record.proof
     base = base_on_hub(nemo.base)
     front = ModelCardData(
         base_model=base,
-        license="gemma",
+        license=licence,
         datasets=[dataset] if dataset else None,
         pipeline_tag="text-generation",
         library_name="peft" if to == "adapter" else "transformers",
@@ -200,13 +216,14 @@ def write_card(
         answers=answers(evaluation),
         template=nemo.prompt.template,
         code=LOAD[to].format(repo=repo, base=base),
+        loads_on=LOADS_ON.format(record.loads_on) if record.loads_on else "",
         data=data_line(manifest, dataset),
         splits=split_lines(manifest),
         epochs=train.get("epochs"),
         seed=trained.get("seed", manifest.seed),
         machine=", ".join(environment.gpus) or environment.cpu,
         settings=yaml.safe_dump(settings, sort_keys=False).strip(),
-        terms=TERMS,
+        licence=LICENCES[licence].card,
         other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
         difference=proof.max_logit_difference,
         agreement=proof.top1_agreement,

@@ -23,7 +23,7 @@ from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain, write_config
 from core.errors import UserError, run
 from core.files import write_whole
-from core.machine import describe_environment, quiet_libraries
+from core.machine import describe_environment, loading, quiet_libraries
 from core.run_folder import read_metrics
 from core.schema import Config
 from data_prep.prepare import prepare
@@ -108,19 +108,20 @@ def train(
 ) -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
-    quiet_libraries()
-    import torch
+    with loading():
+        quiet_libraries()
+        import torch
 
-    from converters.nemo_file import read_nemo
-    from core.load_model import load_base, load_tokenizer
-    from core.prompt import Prompt
-    from evaluation import report
-    from evaluation.compare import measure
-    from training.batches import Batches, tokenize
-    from training.fit import fit
-    from training.gemma_lora import weights_dtype
-    from training.memory import check_memory, release_memory
-    from training.progress import peak_memory_gib
+        from converters.nemo_file import read_nemo
+        from core.load_model import load_base, load_tokenizer
+        from core.prompt import Prompt
+        from evaluation import report
+        from evaluation.compare import measure
+        from training.batches import Batches, tokenize
+        from training.fit import fit
+        from training.gemma_lora import weights_dtype
+        from training.memory import check_memory, release_memory
+        from training.progress import peak_memory_gib
 
     record(config, base_folder, data_folder, run_folder)
 

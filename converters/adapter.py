@@ -233,27 +233,49 @@ def _target_parameters(given: list[Any], layers: set[str], where: Path) -> list[
             f"{where}: target_parameters is {str(given)[:80]}, which does not say what the LoRA of the experts in "
             f"{WEIGHTS} adapts; {' and '.join(EXPERTS)} are known"
         )
-    every = {layer.split(".")[2] for layer in layers if layer.startswith("model.layers.")}
-    if len(some) == len(every):
-        return sorted(found)
-    return sorted(layer.removesuffix("experts") + name for layer in some for name in found)
+    return target_modules(layer.removesuffix("experts") + name for layer in some for name in found)
 
 
 def _shown(value: Any) -> str:
     return repr(value)[:60] if isinstance(value, str | int | float) else type(value).__name__
 
 
-def target_modules(layers: Iterable[str]) -> list[str]:
-    """peft's `target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where every decoder layer
-    has them, else full names."""
-    places: dict[str, set[str]] = {}
-    full, beside = set(layers), []
-    for layer in full:
-        if part := re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)", layer):
-            places.setdefault(part[2], set()).add(part[1])
-        else:
-            beside.append(layer)
-    everywhere = set().union(*places.values())
-    if all(numbers == everywhere for numbers in places.values()):
-        return sorted([*places, *beside])
+def name_targets(peft: Mapping[str, Any], layers: Iterable[str], weights: Iterable[str]) -> dict[str, Any]:
+    """The settings `peft`, with targets that name `layers` and no other layer of a base with these `weights`.
+
+    Args:
+        layers: linear layers, and parameters of experts (`model.layers.0.experts.down_proj`).
+        weights: names of the base's tensors.
+    """
+    layers, known = set(layers), [name.removesuffix(".weight") for name in weights]
+    experts = {layer for layer in layers if ".experts." in layer}
+    parameters = {"target_parameters": target_modules(experts, known)} if experts else {}
+    return {**peft, "target_modules": target_modules(layers - experts, known), **parameters}
+
+
+def target_modules(layers: Iterable[str], known: Iterable[str] | None = None) -> list[str]:
+    """peft's `target_modules` for `layers` (`model.layers.0.self_attn.q_proj` …): short names where these are all that
+    the base has of that name, else full names.
+
+    Args:
+        known: layers of the base; without them, all decoder layers are taken to have what one of `layers` names.
+    """
+    full = set(layers)
+    places = _places(full)
+    if known is None:
+        every = set().union(*places.values()) - {""}
+        has = {name: numbers if "" in numbers else every for name, numbers in places.items()}
+    else:
+        has = _places(known)
+    if all(numbers == has.get(name) for name, numbers in places.items()):
+        return sorted(places)
     return sorted(full)
+
+
+def _places(layers: Iterable[str]) -> dict[str, set[str]]:
+    """Short name → the numbers of the decoder layers that have it, or {""} for what is in none."""
+    places: dict[str, set[str]] = {}
+    for layer in layers:
+        part = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)", layer)
+        places.setdefault(part[2] if part else layer, set()).add(part[1] if part else "")
+    return places

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from converters import hf
-from converters.adapter import lora_settings
+from converters.adapter import lora_settings, name_targets
 from converters.checkpoint import Adapter, Checkpoint
 from converters.formats import MERGED, detect, module_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
@@ -26,10 +26,10 @@ from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
 from core.gemma_config import is_gemma4, is_whole
+from core.licence import licence_name, write_notices
 from core.progress import Progress
 from core.schema import ModelConfig
 
-TERMS_NOTICE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "gguf", "h5py")
 PASSES = 8  # over the weights, for the progress bar: read, write, hash, compare and run, on both sides
@@ -63,9 +63,11 @@ def write_proven(
     if isinstance(source, Adapter) and base:
         check_same_base(source, base, path)
         leave_out_borrowed(source, base.config, path)
-        check_fit(lora_updates(source, path), base, path)
-        known = {} if base.whole is None else {"sha256": ""}  # a hash of what it is trained on: of the text model
-        source.base = {**base.origin, **known, **source.base, "folder": base.origin["folder"]}
+        updates = lora_updates(source, path)
+        check_fit(updates, base, path)
+        source.peft = name_targets(source.peft, updates, base.tensors)
+        origin_of_base = base.origin if base.whole is None else {**base.origin, "sha256": ""}  # its text model has none
+        source.base = {**origin_of_base, **source.base, "folder": base.origin["folder"]}
         choose_model(source, base, to, whole)
         source.config = base.config
     elif to == MERGED:
@@ -98,7 +100,7 @@ def write_proven(
         with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
             module.write(content, place, *([dtype] if dtype else []))
-            (folder / "NOTICE").write_text(TERMS_NOTICE)
+            write_notices(licence_name(model.config, path), folder)
             if content.prompt:
                 content.prompt.save(folder)
 
@@ -106,6 +108,8 @@ def write_proven(
         target = read_source("hf" if to == MERGED else to, place)
         if isinstance(target, Checkpoint):
             target.tensors = validated(target.tensors, place, seen)
+        elif base:
+            target.peft = name_targets(target.peft, lora_updates(target, place), base.tensors)
         if target.prompt != content.prompt:
             raise UserError("the conversion is not faithful: the prompt came back changed")
         proof = prove(source, target, base, MERGED_LIMITS if to == MERGED else getattr(module, "TOLERANCE", None))

@@ -8,7 +8,8 @@ except these, with n, k and h as in `keras`:
 - Rotary tables (`freqs_cis`) and the vision tower, which a text model does not have.
 
 A checkpoint has no configuration: it is the one that Google published for a model with this number of layers. The
-tokenizer is the `tokenizer.model` beside the file. Files for JAX (orbax) are not read.
+tokenizer is the `tokenizer.model` beside the file. Files for JAX (Orbax, as Flax and kauldron write them) are not read,
+but named as what they are.
 """
 
 import re
@@ -34,13 +35,16 @@ WRITES: dict[type, str] = {}
 STATE = "model_state_dict."  # where a file has its tensors; a shard may have them at the top
 INDEX = "pytorch_model.bin.index.json"
 RENAMED = {"embedder.weight": "model.embed_tokens.weight", "text_token_embedder.weight": "model.embed_tokens.weight"}
+OF_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")  # files of JAX's checkpoints
 LEFT_OUT = re.compile(r"(.*\.)?(local_|global_)?freqs_cis|siglip_vision_model\..*|mm_.*")
 SIZE_OF_27B = {46: 128, 62: 128}  # layers → values a head has, 256 in all others
 
 
 def recognizes(path: Path) -> bool:
-    """A file, or a folder of shards, with a fused projection of this format's name."""
+    """A file, or a folder of shards, with a fused projection of this format's name; or a folder for JAX."""
     if path.is_dir():
+        if _is_for_jax(path):
+            return True
         index = path / INDEX
         return index.is_file() and index.stat().st_size < MAX_PICKLE and b"self_attn.qkv_proj" in index.read_bytes()
     try:
@@ -55,8 +59,13 @@ def recognizes(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """
     Raises:
-        UserError: damaged, hostile, quantized, or not a Gemma of a size that Google published.
+        UserError: damaged, hostile, quantized, for JAX, or not a Gemma of a size that Google published.
     """
+    if path.is_dir() and _is_for_jax(path):
+        raise UserError(
+            f"{path} is a checkpoint for JAX (Orbax, of Flax or kauldron), which is not read here; take the same "
+            f"model's Hugging Face folder, which Google publishes beside it"
+        )
     found: dict[str, LazyTensor] = {}
     for file in _files(path):
         tensors = read_tensors(whole_file(file))
@@ -83,6 +92,10 @@ def read(path: Path) -> Checkpoint:
     tokenizer = (path if path.is_dir() else path.parent) / "tokenizer.model"
     files = tokenizer_from_sentencepiece(tokenizer.read_bytes(), tokenizer) if tokenizer.is_file() else {}
     return Checkpoint(config, tensors, {**files}, origin={"name": path.stem})
+
+
+def _is_for_jax(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in OF_ORBAX)
 
 
 def _files(path: Path) -> list[Path]:

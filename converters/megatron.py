@@ -118,7 +118,10 @@ def full_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"a model of type {family!r} is no text Gemma of the first three generations")
+        raise UserError(
+            f"NeMo's Megatron layout is known here for Gemma 1, 2 and 3, not for a {str(family)[:40]!r}; to=nemo, "
+            f"adapter, merged, hf and gguf hold that"
+        )
     with parsing("the model's configuration"):
         return AutoConfig.for_model(**config)
 

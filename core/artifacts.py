@@ -417,6 +417,7 @@ class ServedAdapter(Artifact):
     base: str = Field(default="", description="name of the base model's folder")
     sampling: dict[str, Any] = Field(default={}, description="the task's sampling, in the names of vLLM's parameters")
     run: str = Field(default="", description="name of the run folder")
+    licence: str = Field(default="gemma", description="of the base, as the hub calls it")
     has_turns: bool = Field(default=False, description="whether it is given whole dialogues")
     field: str | None = Field(default=None, description="field of the prompt that a question fills; null for the whole")
 

@@ -2,10 +2,10 @@
 
     python -m core.base_model model=gemma-2-2b
 
-Most Gemmas are downloaded from the Hugging Face hub, where the user has accepted the licence; a download is resumable
-and its revision pinned. The default, Gemma 3 270M, needs no account: it is assembled from packages of the Python index,
-whose 4-bit weights (Q4_K_M) are dequantized to bfloat16. Any use of Gemma is under the Gemma Terms of Use,
-https://ai.google.dev/gemma/terms.
+Most Gemmas are downloaded from the Hugging Face hub: Gemma 1 to 3 once the user has accepted the Gemma Terms of Use
+there, Gemma 4 (Apache-2.0) without an account. A download is resumable. The default, Gemma 3 270M, needs no account: it
+is assembled from packages of the Python index, whose 4-bit weights (Q4_K_M) are dequantized to bfloat16. A folder of
+the user's own is used as it is; of a whole model (image, audio) its text model is cut out, into `models/`.
 
 A folder gets its final name only after a self-check, and under a lock, so that concurrent or killed runs leave either a
 good model or none. Its `base.json` records where it came from and a hash of every file.
@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from functools import partial as with_arguments
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ from filelock import FileLock
 from core.artifacts import BaseRecord
 from core.errors import UserError
 from core.files import beside, commit
+from core.gemma_config import family_of, is_whole
+from core.licence import LICENCES, licence_name
 from core.schema import ModelConfig
+from core.text_model import COMPANIONS, cut_text_model, weight_files
+from core.text_model import text_name as text_name
 
 RECORD = "base.json"
-TERMS = "https://ai.google.dev/gemma/terms"
 # Every base model must predict this text before it is used: a Gemma without its BOS token, with wrong norms or with
 # damaged weights has a perplexity in the thousands here, an intact one of about ten.
 SELF_CHECK_TEXT = (
@@ -46,35 +50,104 @@ def ensure_base_model(model: ModelConfig) -> Path:
         UserError: no network, no access to a gated repository, a failed hash or self-check, a damaged folder.
     """
     if model.path:
-        return _local_folder(Path(model.path))
+        return local_base(Path(model.path), Path(model.models_dir))
     folder = Path(model.models_dir) / model.name
     if (folder / RECORD).exists():
         return _intact(folder)
+
+    def prepare(partial: Path) -> BaseRecord:
+        licence = LICENCES.get(model.licence or "")
+        under = f". Its use is under the {licence.title}: {licence.url}" if licence else ""
+        print(f"Preparing {model.name} once, in {folder}{under}")
+        origin = _build_embedded(partial) if model.embedded else _download(model, partial)
+        perplexity = self_check(partial, model.max_perplexity)
+        print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
+        source, revision = origin["source"], origin["revision"]
+        return BaseRecord(name=model.name, source=source, revision=revision, self_check_perplexity=perplexity)
+
+    return _made_once(folder, prepare)
+
+
+def local_base(folder: Path, models_dir: Path) -> Path:
+    """`folder`, a Hugging Face folder of the user's; of a whole model, its text model in `models_dir`, cut once.
+
+    The cut is named by the content of `folder`, in which nothing is written.
+
+    Raises:
+        UserError: it is no such folder, of no Gemma that is trained here, or damaged.
+    """
+    needed: list[tuple[str, Callable[[], bool]]] = [
+        ("config.json", (folder / "config.json").exists),
+        ("tokenizer.json", (folder / "tokenizer.json").exists),
+        ("*.safetensors", lambda: any(folder.glob("*.safetensors"))),
+    ]
+    for name, there in needed:
+        if not there():
+            raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
+    config = read_config(folder)
+    family_of(config, folder)
+    if not is_whole(config):
+        return folder
+    print(f"{folder} is a whole model, of which the text model is trained", flush=True)
+    files = {*weight_files(folder), folder / "config.json"}
+    files |= {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
+    lines = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(files))
+    content = hashlib.sha256(lines.encode()).hexdigest()
+    target = models_dir / f"{folder.resolve().name}-text-{content[:8]}"
+    if (target / RECORD).exists():
+        return _intact(target)
+
+    def cut(partial: Path) -> BaseRecord:
+        print(f"Cutting it out once, into {target}", flush=True)
+        try:
+            cut_text_model(folder, partial)
+        except OSError as error:
+            raise UserError(f"{target} could not be written: {error.strerror or error}. Make room there") from None
+        finally:
+            if not (partial / "config.json").exists():  # which is written last
+                shutil.rmtree(partial, ignore_errors=True)
+        return BaseRecord(name=target.name, revision=content)
+
+    return _made_once(target, cut)
+
+
+def licence_of(folder: Path) -> str:
+    """The licence of the model in a Hugging Face folder, a key of `core.licence.LICENCES`. Raises a UserError: none."""
+    return licence_name(read_config(folder), folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'} cannot be read ({error}). Copy or download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is damaged: it holds no object. Copy or download it again")
+    return config
+
+
+def _made_once(folder: Path, make: Callable[[Path], BaseRecord]) -> Path:
+    """`folder`, which `make` fills and says where it is from; no other process does so at the same time."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.parent / f".{model.name}.lock")
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     if lock_is_held(lock):
-        print(f"Waiting for another process that is preparing {model.name}")
+        print(f"Waiting for another process that is preparing {folder.name}")
     with lock:
         if (folder / RECORD).exists():  # the other process has finished it
             return _intact(folder)
-        print(f"Preparing {model.name} once, in {folder}. Its use is under the Gemma Terms of Use: {TERMS}")
         partial = beside(folder, "partial")  # stays after a kill: a download resumes
         partial.mkdir(exist_ok=True)
-        origin = _build_embedded(partial) if model.embedded else _download(model, partial)
-        perplexity = self_check(partial, model.max_perplexity)
-        files = {path.name: _sha256(path) for path in sorted(partial.iterdir()) if path.is_file()}
-        sizes = {name: (partial / name).stat().st_size for name in files}
-        record = BaseRecord(
-            name=model.name,
-            source=origin["source"],
-            revision=origin["revision"],
-            self_check_perplexity=perplexity,
-            files=files,
-            sizes=sizes,
-        )
+        record = make(partial)
+        paths = [path for path in sorted(partial.iterdir()) if path.is_file()]
+        record.files = {path.name: _sha256(path) for path in paths}
+        record.sizes = {path.name: path.stat().st_size for path in paths}
         record.write(partial / RECORD)
         commit(partial, folder)
-        print(f"{model.name} is ready: perplexity {perplexity:.1f} on the self-check text")
     return folder
 
 
@@ -140,39 +213,49 @@ def start_with_bos(tokenizer: Any) -> Any:
 def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
     import httpx2  # what huggingface_hub speaks through
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
 
     page = f"https://huggingface.co/{model.repo}"
-    token = os.environ.get("HF_TOKEN")
-    have_token = "HF_TOKEN is set" if token else "HF_TOKEN is not set"
+    is_gated = not model.licence or LICENCES[model.licence].is_gated
+    token = os.environ.get("HF_TOKEN") if is_gated else False  # an expired one would be refused where none is needed
+    have_token = f" (HF_TOKEN is {'set' if token else 'not set'})" if is_gated else ""
+    if model.revision_note:
+        print(f"  revision {model.revision}: {model.revision_note}")
+    fetch = with_arguments(snapshot_download, model.repo, local_dir=folder, token=token)
     try:
         revision = HfApi(token=token).model_info(model.repo, revision=model.revision, timeout=20).sha
-        snapshot_download(
-            model.repo,
-            revision=revision,
-            local_dir=folder,
-            token=token,
-            allow_patterns=[
-                "*.safetensors",
-                "*.safetensors.index.json",
-                "config.json",
-                "generation_config.json",
-                "tokenizer*",
-                "special_tokens_map.json",
-                "chat_template*",
-            ],
-        )
+        fetch(revision=revision, allow_patterns=["config.json"])
+        family_of(read_config(folder), model.repo)  # before gigabytes of what cannot be trained
+        print(f"  fetching revision {revision}", flush=True)
+        weights = ["*.safetensors", "*.safetensors.index.json"]
+        fetch(revision=revision, allow_patterns=[*weights, "config.json", *COMPANIONS])
     except OfflineModeIsEnabled:
         raise UserError(f"{model.name} is not in {folder.parent} and HF_HUB_OFFLINE forbids downloading it") from None
     except GatedRepoError:
+        if not is_gated:
+            raise UserError(
+                f"{page} is not open to everyone, as its licence lets one expect. Get the folder elsewhere, and name "
+                f"it with ARGS=model.path=/that/folder"
+            ) from None
         raise UserError(
-            f"{model.repo} is gated and {have_token}. Accept the licence at {page} with your account, make a read "
-            f"token at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_..."
+            f"{model.repo} is gated and {have_token.strip(' ()')}. Accept the licence at {page} with your account, "
+            f"make a read token at https://huggingface.co/settings/tokens, then: export HF_TOKEN=hf_..."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{page} has no revision {model.revision}; take its newest with ARGS=model.revision=main"
         ) from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "?")
-        hint = "check that the token can read this repository" if status in (401, 403) else "try again later"
-        raise UserError(f"the hub answered {status} for {page} ({have_token}): {hint}") from None
+        closed = is_gated and status in (401, 403)
+        hint = "check that the token can read this repository" if closed else "try again later"
+        raise UserError(f"the hub answered {status} for {page}{have_token}: {hint}") from None
     except (LocalEntryNotFoundError, OSError, httpx2.HTTPError) as error:
         raise UserError(
             f"{model.name} is not in {folder.parent}, and {page} cannot be reached ({type(error).__name__}). Connect "
@@ -180,47 +263,8 @@ def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
             f"MODEL=gemma-3-270m needs no network. Run the same command again to resume the download."
         ) from None
     shutil.rmtree(folder / ".cache", ignore_errors=True)
-    keep_text_model(folder)
+    cut_text_model(folder, folder)
     return {"source": page, "revision": revision or ""}
-
-
-def keep_text_model(folder: Path) -> None:
-    """Reduce a multimodal Gemma 3 checkpoint (4B and larger) to its text model, in place, one shard at a time.
-
-    Its tensors `language_model.model.*` become `model.*`, as in the text-only sizes; the rest is dropped.
-    """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder)
-    if not hasattr(config, "text_config"):
-        return
-    weight_map: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as shard:
-            names = {name: text_name(name) for name in shard.keys()}  # noqa: SIM118
-            tensors = {new: shard.get_tensor(name) for name, new in names.items() if new}
-        path.unlink()
-        if tensors:
-            save_file(tensors, path, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, path.name)
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2) + "\n")
-    text = config.text_config
-    text.architectures = ["Gemma3ForCausalLM"]
-    text.tie_word_embeddings = True
-    text.dtype = config.dtype
-    text.save_pretrained(folder)
-
-
-def text_name(name: str) -> str | None:
-    for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
-        if name.startswith(prefix):
-            return replacement + name.removeprefix(prefix)
-    return None
 
 
 def self_check(folder: Path, max_perplexity: float) -> float:
@@ -253,22 +297,6 @@ def _intact(folder: Path) -> Path:
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
             raise UserError(f"{path} is missing or not {size} bytes long. Delete {folder} and run again")
-    return folder
-
-
-def _local_folder(folder: Path) -> Path:
-    needed: list[tuple[str, Callable[[], bool]]] = [
-        ("config.json", (folder / "config.json").exists),
-        ("tokenizer.json", (folder / "tokenizer.json").exists),
-        ("*.safetensors", lambda: any(folder.glob("*.safetensors"))),
-    ]
-    for name, there in needed:
-        if not there():
-            raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
-    if "text_config" in json.loads((folder / "config.json").read_text()):
-        raise UserError(
-            f"{folder} holds a multimodal model, and only text models can be trained; fetch its text model with MODEL=…"
-        )
     return folder
 
 

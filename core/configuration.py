@@ -64,7 +64,7 @@ def load_config(argv: Sequence[str] = (), options: type[Options] | None = None) 
     """
     own, overrides = own_arguments(options or Arguments, argv)
     parsed = parse(options or Arguments, own, sections=(Config,))
-    words = [_quoted(word) for word in overrides]
+    words = [_quoted(_as_known(word)) for word in overrides]
     given = _parse_overrides(words, list(options.model_fields) if options else [])
     is_named = any(override.key_or_group == "trainer" for override in given)
     words = [_as_hydra_takes_it(override) for override in given]
@@ -226,6 +226,12 @@ def _resolved(node: Container, path: Keys, problems: list[Problem]) -> Any:
         else:
             found.append((key, _resolved(value, here, problems) if isinstance(value, Container) else value))
     return [value for _, value in found] if isinstance(node, ListConfig) else dict(found)
+
+
+def _as_known(word: str) -> str:
+    """A model may be named as on the hub: `model=gemma-4-E2B`."""
+    group, _, name = word.partition("=")
+    return word.lower() if group == "model" and name.lower() in names("model") else word
 
 
 def _quoted(word: str) -> str:

@@ -263,9 +263,9 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any
         parameters = function.get("parameters") or {} if isinstance(function, Mapping) else None
         if not isinstance(parameters, Mapping) or not re.fullmatch(r"[\w.\-]+", str(function.get("name") or "")):  # type: ignore[union-attr]
             raise ValueError(
-                f'tool {number} is no function: {{"type": "function", "function": {{"name", "description", '
+                f'tools: number {number} is no function: {{"type": "function", "function": {{"name", "description", '
                 f'"parameters"}}}}'
             )
         if not isinstance(parameters.get("properties") or {}, Mapping):
-            raise ValueError(f"tool {number}: its parameters are no JSON schema")
+            raise ValueError(f"tools: the parameters of number {number} are no JSON schema")
     return tools

@@ -26,7 +26,6 @@ from core.errors import UserError
 # per-layer embeddings, 27 MB of E2B, feeds every layer; llama.cpp leaves it whole too. What is no linear layer,
 # bitsandbytes leaves whole by itself: embeddings, per-layer ones too, and experts.
 WHOLE_IN_4_BITS = ("lm_head", "router.proj", "per_layer_model_projection")
-TABLE = "embed_tokens_per_layer"
 ALL_LINEAR = "all-linear"  # peft's word for every linear layer but the output layer
 
 
@@ -69,6 +68,16 @@ def load_base(
     return base
 
 
+def per_layer_table(base: PreTrainedModel) -> nn.Module:
+    """
+    Raises:
+        UserError: `base` has none.
+    """
+    if not hasattr(base.model, "embed_tokens_per_layer"):
+        raise UserError("trainer.table_in_main_memory=true: this model has no table of per-layer embeddings")
+    return base.model.embed_tokens_per_layer
+
+
 def keep_in_main_memory(base: PreTrainedModel) -> None:
     """Keep the table of per-layer embeddings where it is when `base` moves to a GPU; the rows of a batch are copied.
 
@@ -78,9 +87,7 @@ def keep_in_main_memory(base: PreTrainedModel) -> None:
     Raises:
         UserError: `base` has no such table.
     """
-    if not hasattr(base.model, TABLE):
-        raise UserError("trainer.table_in_main_memory=true: this model has no table of per-layer embeddings")
-    table = getattr(base.model, TABLE)
+    table: Any = per_layer_table(base)
 
     def rows(self: nn.Module, ids: Tensor) -> Tensor:
         return type(self).forward(self, ids.cpu()).to(ids.device, non_blocking=True)

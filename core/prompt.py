@@ -169,7 +169,7 @@ class Prompt:
                 _disarmed(check_tools(tools)),
             )
         if thinking or tools:
-            raise ValueError(f"the prompt of this model has no {'tools' if tools else 'thinking'}")
+            raise ValueError(f"{'tools' if tools else 'thinking'}: the prompt of this model has no place for it")
         text = ""
         for user, model in exchanges(messages):
             text += "\n" * bool(text) + self.wrap(user) + ("" if model is None else disarm(model) + (self.end or EOS))

@@ -189,6 +189,10 @@ class ModelConfig(Section):
     name: FolderName = Field(description="names the base model's folder")
     repo: Text = Field(description="its repository on the Hugging Face hub")
     revision: Text = Field(description="commit, tag or branch of that repository")
+    revision_note: Text | None = Field(None, description="what is not sure about it; said before a download")
+    licence: Literal["gemma", "apache-2.0"] | None = Field(
+        None, description="of the repository: gemma is gated there. A folder of your own has that of its config.json"
+    )
     embedded: bool = Field(description="built from Python packages (4-bit weights, dequantized), not downloaded")
     path: Text | None = Field(description="a Hugging Face folder on disk that is used instead")
     models_dir: NonEmpty = Field(description="folder of all base models")

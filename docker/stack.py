@@ -109,7 +109,7 @@ def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
     """Wait until the gateway's /health has generated a token.
 
     Raises:
-        UserError: a container has ended with an error, or there is no answer within `PATIENCE`.
+        UserError: a container has ended with an error, an adapter does nothing, or no answer came within `PATIENCE`.
     """
     began, shown = time.monotonic(), ""
     while time.monotonic() - began < PATIENCE:
@@ -117,6 +117,9 @@ def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
             with urllib.request.urlopen(f"http://127.0.0.1:{port('GATEWAY_PORT')}/health", timeout=15):
                 print(f"Ready after {time.monotonic() - began:.0f} s")
                 return
+        except urllib.error.HTTPError as error:
+            if wrong := wrong_adapters(error):
+                raise UserError(f"{wrong}; what the engine says: {' '.join(compose)} logs") from None
         except (urllib.error.URLError, OSError):
             pass
         asked = subprocess.run(
@@ -137,6 +140,15 @@ def wait(engine: Engine, compose: list[str], profiles: list[str]) -> None:
         shown = now
         time.sleep(1)
     raise UserError(f"no answer after {PATIENCE:.0f} s: {' '.join(compose)} logs")
+
+
+def wrong_adapters(error: urllib.error.HTTPError) -> str | None:
+    """What the gateway found wrong with the adapters, which does not pass; None for any other failure of /health."""
+    try:
+        body = json.loads(error.read())
+        return body["error"] if body["status"] == "wrong adapters" else None
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 if __name__ == "__main__":

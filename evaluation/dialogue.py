@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from core.errors import UserError
-from core.prompt import Prompt
+from core.prompt import AnswerPart, AnswerReader, Prompt
+from evaluation.sampling import end_ids
 
 
 class Dialogue:
@@ -20,6 +21,7 @@ class Dialogue:
 
     Attributes:
         system: a text before the first message; "" for none.
+        thinking: whether the model thinks before it answers, where its prompt knows how.
         messages: `{"role", "content"}` of all that was said, user and assistant in turn.
         forgotten: how many of the oldest exchanges no longer fit in the model's window.
 
@@ -37,6 +39,7 @@ class Dialogue:
         field: str | None,
     ) -> None:
         self.system, self.messages, self.forgotten = "", list[dict[str, str]](), 0
+        self.thinking = False
         self._model, self._tokenizer, self._prompt = model, tokenizer, prompt
         self._sampling, self._field = dict(sampling), field
         window, answer = model.config.get_text_config().max_position_embeddings, sampling["max_new_tokens"]
@@ -51,11 +54,17 @@ class Dialogue:
     def has_memory(self) -> bool:
         return bool(self._prompt.end)
 
+    @property
+    def can_think(self) -> bool:
+        return self._prompt.has_gemma4_turns
+
     def reset(self, system: str) -> None:
         self.system, self.messages, self.forgotten = system, [], 0
 
-    def ask(self, text: str, show: Callable[[str], None]) -> str:
+    def ask(self, text: str, show: Callable[[AnswerPart], None]) -> str:
         """Ask `text`; `show` is given the answer in parts as they are generated. Ctrl-C ends it, and keeps its text.
+
+        A thought before the answer is shown and not kept.
 
         Returns:
             A remark on how the answer ended; "" where the model ended it.
@@ -65,9 +74,10 @@ class Dialogue:
         """
         content = self._prompt.write_instruction(**{self._field: text}) if self._field else text
         question = {"role": "user", "content": content}
-        ids = self._fit(question).to(self._model.device)
-        streamer = _Streamer(self._tokenizer, show)
-        ends = [self._tokenizer.eos_token_id, self._prompt.end_id(self._tokenizer)]
+        asked, ids = self._fit(question)
+        ids = ids.to(self._model.device)
+        streamer = _Streamer(self._tokenizer, show, AnswerReader(asked) if self.can_think else None)
+        ends = end_ids(self._model, self._tokenizer, self._prompt)
         remark = ""
         try:
             with torch.inference_mode():
@@ -90,16 +100,16 @@ class Dialogue:
         self.messages += [question, {"role": "assistant", "content": streamer.text.strip()}]
         return remark
 
-    def _fit(self, question: dict[str, str]) -> Tensor:
-        """Token ids `[1, tokens]` of what the model is given: the system text and the latest exchanges that fit."""
+    def _fit(self, question: dict[str, str]) -> tuple[str, Tensor]:
+        """What the model is given, the system text and the latest exchanges that fit, and its ids `[1, tokens]`."""
         forgotten = self.forgotten
         while True:
             seen = self.messages[2 * forgotten :] if self.has_memory else []
-            text = self._prompt.wrap_dialogue([*self._system_message(), *seen, question])
+            text = self._prompt.wrap_dialogue([*self._system_message(), *seen, question], self.thinking)
             ids: Tensor = self._tokenizer(text, return_tensors="pt").input_ids
             if ids.shape[1] <= self._room:
                 self.forgotten = forgotten
-                return ids
+                return text, ids
             if not seen:
                 raise ValueError(
                     f"this message has {ids.shape[1]:,} tokens, and the model's window holds "
@@ -118,14 +128,24 @@ class Dialogue:
 
 
 class _Streamer(TextStreamer):
-    """Passes each word on when it is complete, and keeps the text."""
+    """Passes each word on when it is complete, and keeps the text of the answer.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show, self.text = show, ""
+    Args:
+        reader: tells thoughts apart, which needs the control tokens; None: there are no thoughts.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, show: Callable[[AnswerPart], None], reader: AnswerReader | None
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=reader is None)
+        self._show, self._reader, self.text = show, reader, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.text else text.lstrip()
-        self.text += text
-        if text:
-            self._show(text)
+        parts = [AnswerPart(text, "")]
+        if self._reader:
+            parts = [*self._reader.read(text), *(self._reader.end() if stream_end else ())]
+        for part in parts:
+            new = part.text if self.text else part.text.lstrip()
+            self.text += new
+            if new or part.thought:
+                self._show(AnswerPart(new, part.thought))

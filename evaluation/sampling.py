@@ -13,7 +13,7 @@ from core.prompt import Prompt
 
 
 class Answer(NamedTuple):
-    """A sampled text, and whether the model ended it by itself rather than at `max_new_tokens`."""
+    """A sampled text without its thoughts, and whether the model ended it rather than `max_new_tokens`."""
 
     text: str
     ended: bool
@@ -39,7 +39,7 @@ def sample(
     tokens = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     own = {key: sampling[key] for key in ("temperature", "top_k", "top_p") if sampling.get(key) is not None}
     rest = {key: value for key, value in sampling.items() if key not in ("temperature", "top_k", "top_p")}
-    ends = [tokenizer.eos_token_id, prompt.end_id(tokenizer)]
+    ends = end_ids(model, tokenizer, prompt)
     draw = SampledToken([Random(f"{seed} {text}") for seed, text in zip(seeds, texts, strict=True)], **own)
     # The last hidden states are a strided view, for which torch multiplies each sequence with its own copy of frozen
     # weights: 6 GB for 16 sequences and Gemma's vocabulary, and a hundred times as slow.
@@ -56,8 +56,18 @@ def sample(
     dense.remove()
     answers = output[:, tokens.input_ids.shape[1] :]
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()
-    said = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [Answer(text.strip(), over) for text, over in zip(said, ended, strict=True)]
+    said = tokenizer.batch_decode(answers, skip_special_tokens=not prompt.has_gemma4_turns)
+    return [
+        Answer(prompt.read_answer(asked, text).text.strip(), over)
+        for asked, text, over in zip(texts, said, ended, strict=True)
+    ]
+
+
+def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """The tokens that end an answer: EOS, the prompt's end, and all that the model's own settings name."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, prompt.end_id(tokenizer), *named} - {None})
 
 
 class SampledToken(LogitsProcessor):

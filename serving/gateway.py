@@ -8,6 +8,8 @@ It serves /v1/models, /v1/chat/completions and /v1/completions (openai_api.py), 
 /metrics for Prometheus. If SERVING_API_KEY is set (several keys are separated by commas), /v1 requires one of them. It
 logs one line of JSON for each request to standard error; with SERVING_LOG_TEXT=1 prompts and answers too. When a caller
 disconnects, its answer is cancelled in the engine.
+
+With --check-adapters, /health fails until each adapter was seen to change what the base says (adapter_check.py).
 """
 
 import argparse
@@ -34,7 +36,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from serving.client import BASE, DEFAULT_URL, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
+from serving.adapter_check import changes_nothing
+from serving.client import BASE, DEFAULT_URL, AnswerPart, AsyncClient, AsyncStream, Busy, InvalidRequest, ServingError
 from serving.client.transport import connect
 from serving.gateway_records import NOBODY, GatewayMetrics, Record, log, log_to_stderr
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
@@ -47,6 +50,7 @@ HEALTH_SECONDS = 1.0  # for which an answer of /health is cached
 HEALTH_DEADLINE = 5.0
 DRAIN_SECONDS = 8  # for answers to finish after SIGTERM
 WRONG_KEYS = 10  # a minute from one address; more, and its requests are refused for a while, whatever their key
+DOES_NOTHING = "answers as the base does: it is empty, or the engine ignores it"
 GONE = 499  # nginx's status for a client that has disconnected
 
 
@@ -73,10 +77,17 @@ class Gateway:
         probe: sends those of /health.
         keys: the accepted API keys; none: no key is required.
         log_text: whether prompts and answers are logged.
+        is_checked: whether `check_adapters` has nothing to do.
     """
 
     def __init__(
-        self, client: AsyncClient, probe: AsyncClient, limits: RequestLimits, keys: list[str], log_text: bool
+        self,
+        client: AsyncClient,
+        probe: AsyncClient,
+        limits: RequestLimits,
+        keys: list[str],
+        log_text: bool,
+        is_checked: bool = True,
     ) -> None:
         self.client, self.metrics = client, GatewayMetrics()
         self._probe, self._limits, self._log_text = probe, limits, log_text
@@ -85,6 +96,8 @@ class Gateway:
         self._open = 0
         self._served = {BASE.name}  # models that have answered; only their names become labels of metrics
         self._health: tuple[float, int, dict[str, Any]] = (float("-inf"), 0, {})
+        # The body of /health while the adapters are checked, or if one does nothing.
+        self._unfit: dict[str, Any] | None = None if is_checked else {"status": "checking adapters"}
         self._probing = asyncio.Lock()
         self._started = int(time.time())
 
@@ -146,6 +159,7 @@ class Gateway:
             if self._open >= self._limits.concurrent:
                 raise ApiError(429, "too many requests are being answered; try again shortly", "busy", retry_after=1)
             record.model = form.model if form.model in self._served else NOBODY
+            await form.settle(self.client)
             return await self._answer(request, form, record)
         except ApiError as error:
             record.error = error.code or "invalid"
@@ -197,7 +211,7 @@ class Gateway:
             return GONE if has_left else 200
 
         try:
-            first = await anext(stream, "")  # errors up to here have an HTTP status of their own
+            first = await stream.part()  # errors up to here have an HTTP status of their own
             if stream.answer.output_tokens:
                 self._served.add(form.model)
                 record.model = form.model
@@ -213,8 +227,28 @@ class Gateway:
         record.end(status)
         return JSONResponse(reply.whole(stream.answer), status)
 
+    async def check_adapters(self) -> None:
+        """Compare each adapter with the base once the server is ready; /health fails until all are found to differ.
+
+        A server whose adapter does nothing must not take the place of one that works: it would answer, wrongly.
+        """
+        while not await self.client.is_ready():
+            await asyncio.sleep(1)
+        wrong = []
+        for adapter in await self.client.adapters():
+            try:
+                if await changes_nothing(self.client, adapter.name):
+                    wrong.append(f"adapter {adapter.name} {DOES_NOTHING}")
+            except ServingError as error:
+                wrong.append(f"adapter {adapter.name} cannot be asked: {ApiError.of(error).message}")
+        for sentence in wrong:
+            log.error(sentence)
+        self._unfit = {"status": "wrong adapters", "error": "; ".join(wrong)} if wrong else None
+
     async def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /health: whether a token can be generated, at most `HEALTH_SECONDS` old."""
+        if self._unfit:
+            return 503, self._unfit
         async with self._probing:
             if time.monotonic() - self._health[0] > HEALTH_SECONDS:
                 begin = time.monotonic()
@@ -248,10 +282,10 @@ class Events(StreamingResponse):
             self._end()
 
 
-async def _events(reply: Reply, stream: AsyncStream, first: str, record: Record) -> AsyncIterator[str]:
-    yield reply.chunk(first, first=True)
+async def _events(reply: Reply, stream: AsyncStream, first: AnswerPart | None, record: Record) -> AsyncIterator[str]:
+    yield reply.chunk(first or AnswerPart("", ""), first=True)
     try:
-        async for part in stream:
+        while (part := await stream.part()) is not None:
             yield reply.chunk(part, first=False)
     except ServingError as error:
         record.error = str(error)
@@ -270,15 +304,19 @@ def refusal(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body(), error.status, error.headers())
 
 
-def create_app(triton: str, ca_file: Path | None, limits: RequestLimits, keys: list[str], log_text: bool) -> FastAPI:
+def create_app(
+    triton: str, ca_file: Path | None, limits: RequestLimits, keys: list[str], log_text: bool, check: bool
+) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         probe = AsyncClient(
             triton, ca_file=ca_file, first_token_deadline=HEALTH_DEADLINE, deadline=HEALTH_DEADLINE, retry_for=0
         )
         async with AsyncClient(triton, ca_file=ca_file, retry_for=RETRY_SECONDS) as client, probe:
-            app.state.gateway = Gateway(client, probe, limits, keys, log_text)
+            app.state.gateway = gateway = Gateway(client, probe, limits, keys, log_text, not check)
+            checking = asyncio.create_task(gateway.check_adapters() if check else asyncio.sleep(0))
             yield
+            checking.cancel()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
 
@@ -356,6 +394,9 @@ def main() -> None:
         metavar="N",
         help=f"concurrent requests, default {RequestLimits.concurrent}",
     )
+    parser.add_argument(
+        "--check-adapters", action="store_true", help="/health fails if an adapter answers exactly as the base"
+    )
     options = parser.parse_args()
     keys = [key.strip() for key in os.environ.get("SERVING_API_KEY", "").split(",") if key.strip()]
     limits = RequestLimits(options.max_body, options.per_minute, options.concurrent)
@@ -374,7 +415,8 @@ def main() -> None:
         sys.exit(2)
     if not keys and not ipaddress.ip_address(listening.getsockname()[0]).is_loopback:
         log.warning("SERVING_API_KEY is not set: everybody who can reach this port can use the model")
-    app = create_app(options.triton, options.ca_file, limits, keys, os.environ.get("SERVING_LOG_TEXT") == "1")
+    log_text = os.environ.get("SERVING_LOG_TEXT") == "1"
+    app = create_app(options.triton, options.ca_file, limits, keys, log_text, options.check_adapters)
     server = uvicorn.Server(
         uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=DRAIN_SECONDS

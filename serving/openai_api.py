@@ -6,6 +6,9 @@ prompt's main field, or several fields as a JSON object: {"context": "…", "con
 a text as it is. Parameters that are left out take the task's values. Beside OpenAI's parameters, these of vLLM are
 accepted: top_k, min_p, repetition_penalty, min_tokens, ignore_eos. An unsupported parameter that would change the
 answer is refused by name; other unknown keys are ignored, as clients send many of them.
+
+A Gemma 4 thinks where it is told to as vLLM is, {"chat_template_kwargs": {"enable_thinking": true}}, into
+`reasoning_content`, and may ask for `tools` to be called. For other models the former is ignored, the latter refused.
 """
 
 import json
@@ -13,7 +16,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -22,16 +25,19 @@ from serving.client import (
     BASE,
     Adapter,
     Answer,
+    AnswerPart,
     AsyncClient,
     AsyncStream,
     Busy,
     DeadlineExceeded,
     InvalidRequest,
     ServingError,
+    ToolCall,
     TooLong,
     Unavailable,
     UnknownAdapter,
 )
+from serving.protocol import STOP
 
 SAMPLING = (
     "temperature",
@@ -181,18 +187,42 @@ class Completion(BaseModel):
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    async def settle(self, client: AsyncClient) -> None:
+        """Settle what depends on the model that is asked.
+
+        Raises:
+            ApiError: it lacks something that the request cannot do without.
+        """
+
     def send(self, client: AsyncClient) -> AsyncStream:
         """Send the request; the answer as it is generated."""
         raise NotImplementedError
 
-    def choice(self, text: str, reason: str | None, place: Literal["whole", "first", "part"]) -> dict[str, Any]:
+    def choice(
+        self,
+        part: AnswerPart,
+        reason: str | None,
+        place: Literal["whole", "first", "part"],
+        calls: Sequence[ToolCall] = (),
+    ) -> dict[str, Any]:
         """An entry of `choices`: a whole answer, or the first or a later part of one."""
         raise NotImplementedError
 
 
 class ChatMessage(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _may_only_call(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("tool_calls") and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
 
     @field_validator("content", mode="before")
     @classmethod
@@ -204,8 +234,8 @@ class ChatMessage(BaseModel):
                 raise ValueError('each part must be {"type": "text", "text": "…"}; this model reads only text')
         return "\n".join(part["text"] for part in value)
 
-    def as_dict(self) -> dict[str, str]:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True) | {"role": "system" if self.role == "developer" else self.role}
 
 
 class ChatCompletion(Completion):
@@ -213,17 +243,49 @@ class ChatCompletion(Completion):
 
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: Any = None
+    _thinking: bool = False
 
     @model_validator(mode="after")
     def _newest_name(self) -> Self:
         self.max_tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self
 
-    def send(self, client: AsyncClient) -> AsyncStream:
-        return client.chat([message.as_dict() for message in self.messages], self.adapter, **self.sampling)
+    @property
+    def wanted_tools(self) -> list[dict[str, Any]]:
+        return [] if (self.model_extra or {}).get("tool_choice") == "none" else self.tools or []
 
-    def choice(self, text: str, reason: str | None, place: Literal["whole", "first", "part"]) -> dict[str, Any]:
-        said = {"role": "assistant", "content": text} if place != "part" else {"content": text} if text else {}
+    async def settle(self, client: AsyncClient) -> None:
+        options = self.chat_template_kwargs
+        thinks = isinstance(options, dict) and bool(options.get("enable_thinking"))
+        calls = bool(self.wanted_tools) or any(message.role == "tool" for message in self.messages)
+        if thinks or calls:
+            prompt = (await client.adapter(self.adapter or BASE.name)).prompt
+            if calls and not prompt.has_gemma4_turns:
+                raise ApiError(400, "tools is not supported; leave it out", "unsupported_parameter", "tools")
+            self._thinking = thinks and prompt.has_gemma4_turns
+
+    def send(self, client: AsyncClient) -> AsyncStream:
+        messages = [message.as_dict() for message in self.messages]
+        return client.chat(messages, self.adapter, thinking=self._thinking, tools=self.wanted_tools, **self.sampling)
+
+    def choice(
+        self,
+        part: AnswerPart,
+        reason: str | None,
+        place: Literal["whole", "first", "part"],
+        calls: Sequence[ToolCall] = (),
+    ) -> dict[str, Any]:
+        said: dict[str, Any] = {"role": "assistant"} if place != "part" else {}
+        if part.text or (place != "part" and not calls):
+            said["content"] = part.text
+        elif place == "whole":
+            said["content"] = None
+        if part.thought:
+            said["reasoning_content"] = part.thought
+        if calls:
+            said["tool_calls"] = [_call(*call, None if place == "whole" else n) for n, call in enumerate(calls)]
         return {"index": 0, "message" if place == "whole" else "delta": said, "logprobs": None, "finish_reason": reason}
 
 
@@ -243,8 +305,14 @@ class TextCompletion(Completion):
     def send(self, client: AsyncClient) -> AsyncStream:
         return client.stream(self.prompt, self.adapter, **self.sampling)
 
-    def choice(self, text: str, reason: str | None, place: Literal["whole", "first", "part"]) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
+    def choice(
+        self,
+        part: AnswerPart,
+        reason: str | None,
+        place: Literal["whole", "first", "part"],
+        calls: Sequence[ToolCall] = (),
+    ) -> dict[str, Any]:
+        return {"index": 0, "text": part.text, "logprobs": None, "finish_reason": reason}
 
 
 class Reply:
@@ -256,15 +324,21 @@ class Reply:
         self._created = int(time.time())
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        choice = self._form.choice(answer.text, answer.finish_reason, "whole")
+        text = answer.text.strip() if answer.tool_calls else answer.text
+        part = AnswerPart(text, answer.thought)
+        choice = self._form.choice(part, _reason(answer), "whole", answer.tool_calls)
         return self._object([choice]) | {"usage": _usage(answer)}
 
-    def chunk(self, text: str, *, first: bool) -> str:
-        return self._event([self._form.choice(text, None, "first" if first else "part")])
+    def chunk(self, part: AnswerPart, *, first: bool) -> str:
+        return self._event([self._form.choice(part, None, "first" if first else "part")])
 
     def last(self, answer: Answer) -> str:
-        """The end of a complete stream: the finish reason, the usage if it was requested, and `[DONE]`."""
-        end = self._event([self._form.choice("", answer.finish_reason, "part")])
+        """The end of a complete stream: calls of tools, the finish reason, the usage if it was requested, and
+        `[DONE]`."""
+        nothing = AnswerPart("", "")
+        end = self._event([self._form.choice(nothing, _reason(answer), "part")])
+        if answer.tool_calls:
+            end = self._event([self._form.choice(nothing, None, "part", answer.tool_calls)]) + end
         usage = _data(self._object([], ".chunk") | {"usage": _usage(answer)}) if self._form.wants_usage else ""
         return f"{end}{usage}data: [DONE]\n\n"
 
@@ -297,6 +371,17 @@ def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
     ]
 
 
+def _reason(answer: Answer) -> str:
+    return "tool_calls" if answer.tool_calls and answer.finish_reason == STOP else answer.finish_reason
+
+
+def _call(name: str, arguments: dict[str, Any], index: int | None) -> dict[str, Any]:
+    """A call of a tool in OpenAI's form; `index` says which it is in a stream."""
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+    return call if index is None else {"index": index, **call}
+
+
 def _usage(answer: Answer) -> dict[str, int]:
     return {
         "prompt_tokens": answer.input_tokens,
@@ -312,4 +397,4 @@ def _data(value: dict[str, Any]) -> str:
 def _named(message: str) -> str | None:
     """The parameter that an error message begins with; None where it begins with none."""
     found = re.match(r"(\w+)", message)
-    return found[1] if found and found[1] in (*SAMPLING, "messages", "prompt") else None
+    return found[1] if found and found[1] in (*SAMPLING, "messages", "prompt", "tools") else None

@@ -72,6 +72,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
+    skip_special_tokens: bool = True  # leave control tokens out of the text; the one that ends it always is
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -304,6 +305,7 @@ READERS = {
     "presence_penalty": _between(_number, -2, 2, "from -2 to 2"),
     "frequency_penalty": _between(_number, -2, 2, "from -2 to 2"),
     "ignore_eos": _truth,
+    "skip_special_tokens": _truth,
 }
 
 

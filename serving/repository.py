@@ -2,7 +2,7 @@
 
     repository/gemma/     config.pbtxt, 1/model.py and protocol.py; or, for NVIDIA's vLLM backend, 1/model.json and
                           1/multi_lora.json
-    repository/adapters/  config.pbtxt, 1/model.py: the catalogue of what is served
+    repository/adapters/  config.pbtxt, 1/model.py and base.json: the catalogue of what is served
     adapters/<name>/      a PEFT folder with prompt.json and serving.json; comes and goes while the server runs
     base                  a link to the base model's Hugging Face folder
 
@@ -12,15 +12,22 @@ Everything gets its final name only once it is complete.
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from core.artifacts import ServedAdapter
-from core.files import commit
+from core.base_turns import in_turns, turns_of
+from core.files import commit, read_json
+from core.gemma_config import FAMILIES
+from serving.client import BASE
+from serving.vllm_adapter import name_for_vllm
 
 HERE = Path(__file__).resolve().parent
 MOUNT = "/serve"  # where this folder is mounted in NVIDIA's container
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as max_lora_rank
+UNIFIED = FAMILIES["gemma4_unified_text"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
 
 # The inputs and outputs of NVIDIA's vLLM backend, except images and log-probabilities.
@@ -87,6 +94,7 @@ def write_repository(folder: Path, base: Path) -> None:
             "gemma/1/protocol.py": HERE / "protocol.py",
             "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED,
             "adapters/1/model.py": HERE / "triton_catalogue.py",
+            "adapters/1/base.json": json.dumps(base_entry(base), indent=2) + "\n",
         },
     )
 
@@ -100,6 +108,10 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
         "gpu_memory_utilization": 0.9,
         "disable_log_stats": False,  # otherwise vLLM has no metrics to report
     }
+    architecture = read_json(base / "config.json").get("architectures")
+    if architecture == [UNIFIED.text]:
+        # The text model of a "unified" Gemma 4 has no class of its own there; the one of the others computes the same.
+        model["hf_overrides"] = {"architectures": [FAMILIES["gemma4_text"].text]}
     files: dict[str, str | Path] = {}
     if ranks:
         rank = next((known for known in RANKS if known >= max(ranks.values())), RANKS[-1])
@@ -115,12 +127,31 @@ def write_vllm_repository(folder: Path, base: Path) -> None:
             **files,
             "adapters/config.pbtxt": CATALOGUE,
             "adapters/1/model.py": HERE / "triton_catalogue.py",
+            "adapters/1/base.json": json.dumps(base_entry(base), indent=2) + "\n",
         },
     )
 
 
-def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
-    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there."""
+def base_entry(base: Path) -> dict[str, Any]:
+    """The catalogue's entry for the base alone, which is asked with its own turns."""
+    prompt = replace(BASE.prompt, template=in_turns(BASE.prompt.template, turns_of(base)))
+    return {
+        "name": BASE.name,
+        "title": BASE.title,
+        "prompt": asdict(prompt),
+        "sampling": {**BASE.sampling, "stop": [prompt.end]},
+        "has_turns": BASE.has_turns,
+        "base": base.name,
+        "field": BASE.field,
+    }
+
+
+def put_adapter(folder: Path, source: Path, serving: ServedAdapter, vllm_base: Mapping[str, Any] | None = None) -> bool:
+    """Copy the PEFT folder `source` to `folder`/adapters, with `serving` as serving.json; False if it was there.
+
+    Args:
+        vllm_base: config.json of the base, where vLLM serves it, which has names of its own for some layers.
+    """
     name = serving.name
     target, partial = folder / "adapters" / name, folder / f".{name}.partial"
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +159,8 @@ def put_adapter(folder: Path, source: Path, serving: ServedAdapter) -> bool:
     partial.mkdir()
     for file in ADAPTER_FILES:
         shutil.copyfile(source / file, partial / file)
+    if vllm_base:
+        name_for_vllm(partial, vllm_base)
     serving.write(partial / "serving.json")
     if target.is_dir() and _content(target) == _content(partial):
         shutil.rmtree(partial)

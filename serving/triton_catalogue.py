@@ -2,7 +2,7 @@
 
 Input `name` BYTES[1] ("" for all), output `catalogue` BYTES[1]: a JSON list with an adapter's `serving.json` and, as
 "prompt", its `prompt.json` in each entry. The adapters' folders lie beside the model repository and are read at each
-request.
+request. The base has an entry too, base.json beside this file, for who asks for it by its name, "gemma".
 
 With the embedded engine it also keeps the model `gemma` loaded: that unloads itself when its engine has ended, and is
 loaded again here as soon as the next one answers. So Triton's readiness is right at every moment, and nobody outside
@@ -30,6 +30,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
         self.folder = Path(args["model_repository"]).resolve().parent.parent / "adapters"
+        base = Path(args["model_repository"], args["model_version"], "base.json")
+        self.base = json.loads(base.read_text(encoding="utf-8")) if base.exists() else {}
         self.parent, self.closing = os.getppid(), False
         parameters = json.loads(args["model_config"])["parameters"]
         self.keeper: threading.Thread | None = None
@@ -53,6 +55,8 @@ class TritonPythonModel:
         except (OSError, ValueError) as error:
             return refusal(f"internal: {error}", pb_utils.TritonError.INTERNAL)
         chosen = [adapter for adapter in found if name in ("", adapter["name"])]
+        if not chosen and self.base.get("name") == name:
+            chosen = [self.base]
         if name and not chosen:
             known = ", ".join(adapter["name"] for adapter in found) or "none"
             return refusal(

@@ -5,7 +5,6 @@ The slow tests run the real recipe and are skipped without `.venv-automodel`. CI
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, until
+from launcher import ENVIRONMENT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from converters.nemo_file import read_nemo
@@ -31,7 +31,6 @@ needs_automodel = pytest.mark.skipif(
     not (automodel.ENVIRONMENT / "automodel.stamp").exists(),
     reason="NeMo AutoModel is not installed (2.5 GB, not in CI): make automodel-env",
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}  # as in test_training.py
 
 
 @pytest.fixture

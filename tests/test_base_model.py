@@ -9,12 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import PATIENCE, ROOT, tiny_gemma
+from conftest import PATIENCE, ROOT
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerBase
 
-from core.base_model import describe, ensure_base_model, keep_text_model, self_check
+from core.base_model import describe, ensure_base_model, self_check
 from core.configuration import load_config, names
 from core.errors import UserError
 
@@ -22,22 +20,36 @@ EXPECTED = {
     *(f"gemma-{size}{kind}" for size in ("2b", "7b") for kind in ("", "-it")),
     *(f"gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("", "-it")),
     *(f"gemma-3-{size}{kind}" for size in ("270m", "1b", "4b", "12b", "27b") for kind in ("", "-it")),
+    *(f"gemma-4-{size}{kind}" for size in ("e2b", "e4b", "12b", "26b-a4b", "31b") for kind in ("", "-it")),
 }
 
 
-def test_every_gemma_has_a_pinned_config() -> None:
+def test_every_gemma_has_a_pinned_config_or_says_why_not() -> None:
     assert set(names("model")) == EXPECTED
     for name in EXPECTED:
         model = load_config([f"model={name}"]).model
         assert model.name == name and model.repo.startswith("google/gemma")
-        assert len(model.revision) == 40 and int(model.revision, 16)
+        assert (model.revision == "main" and model.revision_note) or (
+            len(model.revision) == 40 and int(model.revision, 16)
+        )
+        assert model.licence == ("apache-2.0" if name.startswith("gemma-4") else "gemma")
 
 
-def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
+def test_a_model_may_be_named_as_on_the_hub() -> None:
+    assert load_config(["model=gemma-4-26B-A4B-it"]).model.repo == "google/gemma-4-26B-A4B-it"
+    asked = ["make", "-n", "base", "MODEL=gemma-4-E2B"]
+    result = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert "model=gemma-4-e2b " in result.stdout, result.stderr
+    result = subprocess.run([*asked[:-1], "MODEL=gemma-4-E3B"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode and "MODEL=gemma-4-e3b is unknown. Known: " in result.stderr
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-4-e2b"])
+def test_without_network_the_error_names_the_ways_out(name: str, tmp_path: Path) -> None:
     # Port 9 of this machine answers nobody: the hub is out of reach whatever the network.
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "commands.base", "model=gemma-2-2b", f"model.models_dir={tmp_path}"],
+        [sys.executable, "-m", "commands.base", f"model={name}", f"model.models_dir={tmp_path}"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -47,7 +59,13 @@ def test_without_network_the_error_names_the_ways_out(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "cannot be reached" in result.stderr and "model.path=" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "gemma-2-2b").exists()
+    assert not (tmp_path / name).exists()
+    said = result.stdout + result.stderr
+    if name == "gemma-4-e2b":
+        assert "Apache License 2.0" in said and "not checked against the hub" in said
+        assert not any(words in said for words in ("HF_TOKEN", "Gemma Terms", "Accept", "gated"))
+    else:
+        assert "Gemma Terms of Use: https://ai.google.dev/gemma/terms" in said
 
 
 def test_a_folder_of_ones_own_must_be_a_model(tmp_path: Path) -> None:
@@ -81,31 +99,6 @@ def test_the_hash_follows_the_weights_and_not_the_folder(tiny_base: Path, tmp_pa
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert describe(copy)["sha256"] != describe(tiny_base)["sha256"]
-
-
-def test_a_multimodal_checkpoint_is_cut_to_its_text_model(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    text = tiny_gemma("gemma3_text").config.to_dict()
-    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
-    whole.eval().save_pretrained(tmp_path)
-    tokens = torch.tensor([tokenizer("The train left the station.").input_ids])
-    with torch.inference_mode():
-        expected = whole(input_ids=tokens).logits
-    keep_text_model(tmp_path)
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == "Gemma3ForCausalLM"
-    assert not any("vision" in name for name in load_file(tmp_path / "model.safetensors"))
-    with torch.inference_mode():
-        torch.testing.assert_close(model(tokens).logits, expected)
 
 
 @pytest.mark.slow

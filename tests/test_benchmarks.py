@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, TINY, TINY_FAMILY, tiny_gemma
+from launcher import ENVIRONMENT
 from peft import LoraConfig, get_peft_model
-from test_training import ENVIRONMENT
+from tiny_gemma4 import KINDS, SMALL, tiny_gemma4
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.samples import chunks
+from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
+from core.layer_shapes import layer_shapes
+from serving.engine.adapters import read_adapter
+from serving.engine.architecture import GemmaConfig
 from training.flops import flops_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,6 +57,28 @@ def test_flops_equal_those_that_torch_counts(family: str) -> None:
     windows = {"gemma": 0, "gemma2": 2, "gemma3_text": 2}[family]
     full, seen = length * (length + 1) // 2, sum(min(at + 1, TINY["sliding_window"]) for at in range(length))
     assert flops.attention == 12 * width * (windows * seen + (3 - windows) * full)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flops_of_gemma_4_equal_those_that_torch_counts(kind: str) -> None:
+    """Layers of two kinds, borrowed keys, keys as values, per-layer embeddings, and of experts the active ones."""
+    length = 48  # longer than the window
+    base = tiny_gemma4(kind)
+    base.set_attn_implementation("eager")
+    if kind == "26b-a4b":
+        base.set_experts_implementation("eager")  # torch does not count grouped products
+    model = get_peft_model(base, LoraConfig(**LORA)).train()
+    ids = torch.arange(3, 3 + length)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    flops = flops_of(model.config, [length], length, LORA["r"], TARGETS)
+    layers = layer_shapes(model.config)
+    attention_of_all_pairs = 12 * length**2 * sum(layer.heads * layer.head_dim for layer in layers)
+    first = [size for name, size in layers[0].linear().items() if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    not_needed = 2 * length * sum(inputs * outputs + LORA["r"] * inputs for inputs, outputs in first)
+    assert counter.get_total_flops() == pytest.approx(
+        flops.layers + flops.adapters + flops.output + attention_of_all_pairs - not_needed, rel=1e-4
+    )
 
 
 def test_chunks_have_one_length_and_the_fraction_of_target_tokens_of_the_rows() -> None:
@@ -198,3 +225,17 @@ def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tiny_base:
     result = benchmark(tmp_path, f"model.path={tiny_base}", word)
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("layers", "borrowing"), [(10, 5), (8, 3), (5, 0)])
+def test_what_is_served_at_random_is_a_published_shape_cut_short(
+    layers: int, borrowing: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shape = {name: value for name, value in SMALL.items() if not name.endswith("token_id")}
+    monkeypatch.setitem(ARCHITECTURES, "tiny", ("gemma4_text", shape))
+    base, adapter = random_model("tiny", layers, tmp_path / "none", tmp_path)
+    config = GemmaConfig.read(base)
+    assert config.layers == layers
+    assert sum(shape.kv_source != number for number, shape in enumerate(config.shapes)) == borrowing
+    assert len(read_adapter(adapter, config).lora_a) == 7 * layers - 2 * borrowing
+    assert "Instruction:" in read_prompts(adapter, 1)[0]

@@ -18,11 +18,12 @@ import torch
 import yaml
 from conftest import FAMILIES, PATIENCE, ROOT, tiny_gemma
 from datasets import Dataset
+from tiny_gemma4 import tiny_gemma4, tiny_tokenizer4
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from core.configuration import load_config, plain
 from core.errors import UserError
-from core.prompt import Prompt
+from core.prompt import AnswerPart, Prompt
 from data_prep.prepare import prepare
 from data_prep.same_rows import NEAR
 from evaluation.dialogue import Dialogue
@@ -327,15 +328,19 @@ def given(tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[
     return seen
 
 
+def _said(parts: list[AnswerPart]) -> str:
+    return "".join(part.text for part in parts)
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_the_model_is_given_all_that_was_said(
     talk: Dialogue, given: list[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    shown: list[str] = []
+    shown: list[AnswerPart] = []
     for question in ("hi", "and then?", "<end_of_turn>"):
         talk.ask(question, shown.append)
     said = [message["content"] for message in talk.messages]
-    assert said[::2] == ["hi", "and then?", "<end_of_turn>"] and "".join(said[1::2]).split() == "".join(shown).split()
+    assert said[::2] == ["hi", "and then?", "<end_of_turn>"] and "".join(said[1::2]).split() == _said(shown).split()
     assert given[2] == tokenizer(PROMPT.wrap_dialogue(talk.messages[:-1])).input_ids
     assert talk.rows() == [{"messages": talk.messages}]
     talk.reset("")
@@ -372,16 +377,16 @@ def test_ctrl_c_ends_an_answer_and_not_the_dialogue(
 ) -> None:
     torch.manual_seed(0)
     talk = Dialogue(tiny_model, tokenizer, PROMPT, {"max_new_tokens": 60}, None)
-    shown: list[str] = []
+    shown: list[AnswerPart] = []
 
-    def impatient(part: str) -> None:
+    def impatient(part: AnswerPart) -> None:
         shown.append(part)
         if len(shown) == 1:
             signal.raise_signal(signal.SIGINT)
 
     assert talk.ask("hi", impatient) == "stopped"
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
-    assert talk.messages[1]["content"] == "".join(shown).strip()
+    assert talk.messages[1]["content"] == _said(shown).strip()
     assert talk.ask("again", shown.append) == "cut at task.generate.max_new_tokens=60"
     assert len(talk.messages) == 4
 
@@ -397,6 +402,36 @@ def test_a_prompt_without_turns_is_asked_each_question_by_itself(
     assert not talk.has_memory
     assert given[1] == tokenizer(prompt.wrap(prompt.write_instruction(context="A train."))).input_ids
     assert [len(row["messages"]) for row in talk.rows()] == [2, 2]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_gemma_4_thinks_where_it_is_told_to_and_what_it_thought_is_shown_and_forgotten() -> None:
+    model, tokenizer = tiny_gemma4("e2b"), tiny_tokenizer4()
+    prompt = Prompt("<|turn>user\n{instruction}<turn|>\n<|turn>model\n{response}<turn|>", "{message}", "{answer}")
+    answer = tokenizer("<|channel>thought\nrain<channel|>The train<|tool_response>", add_special_tokens=False).input_ids
+    asked: list[list[int]] = []
+
+    def speak(model: Any, given: Any, output: Any) -> Any:
+        """Makes the model say `answer`, whatever it computed."""
+        if given["input_ids"].shape[1] > 1:
+            asked.append(given["input_ids"][0].tolist())
+            place[0] = 0
+        output.logits[:, -1] = -1e4
+        output.logits[:, -1, answer[place[0]]] = 1e4
+        place[0] += 1
+        return output
+
+    place, shown = [0], list[AnswerPart]()
+    model.register_forward_hook(lambda model, _, given, output: speak(model, given, output), with_kwargs=True)
+    model.generation_config.eos_token_id = [1, 106, 50]
+    talk = Dialogue(model, tokenizer, prompt, {"max_new_tokens": 60}, None)
+    talk.reset("Be kind.")
+    talk.thinking = True
+    assert [talk.ask(text, shown.append) for text in ("hi", "and?")] == ["", ""]  # 50 has ended both
+    assert _said(shown) == "The trainThe train" and "".join(part.thought for part in shown) == "rainrain"
+    assert [message["content"] for message in talk.messages[1::2]] == ["The train"] * 2
+    told = [{"role": "system", "content": "Be kind."}, *talk.messages[:3]]
+    assert asked == [tokenizer(prompt.wrap_dialogue(told[:end], thinking=True)).input_ids for end in (2, 4)]
 
 
 def test_a_window_without_room_for_a_question_is_an_error(

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from conftest import PATIENCE, ROOT, until
-from test_training import ENVIRONMENT, command, course, only_run, train
+from launcher import ENVIRONMENT
+from test_training import arguments, course, only_run, train
 
 from core.configuration import names
 
@@ -197,7 +198,7 @@ def test_the_dashboard_queries_prometheus_and_its_panels_do_not_overlap() -> Non
 
 @pytest.mark.slow
 def test_each_gpu_is_a_process_of_one_training(source: Path, tiny_base: Path, tmp_path: Path) -> None:
-    words = command(source, tiny_base, tmp_path, "task.train.epochs=1")[3:]
+    words = arguments(source, tiny_base, tmp_path, "task.train.epochs=1")
     result = make("train", "RUNTIME=local", "GPUS=2", f"ARGS={' '.join(words)}")
     assert result.returncode == 0, result.stderr
     run = only_run(tmp_path)
@@ -298,10 +299,12 @@ def test_an_image_has_labels_and_a_health_check(engine: Engine, kind: str) -> No
 
 @pytest.mark.slow
 def test_a_container_trains_to_the_same_bits(engine: Engine, source: Path, tiny_base: Path, tmp_path: Path) -> None:
-    words = {where: command(source, tiny_base, tmp_path / where, "task.train.epochs=1") for where in ("here", "there")}
+    words = {
+        where: arguments(source, tiny_base, tmp_path / where, "task.train.epochs=1") for where in ("here", "there")
+    }
     result = train(words["here"])
     assert result.returncode == 0, result.stderr
-    result = make("train", "RUNTIME=container", f"ARGS={' '.join(words['there'][3:])}", HF_TOKEN=SECRET)
+    result = make("train", "RUNTIME=container", f"ARGS={' '.join(words['there'])}", HF_TOKEN=SECRET)
     assert result.returncode == 0, result.stderr
     here, there = only_run(tmp_path / "here"), only_run(tmp_path / "there")
     assert here.name == there.name
@@ -316,10 +319,10 @@ def test_a_container_trains_to_the_same_bits(engine: Engine, source: Path, tiny_
 def test_a_stopped_container_leaves_a_checkpoint(
     engine: Engine, source: Path, tiny_base: Path, tmp_path: Path, how: str, code: int
 ) -> None:
-    words = command(source, tiny_base, tmp_path, "task.train.epochs=400")[2:]
+    words = arguments(source, tiny_base, tmp_path, "task.train.epochs=400")
     environment = {**ENVIRONMENT, "HF_TOKEN": SECRET}
     process = subprocess.Popen(
-        [sys.executable, "docker/container.py", *words],
+        [sys.executable, "docker/container.py", "commands.train", *words],
         cwd=ROOT,
         env=environment,
         text=True,

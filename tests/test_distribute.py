@@ -5,9 +5,7 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 
@@ -15,9 +13,12 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
-from conftest import FAMILIES, ROOT, tiny_gemma, until
+from conftest import FAMILIES, tiny_gemma, until
 from datasets import Dataset
+from launcher import Launcher, Training
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_gemma4 import KINDS as KINDS_4
+from tiny_gemma4 import even_gemma4, tiny_gemma4
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import GemmaConfig
 
@@ -33,20 +34,22 @@ from training.signals import EXIT_LOST
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = ("ddp", "fsdp2", "tp")
-# One thread, and loopback: the machine that tests may not know its own name.
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
+EXPERTS = "26b-a4b with adapters on its experts"
+LOOPBACK = ("GLOO_SOCKET_IFNAME", "lo")  # the machine that tests may not know its own name
 
 
 def tiny_lora(family: str) -> PeftModel:
-    base = tiny_gemma(family, vocab_size=600)
+    experts = {}
+    if family == EXPERTS:
+        base = even_gemma4("26b-a4b")
+        experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    elif family in KINDS_4:
+        base = even_gemma4(family, **{"num_global_key_value_heads": 2} if family == "26b-a4b" else {})
+    else:
+        base = tiny_gemma(family, vocab_size=600)
     base.loss_sum = MethodType(loss_sum, base)
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **experts))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -99,12 +102,13 @@ def take_steps_like(
         shard_base(model.get_base_model(), mesh)
     elif kind == "tp":
         split_base(model.get_base_model(), mesh.get_group())
-    for _ in range(2):  # once more: what was gathered and freed is gathered again
+    for _ in range(2 if kind == "fsdp2" else 1):  # once more: what was gathered and freed is gathered again
         total = take_step(model, strategy.share)
         total = strategy.sum_step(adapters(model), total)
         torch.testing.assert_close(total, expected)
         for parameter, gradient in zip(adapters(model), gradients, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+            atol = max(1e-6, 1e-5 * gradient.abs().max().item())
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=atol)
     model.zero_grad()
     return model
 
@@ -113,19 +117,22 @@ def compare_with_one_process(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    for family in FAMILIES:
+    for family in (*FAMILIES, *KINDS_4, EXPERTS):
         alone = tiny_lora(family)
         expected = take_step(alone, (0, 1))
         gradients = [parameter.grad for parameter in adapters(alone)]
         whole = sum(parameter.nbytes for parameter in alone.parameters() if not parameter.requires_grad)
         del alone
         for kind in KINDS:
+            if kind == "tp" and family in ("e2b", "12b", EXPERTS):
+                continue  # refused: one head for keys and values in some layers, and adapters that it does not divide
             gc.collect()
             before = held_bytes()
             model = take_steps_like(kind, family, mesh, expected, gradients)
             gc.collect()
             held = (held_bytes() - before - sum(parameter.nbytes for parameter in adapters(model))) / whole
-            low, high = {"ddp": (1, 1.01), "fsdp2": (0.5, 0.55), "tp": (0.5, 0.8)}[kind]  # tp: the embedding is copied
+            # tp copies the embeddings and the experts
+            low, high = {"ddp": (1, 1.01), "fsdp2": (0.5, 0.55), "tp": (0.5, 0.9)}[kind]
             assert low <= held <= high, f"{family} {kind}: a process holds {held} of the base"
             del model
     torch.distributed.destroy_process_group()
@@ -134,8 +141,8 @@ def compare_with_one_process(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every strategy and family, with micro-batches of no row; of a sharded base, half lies in each process."""
-    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
+    for name, value in (("OMP_NUM_THREADS", "1"), LOOPBACK):
+        monkeypatch.setenv(name, value)
     counts = [
         len(next(iter(Batches(rows(), 8, 60, 0, rank=rank, world_size=2))).micro_batches[-1].targets) for rank in (0, 1)
     ]
@@ -169,43 +176,27 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+Start = Callable[..., Training]
+
+
 @pytest.fixture(scope="module")
-def words(source: Path, tiny_base: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "commands.train",
-        f"task.data.source={source}",
-        f"model.path={tiny_base}",
-        "task.train.epochs=2",
-        "task.train.batch_size=4",
-        "task.generate.max_new_tokens=4",
-    ]
+def start(launcher: Launcher, source: Path, tiny_base: Path) -> Start:
+    """Starts the training of a folder's run; its worker processes are what `commands.train` itself starts."""
 
+    def start(folder: Path, *more: str, said: str = "", **environment: str) -> Training:
+        words = [
+            f"task.data.source={source}",
+            f"model.path={tiny_base}",
+            f"data_dir={folder}/data",
+            f"runs_dir={folder}/runs",
+            "task.train.epochs=2",
+            "task.train.batch_size=4",
+            "task.generate.max_new_tokens=4",
+            *more,
+        ]
+        return launcher.start(words, folder / said, environment=dict([LOOPBACK], **environment))
 
-def start(words: list[str], folder: Path, *more: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*words, f"data_dir={folder}/data", f"runs_dir={folder}/runs", *more],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**ENVIRONMENT, **environment},
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout: float = 600) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-
-
-def train(words: list[str], folder: Path, *more: str) -> Path:
-    process = start(words, folder, *more)
-    said, errors = finish(process)
-    assert process.returncode == 0, said + errors
-    return only_run(folder)
+    return start
 
 
 def only_run(folder: Path) -> Path:
@@ -218,16 +209,16 @@ def losses(run: Path) -> dict[tuple[int, str], float]:
     return {(line["step"], kind): line[kind] for line in lines for kind in ("train_loss", "val_loss") if kind in line}
 
 
-def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> None:
-    while not list(folder.glob("runs/slang/*/metrics.jsonl")) or len(losses(only_run(folder))) < steps:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+def wait_for_steps(training: Training, folder: Path, steps: int) -> None:
+    training.wait_until(
+        lambda: list(folder.glob("runs/slang/*/metrics.jsonl")) and len(losses(only_run(folder))) >= steps
+    )
 
 
-def workers(process: subprocess.Popen[str]) -> dict[int, int]:
+def workers(training: Training) -> dict[int, int]:
     """Process ids of the training processes, by rank."""
     found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+    for pid in Path(f"/proc/{training.pid}/task/{training.pid}/children").read_text().split():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
         found.update({rank: int(pid) for rank in ranks})
@@ -260,21 +251,23 @@ def assert_same_result(run: Path, alone: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(words, tmp_path_factory.mktemp("alone"))
+def alone(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    training = start(folder)
+    assert training.end() == 0, training.said
+    return only_run(folder)
 
 
 @pytest.fixture(scope="module")
-def two_machines(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_machines(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the same command on two machines, of which both happen to be this one."""
     folder = tmp_path_factory.mktemp("machines")
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    second = start(words, folder, "trainer.num_nodes=2", NODE_RANK="1", **address)
-    first = start(words, folder, "trainer.num_nodes=2", NODE_RANK="0", **address)
-    for process in (first, second):
-        said, errors = finish(process)
-        assert process.returncode == 0, said + errors
+    second = start(folder, "trainer.num_nodes=2", said="second", NODE_RANK="1", **address)
+    first = start(folder, "trainer.num_nodes=2", said="first", NODE_RANK="0", **address)
+    for machine in (first, second):
+        assert machine.end() == 0, machine.said
     return only_run(folder)
 
 
@@ -287,21 +280,19 @@ def test_two_machines_give_the_result_of_one(two_machines: Path, alone: Path) ->
 
 @pytest.mark.slow
 def test_a_run_stops_when_a_process_is_killed_and_can_be_resumed(
-    words: list[str], tmp_path: Path, alone: Path, two_machines: Path
+    start: Start, tmp_path: Path, alone: Path, two_machines: Path
 ) -> None:
-    words = [*words, "trainer.devices=2", "trainer.strategy=fsdp2"]
-    process = start(words, tmp_path)
-    wait_for_steps(process, tmp_path, len(losses(alone)) // 2)
-    pids = workers(process)
+    sharded = ("trainer.devices=2", "trainer.strategy=fsdp2")
+    training = start(tmp_path, *sharded)
+    wait_for_steps(training, tmp_path, len(losses(alone)) // 2)
+    pids = workers(training)
     os.kill(pids[1], signal.SIGKILL)
-    errors = finish(process)[1]
-    assert process.returncode == EXIT_LOST
-    assert "training process 1 of 2 was killed by SIGKILL" in errors and "Traceback" not in errors
+    assert training.end() == EXIT_LOST, training.said
+    assert "training process 1 of 2 was killed by SIGKILL" in training.said and "Traceback" not in training.said
     assert_gone(list(pids.values()))
 
-    process = start(words, tmp_path)
-    said, errors = finish(process)
-    assert process.returncode == 0 and "Resuming from step" in said, said + errors
+    training = start(tmp_path, *sharded)
+    assert training.end() == 0 and "Resuming from step" in training.said, training.said
     assert_same_result(only_run(tmp_path), alone)
     # A sharded base computes with the same weights: the adapter is that of the run that was never stopped.
     one, other = (read_nemo(run / "slang.nemo").adapter for run in (only_run(tmp_path), two_machines))
@@ -310,41 +301,39 @@ def test_a_run_stops_when_a_process_is_killed_and_can_be_resumed(
 
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_and_resumes_with_another_number_of_processes(
-    words: list[str], tmp_path: Path, alone: Path
+    start: Start, tmp_path: Path, alone: Path
 ) -> None:
     steps = len(losses(alone))
-    for strategy, number, code, after in (
-        ("tp", signal.SIGINT, 130, steps // 4),
-        ("ddp", signal.SIGTERM, 75, steps // 2),  # what a scheduler takes as "start it again"
-        ("fsdp2", signal.SIGUSR1, 75, 3 * steps // 4),
+    for strategy, number, code, after in (  # half of the steps are left for the last signal to come in time
+        ("tp", signal.SIGINT, 130, steps // 6),
+        ("ddp", signal.SIGTERM, 75, steps // 3),  # what a scheduler takes as "start it again"
+        ("fsdp2", signal.SIGUSR1, 75, steps // 2),
     ):
-        process = start(words, tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
-        wait_for_steps(process, tmp_path, after)
-        pids = workers(process)
-        process.send_signal(number)
-        errors = finish(process)[1]
-        assert process.returncode == code and "Traceback" not in errors
-        assert errors.lower().count("run the same command to resume") == 1
+        training = start(tmp_path, "trainer.devices=2", f"trainer.strategy={strategy}")
+        wait_for_steps(training, tmp_path, after)
+        pids = workers(training)
+        training.send(number)
+        assert training.end() == code and "Traceback" not in training.said, training.said
+        assert training.said.lower().count("run the same command to resume") == 1
         assert_gone(list(pids.values()))
-    assert_same_result(train(words, tmp_path), alone)
+    training = start(tmp_path)
+    assert training.end() == 0, training.said
+    assert_same_result(only_run(tmp_path), alone)
 
 
 @pytest.mark.slow
-def test_an_error_is_reported_once_and_no_process_outlives_its_parent(words: list[str], tmp_path: Path) -> None:
-    process = start(
-        words, tmp_path / "nan", "trainer.devices=2", "task.train.learning_rate=1e30", "task.train.clip=1e30"
-    )
-    errors = finish(process)[1]
-    assert process.returncode == 2
-    assert errors.count("the loss became") == 1 and "Traceback" not in errors
+def test_an_error_is_reported_once_and_no_process_outlives_its_parent(start: Start, tmp_path: Path) -> None:
+    training = start(tmp_path / "nan", "trainer.devices=2", "task.train.learning_rate=1e30", "task.train.clip=1e30")
+    assert training.end() == 2
+    assert training.said.count("the loss became") == 1 and "Traceback" not in training.said
 
-    process = start(words, tmp_path / "killed", "trainer.devices=2")
-    wait_for_steps(process, tmp_path / "killed", 1)
-    pids = workers(process)
+    training = start(tmp_path / "killed", "trainer.devices=2")
+    wait_for_steps(training, tmp_path / "killed", 1)
+    pids = workers(training)
     assert sorted(pids) == [0, 1]
-    process.kill()
+    training.send(signal.SIGKILL)
     assert_gone(list(pids.values()))
-    finish(process)
+    assert training.end() == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
@@ -371,6 +360,27 @@ def test_tensor_parallelism_lists_the_sizes_that_the_heads_allow(
     heads: int, devices: int, says: str | None, tmp_path: Path
 ) -> None:
     GemmaConfig(num_key_value_heads=heads, num_attention_heads=8, intermediate_size=64).save_pretrained(tmp_path)
+    config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
+    if says is None:
+        check_tensor_parallel(config, tmp_path)
+    else:
+        with pytest.raises(UserError, match=says):
+            check_tensor_parallel(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "says"),
+    [
+        ("e2b", 2, "1 key/value heads, so it cannot be split"),
+        ("12b", 2, "1 key/value heads in some layers, so it cannot be split"),
+        ("31b", 4, "2 key/value heads in some layers, so trainer.devices may be 2"),
+        ("31b", 2, None),
+    ],
+)
+def test_tensor_parallelism_asks_the_heads_of_every_layer_of_a_gemma_4(
+    kind: str, devices: int, says: str | None, tmp_path: Path
+) -> None:
+    tiny_gemma4(kind).config.save_pretrained(tmp_path)
     config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
     if says is None:
         check_tensor_parallel(config, tmp_path)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from tiny_gemma4 import tiny_gemma4, tiny_tokenizer4
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -128,6 +129,29 @@ def test_an_answer_says_whether_it_came_to_its_end(tiny_base: Path) -> None:
     answers = sample(model, tokenizer, ENDS, ["a", "b"], [0, 0], {"max_new_tokens": 5})
     assert [answer.ended for answer in answers] == [True, False]
     assert answers[0].text == "" != answers[1].text
+
+
+def test_a_gemma_4_ends_at_every_token_that_its_settings_name_and_its_thoughts_are_no_answer() -> None:
+    model, tokenizer = tiny_gemma4("e2b"), tiny_tokenizer4()
+    model.generation_config.eos_token_id = [1, 106, 50]
+    prompt = Prompt("<|turn>user\n{instruction}<turn|>\n<|turn>model\n{response}<turn|>", "{ask}", "{say}")
+    said = ["<|channel>thought\nrain\n<channel|>The train", "The", "train", "rain"]
+    answers = [
+        tokenizer(text + end, add_special_tokens=False).input_ids
+        for text, end in zip(said, ["<turn|>", "<eos>", "<|tool_response>", "<|tool>" * 30], strict=True)
+    ]
+    place = iter(range(30))
+
+    def speak(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        token = next(place)
+        for row, answer in enumerate(answers):
+            logits[row, :, answer[min(token, len(answer) - 1)]] = 1e4
+        return logits
+
+    model.lm_head.register_forward_hook(speak)
+    found = sample(model, tokenizer, prompt, [prompt.wrap("a")] * 4, [0] * 4, {"max_new_tokens": 30})
+    assert [one.text for one in found] == ["The train", "The", "train", "rain"]
+    assert [one.ended for one in found] == [True, True, True, False]
 
 
 # --- questions ------------------------------------------------------------------------------------------------

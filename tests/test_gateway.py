@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import httpx
 import openai
 import pytest
 from conftest import PATIENCE, ROOT, until
+from safetensors.torch import load_file, save_file
 from tiny_serving import (
     ENDLESS,
     GREEDY,
@@ -33,6 +35,7 @@ from tiny_serving import (
     serve_tiny,
 )
 
+from core.artifacts import ServedAdapter
 from serving.client import (
     AsyncClient,
     Busy,
@@ -45,6 +48,7 @@ from serving.client import (
     UnknownAdapter,
 )
 from serving.openai_api import ApiError, ChatCompletion, TextCompletion
+from serving.repository import put_adapter, remove_adapter
 
 HI = [{"role": "user", "content": "Hi!"}]
 
@@ -101,12 +105,31 @@ def gateway(triton: str, log: Path, *words: str, **environment: str) -> Iterator
         process.wait(PATIENCE)
 
 
+def settled_health(url: str) -> httpx.Response:
+    """What /health says once the adapters have been checked."""
+    while (answer := httpx.get(f"{url}/health", timeout=PATIENCE)).json()["status"] == "checking adapters":
+        assert answer.status_code == 503
+        time.sleep(0.05)
+    return answer
+
+
 def chat(**others: Any) -> dict[str, Any]:
     return {"model": "chat", "messages": HI, **GREEDY, **others}
 
 
 def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.text.split("\n") if line]
+
+
+def add_empty_adapter(stack: Stack, scratch: Path) -> Path:
+    """Serve an adapter, beside the others, whose matrices are zero; its folder."""
+    source = shutil.copytree(stack.folder / "adapters" / "slang", scratch / "empty")
+    weights = source / "adapter_model.safetensors"
+    save_file({name: tensor * 0 for name, tensor in load_file(weights).items()}, weights)
+    serving = ServedAdapter.read(source / "serving.json")
+    put_adapter(stack.folder, source, serving.model_copy(update={"name": "empty"}))
+    until(lambda: "empty" in stack.stats()["adapters"])
+    return stack.folder / "adapters" / "empty"
 
 
 # --- without a server -------------------------------------------------------------------------------------------------
@@ -167,14 +190,15 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
     [
         ({"n": 2}, "n", "n is not supported"),
         ({"logprobs": True}, "logprobs", "logprobs is not supported"),
-        ({"tools": [{}]}, "tools", "tools is not supported"),
+        ({"tools": "weather"}, "tools", "tools: .* array"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"temperature": "warm"}, "temperature", "temperature: .* number"),
         ({"temperature": True}, "temperature", "temperature: .* number"),
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens: .* integer"),
         ({"stream": "yes"}, "stream", "stream: .* boolean"),
         ({"messages": "Hi"}, "messages", "messages: .* array"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'assistant'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'assistant'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", '"type": "text"'),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         ({"model": None}, "model", "model: .* string"),
@@ -331,6 +355,25 @@ def test_server_sent_events_end_with_done(web: httpx.Client) -> None:
     assert len({json.loads(chunk)["id"] for chunk in chunks}) == 1
     assert web.get("/v1/nothing").json()["error"]["type"] == "invalid_request_error"
     assert web.get("/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.slow
+def test_an_adapter_that_does_nothing_keeps_a_checking_gateway_from_being_ready(stack: Stack, tmp_path: Path) -> None:
+    empty = add_empty_adapter(stack, tmp_path)
+    try:
+        with gateway(stack.grpc, tmp_path / "log", "--check-adapters") as checking:
+            health = settled_health(checking.url)
+            assert health.status_code == 503 and health.json() == {
+                "status": "wrong adapters",
+                "error": "adapter empty answers as the base does: it is empty, or the engine ignores it",
+            }
+            errors = [line["message"] for line in checking.lines() if line["level"] == "error"]
+            assert errors == [health.json()["error"]]
+    finally:
+        remove_adapter(empty)
+        until(lambda: "empty" not in stack.stats()["adapters"])
+    with gateway(stack.grpc, tmp_path / "log", "--check-adapters") as checking:
+        assert settled_health(checking.url).json()["status"] == "ok"
 
 
 @pytest.mark.slow

@@ -323,3 +323,32 @@ def test_a_whole_model_is_asked_for_where_there_is_one(
         convert(tmp_path / "peft", "merged", tmp_path / "merged", text, whole=True)
     with pytest.raises(UserError, match="whole=true is for an adapter"):
         convert(whole, "hf", tmp_path / "hf", whole=True)
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+def test_formats_that_have_no_place_for_it_say_which_do(folders: dict[str, Path], tmp_path: Path) -> None:
+    adapted(tiny_gemma4("31b"), target_modules=["q_proj"]).save_pretrained(tmp_path / "peft")
+    for to in ("nemo1", "nemo2"):
+        for source in (folders["31b"], tmp_path / "peft"):
+            with pytest.raises(UserError, match="known here for Gemma 1, 2 and 3, not for a 'gemma4_text'; to=nemo"):
+                convert(source, to, tmp_path / to, folders["31b"])
+    assert not (tmp_path / "nemo1").exists() and not (tmp_path / "nemo2").exists()
+
+
+def test_a_checkpoint_for_jax_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "gemma4").mkdir()
+    (tmp_path / "gemma4/_CHECKPOINT_METADATA").write_text("{}")
+    with pytest.raises(UserError, match=r"is a checkpoint for JAX .* take the same model's Hugging Face folder"):
+        convert(tmp_path / "gemma4", "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "vaultgemma", "gemma4_assistant"])
+def test_relatives_are_refused(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    hf.write(hf.read(folders["31b"]), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    with pytest.raises(UserError, match=f"a model of type '{kind}'; only Gemma 1, 2, 3 and 4"):
+        convert(folder, "nemo", tmp_path / "nemo")

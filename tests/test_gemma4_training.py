@@ -1,4 +1,4 @@
-"""Training a Gemma 4 is what plain transformers and peft do row by row, for every kind; unknown parts are left alone."""
+"""Training a Gemma 4 is what plain transformers and peft do row by row; what is not known keeps its own code."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import tiny_gemma
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_gemma4 import KINDS, VOCABULARY, tiny_gemma4
+from tiny_gemma4 import KINDS, VOCABULARY, even_gemma4, tiny_gemma4
 from torch import Tensor
 from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
@@ -35,22 +35,13 @@ TARGETS = [[20, 38], [33, 71], [1, 27], [26, 28], [1, 3], [60, 101]]
 
 
 def lora4(kind: str, sizes: dict[str, int], targets: str | list[str] = "all-linear") -> PeftModel:
-    """A tiny Gemma 4 whose attention is as even as a trained model's, with an adapter that is at work.
-
-    The scale of attention is 1: with q_norms around 1, scores are so far apart that transformers' own gradients in
-    float32 are 1e-3 from those in float64. Trained models keep the usual 1/√size in q_norm. For the same reason the
-    per-layer inputs have 32 features: of 8, all may be near zero after the GELU, and a norm divides by them.
-    """
-    small = {"hidden_size_per_layer_input": 32} if kind.startswith("e") else {}
-    base = tiny_gemma4(kind, **sizes, **small)
-    for layer in base.model.layers:
-        layer.self_attn.q_norm.weight.data *= layer.self_attn.head_dim**-0.5
-    return at_work(base, targets)
+    """A Gemma 4 with an adapter that is at work."""
+    return at_work(even_gemma4(kind, **sizes), targets)
 
 
-def at_work(base: torch.nn.Module, targets: str | list[str] = "all-linear") -> PeftModel:
+def at_work(base: torch.nn.Module, targets: str | list[str] = "all-linear", **options: object) -> PeftModel:
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first
             torch.nn.init.normal_(parameter, std=0.1)
@@ -112,6 +103,16 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
     found = packed_step(model)
     assert_same(found, expected)
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(packed_step(model), expected)
+
+
+def test_adapters_on_experts_have_the_gradients_of_peft() -> None:
+    base = even_gemma4("26b-a4b", **SIZES["kernels"])
+    model = at_work(base, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    expected = row_by_row(model)
+    assert sum("experts" in name for name in expected[1]) == 4 * len(base.model.layers)
+    fuse_layers(model)
+    use_packed_attention(base)
     assert_same(packed_step(model), expected)
 
 

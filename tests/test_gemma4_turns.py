@@ -101,9 +101,9 @@ def test_tools_are_declared_called_and_answered_within_the_model_s_turn() -> Non
         ([user(" ")], [], "message 1 has no text"),
         ([user("a"), model("", tool_calls=[{"function": {"name": "x", "arguments": "{"}}])], [], "its arguments as a"),
         ([user("a"), model("", tool_calls="x")], [], "a call of a tool needs a name"),
-        ([user("a")], ["x"], "tool 1 is no function"),
-        ([user("a")], [{"function": {"name": "x{"}}], "tool 1 is no function"),
-        ([user("a")], [{"function": {"name": "x", "parameters": {"properties": 3}}}], "no JSON schema"),
+        ([user("a")], ["x"], "tools: number 1 is no function"),
+        ([user("a")], [{"function": {"name": "x{"}}], "tools: number 1 is no function"),
+        ([user("a")], [{"function": {"name": "x", "parameters": {"properties": 3}}}], "number 1 are no JSON schema"),
     ],
 )
 def test_what_is_no_dialogue_is_refused_with_its_place(messages: Any, tools: Any, says: str) -> None:
@@ -113,9 +113,9 @@ def test_what_is_no_dialogue_is_refused_with_its_place(messages: Any, tools: Any
 
 def test_other_prompts_have_neither_thinking_nor_tools() -> None:
     gemma3 = Prompt(GEMMA3, "{message}", "{answer}")
-    with pytest.raises(ValueError, match="has no thinking"):
+    with pytest.raises(ValueError, match="thinking: the prompt of this model"):
         gemma3.wrap_dialogue([user("a")], thinking=True)
-    with pytest.raises(ValueError, match="has no tools"):
+    with pytest.raises(ValueError, match="tools: the prompt of this model"):
         gemma3.wrap_dialogue([user("a")], tools=[WEATHER])
 
 

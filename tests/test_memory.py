@@ -11,24 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, needs_task, tiny_gemma
-from peft.tuners.lora import LoraLayer
+from tiny_gemma4 import KINDS, tiny_gemma4
 
 from core.configuration import load_config, plain
+from core.errors import UserError
 from core.layer_shapes import layer_shapes
-from core.load_model import add_lora, load_base
+from core.load_model import add_lora, keep_in_main_memory, load_base, lora_settings
+from training.experts import round_experts
 from training.fused_layers import fuse_layers
-from training.memory import estimate, free_memory, layer_bytes
+from training.memory import adapted_in, estimate, free_memory, layer_bytes, saved_activations
 from training.packed_attention import use_packed_attention
 from training.packing import pack
 
 EIGHT = 8 * 2**30
 
 
-@pytest.mark.parametrize("peft", ["lora", "qlora"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_parameters_are_counted_exactly(family: str, peft: str, tmp_path: Path) -> None:
-    tiny_gemma(family, torch.bfloat16, vocab_size=100, hidden_size=256, intermediate_size=512).save_pretrained(tmp_path)
-    config = load_config([f"peft={peft}"])
+EXPERTS = "peft.target_parameters=[experts.gate_up_proj,experts.down_proj]"
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        *((family, [f"peft={peft}"]) for family in [*FAMILIES, *KINDS] for peft in ("lora", "qlora")),
+        ("26b-a4b", [EXPERTS]),
+        ("e2b", ["peft.target_modules=all-linear"]),
+    ],
+)
+def test_parameters_are_counted_exactly(family: str, words: list[str], tmp_path: Path) -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 256, "intermediate_size": 512}
+    gemma = tiny_gemma4(family) if family in KINDS else tiny_gemma(family, **sizes)
+    gemma.to(torch.bfloat16).save_pretrained(tmp_path)
+    config = load_config(words)
     need = estimate(config, tmp_path, torch.bfloat16, tokens=1000, targets=500)
     settings = plain(config.peft)
     quantization = settings.pop("quantization")
@@ -39,7 +52,8 @@ def test_parameters_are_counted_exactly(family: str, peft: str, tmp_path: Path) 
         if state := getattr(parameter, "quant_state", None):
             weights += state.absmax.nbytes + state.state2.absmax.nbytes
     assert need.weights == pytest.approx(weights, rel=0.01)
-    model = add_lora(base, {key: settings[key] for key in ("r", "lora_alpha", "target_modules")})
+    targets = ("r", "lora_alpha", "target_modules", "target_parameters")
+    model = add_lora(base, {key: settings[key] for key in targets if key in settings})
     adapter = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     assert need.adapter == 2 * adapter and need.optimizer == 2 * adapter
 
@@ -68,15 +82,43 @@ def test_saved_activations_of_a_layer_are_counted(family: str, words: list[str])
     with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
         hidden = gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
     assert hidden.last_hidden_state.requires_grad
-    adapted = [
-        {name for name, part in layer.named_modules() if isinstance(part, LoraLayer)} for layer in gemma.model.layers
-    ]
+    adapted = [adapted_in(layer) for layer in gemma.model.layers]
     counted = tokens * sum(
         layer_bytes(shape, names, model.peft_config["default"], torch.bfloat16, fused=not words)
         for shape, names in zip(layer_shapes(gemma.config), adapted, strict=True)
     )
     # The more is where queries and keys are rotated without kernels of our own (no compiler).
     assert 0.92 < counted / sum(kept.values()) < 1.16
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [*((kind, []) for kind in KINDS), ("26b-a4b", [EXPERTS]), ("e2b", ["peft.target_modules=all-linear"])],
+)
+def test_saved_activations_of_gemma_4_are_counted(kind: str, words: list[str]) -> None:
+    """Of layers of two kinds together, with per-layer embeddings, and the experts' weights with their update."""
+    gemma = tiny_gemma4(kind, torch.bfloat16)
+    config = load_config(["peft.r=2", *words])
+    model = add_lora(gemma, lora_settings(plain(config.peft))).train()
+    gemma.config.use_cache = False
+    fuse_layers(model)
+    use_packed_attention(gemma)
+    round_experts(gemma)
+    packed = pack(sorted([2, *range(3 + n, 253 + n)] for n in range(9)))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in weights:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(look, lambda tensor: tensor):
+        gemma.model(input_ids=packed.ids, position_ids=packed.layout.positions, layout=packed.layout)
+    counted = saved_activations(config, model, torch.bfloat16, packed.ids.numel(), fused=True)
+    # The less are the adapters' products, norms' scales and rotary embeddings, which are small but in a tiny model.
+    assert 0.9 < counted / sum(kept.values()) < 1.02
 
 
 def test_each_piece_of_advice_lowers_the_estimate(base_folder: Path) -> None:
@@ -86,6 +128,28 @@ def test_each_piece_of_advice_lowers_the_estimate(base_folder: Path) -> None:
     assert total("peft=qlora") < total()
     assert total("task.train.gradient_checkpointing=true") < 0.6 * total()
     assert total(tokens=1000) < 0.6 * total()
+
+
+def test_a_per_layer_table_in_main_memory_is_not_counted_on_a_gpu(tmp_path: Path) -> None:
+    gemma = tiny_gemma4("e2b", torch.bfloat16)
+    gemma.save_pretrained(tmp_path)
+    words = ["trainer=gpu", "trainer.table_in_main_memory=true"]
+    there, away = (estimate(load_config(words[:count]), tmp_path, torch.bfloat16, 100, 50) for count in (1, 2))
+    assert there.weights - away.weights == gemma.model.embed_tokens_per_layer.weight.nbytes > 0
+    tiny_gemma4("31b").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="table_in_main_memory=true: this model has no table"):
+        estimate(load_config(words), tmp_path, torch.bfloat16, 100, 50)
+
+
+def test_a_per_layer_table_in_main_memory_stays_there_and_gives_the_same_rows() -> None:
+    gemma, ids = tiny_gemma4("e2b"), torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        expected = gemma(ids).logits
+        keep_in_main_memory(gemma)
+        assert torch.equal(gemma(ids).logits, expected)
+    gemma.to("meta")  # as to a GPU
+    stays = {name for name, parameter in gemma.named_parameters() if parameter.device.type == "cpu"}
+    assert stays == {"model.embed_tokens_per_layer.weight"}
 
 
 @pytest.mark.parametrize(

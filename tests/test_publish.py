@@ -16,12 +16,15 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny_gemma4 import tiny_folder4
 from transformers import AutoModelForCausalLM
 
 from commands.publish import main
 from converters import nemo
 from converters.adapter import peft_name
 from converters.checkpoint import Adapter
+from core.artifacts import BaseRecord
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
@@ -228,3 +231,26 @@ def test_data_that_the_run_was_not_trained_on_is_not_published(work: Path) -> No
     manifest.write_text(manifest.read_text().replace('"sha256": "0"', '"sha256": "1"'))
     with pytest.raises(UserError, match="holds other rows than"):
         main(["task=slang", "repo=me/x", "dataset=me/rows", "dry_run=1"])
+
+
+def test_an_adapter_of_a_gemma_4_is_named_for_the_whole_model_that_the_hub_has(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/slang/tiny-lora-0"
+    base = tiny_folder4("e2b", tmp_path / "models/gemma-4-e2b")
+    BaseRecord(name="gemma-4-e2b", source="https://huggingface.co/google/gemma-4-E2B").write(base / "base.json")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"name": "gemma-4-e2b", "path": str(base)}}))
+    old = nemo.read(run / "slang.nemo")
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{layer}.lora_A.weight": torch.randn(4, 64), f"{layer}.lora_B.weight": torch.randn(64, 4)}
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["model.layers.0.self_attn.q_proj"]}
+    nemo.write(Adapter(settings, tensors, describe(base), None, old.prompt, "bfloat16"), run / "slang.nemo")
+    main(["task=slang", "repo=me/slang", "dry_run=true"])
+    folder = tmp_path / "exports/slang/hub/model"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "google/gemma-4-E2B"
+    assert settings["target_modules"] == ["model.language_model.layers.0.self_attn.q_proj"]
+    assert set(load_file(folder / "adapter_model.safetensors")) == {
+        name.replace("model.layers", "model.language_model.layers") for name in tensors
+    }
+    card = (folder / "README.md").read_text()
+    assert "Its tensors are named for `Gemma4ForConditionalGeneration`" in card and "apache-2.0" in card

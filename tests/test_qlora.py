@@ -12,6 +12,7 @@ from bitsandbytes.optim import PagedAdamW32bit
 from conftest import FAMILIES, fit_here, needs_task, tiny_gemma
 from datasets import Dataset
 from nemo.core.optim.optimizers import get_optimizer
+from tiny_gemma4 import KINDS, tiny_folder4, tiny_gemma4
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -19,11 +20,12 @@ from converters.convert import convert
 from converters.nemo_file import read_nemo
 from core.configuration import load_config, plain
 from core.errors import UserError
-from core.load_model import add_lora, load_base
+from core.load_model import ALL_LINEAR, add_lora, load_base
 from core.prompt import Prompt
 from evaluation.compare import answer
 from training.batches import tokenize
 from training.gemma_lora import GemmaLoRA, available_optimizer
+from training.memory import check_memory
 from training.progress import RunProgress
 from training.qlora import fuse_qlora_layers
 
@@ -111,9 +113,9 @@ def test_a_qlora_run_lowers_the_loss_and_its_adapter_works_on_the_base(
         convert(tmp_path / "slang.nemo", to, tmp_path / to, tiny_base)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *KINDS])
 def test_the_qlora_layers_compute_what_peft_computes_on_the_dequantized_weights(family: str, tmp_path: Path) -> None:
-    tiny_gemma(family, vocab_size=200).save_pretrained(tmp_path)
+    (tiny_gemma4(family) if family in KINDS else tiny_gemma(family, vocab_size=200)).save_pretrained(tmp_path)
     ids = torch.randint(200, (2, 40), generator=torch.Generator().manual_seed(0))
     results: list[Any] = []
     weights: dict[str, torch.Tensor] = {}
@@ -131,14 +133,18 @@ def test_the_qlora_layers_compute_what_peft_computes_on_the_dequantized_weights(
                 if isinstance(layer, Linear4bit)
             }
         torch.manual_seed(1)
-        model = add_lora(base, {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}).train()
+        base.config.use_cache = False
+        targets = {"target_modules": ALL_LINEAR if family in KINDS else TARGETS}
+        if family == "26b-a4b":
+            targets["target_parameters"] = ["experts.gate_up_proj", "experts.down_proj"]
+        model = add_lora(base, {"r": 4, "lora_alpha": 8, **targets}).train()
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         if kind == "ours":
             fuse_qlora_layers(model)
             changed = [name for name, layer in model.named_modules() if "forward" in vars(layer)]
-            assert len(changed) == len(weights) == 7 * 3
+            assert len(changed) == len(weights) and (family in KINDS or len(changed) == 7 * 3)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
@@ -147,6 +153,28 @@ def test_the_qlora_layers_compute_what_peft_computes_on_the_dequantized_weights(
         torch.testing.assert_close(loss, other_loss, rtol=1e-5, atol=0)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, other_gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gemma_4_in_4_bits_keeps_router_tables_and_experts_whole(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_folder4(kind, tmp_path)
+    base = load_base(tmp_path, torch.bfloat16, QUANTIZATION, torch.device("cpu"))
+    whole = {name for name, weight in base.named_parameters() if weight.dtype == torch.bfloat16 and weight.ndim > 1}
+    short = {
+        name.removeprefix("model.").removesuffix(".weight").rpartition("layers.")[2].lstrip("0123456789.")
+        for name in whole
+    }
+    assert short == {
+        "embed_tokens",
+        *({"embed_tokens_per_layer", "per_layer_model_projection"} if kind in ("e2b", "e4b") else ()),
+        *({"router.proj", "experts.gate_up_proj", "experts.down_proj"} if kind == "26b-a4b" else ()),
+    }
+    check_memory(load_config(["peft=qlora"]), tmp_path, rows(tmp_path, tmp_path, 4), torch.bfloat16)
+    (said,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("QLoRA"))
+    named = {part.split()[-3] for part in said.split(",")}
+    assert named == {name.split(".")[0] for name in short}
 
 
 @needs_task("squid_game")

@@ -1,22 +1,18 @@
 """Nothing is lost: a run that was killed, told to stop, or robbed of its disk ends as the one that was left alone."""
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from test_training import ENVIRONMENT, command, course, metrics, only_run
+from launcher import Launcher, Training
+from test_training import arguments, course, metrics, only_run
 
 from converters.nemo_file import read_nemo
 from training.checkpoints import newest_checkpoint, step_of
@@ -32,50 +28,17 @@ RECIPE = (
 )
 
 
-class Training:
-    """A training of `folder`'s run in a process of its own, see launcher.py."""
-
-    def __init__(self, launcher: subprocess.Popen[str], words: list[str], folder: Path, **fate: Any) -> None:
-        self.launcher, self.folder, self.said_file = launcher, folder, folder / "said"
-        folder.mkdir(exist_ok=True)
-        self.said_file.write_text("")
-        assert launcher.stdin and launcher.stdout
-        launcher.stdin.write(json.dumps({"words": words, "said": str(self.said_file), **fate}) + "\n")
-        launcher.stdin.flush()
-        self.pid = int(launcher.stdout.readline())
-
-    def wait_until(self, happened: Callable[[], bool]) -> None:
-        while Path(f"/proc/{self.pid}").exists() and not happened():
-            time.sleep(0.003)
-
-    def send(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # it ended before
-            os.kill(self.pid, number)
-
-    def end(self) -> int:
-        """Its exit code, or minus the signal that ended it."""
-        assert self.launcher.stdout
-        return int(self.launcher.stdout.readline())
-
-    @property
-    def said(self) -> str:
-        return self.said_file.read_text()
-
-
 Start = Callable[..., Training]
 
 
 @pytest.fixture(scope="module")
-def start(source: Path, tiny_base: Path) -> Iterator[Start]:
-    arguments = [sys.executable, "tests/launcher.py"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(arguments, cwd=ROOT, text=True, env=ENVIRONMENT, **pipes) as launcher:  # type: ignore
+def start(launcher: Launcher, source: Path, tiny_base: Path) -> Start:
+    """Starts the training of a folder's run, see launcher.py."""
 
-        def start(folder: Path, *words: str, **fate: Any) -> Training:
-            return Training(launcher, [*command(source, tiny_base, folder, *RECIPE)[3:], *words], folder, **fate)
+    def start(folder: Path, *words: str, **fate: Any) -> Training:
+        return launcher.start([*arguments(source, tiny_base, folder, *RECIPE), *words], folder, **fate)
 
-        yield start
-        launcher.stdin.close()
+    return start
 
 
 @pytest.fixture(scope="module")

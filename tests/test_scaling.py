@@ -13,7 +13,7 @@ import torch.distributed
 import torch.multiprocessing
 from conftest import ROOT, tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_distribute import ENVIRONMENT, TARGETS, adapters, rows, tiny_lora
+from test_distribute import LOOPBACK, TARGETS, adapters, rows, tiny_lora
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -57,6 +57,30 @@ def test_architectures_have_the_parameter_counts_of_their_reports(name: str, par
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
     assert sum(p.numel() for p in base.parameters()) - base.model.embed_tokens.weight.numel() == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "used"),
+    [  # Gemma 4's model card, ai.google.dev/gemma/docs/core/model_card_4: all of the text model, and what a token uses
+        ("gemma-4-e2b", None, 2.3),
+        ("gemma-4-26b-a4b", 25.2, 3.8),
+        ("gemma-4-31b", 30.7, 30.7),
+    ],
+)
+def test_architectures_of_gemma_4_have_the_sizes_of_its_model_card(
+    name: str, billions: float | None, used: float
+) -> None:
+    family, options = ARCHITECTURES[name]
+    config = AutoConfig.for_model(family, **options)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    sizes = {name: parameter.numel() for name, parameter in base.named_parameters()}
+    if billions:
+        assert round(sum(sizes.values()) / 1e9, 1) == billions
+    tables = sum(size for name, size in sizes.items() if "embed_tokens_per_layer" in name)
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    share = config.top_k_experts / config.num_experts if experts else 0
+    assert round((sum(sizes.values()) - tables - experts * (1 - share)) / 1e9, 1) == used
 
 
 # --- what is sent and held ------------------------------------------------------------------------------------------
@@ -123,8 +147,8 @@ def watch_a_step(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_a_step_communicates_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
+    for name, value in (("OMP_NUM_THREADS", "1"), LOOPBACK):
+        monkeypatch.setenv(name, value)
     assert torch.multiprocessing.spawn(watch_a_step, (str(tmp_path),), nprocs=2) is None  # else it raises
 
 

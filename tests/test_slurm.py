@@ -4,6 +4,7 @@ The Slurm is tests/slurm_cluster.py's; without its packages (Debian's slurm-wlm 
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 import slurm_cluster
 import torch
 from conftest import ROOT
+from launcher import ENVIRONMENT, Launcher
 from slurm_cluster import Cluster
-from test_training import ENVIRONMENT, course, metrics
+from test_training import course, metrics, only_run
 
 from converters.nemo_file import read_nemo
 from training.checkpoints import step_of
@@ -199,9 +201,6 @@ class Submitted:
 
         self.cluster.wait_for(or_ended)
 
-    def wait_for_state(self, state: str) -> None:
-        self.wait_for(lambda: self.cluster.job(self.number).get("JobState") == state)
-
     def start_now(self) -> None:
         """If it was put back into the queue, where it would wait for two minutes."""
         job = self.cluster.job(self.number)
@@ -240,20 +239,13 @@ def words(source: Path, tiny_base: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(launcher: Launcher, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of four processes on one machine, which nobody disturbed."""
     folder = tmp_path_factory.mktemp("alone")
-    local = [sys.executable, "-m", "commands.train", *words, f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
-    done = subprocess.run(
-        [*local, "trainer.devices=4"],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        env={**ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr
-    (run,) = (folder / "runs/slang").iterdir()
-    return run
+    local = [*words, f"data_dir={folder}/data", f"runs_dir={folder}/runs", "trainer.devices=4"]
+    training = launcher.start(local, folder, environment={"GLOO_SOCKET_IFNAME": "lo"})
+    assert training.end() == 0, training.said
+    return only_run(folder)
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -270,39 +262,40 @@ def test_a_job_that_is_preempted_out_of_time_and_loses_a_node_ends_like_an_unint
     """To the last bit: two processes on each of two nodes, and four on one."""
     job = Submitted(cluster, tmp_path, words, NODES="2", GPUS_PER_NODE="2", TIME="30")
 
-    def start_again(start: int) -> None:
-        job.wait_for_state("PENDING")
-        before = job.step()
-        assert 0 < before < STEPS, job.said
+    def start_again(start: int) -> int:
+        """Do not wait for Slurm to start it again by itself; the step that it has gone on from."""
+        found: list[str] = []
 
         def goes_on() -> bool:
             job.start_now()  # again, if Slurm told this start what was meant for the one before: see train.sbatch
-            return f"start {start}," in job.said and f"Resuming from step {before} of {STEPS}" in job.said
+            found[:] = re.findall(rf"start {start},.*?Resuming from step (\d+) of {STEPS}", job.said, re.DOTALL)
+            return bool(found)
 
         job.wait_for(goes_on)
+        assert 0 < int(found[0]) < STEPS, job.said
+        return int(found[0])
 
     job.wait_for(lambda: job.step() >= 8)
     urgent = cluster.ask(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"
     ).strip()
-    job.wait_for_state("PENDING")
-    assert "stopped by SIGTERM" in job.said and "checkpoint written" in job.said
     cluster.wait_for(lambda: cluster.job(urgent)["JobState"] == "COMPLETED")
-    start_again(2)
+    resumed = start_again(2)
+    assert f"stopped by SIGTERM after step {resumed}; checkpoint written" in job.said
 
-    before = job.step()
-    job.wait_for(lambda: job.step() > before)
+    job.wait_for(lambda: job.step() > resumed)
     # What Slurm does by itself for --signal=B:USR1@120, up to half a minute later than asked for.
     cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
-    start_again(3)
-    assert "stopped by SIGUSR1" in job.said and "==> the time limit is near" in job.said
+    resumed = start_again(3)
+    assert f"stopped by SIGUSR1 after step {resumed}; checkpoint written" in job.said
+    assert "==> the time limit is near" in job.said
 
-    before = job.step()
-    job.wait_for(lambda: job.step() > before)
+    job.wait_for(lambda: job.step() > resumed)
+    starts = cluster.job(job.number)["Restarts"]
     cluster.lose_node("node2")
-    job.wait_for_state("PENDING")
+    job.wait_for(lambda: cluster.job(job.number)["Restarts"] != starts)
     cluster.start_node("node2")
-    start_again(4)
+    assert start_again(4) > resumed
 
     assert job.end() == 0, job.said
     assert "perplexity on 5 held-out rows" in job.said and job.said.endswith("--> is done\n")

@@ -2,23 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from launcher import ENVIRONMENT, Launcher
 
 from converters.nemo_file import read_nemo
 
 
-def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
+def arguments(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
     return [
-        sys.executable,
-        "-m",
-        "commands.train",
         f"task.data.source={source}",
         f"model.path={tiny_base}",
         f"data_dir={folder}/data",
@@ -31,13 +29,9 @@ def command(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str
     ]
 
 
-# One thread: a tiny model gains nothing from more, and waits for them on a busy machine. Vector units alone: in one of
-# some hundred runs on virtual machines with AMX, a result differed by one rounding from the run it was compared with.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-
-
 def train(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    command = [sys.executable, "-m", "commands.train", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
 
 
 def only_run(folder: Path) -> Path:
@@ -61,7 +55,7 @@ def metrics(run: Path, name: str) -> list[float]:
 def finished(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    result = train(command(source, tiny_base, folder))
+    result = train(arguments(source, tiny_base, folder))
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -103,31 +97,36 @@ def test_nemo_restores_its_own_archive(finished: Path) -> None:
 def test_a_finished_run_is_shown_and_not_repeated(finished: Path, source: Path, tiny_base: Path) -> None:
     archive = only_run(finished) / "slang.nemo"
     written = archive.stat().st_mtime_ns
-    result = train(command(source, tiny_base, finished))
+    result = train(arguments(source, tiny_base, finished))
     assert result.returncode == 0 and "is finished" in result.stdout and str(archive) in result.stdout
     assert "Loading NeMo" not in result.stdout  # which takes some seconds
     assert archive.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_a_number_stops_the_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
-    result = train(command(source, tiny_base, tmp_path, "task.train.learning_rate=1e30", "task.train.clip=1e30"))
-    assert result.returncode == 2
-    assert "the loss became" in result.stderr and "learning_rate" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    launcher: Launcher, source: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    words = arguments(source, tiny_base, tmp_path, "task.train.learning_rate=1e30", "task.train.clip=1e30")
+    training = launcher.start(words, tmp_path)
+    assert training.end() == 2
+    assert "the loss became" in training.said and "learning_rate" in training.said
+    assert "Traceback" not in training.said
     assert not (only_run(tmp_path) / "slang.nemo").exists()
 
 
 @pytest.mark.slow
-def test_two_commands_cannot_train_the_same_run(source: Path, tiny_base: Path, tmp_path: Path) -> None:
-    words = command(source, tiny_base, tmp_path)
-    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    while not list(tmp_path.glob("runs/slang/*/environment.json")):
-        assert first.poll() is None
-        time.sleep(0.1)
+def test_two_commands_cannot_train_the_same_run(
+    launcher: Launcher, source: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    words = arguments(source, tiny_base, tmp_path)
+    first = launcher.start(words, tmp_path / "first")
+    first.wait_until(lambda: list(tmp_path.glob("runs/slang/*/environment.json")))
+    first.send(signal.SIGSTOP)  # or it may have ended before the second looks
     second = train(words)
+    first.send(signal.SIGCONT)
     assert second.returncode == 2 and "another process is training" in second.stderr
-    assert first.wait() == 0
+    assert first.end() == 0, first.said
 
 
 @pytest.mark.parametrize(
@@ -141,9 +140,7 @@ def test_two_commands_cannot_train_the_same_run(source: Path, tiny_base: Path, t
     ],
 )
 def test_an_invalid_argument_gives_one_sentence(word: str, says: str, tmp_path: Path, tiny_base: Path) -> None:
-    result = train(
-        [sys.executable, "-m", "commands.train", f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word]
-    )
+    result = train([f"model.path={tiny_base}", f"data_dir={tmp_path}/data", word])
     assert result.returncode == 2
     assert says in result.stderr and "Traceback" not in result.stderr
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import FAMILIES, tiny_gemma
 from kernel_forms import forms
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_gemma4 import KINDS, even_gemma4
 from torch import Tensor
 
 from core.c_build import NoLibrary
@@ -70,13 +71,13 @@ def normed(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [32, 96, 640])
-def test_norm(size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("size", "with_weight"), [(32, True), (96, True), (640, True), (512, False)])
+def test_norm(size: int, with_weight: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(70, size).to(dtype), torch.randn(size)
+    x, weight = torch.randn(70, size).to(dtype), torch.randn(size) if with_weight else None
     forward, backward = errors(
-        lambda x: _RMSNorm.apply(x, 1 + weight, 1e-6),
-        lambda x: normed(x, 1 + weight),
+        lambda x: _RMSNorm.apply(x, weight, 1e-6),
+        lambda x: normed(x, torch.ones(size) if weight is None else weight),
         [x],
     )
     assert forward <= ROUNDED_ONCE[dtype] and backward <= GRADIENT[dtype]
@@ -143,12 +144,21 @@ def test_output_layer(softcap: float | None, dtype: torch.dtype) -> None:
 
 @DTYPES
 @pytest.mark.parametrize(
-    ("window", "softcap", "groups"), [(None, None, 1), (16, None, 2), (None, 5.0, 2), (16, 5.0, 1), (100, None, 4)]
+    ("window", "softcap", "groups", "size"),
+    [
+        (None, None, 1, 64),
+        (16, None, 2, 64),
+        (None, 5.0, 2, 64),
+        (16, 5.0, 1, 64),
+        (100, None, 4, 64),
+        (None, None, 1, 512),  # Gemma 4's full attention
+    ],
 )
-def test_attention(window: int | None, softcap: float | None, groups: int, dtype: torch.dtype) -> None:
+def test_attention(window: int | None, softcap: float | None, groups: int, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layout = pack(ROWS).layout
-    parts = [torch.randn(layout.positions.shape[1], heads, 64).to(dtype) for heads in (4, groups, groups)]
+    parts = [torch.randn(layout.positions.shape[1], heads, size).to(dtype) for heads in (4, groups, groups)]
+    scale = 1.6 / size**0.5
     real = [place for one in layout.segments for place in range(one.start, one.start + one.length)]
 
     (own, before), position = layout._segment_ids(), layout.positions[0]
@@ -158,14 +168,14 @@ def test_attention(window: int | None, softcap: float | None, groups: int, dtype
 
     def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         key, value = (part.repeat_interleave(4 // groups, 1) for part in (key, value))
-        score = torch.einsum("qhd,khd->hqk", query, key)[:, real] * 0.2
+        score = torch.einsum("qhd,khd->hqk", query, key)[:, real] * scale
         if softcap:
             score = softcap * torch.tanh(score / softcap)
         probability = score.masked_fill(~visible[real], float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", probability, value)
 
     forward, backward = errors(
-        lambda query, key, value: packed_attention(query, key, value, layout, 0.2, window, softcap)[real],
+        lambda query, key, value: packed_attention(query, key, value, layout, scale, window, softcap)[real],
         plain,
         parts,
     )
@@ -184,7 +194,10 @@ def test_a_nan_does_not_disappear(dtype: torch.dtype) -> None:
 
 def with_lora(family: str, dtype: torch.dtype) -> PeftModel:
     torch.manual_seed(1)
-    gemma = tiny_gemma(family, dtype, vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=32)
+    if family in KINDS:
+        gemma = even_gemma4(family, head_dim=32, global_head_dim=64).to(dtype)
+    else:
+        gemma = tiny_gemma(family, dtype, vocab_size=1000, hidden_size=64, intermediate_size=96, head_dim=32)
     model = get_peft_model(gemma, LoraConfig(r=8, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora" in name:
@@ -217,7 +230,7 @@ def without_kernels(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> list[T
         return hidden_and_gradients(model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "e2b", "12b"])
 def test_a_packed_step_in_bfloat16_is_as_near_to_float32_as_torch_is(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +242,7 @@ def test_a_packed_step_in_bfloat16_is_as_near_to_float32_as_torch_is(
     assert gradient_error(fast, exact) < 1.2 * gradient_error(plain, exact)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "e2b", "12b"])
 def test_a_packed_step_in_float32_is_that_of_torch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_lora(family, torch.float32)
     fast, plain = hidden_and_gradients(model), without_kernels(model, monkeypatch)

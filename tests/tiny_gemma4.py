@@ -140,6 +140,19 @@ def tiny_gemma4(kind: str, dtype: torch.dtype = torch.float32, whole: bool = Fal
     return model.to(dtype).eval()
 
 
+def even_gemma4(kind: str, **sizes: Any) -> PreTrainedModel:
+    """`tiny_gemma4` of the text model, with attention as even as a trained model's, for comparisons of gradients.
+
+    The scale of attention is 1: with q_norms around 1, scores are so far apart that transformers' own gradients in
+    float32 are 1e-3 from those in float64. Trained models keep the usual 1/√size in q_norm. For the same reason the
+    per-layer inputs have 32 features: of 8, all may be near zero after the GELU, and a norm divides by them.
+    """
+    model = tiny_gemma4(kind, **({"hidden_size_per_layer_input": 32} if kind.startswith("e") else {}) | sizes)
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.data *= layer.self_attn.head_dim**-0.5
+    return model
+
+
 @cache
 def tiny_tokenizer4() -> GemmaTokenizer:
     """A tokenizer of Gemma's own kind, with Gemma 4's control tokens at their own ids and bytes as a last resort."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from core.errors import UserError
 from core.prompt import Prompt
 from training.cross_entropy import linear_cross_entropy
+from training.experts import round_experts
 from training.packed_attention import use_packed_attention
 from training.packing import Layout, pack, shared_prefixes
 
@@ -246,6 +247,7 @@ def sample_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float,
     the number of them."""
     losses: dict[int, tuple[float, int]] = {}
     usual_attention = use_packed_attention(gemma)
+    round_experts(gemma)
     with torch.inference_mode():
         for step in batches:
             for batch in step.micro_batches:

@@ -19,9 +19,8 @@ from transformers.activations import GELUTanh
 from training.kernels import kernels_for
 from training.packed_attention import packed_attention
 
-
-# What transformers' classes compute, by their exact names. A class that is not named here, such as those of Gemma 3n with
-# its sparse MLP, may compute something else under a name of the same kind: it keeps its own code.
+# What transformers' classes compute, by their exact names. A class that is not named here, such as those of Gemma 3n
+# with its sparse MLP, may compute something else under a name of the same kind: it keeps its own code.
 _NORM_OFFSETS = {  # y = x / √(mean(x²) + eps) · (offset + weight); without a weight where `with_scale` is False
     "GemmaRMSNorm": 1,
     "Gemma2RMSNorm": 1,

@@ -26,6 +26,7 @@ from core.load_model import add_lora, keep_in_main_memory, load_base, lora_setti
 from core.prompt import Prompt
 from training.batches import MicroBatch, Step, loss_sum
 from training.distribute import AdapterParallel
+from training.experts import round_experts
 from training.fused_layers import fuse_layers
 from training.packed_attention import use_packed_attention
 from training.qlora import fuse_qlora_layers
@@ -110,6 +111,7 @@ class GemmaLoRA(ModelPT):
         fuse_layers(self.model)
         if trainer:
             use_packed_attention(base)
+            round_experts(base)
         fuse_qlora_layers(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:

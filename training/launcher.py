@@ -293,11 +293,12 @@ def run_worker(run_folder: Path, base_folder: Path, data_folder: Path) -> None:
         backend = "nccl" if config.trainer.accelerator == "gpu" else "gloo"
         dist.init_process_group(backend, store=dist.PrefixStore("fit", store), rank=rank, world_size=world)
 
-        from core.machine import quiet_libraries
+        from core.machine import loading, quiet_libraries
 
-        quiet_libraries()
-        from training.fit import fit_folders
-        from training.progress import peak_memory_gib
+        with loading():
+            quiet_libraries()
+            from training.fit import fit_folders
+            from training.progress import peak_memory_gib
 
         fit_folders(config, run_folder, base_folder, data_folder)
         store.set(f"memory/{rank}", str(peak_memory_gib()))

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from core.configuration import plain
 from core.errors import UserError
 from core.layer_shapes import LayerShape, layer_shapes
-from core.load_model import TABLE, WHOLE_IN_4_BITS, add_lora, lora_settings
+from core.load_model import WHOLE_IN_4_BITS, add_lora, lora_settings, per_layer_table
 from core.schema import Config
 from training.batches import Batches
 from training.cross_entropy import BLOCK
@@ -117,62 +118,73 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
         UserError: `config.peft` does not fit the model.
     """
     architecture = AutoConfig.from_pretrained(base_folder).get_text_config()
-    layers = layer_shapes(architecture)
-    trainer, checkpointing = config.trainer, config.task.train.gradient_checkpointing
-    processes = trainer.devices * trainer.num_nodes
+    processes = config.trainer.devices * config.trainer.num_nodes
     base = _meta_model(architecture, dtype)
-    weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
-    by_layer = [sum(weight.numel() for weight in layer.parameters()) * dtype.itemsize for layer in base.model.layers]
-    linear = {name: size for name, size in _linear(base).items() if not name.endswith(WHOLE_IN_4_BITS)}
+    weights = _weights(config, base, dtype)
     with torch.device("meta"):
         model = add_lora(base, lora_settings(plain(config.peft)))
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    adapted = [
-        {name for name, part in layer.named_modules() if isinstance(part, LoraLayer)}
-        for layer in model.get_base_model().model.layers
-    ]
-    if config.trainer.table_in_main_memory and config.trainer.accelerator != "cpu":
-        weights -= base.get_submodule(f"model.{TABLE}").weight.numel() * dtype.itemsize
-    if config.peft.quantization:
-        weights += sum(linear.values()) * (NF4_BYTES - dtype.itemsize)
-    if (
-        trainer.strategy == "fsdp2" and processes > 1
-    ):  # its shard; in full the embedding, the layer at work and the next one
-        two = max(map(sum, zip(by_layer, by_layer[1:] or [0], strict=False)))
-        weights = weights / processes + (weights - sum(by_layer)) + two
-    elif trainer.strategy == "tp":  # fewer heads and features in attention and MLP
-        split = sum(size for name, size in linear.items() if name.rpartition(".")[2] in COLUMN_PARALLEL + ROW_PARALLEL)
-        weights -= split * dtype.itemsize * (1 - 1 / trainer.devices)
-        layers = [
-            replace(
-                layer,
-                heads=layer.heads // trainer.devices,
-                kv_heads=layer.kv_heads // trainer.devices,
-                inner=layer.inner // trainer.devices,
-            )
-            for layer in layers
-        ]
     # Else the layers are peft's own: see fused_layers.py and qlora.py.
     fused = not (config.peft.use_dora or config.peft.lora_dropout)
-    by_layer = [
-        tokens * layer_bytes(*layer, model.peft_config["default"], dtype, fused)
-        for layer in zip(layers, adapted, strict=True)
-    ]
-    if config.peft.use_dora:  # each layer's weights with its adapter added, in float32
-        by_layer = [saved + 4 * sum(linear.values()) / len(layers) for saved in by_layer]
-    if checkpointing:  # one layer's, and every layer's input
-        saved = max(by_layer) + tokens * (len(layers) - 1) * architecture.hidden_size * dtype.itemsize
-    else:
-        saved = sum(by_layer)
-    saved += tokens * dtype.itemsize * sum(layer.per_layer_input for layer in layers)  # all that the layers add
     return Estimate(
         process=PROCESS if config.trainer.accelerator == "cpu" else 0,
         weights=weights,
         adapter=(8 if processes == 1 else 12) * adapter,
         optimizer=8 * adapter,
-        activations=saved * (BACKWARD if fused else BACKWARD_OF_PEFT),
+        activations=saved_activations(config, model, dtype, tokens, fused) * (BACKWARD if fused else BACKWARD_OF_PEFT),
         logits=targets * (BLOCK * (8 + dtype.itemsize) + 4 * architecture.hidden_size),
     )
+
+
+def _weights(config: Config, base: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Bytes of `base` in each process."""
+    trainer, linear = config.trainer, _in_4_bits(base)
+    weights: float = sum(weight.numel() for weight in base.parameters()) * dtype.itemsize
+    if trainer.table_in_main_memory and trainer.accelerator != "cpu":
+        weights -= sum(weight.numel() for weight in per_layer_table(base).parameters()) * dtype.itemsize
+    if config.peft.quantization:
+        weights += sum(linear.values()) * (NF4_BYTES - dtype.itemsize)
+    if trainer.strategy == "fsdp2" and trainer.devices * trainer.num_nodes > 1:
+        # Its shard; in full the embeddings, the layer at work and the next one.
+        layers = [sum(weight.numel() for weight in layer.parameters()) * dtype.itemsize for layer in base.model.layers]
+        two = max(map(sum, zip(layers, [*layers[1:], 0], strict=True)))
+        return weights / (trainer.devices * trainer.num_nodes) + (weights - sum(layers)) + two
+    if trainer.strategy == "tp":  # some of the heads and features of attention and MLP
+        split = sum(size for name, size in linear.items() if name.endswith(COLUMN_PARALLEL + ROW_PARALLEL))
+        weights -= split * dtype.itemsize * (1 - 1 / trainer.devices)
+    return weights
+
+
+def saved_activations(config: Config, model: PeftModel, dtype: torch.dtype, tokens: int, fused: bool) -> float:
+    """What `tokens` tokens save for the backward pass, in bytes of each process.
+
+    Args:
+        model: a text model with its adapters, on any device.
+        fused: see `layer_bytes`.
+    """
+    base, lora = model.get_base_model(), model.peft_config["default"]
+    split = config.trainer.devices if config.trainer.strategy == "tp" else 1
+    layers = [
+        replace(shape, heads=shape.heads // split, kv_heads=shape.kv_heads // split, inner=shape.inner // split)
+        for shape in layer_shapes(base.config)
+    ]
+    saved = []
+    for shape, layer in zip(layers, base.model.layers, strict=True):
+        adapted = adapted_in(layer)
+        # peft adds an update to the weights of all experts at once, and keeps the sum.
+        merged = sum(shape.experts * a * b for name, (a, b) in shape.expert().items() if name in adapted)
+        saved.append(tokens * layer_bytes(shape, adapted, lora, dtype, fused) + merged * dtype.itemsize)
+    if config.peft.use_dora:  # each layer's weights with its adapter added, in float32
+        linear = sum(part.base_layer.weight.numel() for part in model.modules() if isinstance(part, LoraLayer))
+        saved = [one + 4 * linear / len(layers) for one in saved]
+    elements = sum(shape.per_layer_input for shape in layers)  # what the layers add, computed before the first
+    if not config.task.train.gradient_checkpointing:
+        return sum(saved) + tokens * elements * dtype.itemsize
+    # One layer's, every layer's input, and keys and values that later layers borrow.
+    elements += (len(layers) - 1) * base.config.hidden_size
+    lent = {shape.kv_source for number, shape in enumerate(layers) if shape.kv_source != number}
+    elements += sum(2 * layers[number].kv_heads * layers[number].head_dim for number in lent)
+    return max(saved) + tokens * elements * dtype.itemsize
 
 
 def _meta_model(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -182,7 +194,7 @@ def _meta_model(architecture: PretrainedConfig, dtype: torch.dtype) -> PreTraine
 
 def left_whole(base: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
     """What a base of 4-bit layers keeps in `dtype`, in bytes: `embed_tokens`, `experts`, `router`, …"""
-    packed = {f"{name}.weight" for name in _linear(base) if not name.endswith(WHOLE_IN_4_BITS)}
+    packed = {f"{name}.weight" for name in _in_4_bits(base)}
     found: dict[str, float] = {}
     for name, weight in base.named_parameters():
         parts = name.removesuffix(".weight").split(".")
@@ -192,8 +204,19 @@ def left_whole(base: PreTrainedModel, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def _linear(base: PreTrainedModel) -> dict[str, int]:
-    return {name: layer.weight.numel() for name, layer in base.named_modules() if isinstance(layer, nn.Linear)}
+def _in_4_bits(base: PreTrainedModel) -> dict[str, int]:
+    """Name → weights of each linear layer that is in 4 bits if the base is."""
+    layers = ((name, layer) for name, layer in base.named_modules() if isinstance(layer, nn.Linear))
+    return {name: layer.weight.numel() for name, layer in layers if not name.endswith(WHOLE_IN_4_BITS)}
+
+
+def adapted_in(layer: nn.Module) -> set[str]:
+    """The names of what has an adapter in a decoder layer: `self_attn.q_proj`, `experts.down_proj`, …"""
+    return {
+        f"experts.{part.parameter_name}" if isinstance(part, ParamWrapper) else name
+        for name, part in layer.named_modules()
+        if isinstance(part, LoraLayer)
+    }
 
 
 def layer_bytes(
@@ -202,7 +225,7 @@ def layer_bytes(
     """What one layer saves for its backward pass, in bytes per token; see fused_layers.py and packed_attention.py.
 
     Args:
-        adapted: the names of its LoRA layers, e.g. `self_attn.q_proj`.
+        adapted: see `adapted_in`.
         fused: the layers are fused_layers.py's, not peft's own.
     """
     queries, keys = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
@@ -213,6 +236,7 @@ def layer_bytes(
     gated = 2 * layer.inner  # gate and up; their product is the input of down_proj
     # gate and up of a token's experts, their product with the gate open, and the outputs before they are weighed
     experts = layer.active_experts * (3 * layer.expert_inner + layer.hidden)
+    experts += layer.active_experts * sum(inputs for name, (inputs, _) in layer.expert().items() if name in adapted)
     elements = norms + attention + gated + layer.per_layer_input + experts
     extra_bytes = 0.0
     shared = set()

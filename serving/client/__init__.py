@@ -28,6 +28,7 @@ it alone.
 from .adapter import BASE, Adapter, Answer, Message
 from .async_client import DEFAULT_URL, AsyncClient, AsyncStream
 from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
+from .prompt import AnswerPart, ToolCall
 from .sync_client import Client, Stream
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "DEFAULT_URL",
     "Adapter",
     "Answer",
+    "AnswerPart",
     "AsyncClient",
     "AsyncStream",
     "Busy",
@@ -45,6 +47,7 @@ __all__ = [
     "ServingError",
     "Stream",
     "TooLong",
+    "ToolCall",
     "Unavailable",
     "UnknownAdapter",
 ]

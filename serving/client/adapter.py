@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any
 
 from .errors import InvalidRequest
-from .prompt import Prompt
+from .prompt import Prompt, ToolCall
 
-Message = Mapping[str, str]  # {"role", "content"}
+Message = Mapping[str, Any]  # {"role", "content"}, or in OpenAI's form a call of a tool or its answer
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Adapter:
         base: the name of the base model it was trained on.
         field: the field of the prompt's instruction that a plain question fills; None: the question is the instruction.
         run: the name of the training run's folder.
+        licence: of its base, as the hub calls it: gemma or apache-2.0.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Adapter:
     base: str
     field: str | None
     run: str = ""
+    licence: str = "gemma"
 
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> "Adapter":
@@ -51,6 +53,7 @@ class Adapter:
             entry.get("base", ""),
             entry.get("field") or (fields[0] if len(fields) == 1 else None),
             entry.get("run", ""),
+            entry.get("licence", "gemma"),
         )
 
     def write(self, question: str | Mapping[str, str]) -> str:
@@ -75,14 +78,16 @@ class Adapter:
                 raise InvalidRequest(f"field '{name}' of '{self.name}' must be a string, not {type(value).__name__}")
         return self.prompt.wrap(self.prompt.write_instruction(**question))
 
-    def write_dialogue(self, messages: Sequence[Message]) -> str:
-        """The whole prompt for a dialogue whose last message is the user's.
+    def write_dialogue(
+        self, messages: Sequence[Message], thinking: bool = False, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        """The whole prompt for a dialogue whose last message is the user's, or the answer of one of `tools`.
 
         A user's message fills the prompt's `field`. Without turns only the last message is used, after the system
         message if there is one; it may fill several fields, as a JSON object: `{"context": "…", "condition": "…"}`.
 
         Raises:
-            InvalidRequest: the messages are not a dialogue.
+            InvalidRequest: the messages are not a dialogue, or this prompt has no thinking or no tools.
         """
         seen = list(messages)
         if not all(isinstance(message, Mapping) for message in seen):
@@ -90,25 +95,33 @@ class Adapter:
         if not self.has_turns:
             seen = [message for message in seen[:-1][:1] if message.get("role") == "system"] + seen[-1:]
         try:
-            return self.prompt.wrap_dialogue([self._fill_message(message) for message in seen])
+            return self.prompt.wrap_dialogue([self._fill_message(message) for message in seen], thinking, tools)
         except ValueError as error:
-            raise InvalidRequest(f"messages: {error}") from None
+            names_itself = str(error).startswith(("tools:", "thinking:"))
+            raise InvalidRequest(str(error) if names_itself else f"messages: {error}") from None
 
     def dialogue(
-        self, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool = False
+        self,
+        messages: Sequence[Message],
+        base: bool,
+        sampling: Mapping[str, Any],
+        forget: bool = False,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> "PreparedRequest":
         """The request for a dialogue; with `forget`, its oldest exchanges can be left out."""
-        request = self.request(self.write_dialogue(messages), base, sampling)
+        request = self.request(self.write_dialogue(messages, thinking, tools), base, sampling)
         first = int(messages[0]["role"] == "system")
-        rest = [*messages[:first], *messages[first + 2 :]]
+        later = (at for at, message in enumerate(messages) if at > first and message["role"] == "user")
+        rest = [*messages[:first], *messages[next(later, len(messages)) :]]
         if forget and self.has_turns and len(rest) > first:
-            return replace(request, shorter=partial(self.dialogue, rest, base, sampling, True))
+            return replace(request, shorter=partial(self.dialogue, rest, base, sampling, True, thinking, tools))
         return request
 
     def request(self, text: str, base: bool, sampling: Mapping[str, Any]) -> "PreparedRequest":
         """The request for a whole prompt, to this adapter or to the base alone; `sampling` overrides the task's own."""
         adapter = {} if base else {"lora_name": self.name}
-        return PreparedRequest(text, {**self.sampling, **sampling, **adapter}, self.prompt)
+        return PreparedRequest(text, {**self.prompt.sampling, **self.sampling, **sampling, **adapter}, self.prompt)
 
     def _fill_message(self, message: Message) -> Message:
         text = message.get("content")
@@ -128,8 +141,9 @@ class Adapter:
         return self.prompt.write_instruction(**{self.field: text}) if self.field else text
 
 
-# The base alone, under the name of its Triton model. Gemma's instruction-tuned models were trained with these turns;
-# the pretrained ones were not, but have no better format. https://ai.google.dev/gemma/docs/core/prompt-structure
+# The base alone, under the name of its Triton model, for servers whose catalogue does not say how theirs is asked.
+# Gemma's instruction-tuned models were trained with these turns; the pretrained ones were not, but have no better
+# format. https://ai.google.dev/gemma/docs/core/prompt-structure
 BASE = Adapter(
     "gemma",
     "The base model, without an adapter",
@@ -153,6 +167,8 @@ class Answer:
         finish_reason: "stop": the model ended it; "length": `max_tokens` or the context window ended it; "cancelled".
         fields: the fields of a task's answer by name, e.g. slang, description and example.
         forgotten: how many of the dialogue's oldest exchanges were left out because they did not fit in the window.
+        thought: what the model thought before it answered, which is no part of `text`.
+        tool_calls: the functions that the model asks to be called.
     """
 
     text: str = ""
@@ -161,6 +177,8 @@ class Answer:
     output_tokens: int = 0
     fields: dict[str, str] = field(default_factory=dict)
     forgotten: int = 0
+    thought: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 from .adapter import BASE, Adapter, Answer, Message, PreparedRequest
 from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
+from .prompt import AnswerPart, AnswerReader
 from .transport import connect
 
 DEFAULT_URL = "127.0.0.1:8001"
@@ -114,6 +115,8 @@ class AsyncClient:
         *,
         base: bool = False,
         forget: bool = False,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         **sampling: Any,
     ) -> "AsyncStream":
         """Answer the last of `messages`.
@@ -124,8 +127,12 @@ class AsyncClient:
             base: ask the base model with the adapter's prompt.
             forget: leave out the oldest exchanges of a dialogue that exceeds the context window, and count them in
                 `Answer.forgotten`; otherwise `TooLong` is raised.
+            thinking: let the model think before it answers, into `Answer.thought`. Gemma 4 can.
+            tools: functions in OpenAI's form that the model may ask to be called, in `Answer.tool_calls`. Gemma 4 can.
+                A call and its answer go back as OpenAI's messages, an assistant's with `tool_calls` and a tool's.
         """
-        return AsyncStream(self, partial(self.prepare_dialogue, adapter, messages, base, sampling, forget))
+        prepare = partial(self.prepare_dialogue, adapter, messages, base, sampling, forget, thinking, tools)
+        return AsyncStream(self, prepare)
 
     async def close(self) -> None:
         await self._transport.close()
@@ -154,16 +161,29 @@ class AsyncClient:
         return adapter.request(adapter.write(text), base, sampling)
 
     async def prepare_dialogue(
-        self, name: str | None, messages: Sequence[Message], base: bool, sampling: Mapping[str, Any], forget: bool
+        self,
+        name: str | None,
+        messages: Sequence[Message],
+        base: bool,
+        sampling: Mapping[str, Any],
+        forget: bool,
+        thinking: bool,
+        tools: Sequence[Mapping[str, Any]],
     ) -> PreparedRequest:
-        adapter = BASE if name is None else await self.adapter(name)
-        return adapter.dialogue(messages, base or name is None, sampling, forget)
+        adapter = await self.adapter(name or BASE.name)
+        return adapter.dialogue(messages, base or name is None, sampling, forget, thinking, tools)
 
     async def adapter(self, name: str) -> Adapter:
-        """The catalogue's entry for `name`, cached for a few seconds."""
+        """The catalogue's entry for `name`, an adapter's or `BASE.name`, cached for a few seconds."""
         read, known = self._known.get(name, (-math.inf, None))
         if known is None or time.monotonic() - read > CATALOGUE_SECONDS:
-            known = next((adapter for adapter in await self._catalogue(name) if adapter.name == name), None)
+            try:
+                known = next((adapter for adapter in await self._catalogue(name) if adapter.name == name), None)
+            except UnknownAdapter:
+                if name != BASE.name:
+                    raise
+            if known is None and name == BASE.name:
+                known = BASE  # an older server does not say
             if known is None:
                 raise UnknownAdapter(f"no adapter '{name}' is served")
             self._known[name] = time.monotonic(), known
@@ -184,14 +204,14 @@ class AsyncClient:
             raise DeadlineExceeded(f"{self.url}: no catalogue within {self._token_deadline:g} s") from None
 
     async def run(
-        self, prepare: Callable[[], Awaitable[PreparedRequest]], answer: Answer, show: Callable[[str], None]
+        self, prepare: Callable[[], Awaitable[PreparedRequest]], answer: Answer, show: Callable[[AnswerPart], None]
     ) -> None:
-        """Send a request, fill `answer` as it arrives, and hand each piece of its text to `show`."""
+        """Send a request, fill `answer` as it arrives, and hand each piece of text and of thought to `show`."""
         try:
             async with asyncio.timeout(self._deadline):
                 request = await prepare()
                 while True:
-                    send = partial(self._receive, request.text, _sampling_json(request), answer, show)
+                    send = partial(self._receive, request, _sampling_json(request), answer, show)
                     try:
                         await self._retried(send, lambda: not answer.output_tokens)
                         break
@@ -208,8 +228,20 @@ class AsyncClient:
         if request.prompt:
             answer.fields = request.prompt.read_response(answer.text)
 
-    async def _receive(self, text: str, sampling: str, answer: Answer, show: Callable[[str], None]) -> None:
-        async with aclosing(self._transport.stream(text, sampling)) as chunks:
+    async def _receive(
+        self, request: PreparedRequest, sampling: str, answer: Answer, show: Callable[[AnswerPart], None]
+    ) -> None:
+        has_parts = request.prompt and request.prompt.has_gemma4_turns
+        reader = AnswerReader(request.text) if has_parts else None
+
+        def add(parts: Iterable[AnswerPart]) -> None:
+            for part in parts:
+                answer.text += part.text
+                answer.thought += part.thought
+                if part.text or part.thought:
+                    show(part)
+
+        async with aclosing(self._transport.stream(request.text, sampling)) as chunks:
             reason = None
             while True:
                 wait = self._token_deadline if answer.output_tokens else self._first_token_deadline
@@ -224,11 +256,12 @@ class AsyncClient:
                     ) from None
                 if chunk is None:
                     break
-                answer.text += chunk.text
                 answer.input_tokens, reason = chunk.input_tokens, chunk.finish_reason
                 answer.output_tokens += chunk.output_tokens
-                if chunk.text:
-                    show(chunk.text)
+                add(reader.read(chunk.text) if reader else [AnswerPart(chunk.text, "")])
+        if reader:
+            add(reader.end())
+            answer.tool_calls = reader.calls
         if reason is None:
             raise Unavailable(f"{self.url}: the answer ended early")
         answer.finish_reason = reason
@@ -255,7 +288,7 @@ class AsyncStream:
 
     def __init__(self, client: AsyncClient, prepare: Callable[[], Awaitable[PreparedRequest]]) -> None:
         self._answer = Answer()
-        self._parts: asyncio.Queue[str | None] = asyncio.Queue()
+        self._parts: asyncio.Queue[AnswerPart | None] = asyncio.Queue()
         self._task = asyncio.ensure_future(client.run(prepare, self._answer, self._parts.put_nowait))
         parts = self._parts
         self._task.add_done_callback(lambda task: parts.put_nowait(None))
@@ -285,13 +318,20 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> str:
+        while (part := await self.part()) is not None:
+            if part.text:
+                return part.text
+        raise StopAsyncIteration
+
+    async def part(self) -> AnswerPart | None:
+        """The next piece, of the answer or of the thought before it; None at the end."""
         part = await self._parts.get()
         if part is not None and not self._task.cancelling():
             return part
         self._parts.put_nowait(None)  # for another call after the end
         if not self._task.cancelling():
             self._task.result()
-        raise StopAsyncIteration
+        return None
 
     async def __aenter__(self) -> Self:
         return self

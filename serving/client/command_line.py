@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     chat = command("chat", _chat, "talk, or answer the last message of a file")
     chat.add_argument("file", nargs="?", help='JSON: [{"role": "user", "content": "…"}, …], or {"messages": […]}')
     chat.add_argument("--adapter", default="chat", help="default chat")
+    chat.add_argument("--think", action="store_true", help="let the model think first, to standard error; Gemma 4 can")
     generate = command("generate", _generate, "continue a text as it is")
     generate.add_argument("text", help="or - for standard input")
     generate.add_argument("--adapter", help="default: the base model alone")
@@ -173,7 +174,8 @@ def _health(client: Client, options: argparse.Namespace) -> int:
 
 def _chat(client: Client, options: argparse.Namespace) -> int:
     def answer(messages: list[dict[str, str]]) -> Stream:
-        return client.chat(messages, options.adapter, stream=True, base=options.base, forget=True, **_sampling(options))
+        asked = {"base": options.base, "forget": True, "thinking": options.think, **_sampling(options)}
+        return client.chat(messages, options.adapter, stream=True, **asked)
 
     if options.file:
         return _show(answer(_messages(options.file)), options)
@@ -239,10 +241,11 @@ def _show(stream: Stream, options: argparse.Namespace) -> int:
     begin, first, terminal = time.monotonic(), None, sys.stdout.isatty()
     streams = not options.json and (terminal if options.stream is None else options.stream)
     with stream:
-        for part in stream:
+        while (part := stream.part()) is not None:
             first = first or time.monotonic() - begin
-            if streams:
-                print(part.translate(CONTROLS) if terminal else part, end="", flush=True)
+            for text, out in ((part.thought, sys.stderr), (part.text, sys.stdout)):
+                if streams and text:
+                    print(text.translate(CONTROLS) if out.isatty() else text, end="", flush=True, file=out)
     answer = stream.answer
     if options.json:
         times = {"seconds": round(time.monotonic() - begin, 3), "first_token_seconds": round(first or 0, 3)}

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 from .adapter import Adapter, Answer, Message, PreparedRequest
 from .async_client import DEFAULT_URL, AsyncClient
 from .errors import ServingError
+from .prompt import AnswerPart
 
 T = TypeVar("T")
 
@@ -112,6 +113,8 @@ class Client:
         stream: Literal[False] = ...,
         base: bool = ...,
         forget: bool = ...,
+        thinking: bool = ...,
+        tools: Sequence[Mapping[str, Any]] = ...,
         **sampling: Any,
     ) -> Answer: ...
 
@@ -124,6 +127,8 @@ class Client:
         stream: Literal[True],
         base: bool = ...,
         forget: bool = ...,
+        thinking: bool = ...,
+        tools: Sequence[Mapping[str, Any]] = ...,
         **sampling: Any,
     ) -> "Stream": ...
 
@@ -135,10 +140,12 @@ class Client:
         stream: bool = False,
         base: bool = False,
         forget: bool = False,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
         **sampling: Any,
     ) -> "Answer | Stream":
         """Answer the last of `messages`; see `AsyncClient.chat`."""
-        prepare = partial(self._client.prepare_dialogue, adapter, messages, base, sampling, forget)
+        prepare = partial(self._client.prepare_dialogue, adapter, messages, base, sampling, forget, thinking, tools)
         return self._stream(prepare) if stream else self._answer(prepare)
 
     def close(self) -> None:
@@ -159,7 +166,7 @@ class Client:
         return answer
 
     def _stream(self, prepare: Callable[[], Awaitable[PreparedRequest]]) -> "Stream":
-        answer, parts = Answer(), queue.SimpleQueue[str | None]()
+        answer, parts = Answer(), queue.SimpleQueue[AnswerPart | None]()
         return Stream(self, self._submit(self._client.run(prepare, answer, parts.put)), answer, parts)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -180,7 +187,7 @@ class Stream:
     """
 
     def __init__(
-        self, client: Client, future: "Future[None]", answer: Answer, parts: "queue.SimpleQueue[str | None]"
+        self, client: Client, future: "Future[None]", answer: Answer, parts: "queue.SimpleQueue[AnswerPart | None]"
     ) -> None:
         self._client, self._future, self._answer, self._parts = client, future, answer, parts  # the client stays open
         future.add_done_callback(lambda _: parts.put(None))
@@ -198,13 +205,20 @@ class Stream:
         return self
 
     def __next__(self) -> str:
+        while (part := self.part()) is not None:
+            if part.text:
+                return part.text
+        raise StopIteration
+
+    def part(self) -> AnswerPart | None:
+        """The next piece, of the answer or of the thought before it; None at the end."""
         part = self._parts.get()
         if part is not None and not self._future.cancelled():
             return part
         self._parts.put(None)  # for another call after the end
         if not self._future.cancelled():
             self._future.result()
-        raise StopIteration
+        return None
 
     def __enter__(self) -> Self:
         return self

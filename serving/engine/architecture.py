@@ -170,7 +170,7 @@ def _described(raw: dict[str, Any], kinds: list[str], head_size: int, family: in
         config.hidden_size_per_layer_input = raw.get("hidden_size_per_layer_input", 256)
     usual = {"head_dim": head_size, "num_key_value_heads": raw["num_key_value_heads"]}
     differing = {int(number): dict(given) for number, given in (raw.get("per_layer_config") or {}).items()}
-    if not differing:
+    if "per_layer_config" not in raw:  # an empty one says that no layer differs
         own = {"head_dim": raw.get("global_head_dim", 512)}
         if raw.get("attention_k_eq_v") and raw.get("num_global_key_value_heads"):
             own["num_key_value_heads"] = raw["num_global_key_value_heads"]

@@ -12,10 +12,11 @@ class Detokenizer:
         tokenizer: of the `tokenizers` library.
         stops: stop strings.
         min_tokens: stop strings that begin within so many tokens are ignored.
+        skip_special: leave control tokens out of the text.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...], min_tokens: int) -> None:
-        self.tokenizer, self.stops, self.min_tokens = tokenizer, stops, min_tokens
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...], min_tokens: int, skip_special: bool = True) -> None:
+        self.tokenizer, self.stops, self.min_tokens, self.skip_special = tokenizer, stops, min_tokens, skip_special
         self.tokens: list[int] = []
         self.text = ""
         self.sent = 0  # characters returned by `new_text`
@@ -24,16 +25,18 @@ class Detokenizer:
         # token of a text differently; those before `read_offset` are in `text` already.
         self.prefix_offset, self.read_offset = 0, 0
 
-    def add(self, token: int, *, last: bool = False) -> bool:
+    def add(self, token: int, *, last: bool = False, ends: bool = False) -> bool:
         """Append a token.
 
         Args:
             last: the answer ends with it, so that nothing is held back any longer.
+            ends: it is the token that says so, which is never part of a text with control tokens.
 
         Returns:
             Whether a stop string is complete; the text then ends before it.
         """
-        self.tokens.append(token)
+        if self.skip_special or not ends:
+            self.tokens.append(token)
         old = self._decode(self.prefix_offset, self.read_offset)
         new = self._decode(self.prefix_offset, len(self.tokens))
         if len(new) > len(old) and (last or not (new.endswith(INCOMPLETE) or self._is_byte(token))):
@@ -63,7 +66,9 @@ class Detokenizer:
         return bool(name) and len(name) == 6 and name.startswith("<0x")
 
     def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=True) if start < end else ""
+        return (
+            self.tokenizer.decode(self.tokens[start:end], skip_special_tokens=self.skip_special) if start < end else ""
+        )
 
     def _possible_stop(self) -> int:
         """The number of characters at the end that may be the beginning of a stop string."""

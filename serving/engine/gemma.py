@@ -75,7 +75,7 @@ class Experts:
             active: experts that a token uses.
         """
         self.active = active
-        self.router = Linear(weights[f"{at}.router.proj"])
+        self.router = Linear(weights[f"{at}.router.proj"].float())  # another choice would be another answer
         self.scale = weights[f"{at}.router.scale"].float() * self.router.shape[1] ** -0.5
         self.expert_scale = weights[f"{at}.router.per_expert_scale"].float()
         self.gate_up = [Linear(one) for one in weights[f"{at}.experts.gate_up_proj"]]

@@ -57,7 +57,8 @@ Layouts, in C order:
 
 /* Products with adapters. PER_LAYER_MODEL, which the model has once, is the first layer's. */
 enum { QKV, O, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, PER_LAYER_MODEL, SITES, NO_SITE = SITES };
-enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ, OF_PER_LAYER, ROUTER = OF_PER_LAYER + 3, MODULES };
+enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ };
+enum { OF_PER_LAYER = DOWN_PROJ + 1 /* one of each of the three sites */, ROUTER = OF_PER_LAYER + 3, MODULES };
 enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 19 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
 typedef uint16_t bf16;
@@ -102,7 +103,8 @@ typedef struct {
 } Lora;
 
 typedef struct {
-    int32_t layers, vocabulary, hidden, heads, last_own /* layer with keys */, experts, active_experts, values_are_normed;
+    int32_t layers, vocabulary, hidden, heads, last_own /* layer with keys */;
+    int32_t experts, active_experts, values_are_normed;
     int32_t features, padded; /* of a layer's input, and the same as a multiple of 32; 0: none */
     float eps, scale, attention_cap, final_cap, embedding_scale;
     const Layer *layer;
@@ -618,7 +620,7 @@ static void route(const Pool *pool, int number, int token, const float *x) {
     rms_norm(input, x, layer->before_experts_norm, m->eps, m->hidden);
 }
 
-/* A place among `gathered` for each token and expert of its: those of an expert together, from the start of a panel on. */
+/* A place among `gathered` for each token and expert of its: those of an expert together, from a panel's start on. */
 static void group_by_expert(const Pool *pool, int tokens) {
     const Model *m = pool->model;
     const Scratch *s = pool->scratch;
@@ -676,7 +678,8 @@ static void write_kv(const Pool *pool, int number, int token, float *qkv) {
     const Rows *row = &pool->step->row[s->row_of[token]];
     int size = layer->head_size, half = size / 2, position = s->position[token];
     const float *cosines = s->rope_table + ((size_t)s->origin[token] * m->ropes + layer->rope) * m->rope_width;
-    size_t slot = (size_t)row->blocks[position / BLOCK] * BLOCK + position % BLOCK, kv_width = (size_t)layer->kv_heads * size;
+    size_t slot = (size_t)row->blocks[position / BLOCK] * BLOCK + position % BLOCK;
+    size_t kv_width = (size_t)layer->kv_heads * size;
     if (layer->has_k) { /* values first: they may be keys before their norm */
         const float *from = qkv + (m->heads + (layer->has_v ? layer->kv_heads : 0)) * size;
         float *value = layer->values + slot * kv_width;
@@ -800,8 +803,10 @@ static void argmax(const Product *p, Sums *sums, int pair, int first, int tokens
             float *line = sums->of[block][t], highest = -INFINITY;
             int start = pair * 32 + block * 16, count = m->vocabulary - start < 16 ? m->vocabulary - start : 16;
             if (m->final_cap) *(f32 *)line = tanh_f32(*(f32 *)line / m->final_cap) * m->final_cap;
-            for (int n = 0; n < m->suppressed_count; n++)
-                if (m->suppressed[n] >= start && m->suppressed[n] < start + 16) line[m->suppressed[n] - start] = -INFINITY;
+            for (int n = 0; n < m->suppressed_count; n++) {
+                int at = m->suppressed[n] - start;
+                if (at >= 0 && at < 16) line[at] = -INFINITY;
+            }
 #pragma omp simd reduction(max : highest)
             for (int n = 0; n < count; n++) highest = line[n] > highest ? line[n] : highest;
             if (highest > best[0]) {
@@ -897,8 +902,8 @@ static void work(Pool *pool, int thread) {
             tokens = s->wanted;
         }
         for (int unit, units = tokens * layer->kv_heads; (unit = next_piece(pool, phase)) < units;) {
-            int t = (units - 1 - unit) / layer->kv_heads, head = (units - 1 - unit) % layer->kv_heads; /* the longest first */
-            attend(pool, i, t, head, s->y + (size_t)t * qkv_width, scores, offset);
+            int last = units - 1 - unit, t = last / layer->kv_heads; /* the longest first */
+            attend(pool, i, t, last % layer->kv_heads, s->y + (size_t)t * qkv_width, scores, offset);
         }
         phase = barrier(pool, phase, &passed);
         if (s->ranks) {
@@ -1071,8 +1076,10 @@ static void *carve(char *memory, size_t *used, size_t bytes) {
 static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const Model *model, int tokens) {
     size_t used = 0, most = s->longest + 15, padded = (tokens + 15) / 16 * 16; /* products take whole panels */
     size_t hidden = model->hidden, widest = hidden, deepest = hidden, inner = model->padded, expert = 0;
-    size_t layers_inputs = (size_t)tokens * model->layers * model->padded, pairs = (size_t)tokens * model->active_experts;
-    size_t hit = pairs < (size_t)model->experts ? pairs : (size_t)model->experts, places = (pairs + 15 * hit + 15) / 16 * 16;
+    size_t layers_inputs = (size_t)tokens * model->layers * model->padded;
+    size_t pairs = (size_t)tokens * model->active_experts;
+    size_t hit = pairs < (size_t)model->experts ? pairs : (size_t)model->experts;
+    size_t places = (pairs + 15 * hit + 15) / 16 * 16; /* each expert's begin with a panel */
     for (int i = 0; i < model->layers; i++) {
         const Layer *layer = &model->layer[i];
         const Matrix *site = layer->site;
@@ -1160,7 +1167,8 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         reserve_piece(&s, pool, &model->head, s.wanted);
         for (int i = 0; i < model->layers; i++) {
             for (int site = 0; site < SITES; site++) reserve_piece(&s, pool, &model->layer[i].site[site], step->tokens);
-            for (int e = 0; e < 2 && model->experts; e++) reserve_piece(&s, pool, &model->layer[i].expert[e], step->tokens);
+            for (int which = 0; which < 2 && model->experts; which++)
+                reserve_piece(&s, pool, &model->layer[i].expert[which], step->tokens);
         }
     }
     pool->phases = model->layers * PHASES + 7;

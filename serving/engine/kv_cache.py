@@ -1,7 +1,8 @@
 """Blocks of the key/value cache, reference-counted, with automatic prefix caching.
 
-A block holds the keys and values of `BLOCK` tokens in every layer. A full block is identified by the hash of all tokens
-up to its end and of the adapter that computed them, so that the next request with the same prefix reuses it.
+A block holds the keys and values of `BLOCK` tokens in every layer that has its own. A full block is identified by the
+hash of all tokens up to its end and of the adapter that computed them, so that the next request with the same prefix
+reuses it.
 Unreferenced blocks stay cached until their memory is needed; the least recently used one is evicted first.
 """
 

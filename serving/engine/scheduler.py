@@ -224,7 +224,7 @@ class Scheduler:
         request.cached = request.computed
         sampling = request.generate.sampling
         request.sampler = Sampler(sampling, request.tokens, self.eos_token_ids)
-        request.text = Detokenizer(self.tokenizer, sampling.stop, sampling.min_tokens)
+        request.text = Detokenizer(self.tokenizer, sampling.stop, sampling.min_tokens, sampling.skip_special_tokens)
         request.started = time.monotonic()
         self.counts["prompt_tokens"] += request.prompt_tokens
         self.counts["cached_tokens"] += request.cached
@@ -273,7 +273,7 @@ class Scheduler:
         generated = len(request.tokens) - request.prompt_tokens
         ended = token in self.eos_token_ids and not sampling.ignore_eos and generated >= sampling.min_tokens
         full = generated >= sampling.max_tokens
-        if request.text.add(token, last=ended or full) or ended:
+        if request.text.add(token, last=ended or full, ends=ended) or ended:
             self._finish(request, STOP)
         elif full:
             self._finish(request, LENGTH)

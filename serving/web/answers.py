@@ -2,6 +2,7 @@
 
 Events, each with a JSON object:
     part     {"side": "after"|"before", "text": delta, "fields": {name: text so far}}   of labelled responses
+    thought  {"side", "text": delta}                          what the model thinks before it answers
     waiting  {"seconds": n}                                   nothing has arrived for a while; still waiting
     done     {"side", "finish_reason", "tokens", "seconds", "forgotten", and what the page of its task adds}
              forgotten: how many of the oldest exchanges did not fit in the model's window and were left out
@@ -63,6 +64,7 @@ class AnswerRequest(BaseModel):
 
     Attributes:
         seed, temperature: the same values with the same adapter and texts give the same answer.
+        thinking: let the model think before it answers, in a dialogue with one that can.
         compare: ask the base model as well.
     """
 
@@ -71,6 +73,7 @@ class AnswerRequest(BaseModel):
     messages: list[VisitorMessage] | None = Field(None, min_length=1, max_length=60)
     seed: int = Field(ge=0, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
+    thinking: bool = False
     compare: bool = False
 
     @model_validator(mode="after")
@@ -127,7 +130,7 @@ async def _one_side(
 ) -> None:
     """Put the events of one model's answer into `events`; the last of them is `done` or `error`."""
     began = time.monotonic()
-    shown, fields = _Shown(settings.clean), dict[str, str]()
+    shown, thought, fields = _Shown(settings.clean), _Shown(settings.clean), dict[str, str]()
     try:
         prompt = (await client.adapter(question.adapter)).prompt if question.adapter else None
 
@@ -136,9 +139,17 @@ async def _one_side(
                 fields.update(prompt.read_response(shown.text) if prompt else {})
                 events.put_nowait(_event("part", side=side, text=text, fields=fields.copy()))
 
+        def show_thought(text: str) -> None:
+            if text:
+                events.put_nowait(_event("thought", side=side, text=text))
+
         async with _ask(client, question, base=side == "before") as stream:
-            async for part in stream:
-                show(shown.add(part))
+            while (part := await stream.part()) is not None:
+                show_thought(thought.add(part.thought))
+                if part.text:
+                    show_thought(thought.rest())
+                    show(shown.add(part.text))
+            show_thought(thought.rest())
             show(shown.rest())
             said: Answer = stream.answer
         more = {}
@@ -172,7 +183,9 @@ def _ask(client: AsyncClient, question: AnswerRequest, base: bool) -> AsyncStrea
         sampling["temperature"] = question.temperature
     if question.messages is not None or question.adapter is None:
         messages = [message.model_dump() for message in question.messages or []]
-        return client.chat(messages, adapter=question.adapter, base=base, forget=True, **sampling)
+        return client.chat(
+            messages, adapter=question.adapter, base=base, forget=True, thinking=question.thinking, **sampling
+        )
     return client.ask(question.adapter, question.filled_in(), base=base, **sampling)
 
 

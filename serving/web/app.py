@@ -21,6 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from core.licence import LICENCES, Licence
 from serving.client import Adapter, AsyncClient, ServingError
 from serving.rate_limit import Rate, client_of
 from serving.web import answers, runs
@@ -96,7 +97,14 @@ def create_app(settings: Settings) -> FastAPI:
     )
 
     def page(request: Request, name: str, status: int = 200, template: str = "", **values: Any) -> Response:
-        shared = {"page": name, "pages": pages, "has_password": bool(settings.password), "clean": settings.clean}
+        served: list[Adapter] = getattr(app.state, "served", None) or []
+        shared = {
+            "page": name,
+            "pages": pages,
+            "has_password": bool(settings.password),
+            "clean": settings.clean,
+            "licences": licences({adapter.licence for adapter in served}),
+        }
         return templates.TemplateResponse(request, template or f"{name}.html", {**shared, **values}, status)
 
     def page_of(found: FoundPage) -> Callable[[Request], Response]:
@@ -128,7 +136,16 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/api/status")
     async def status() -> dict[str, Any]:
         served: list[Adapter] = app.state.served or []
-        adapters = [{"name": a.name, "title": a.title, "has_turns": a.has_turns, "run": a.run} for a in served]
+        adapters = [
+            {
+                "name": a.name,
+                "title": a.title,
+                "has_turns": a.has_turns,
+                "thinks": a.prompt.has_gemma4_turns,
+                "run": a.run,
+            }
+            for a in served
+        ]
         return {"ready": app.state.served is not None, "adapters": adapters}
 
     @app.get("/health")
@@ -175,6 +192,11 @@ def create_app(settings: Settings) -> FastAPI:
         return JSONResponse({"detail": "This request is malformed. " + "; ".join(found)}, 422)
 
     return app
+
+
+def licences(served: set[str]) -> dict[str, Licence]:
+    """Those of the models that are served; all there are while that is not known, as with a base alone."""
+    return {name: licence for name, licence in LICENCES.items() if name in (served or LICENCES)}
 
 
 async def _watch(app: FastAPI) -> None:

@@ -96,8 +96,8 @@ export class Answering {
 
   get running() { return Boolean(this.controller); }
 
-  // part(side, data), done(side, data); returns "done", "stopped" or "failed". Another answer on its way is stopped first.
-  async ask(question, { part, done }) {
+  // part(side, data), thought(side, data), done(side, data); returns "done", "stopped" or "failed". Another answer on its way is stopped first.
+  async ask(question, { part, thought, done }) {
     this.stop();
     const controller = (this.controller = new AbortController());
     this.#show(true);
@@ -110,6 +110,7 @@ export class Answering {
       for await (const [event, data] of eventsOf(response)) {
         if (event === "waiting") $("announce").textContent = "Still waiting for the model…", this.waiting(data.seconds);
         if (event === "part") this.waiting(0), part(data.side, data);
+        if (event === "thought") this.waiting(0), thought?.(data.side, data);
         if (event === "done") open.delete(data.side), done(data.side, data);
         if (event === "error") open.delete(data.side), (failed ||= data.message);
       }

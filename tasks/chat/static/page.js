@@ -4,6 +4,7 @@ import { $, Answering, composer, copy, newSeed, onStatus, scrollTo } from "../si
 const MOST = 21; // messages that the model is given; the oldest are left out, and the first is the visitor's
 let messages = [], bubbles = [], seed = 0;
 const turns = new Map(); // adapter → whether it was trained on dialogues
+const thinkers = new Set(); // adapters that can think before they answer
 const answering = new Answering(() => messages.length && ask(seed));
 
 composer($("ask"), $("message"), (text) => { settle(); add("user", text); ask(newSeed()); });
@@ -45,6 +46,17 @@ function add(role, text) {
   return bubble;
 }
 
+// What the model thinks stands folded above its answer; it is not part of the dialogue.
+function addThought(bubble) {
+  const details = document.createElement("details");
+  details.className = "thought assistant";
+  details.append(document.createElement("summary"), document.createElement("p"));
+  details.firstChild.textContent = "Thought";
+  bubble.before(details);
+  bubbles.splice(bubbles.indexOf(bubble), 0, details);
+  return details.lastChild;
+}
+
 function forgetAnswer() {
   if (messages.at(-1)?.role === "assistant") messages.pop();
   while (bubbles.at(-1)?.classList.contains("assistant")) bubbles.pop().remove();
@@ -56,8 +68,10 @@ async function ask(chosen) {
   const dialogue = messages, bubble = add("assistant", "");
   bubble.setAttribute("aria-busy", "true");
   $("tools").hidden = true;
-  let text = "";
-  const ended = await answering.ask({ adapter: $("adapter").value || null, messages: dialogue.slice(-MOST), seed }, {
+  let text = "", thought = null;
+  const thinking = $("think").checked && thinkers.has($("adapter").value);
+  const ended = await answering.ask({ adapter: $("adapter").value || null, messages: dialogue.slice(-MOST), seed, thinking }, {
+    thought(side, data) { (thought ??= addThought(bubble)).textContent += data.text; },
     part(side, data) {
       const low = innerHeight + scrollY > document.body.scrollHeight - 160;
       bubble.textContent = text += data.text;
@@ -68,7 +82,7 @@ async function ask(chosen) {
   bubble.setAttribute("aria-busy", "false");
   if (dialogue !== messages || bubbles.at(-1) !== bubble) return; // another dialogue, or message, since
   if (ended === "failed") {
-    if (!text) bubbles.pop().remove();
+    if (!text) forgetAnswer();
     return;
   }
   if (!text) bubble.textContent = ended === "stopped" ? "Stopped." : "(nothing)";
@@ -76,11 +90,17 @@ async function ask(chosen) {
   $("tools").hidden = false;
 }
 
-function sayTurns() { $("no-turns").hidden = turns.get($("adapter").value) !== false; }
+function sayTurns() {
+  $("no-turns").hidden = turns.get($("adapter").value) !== false;
+  $("thinking").hidden = !thinkers.has($("adapter").value);
+}
 
 onStatus((status) => {
   const chosen = $("adapter").value, known = turns.size;
-  for (const adapter of status.adapters) turns.set(adapter.name, adapter.has_turns);
+  for (const adapter of status.adapters) {
+    turns.set(adapter.name, adapter.has_turns);
+    if (adapter.thinks) thinkers.add(adapter.name);
+  }
   if (turns.size === known) return;
   $("adapter").replaceChildren(
     ...[...turns.keys()].map((name) => new Option(status.adapters.find((one) => one.name === name)?.title ?? name, name)),
