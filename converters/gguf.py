@@ -12,6 +12,8 @@ The layout compared with transformers' (see `hf`):
 - A LoRA's two factors are `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
   the whole file, and each update is scaled by alpha / r with the tensor's own r.
 
+What is different in Gemma 4, whose norms are stored as they are, is in `gguf_gemma4`.
+
 The prompt and the origin, for which llama.cpp has no field, are stored as JSON under keys of this project.
 """
 
