@@ -30,18 +30,21 @@ IDS = [2, *range(300, 340)]  # a row longer than the window of 16
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, torch.dtype], Path]:
-    return {
-        (kind, dtype): tiny_folder4(kind, tmp_path_factory.mktemp(kind), dtype)
-        for kind in KINDS
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Folders of every kind and dtype, each made when it is first asked for."""
+
+    class Folders(dict[tuple[str, torch.dtype], Path]):
+        def __missing__(self, key: tuple[str, torch.dtype]) -> Path:
+            self[key] = tiny_folder4(key[0], tmp_path_factory.mktemp(key[0]), key[1])
+            return self[key]
+
+    return Folders()
 
 
 read = partial(read_checked, keras)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_preset_survives_a_round_trip(kind: str, dtype: torch.dtype, folders: Any, tmp_path: Path) -> None:
     expected = hf.read(folders[kind, dtype])
