@@ -12,6 +12,8 @@ The layout compared with transformers' (see `hf`):
 - A LoRA's two factors are `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
   the whole file, and each update is scaled by alpha / r with the tensor's own r.
 
+What is different in Gemma 4, whose norms are stored as they are, is in `gguf_gemma4`.
+
 The prompt and the origin, for which llama.cpp has no field, are stored as JSON under keys of this project.
 """
 
@@ -40,6 +42,7 @@ from gguf import (
     get_tensor_name_map,
     quantize,
 )
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
@@ -123,7 +126,15 @@ def read(path: Path) -> Checkpoint | Adapter:
         if fields.get(Keys.General.TYPE) == GGUFType.ADAPTER:
             return _read_adapter(file, header, fields, family)
         return _read_model(file, header, fields, family)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        StrictDataclassError,
+    ) as error:
         raise UserError(f"{file}: a field is missing or of the wrong kind ({type(error).__name__}: {error})") from None
 
 

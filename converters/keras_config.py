@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from converters import keras_gemma4
@@ -125,7 +126,7 @@ def read_config(settings: Any, family: str, tensors: Mapping[str, LazyTensor], w
             found["max_position_embeddings"] = CONTEXT.get(layers, 131_072)
         tokens = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}  # of every Gemma
         config = AutoConfig.for_model(family, **found, **tokens)
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{where} does not describe a Gemma of KerasHub ({type(error).__name__}: {error})") from None
     return json.loads(config.to_json_string()) | {"architectures": [ARCHITECTURES[family]]}
 

@@ -3,8 +3,8 @@
 The files of this writer were run by llama.cpp itself (commit 0ce8cd1, libllama of llama-cpp-py-sync 0.11739), for tiny
 random models of all three families in float32 and bfloat16, with and without an adapter: the logits were those of
 transformers to 4e-3 of 7 in float32 (llama.cpp takes GELU from a table of float16), 0.13 in bfloat16, and its tokens of
-Gemma 3's own vocabulary those of transformers on every text tried. It is too large to be installed for the tests, where
-transformers' own loader stands in for it, and for Gemma 1, which that does not know, the layout written out below.
+Gemma 3's own vocabulary those of transformers on every text tried. Here transformers' own loader stands in for it, and
+for Gemma 1, which that does not know, the layout written out below; `test_gguf_gemma4.py` runs llama.cpp itself.
 """
 
 import random
