@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,7 +22,7 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     """Print the counts of `folder`'s manifest and its first `examples` training rows.
 
     Target text (what the loss is computed on) has a bar at its left, and colour in a terminal. Training sees the same
-    pieces (`Prompt.pieces`): BOS first, and an end token after each target piece.
+    pieces (`Prompt.samples`): BOS first, and an end token after each target piece.
     """
     console = plain_console()
     manifest = read_manifest(folder)
@@ -38,7 +37,8 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
             row = json.loads(line)
             of = f" (row {row['row']} of the source)" if "row" in row else ""
             console.print(f"\nExample {number} of {manifest.splits['training'].rows:,}{of}")
-            _show_row(console, row, prompt)
+            for pieces in prompt.samples(row):
+                _show_sample(console, pieces, prompt)
     if examples:
         console.print(f"\n{_mark(console)} is what the model learns to say; it is given the rest.", style="dim")
 
@@ -83,10 +83,10 @@ def _mark(console: Console) -> str:
     return "▌" if console.encoding.startswith("utf") else ">"
 
 
-def _show_row(console: Console, row: dict[str, Any], prompt: Prompt) -> None:
+def _show_sample(console: Console, pieces: list[tuple[str, bool]], prompt: Prompt) -> None:
     end = prompt.template.partition("{response}")[2] or EOS
     column = 0  # at which the next piece begins
-    for number, (text, learned) in enumerate(prompt.pieces(row)):
+    for number, (text, learned) in enumerate(pieces):
         text = text if number else BOS + text
         if column and text.startswith("\n"):
             text, column = text[1:], 0
