@@ -198,7 +198,8 @@ def serving_table(result: dict[str, Any]) -> list[str]:
             lines.append(f"| {name} | not run: {system['not_run']} {'| ' * (len(titles) - 2)}|")
             continue
         found = system["streams"]
-        cells = [name, *(f"{found[str(n)]['tokens_per_second']:,.0f}" if str(n) in found else "" for n in streams)]
+        rates = [found[str(n)]["tokens_per_second"] if str(n) in found else None for n in streams]
+        cells = [name, *("" if rate is None else f"{rate:,.{0 if rate >= 10 else 1}f}" for rate in rates)]
         if one := found.get(str(many)):
             cells += [
                 f"{one['ttft_p50'] * 1e3:,.0f} ms",
