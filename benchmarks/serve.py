@@ -339,11 +339,13 @@ def random_model(name: str, layers: int | None, tokenizer_folder: Path, scratch:
     return base, adapter
 
 
-def summary(rounds: list[list[Arrivals]]) -> dict[str, float]:
-    """Median speed over rounds, and latencies over all tokens of all rounds, in seconds."""
+def summary(rounds: list[list[Arrivals]]) -> dict[str, Any]:
+    """Median speed over rounds and each round's, and latencies over all tokens of all rounds, in seconds."""
+    rates = [sum(map(len, one)) / max(times[-1] for times in one) for one in rounds]
     gaps = sorted(b - a for one in rounds for times in one for a, b in pairwise(times))
     return {
-        "tokens_per_second": statistics.median(sum(map(len, one)) / max(times[-1] for times in one) for one in rounds),
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_of_rounds": rates,
         "ttft_p50": statistics.median(times[0] for one in rounds for times in one),
         "gap_p50": gaps[len(gaps) // 2],
         "gap_p99": gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)],
