@@ -210,6 +210,7 @@ define install_environment
 		{ echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); 3.11 or 3.12 is needed. Name another: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "Python's venv module is missing. Install it: sudo apt-get install python3-venv"; exit 1; }
+	@[ ! -L $(@D) ] || { echo "$(@D) is a link, and installing would empty the folder behind it. Remove the link first"; exit 1; }
 	@echo "Installing $< into $(@D) (once; about 2 GB, a few minutes)"
 	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "torch: the one $(PYTHON) already has"; $(PYTHON) -m venv --clear --system-site-packages $(@D); \
