@@ -143,8 +143,8 @@ def _conversion_speed() -> str:
     return _measured(result) + _table([*header, "2 × largest tensor + 1 GiB"], rows)
 
 
-def _memory(file: str = "memory.json") -> str:
-    result = _read(file)
+def _memory() -> str:
+    result = _read("memory.json")
     rows = [
         [
             row["run"],
@@ -201,7 +201,6 @@ FIGURES: dict[str, Callable[[], str]] = {
     "conversion-formats": _conversion_formats,
     "conversion-speed": _conversion_speed,
     "memory": _memory,
-    "memory-gemma-4": lambda: _memory("memory-gemma-4.json"),
     "training-speed": _training_speed,
     "serving-speed": _serving_speed,
     "models": _models,
