@@ -37,6 +37,10 @@ from training.signals import Stopped
 KINDS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 TURNS = load_config(["+prompt=gemma-turns"]).task.prompt.template
 PLAIN = load_config().task.prompt.template
+THOUGHT = "<|channel>thought\n<channel|>"  # empty: the large sizes are asked so where they are not to think
+TURNS_4 = [
+    f"<|turn>user\n{{instruction}}<turn|>\n<|turn>model\n{thought}{{response}}<turn|>" for thought in (THOUGHT, "")
+]
 ROWS = [{"input": "We " + "go " * (n % 5 + 1), "output": f"Slang: {'yes ' * (n % 3 + 1)}".strip()} for n in range(8)]
 
 
@@ -376,7 +380,9 @@ def weights_of(archive: Path) -> dict[str, torch.Tensor]:
 def test_instruction_tuned_models_are_trained_in_gemma_s_turns() -> None:
     for model in names("model"):
         template = load_config([f"model={model}"]).task.prompt.template
-        assert (template == TURNS) == model.endswith("-it"), model
+        small = model.startswith(("gemma-4-e2b", "gemma-4-e4b"))
+        turns = TURNS_4[small] if model.startswith("gemma-4") else TURNS
+        assert (template == turns) == model.endswith("-it"), model
 
 
 def test_a_turn_is_trained_with_its_end_token_and_generation_stops_there(
