@@ -952,7 +952,7 @@ def test_make_data_s_command(tmp_path: Path, tokenizer_file: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     tokenizer_file.rename(base / "tokenizer.json")
-    (base / "config.json").write_text("{}")
+    (base / "config.json").write_text('{"model_type": "gemma3_text"}')
     (base / "model.safetensors").touch()
     source = write_csv(tmp_path / "a.csv", made_up(80))
     words = ["task=slang", f"task.data.source={source}", f"data_dir={tmp_path / 'data'}", f"model.path={base}"]
