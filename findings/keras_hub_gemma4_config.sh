@@ -7,7 +7,7 @@
 # longer as global_head_dim, the only key that KerasHub knows. With both keys in config.json, KerasHub's hidden states
 # are those of transformers, which still reads the folder.
 # Why it matters: a Gemma 4 that was fine-tuned, merged or cut with the current transformers is such a folder.
-# This project: it converts Gemma 1, 2 and 3, whose keys are unchanged; a Gemma 4 has to be written with both keys.
+# This project: `to=keras` writes a Gemma 4 with both keys, and every config.json it writes has both dialects.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
