@@ -89,7 +89,9 @@ def assert_same(found: tuple[float, dict[str, Tensor]], expected: tuple[float, d
         assert (found[1][name] - gradient).abs().max().item() <= 1e-5 * largest, name
 
 
-@pytest.mark.parametrize("arithmetic", SIZES)
+@pytest.mark.parametrize(
+    "arithmetic", [pytest.param(one, marks=[pytest.mark.slow] * (one == "torch")) for one in SIZES]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_transformers_and_peft(
     kind: str, arithmetic: str, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +197,7 @@ def test_attention_to_later_tokens_is_refused() -> None:
     assert use_packed_attention(tiny_gemma4("31b")) == "sdpa"  # "vision": of images, of which there are none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_in_bfloat16_is_as_near_to_float32_as_that_of_transformers(kind: str) -> None:
     model = lora4(kind, SIZES["kernels"])

@@ -171,6 +171,7 @@ def test_memory_does_not_grow_with_the_model(whole: Path, tmp_path: Path, monkey
     assert torch.equal(logits(loaded(folder), tiny_tokenizer4()), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pinned", [True, False])
 def test_a_gemma_3_is_cut_too(pinned: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     torch.manual_seed(0)
