@@ -115,6 +115,7 @@ def train(
         from converters.nemo_file import read_nemo
         from core.load_model import load_base, load_tokenizer
         from core.prompt import Prompt
+        from core.text_model import check_text_model
         from evaluation import report
         from evaluation.compare import measure
         from training.batches import Batches, tokenize
@@ -123,6 +124,7 @@ def train(
         from training.memory import check_memory, release_memory
         from training.progress import peak_memory_gib
 
+    check_text_model(base_folder)
     record(config, base_folder, data_folder, run_folder)
 
     tokenizer = load_tokenizer(base_folder)

@@ -86,7 +86,13 @@ def prove(
         limits = {name: min(limit, SHARE_OF_TRAINING * trained) for name, limit in limits.items()}
     for name, limit in limits.items():
         if not (value := getattr(proof, name)) <= limit:  # also NaN
-            raise UserError(f"the conversion is not faithful: {name} is {value:.2g}, at most {limit:.2g} allowed")
+            why = ""
+            if merged and limit < MERGED_LIMITS[name]:
+                why = (
+                    f", as training moved the base by {trained:.2g} alone: rounding to its dtype loses much of that. "
+                    f"Train for longer, or use the adapter itself, to=adapter"
+                )
+            raise UserError(f"the conversion is not faithful: {name} is {value:.2g}, at most {limit:.2g} allowed{why}")
     proof.limits = limits
     return proof
 

@@ -266,6 +266,10 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any
                 f'tools: number {number} is no function: {{"type": "function", "function": {{"name", "description", '
                 f'"parameters"}}}}'
             )
-        if not isinstance(parameters.get("properties") or {}, Mapping):
-            raise ValueError(f"tools: the parameters of number {number} are no JSON schema")
+        try:
+            if not isinstance(parameters.get("properties") or {}, Mapping):
+                raise TypeError
+            _declaration(tool["function"])
+        except (TypeError, AttributeError, RecursionError):
+            raise ValueError(f"tools: the parameters of number {number} are no JSON schema") from None
     return tools

@@ -14,7 +14,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import writing
-from core.gemma_config import family_of, is_whole, write_both_dialects
+from core.gemma_config import family_of, is_whole, text_config, write_both_dialects
 from core.layer_shapes import layer_shapes
 
 INDEX = "model.safetensors.index.json"
@@ -83,6 +83,18 @@ def cut_text_model(source: Path, target: Path) -> None:
     written = _read_json(target / "config.json")
     if (both := write_both_dialects(written)) != written:
         _write_json(target / "config.json", both)
+
+
+def check_text_model(folder: Path) -> None:
+    """Check that the text model in `folder` has every tensor that its config.json makes, each in the right shape.
+
+    transformers would fill what is missing with random values, with no more than a note.
+
+    Raises:
+        UserError: a file is damaged, a tensor is missing or of another shape, config.json describes no model.
+    """
+    _, expected = _text_config(folder, _read_json(folder / "config.json"))
+    _kept({file: read_header(file) for file in weight_files(folder)}, expected, folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -156,10 +168,11 @@ def _text_config(source: Path, config: dict[str, Any]) -> tuple[Any, dict[str, t
         UserError: the model is quantized, or its config.json describes none.
     """
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = family_of(config, source)
-    if "quantization_config" in config or "quantization_config" in config["text_config"]:
+    if "quantization_config" in config or "quantization_config" in text_config(config):
         raise UserError(f"{source} is quantized; use the folder of the unquantized model")
     try:
         whole = AutoConfig.from_pretrained(source)
@@ -172,8 +185,8 @@ def _text_config(source: Path, config: dict[str, Any]) -> tuple[Any, dict[str, t
             text.eos_token_id = ends  # the whole model's, which may be several, is named nowhere else
         with torch.device("meta"):
             state = AutoModelForCausalLM.from_config(text).state_dict()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{source / 'config.json'} describes no model: {str(error).splitlines()[0]}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        raise UserError(f"{source / 'config.json'} describes no model: {' '.join(str(error).split())}") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if text.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
@@ -192,7 +205,7 @@ def _kept(
     found: dict[str, Tensor] = {}
     for file, tensors in shards.items():
         for tensor in tensors:
-            new = text_name(tensor.name)
+            new = tensor.name if tensor.name in expected else text_name(tensor.name)
             if new is None or new not in expected:
                 continue
             if new in found:

@@ -103,6 +103,7 @@ def test_tools_are_declared_called_and_answered_within_the_model_s_turn() -> Non
         ([user("a"), model("", tool_calls="x")], [], "a call of a tool needs a name"),
         ([user("a")], ["x"], "tools: number 1 is no function"),
         ([user("a")], [{"function": {"name": "x{"}}], "tools: number 1 is no function"),
+        ([user("a")], [{"function": {"name": "x", "parameters": {"required": 3}}}], "parameters of number 1 are no"),
         ([user("a")], [{"function": {"name": "x", "parameters": {"properties": 3}}}], "number 1 are no JSON schema"),
     ],
 )

@@ -23,7 +23,7 @@ from core.base_model import RECORD, describe, ensure_base_model, licence_of
 from core.configuration import load_config
 from core.errors import UserError
 from core.gemma_config import write_both_dialects
-from core.text_model import INDEX, cut_text_model
+from core.text_model import INDEX, check_text_model, cut_text_model
 
 TEXT = "The train left the station at noon, and then the rain began to fall on the long platform."
 STOPS = {"eos_token_id": [1, 106, 50], "suppress_tokens": [258883, 258882], "temperature": 1.0}
@@ -194,7 +194,7 @@ def test_a_gemma_3_is_cut_too(pinned: bool, tokenizer: PreTrainedTokenizerBase, 
 
 def lacks_a_tensor(folder: Path, config: dict[str, Any]) -> None:
     tensors = load_file(folder / "model.safetensors")
-    del tensors["model.language_model.layers.3.layer_scalar"]
+    del tensors[next(name for name in tensors if name.endswith("layers.3.layer_scalar"))]
     save_file(tensors, folder / "model.safetensors")
 
 
@@ -235,6 +235,30 @@ def test_a_damaged_whole_model_is_one_sentence_and_leaves_nothing(
     with pytest.raises(UserError, match=says):
         cut(whole, tmp_path / "models")
     assert not [path for path in tmp_path.glob("models/*gemma*") if path.is_dir()]
+
+
+def names_no_layer(folder: Path, config: dict[str, Any]) -> None:
+    config["text_config"]["per_layer_config"] = {"x": {"head_dim": 32}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lacks_a_tensor, r"lacks 1 tensors of its text model, model\.layers\.3\.layer_scalar among them"),
+        (has_other_heads, "has shape .* config.json makes it"),
+        (is_cut_off, "its data are cut off"),
+        (is_quantized, "is quantized"),
+        (names_no_layer, "describes no model: invalid literal"),
+    ],
+)
+def test_a_damaged_text_model_is_one_sentence_too(damage: Any, says: str, tmp_path: Path) -> None:
+    folder = tiny_folder4("e2b", tmp_path)
+    check_text_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    damage(folder, both := {"text_config": config})
+    (folder / "config.json").write_text(json.dumps({**both.pop("text_config"), **both}))
+    with pytest.raises(UserError, match=says):
+        check_text_model(folder)
 
 
 @pytest.mark.parametrize(
