@@ -161,6 +161,18 @@ def test_a_dialogue_that_breaks_the_turns_is_dropped_with_the_message_s_number(m
     assert manifest["rows_out"] == 60
 
 
+def test_dialogues_with_calls_of_tools_are_dropped_and_thoughts_left_out_and_counted(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    calls = [{"function": {"name": "weather", "arguments": "{}"}}]
+    called = [rows[0][0], rows[0][1] | {"tool_calls": calls}, *rows[0][2:]]
+    thought = [rows[1][0], rows[1][1] | {"reasoning_content": "Hm."}, *rows[1][2:]]
+    folder = make([called, thought, *rows[2:]])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["dropped"] == {"calls of tools are not learned": 1}
+    assert manifest["notes"]["dialogues without the thoughts that they had"] == 1
+    assert all(row["messages"] == rows[row["row"] - 1] for row in read(folder)) and manifest["rows_out"] == 59
+
+
 def test_a_question_that_nobody_answered_is_left_out(make: Callable[..., Path]) -> None:
     rows = made_up(60)
     found = read(make([[*messages, {"role": "user", "content": "And?"}] for messages in rows]))
@@ -213,7 +225,7 @@ def test_a_long_dialogue_is_cut_between_exchanges(
     assert not [row for row in rows if row["row"] == 3]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["dropped"] == {f"the first exchange has over {most} tokens": 1}
-    assert sorted(manifest["notes"].values()) == [1, 1]
+    assert sorted(manifest["notes"].values()) == [0, 1, 1]
     # Training agrees on what fits, and one exchange more would not have.
     lengths = tokens_of(parts, tokenizer, tmp_path / "parts")["length"]
     assert max(lengths) <= most

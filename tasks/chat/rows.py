@@ -8,7 +8,8 @@ A source row holds, in the task's key column (`messages` in chat.yaml), one of
 
 and becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, beginning with the
 user and ending with the assistant; a last user message without an answer is left out. A dialogue that breaks this rule
-is dropped, with the number of the offending message.
+is dropped, with the number of the offending message, and so is one in which the assistant calls a tool, as its text
+alone would teach to answer without. Thoughts beside an answer are left out.
 
 A dialogue of more than `task.data.max_tokens` tokens becomes several rows. The first has as many whole exchanges as
 fit; the next begins with the user's turn after them and repeats the system message, which is how Vicuna's dialogues
@@ -57,12 +58,13 @@ class Reader:
         self._tokenizer_file = tokenizer_file if self._most else None
         self._cut = f"dialogues of over {self._most} tokens cut between exchanges"
         self._shortened = f"dialogues that end before an exchange of over {self._most} tokens"
-        self.notes = {self._cut: 0, self._shortened: 0}
+        self._thoughtless = "dialogues without the thoughts that they had"
+        self.notes = {self._cut: 0, self._shortened: 0, self._thoughtless: 0}
 
     def __call__(self, raw: Sequence[str]) -> tuple[str, list[str], int]:
         """
         Raises:
-            Unusable: the row is not a dialogue, or its first exchange is too long.
+            Unusable: the row is not a dialogue, has calls of tools, or its first exchange is too long.
         """
         answer = "" if self._answer_place is None else raw[self._answer_place]
         messages = _read(raw[self._place], answer)
@@ -77,6 +79,7 @@ class Reader:
                 raise ValueError("no message of the assistant")
         except ValueError as error:
             raise Unusable("user and assistant do not take turns", str(error)) from None
+        self.notes[self._thoughtless] += any("thought" in message for message in messages)
         system = [message["content"] for message in messages if message["role"] == "system"]
         turns = [message["content"] for message in messages[len(system) :]]
         parts = [[*(system or [""]), *part] for part in self._parts(system, turns)]
@@ -153,11 +156,15 @@ def _read(cell: str, answer: str) -> list[ChatMessage]:
         if answer:  # it is a question that begins with a bracket
             return [{"role": "user", "content": cell}, {"role": "assistant", "content": answer}]
         raise Unusable("no list of messages", "it begins with [ and is no JSON list of objects")
-    messages = []
-    for message in found:
+    messages = list[ChatMessage]()
+    for number, message in enumerate(found, 1):
+        if message.get("tool_calls") or message.get("function_call"):
+            raise Unusable("calls of tools are not learned", f"message {number} calls a tool")
         role, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
         name = str(role).lower()
         messages.append({"role": ROLES.get(name, name), "content": text if isinstance(text, str) else ""})
+        if thought := message.get("reasoning_content") or message.get("reasoning"):
+            messages[-1]["thought"] = str(thought)
     return messages
 
 
