@@ -1,6 +1,5 @@
-"""Builds the client's wheel (see pyproject.toml), with core/prompt.py in the place of serving/client/prompt.py.
-
-The files that it imports lie beside it.
+"""Builds the client's wheel (see pyproject.toml), with core/prompt.py in the place of serving/client/prompt.py, and
+beside it the files that it imports.
 
 So client and training write a prompt with the same code, and the client needs nothing else of this project.
 """

@@ -117,9 +117,10 @@ def test_load_in_transformers(tiny_base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_call_the_server(tiny_base: Path, tmp_path: Path) -> None:
-    # the package as the wheel has it: serving/client with the prompt's own file in it
+    # the package as the wheel has it: serving/client with the prompt's own files in it
     package = shutil.copytree(ROOT / "serving/client", tmp_path / "packages/gemma_client")
-    shutil.copy(ROOT / "core/prompt.py", package / "prompt.py")
+    for name in ("prompt.py", "gemma4_turns.py", "gemma4_answers.py"):
+        shutil.copy(ROOT / "core" / name, package / name)
     with serve_tiny(tiny_base, tmp_path) as stack:
         program = [EXAMPLES / "call_the_server.py", stack.grpc, f"{stack.gateway}/v1"]
         printed = run(sys.executable, *program, PYTHONPATH=str(package.parent))
