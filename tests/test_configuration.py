@@ -302,7 +302,13 @@ def test_hydra_s_own_settings_are_no_keys(word: str) -> None:
     assert refused([word])[0].startswith(f"argument {word}: unknown key hydra")
 
 
-@pytest.mark.parametrize("model", names("model"))
+# One of each generation at once, the others with the slow tests: each is a whole composition.
+QUICK = ("gemma-2b", "gemma-2-2b", "gemma-3-270m", "gemma-4-e2b")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names("model")]
+)
 def test_every_file_of_the_project_passes(model: str) -> None:
     for task in ("slang", "squid_game", "chat"):
         config = load_config([f"task={task}", f"model={model}", "peft=qlora", "trainer=gpu"])

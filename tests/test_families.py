@@ -125,7 +125,7 @@ def rate(step: int, peak: float = 1e-3, warmup: int = 1, steps: int = 5) -> floa
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(one, marks=[pytest.mark.slow] * (one != "lora")) for one in KINDS])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_equals_that_of_transformers_and_peft_and_is_exported(
     family: str, kind: str, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
