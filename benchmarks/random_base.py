@@ -9,8 +9,8 @@ from typing import Any
 
 from core.errors import UserError
 from core.files import writing_folder
+from core.layer_shapes import FULL, SLIDING
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 GEMMA_4: dict[str, Any] = {  # that all sizes of Gemma 4 have in common
     "vocab_size": 262_144,
     "head_dim": 256,

@@ -16,9 +16,10 @@ from pydantic import Field
 
 from core.arguments import Arguments, parse
 from core.artifacts import Conversion, ServedAdapter
-from core.base_model import ensure_base_model, licence_of, read_config
+from core.base_model import ensure_base_model, licence_of
 from core.configuration import load_config, plain
 from core.errors import UserError, run
+from core.files import read_json
 from core.prompt import EOS, Prompt
 from core.run_folder import Run, base_of, newest_run
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
@@ -71,7 +72,7 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
             if other.name not in adapters:
                 remove_adapter(other)
     for found in runs:
-        config = read_config(base) if engine == "vllm" else None
+        config = read_json(base / "config.json") if engine == "vllm" else None
         put_adapter(folder, adapters[found.task], serving_of(found, adapters[found.task], base), config)
     if engine == "vllm":
         write_vllm_repository(folder, base)

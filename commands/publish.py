@@ -20,9 +20,10 @@ from pydantic import Field
 
 from core.arguments import Arguments
 from core.artifacts import Conversion, Environment, Evaluation, Manifest
-from core.base_model import licence_of, read_config
+from core.base_model import licence_of
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
+from core.files import read_json
 from core.gemma_config import is_gemma4
 from core.licence import LICENCES
 from core.run_folder import Run, base_of, newest_run
@@ -159,7 +160,7 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
     base_folder = base_of(Run.read(run_folder), config)
     base = base_on_hub(nemo.base)
     # There, a Gemma 4 is a whole model with image and sound, on which an adapter for its text model does nothing.
-    whole = to == "adapter" and "/" in base and is_gemma4(read_config(base_folder))
+    whole = to == "adapter" and "/" in base and is_gemma4(read_json(base_folder / "config.json"))
     convert(archive, to, folder / "model", base_folder, whole=whole or None)
     if to == "adapter":
         name_base(folder / "model", base)
@@ -265,7 +266,7 @@ def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dat
 
 def name_base(folder: Path, base: str) -> None:
     """Where this machine keeps the base means nothing elsewhere: the adapter names it as the hub does."""
-    from converters.hf import read_json, write_json
+    from converters.hf import write_json
 
     file, record = folder / "adapter_config.json", Conversion.read(folder / "conversion.json")
     write_json(file, {**read_json(file), "base_model_name_or_path": base})

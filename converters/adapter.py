@@ -30,9 +30,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from converters.checkpoint import Adapter, Checkpoint, in_memory
-from converters.hf import read_json, read_prompt, write_json
+from converters.hf import read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
 from core.errors import UserError
+from core.files import read_json
 from core.gemma_config import is_gemma4
 
 TITLE = "PEFT adapter folder"

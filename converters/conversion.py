@@ -25,6 +25,7 @@ from core.artifacts import Conversion, Proof
 from core.base_model import describe, ensure_base_model
 from core.configuration import CONFIG_DIR
 from core.errors import UserError
+from core.files import read_json
 from core.gemma_config import is_gemma4, is_whole
 from core.licence import licence_name, write_notices
 from core.progress import Progress
@@ -189,7 +190,7 @@ def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
     base = read_source("hf", folder)
     assert isinstance(base, Checkpoint)
     base.origin = {**describe(folder), "folder": str(folder)}
-    if is_gemma4(base.config) and is_whole(hf.read_json(folder / "config.json")):
+    if is_gemma4(base.config) and is_whole(read_json(folder / "config.json")):
         base.whole = folder
     return base
 

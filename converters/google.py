@@ -22,11 +22,11 @@ from torch import Tensor
 
 from converters.byte_ranges import whole_file
 from converters.checkpoint import Checkpoint, LazyTensor
-from converters.hf import read_json
 from converters.keras_config import published, read_config
 from converters.torch_file import MAX_PICKLE, read_tensors
 from converters.vocabulary import tokenizer_from_sentencepiece
 from core.errors import UserError
+from core.files import read_json
 
 TITLE = "Google's PyTorch checkpoint (gemma_pytorch)"
 READS = {Checkpoint}

@@ -32,7 +32,6 @@ a Gemma 4 can be put back into the whole: see `Checkpoint.whole`.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,28 +42,20 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.safetensors_file import read_tensors, write_tensors, write_with
+from core import text_model
 from core.errors import UserError
+from core.files import read_json
 from core.gemma_config import FAMILIES, is_whole, text_config, write_both_dialects
 from core.prompt import PROMPT_FILE, Prompt
-from core.text_model import text_name
+from core.text_model import BORROWED, INDEX, text_name
 
 TITLE = "Hugging Face folder"
 READS = {Checkpoint}
 WRITES = {Checkpoint: ""}
 
-INDEX = "model.safetensors.index.json"
 # Copied unchanged. Weights in other formats, training states and model cards of the source are not.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab*",
-    "LICENSE*",
-)
+COMPANIONS = (*text_model.COMPANIONS, "vocab*", "LICENSE*")
 OF_THE_WHOLE = (INDEX, "*processor_config.json")  # copied too where a whole model is written
-BORROWED = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\..+")
 MAX_SHARD = "5GB"  # as save_pretrained has it
 
 
@@ -180,23 +171,6 @@ def parse_prompt(values: Any, where: Path) -> Prompt:
         return Prompt(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{where} holds no prompt of this project ({error})") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: there is no such file, or it has no JSON object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}). Copy or download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it is not a JSON object. Copy or download it again")
-    return values
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

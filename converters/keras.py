@@ -31,11 +31,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from converters import keras_gemma4, keras_lora
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
-from converters.hf import read_json, read_prompt, write_json
+from converters.hf import read_prompt, write_json
 from converters.keras_config import CLASSES, published, read_config, settings_of
 from converters.keras_h5 import SIGNATURE, dataset, dtype_of, open_h5, tensor_of, write_tensor
 from converters.vocabulary import read_vocabulary, to_sentencepiece, tokenizer_from_sentencepiece
 from core.errors import UserError
+from core.files import read_json
 from core.layer_shapes import layer_shapes
 from core.progress import Progress
 

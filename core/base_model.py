@@ -12,7 +12,6 @@ good model or none. Its `base.json` records where it came from and a hash of eve
 """
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from filelock import FileLock
 
 from core.artifacts import BaseRecord
 from core.errors import UserError
-from core.files import beside, commit
+from core.files import beside, commit, read_json
 from core.gemma_config import family_of, is_whole
 from core.licence import LICENCES, licence_name
 from core.schema import ModelConfig
@@ -83,7 +82,7 @@ def local_base(folder: Path, models_dir: Path) -> Path:
     for name, there in needed:
         if not there():
             raise UserError(f"model.path={folder} is not a Hugging Face model folder: {name} is missing")
-    config = read_config(folder)
+    config = read_json(folder / "config.json")
     family_of(config, folder)
     if not is_whole(config):
         return folder
@@ -112,22 +111,7 @@ def local_base(folder: Path, models_dir: Path) -> Path:
 
 def licence_of(folder: Path) -> str:
     """The licence of the model in a Hugging Face folder, a key of `core.licence.LICENCES`. Raises a UserError: none."""
-    return licence_name(read_config(folder), folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}). Copy or download it again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is damaged: it holds no object. Copy or download it again")
-    return config
+    return licence_name(read_json(folder / "config.json"), folder)
 
 
 def _made_once(folder: Path, make: Callable[[Path], BaseRecord]) -> Path:
@@ -230,7 +214,7 @@ def _download(model: ModelConfig, folder: Path) -> dict[str, str]:
     try:
         revision = HfApi(token=token).model_info(model.repo, revision=model.revision, timeout=20).sha
         fetch(revision=revision, allow_patterns=["config.json"])
-        family_of(read_config(folder), model.repo)  # before gigabytes of what cannot be trained
+        family_of(read_json(folder / "config.json"), model.repo)  # before gigabytes of what cannot be trained
         print(f"  fetching revision {revision}", flush=True)
         weights = ["*.safetensors", "*.safetensors.index.json"]
         fetch(revision=revision, allow_patterns=[*weights, "config.json", *COMPANIONS])

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from core.errors import UserError
+
 Lines = list[dict[str, Any]]  # of a JSONL file
 
 
@@ -130,8 +132,20 @@ def to_line(line: Mapping[str, Any]) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is no file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    """The object in a JSON file, whoever wrote it.
+
+    Raises:
+        UserError: there is no such file, or it has no JSON object.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({error}). Copy or download it again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is damaged: it is not a JSON object. Copy or download it again")
+    return values
 
 
 def read_lines(file: Path) -> Lines:

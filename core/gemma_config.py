@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import UserError
+from core.layer_shapes import FULL, SLIDING
 
 Json = dict[str, Any]
-FULL, SLIDING = "full_attention", "sliding_attention"
 GLOBAL_HEAD_DIM = 512  # of a Gemma 4 whose config.json does not say
 
 

@@ -33,7 +33,7 @@ def short_processor_name() -> str:
 
 def commit() -> str:
     """This project's commit, with `-dirty` where files differ from it; "" where there is no git."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:  # a container may have no git
@@ -61,8 +61,8 @@ def describe_environment() -> Environment:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For the import of large libraries, which it makes a fifth faster: Python's garbage collector does not look again
-    and again through the objects that they make and that all stay. It leaves them alone afterwards too."""
+    """For the import of large libraries: Python's garbage collector does not look again and again through the objects
+    that they make and that all stay. It leaves them alone afterwards too."""
     gc.disable()
     try:
         yield

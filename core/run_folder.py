@@ -10,6 +10,7 @@ import yaml
 
 from core.artifacts import Environment, Evaluation, Manifest, Metrics, MetricsLine
 from core.errors import UserError
+from core.files import read_json
 from core.gemma_config import is_whole
 from core.schema import Config
 
@@ -160,14 +161,14 @@ def base_of(run: Run, config: Config) -> Path:
     Raises:
         UserError: it is not there.
     """
-    from core.base_model import local_base, read_config
+    from core.base_model import local_base
 
     model = run.config["model"]
     folder = Path(config.model.path or model["path"] or Path(model["models_dir"]) / model["name"])
     if not (folder / "config.json").exists():
         name = model["name"]
         raise UserError(f"the base model {name} is not in {folder}. Fetch it: make base MODEL={name}")
-    return local_base(folder, Path(config.model.models_dir)) if is_whole(read_config(folder)) else folder
+    return local_base(folder, Path(config.model.models_dir)) if is_whole(read_json(folder / "config.json")) else folder
 
 
 def read_metrics(run_folder: Path) -> tuple[list[MetricsLine], list[MetricsLine]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import writing
+from core.files import read_json, write_json, writing
 from core.gemma_config import family_of, is_whole, text_config, write_both_dialects
 from core.layer_shapes import layer_shapes
 
@@ -22,7 +22,8 @@ BLOCK = 1 << 24
 # What a folder needs beside weights and config.json, as it is: stop tokens stand in generation_config.json.
 COMPANIONS = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 PREFIXES = (("model.language_model.", "model."), ("language_model.", ""))
-BORROWED = re.compile(r"model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm)\.weight")
+# Keys and values of a layer, in a model or in peft's names of an adapter: too many where the layer borrows them.
+BORROWED = re.compile(r"(?:base_model\.model\.)?model\.layers\.(\d+)\.self_attn\.[kv]_(?:proj|norm)\..+")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def cut_text_model(source: Path, target: Path) -> None:
     Raises:
         UserError: a file is damaged, a tensor of the text model is missing or of another shape than config.json says.
     """
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     if not is_whole(config):
         return
     text, expected = _text_config(source, config)
@@ -74,15 +75,15 @@ def cut_text_model(source: Path, target: Path) -> None:
             file.unlink()
     if (source / INDEX).exists():
         size = sum(t.nbytes for file, tensors in shards.items() for t in tensors if t.name in kept[file])
-        _write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(target / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     if source != target:
         for file in (file for pattern in COMPANIONS for file in sorted(source.glob(pattern)) if file.is_file()):
             with writing(target / file.name) as partial:
                 partial.write_bytes(file.read_bytes())
     text.save_pretrained(target)
-    written = _read_json(target / "config.json")
+    written = read_json(target / "config.json")
     if (both := write_both_dialects(written)) != written:
-        _write_json(target / "config.json", both)
+        write_json(target / "config.json", both)
 
 
 def check_text_model(folder: Path) -> None:
@@ -93,7 +94,7 @@ def check_text_model(folder: Path) -> None:
     Raises:
         UserError: a file is damaged, a tensor is missing or of another shape, config.json describes no model.
     """
-    _, expected = _text_config(folder, _read_json(folder / "config.json"))
+    _, expected = _text_config(folder, read_json(folder / "config.json"))
     _kept({file: read_header(file) for file in weight_files(folder)}, expected, folder)
 
 
@@ -105,7 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not (folder / INDEX).exists():
         return sorted(folder.glob("*.safetensors"))
-    names = set((_read_json(folder / INDEX).get("weight_map") or {}).values())
+    names = set((read_json(folder / INDEX).get("weight_map") or {}).values())
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise UserError(f"{folder / INDEX} names {name!r}, which is not in its folder; copy or download it again")
@@ -252,18 +253,3 @@ def _data(file: Path) -> int:
 
 def _size(file: Path) -> int:
     return file.stat().st_size
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged ({error}). Copy or download it again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is damaged: it holds no object. Copy or download it again")
-    return values
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    with writing(file) as partial:
-        partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.gemma_config import FULL, is_gemma4, layer_types
+from core.gemma_config import is_gemma4, layer_types
 from core.gemma_config import text_config as text_of
+from core.layer_shapes import FULL
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = re.compile(r"(.*\.layers\.(\d+)\.self_attn\.)k_proj(\.lora_[AB]\.weight)")

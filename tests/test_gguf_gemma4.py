@@ -28,12 +28,12 @@ from converters import gguf, gguf_gemma4, hf
 from converters.checkpoint import Adapter, Checkpoint, in_memory
 from converters.gguf_metadata import add_config
 from core.errors import UserError
+from core.layer_shapes import FULL, SLIDING
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEMPLATE = "{{ bos_token }}<|turn>user\n{{ messages[0].content }}<turn|>\n"
 IDS = [2, *range(300, 340)]  # rows longer than the window of 16
 SHOWN = {48, 49, 50, 51, 52, 100, 101}
-SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @pytest.fixture(scope="module")

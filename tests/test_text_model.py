@@ -216,15 +216,16 @@ def has_an_index_that_leads_elsewhere(folder: Path, config: dict[str, Any]) -> N
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
 
 
+DAMAGES = [
+    (lacks_a_tensor, r"lacks 1 tensors of its text model, model\.layers\.3\.layer_scalar among them"),
+    (has_other_heads, "has shape .* config.json makes it"),
+    (is_cut_off, "its data are cut off"),
+    (is_quantized, "is quantized"),
+]
+
+
 @pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lacks_a_tensor, r"lacks 1 tensors of its text model, model\.layers\.3\.layer_scalar among them"),
-        (has_other_heads, "has shape .* config.json makes it"),
-        (is_cut_off, "its data are cut off"),
-        (is_quantized, "is quantized"),
-        (has_an_index_that_leads_elsewhere, "which is not in its folder"),
-    ],
+    ("damage", "says"), [*DAMAGES, (has_an_index_that_leads_elsewhere, "which is not in its folder")]
 )
 def test_a_damaged_whole_model_is_one_sentence_and_leaves_nothing(
     damage: Any, says: str, whole: Path, tmp_path: Path
@@ -241,16 +242,7 @@ def names_no_layer(folder: Path, config: dict[str, Any]) -> None:
     config["text_config"]["per_layer_config"] = {"x": {"head_dim": 32}}
 
 
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lacks_a_tensor, r"lacks 1 tensors of its text model, model\.layers\.3\.layer_scalar among them"),
-        (has_other_heads, "has shape .* config.json makes it"),
-        (is_cut_off, "its data are cut off"),
-        (is_quantized, "is quantized"),
-        (names_no_layer, "describes no model: invalid literal"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "says"), [*DAMAGES, (names_no_layer, "describes no model: invalid literal")])
 def test_a_damaged_text_model_is_one_sentence_too(damage: Any, says: str, tmp_path: Path) -> None:
     folder = tiny_folder4("e2b", tmp_path)
     check_text_model(folder)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_tokenizer import TEXTS
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tiny_tokenizer import pieces, tokenizer_of
 from transformers import (
     Gemma4Config,
     Gemma4ForCausalLM,
@@ -23,9 +22,8 @@ from transformers import (
     GemmaTokenizer,
     PreTrainedModel,
 )
-from transformers.tokenization_utils_base import generate_merges
 
-from core.base_model import start_with_bos
+from core.layer_shapes import FULL, SLIDING
 
 CONTROL = {
     0: "<pad>",
@@ -47,7 +45,6 @@ CONTROL = {
     106: "<turn|>",
 }
 VOCABULARY = 1024
-SLIDING, FULL = "sliding_attention", "full_attention"
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -156,20 +153,11 @@ def even_gemma4(kind: str, **sizes: Any) -> PreTrainedModel:
 @cache
 def tiny_tokenizer4() -> GemmaTokenizer:
     """A tokenizer of Gemma's own kind, with Gemma 4's control tokens at their own ids and bytes as a last resort."""
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Replace(" ", "▁")
-    bpe.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    bpe.train_from_iterator(TEXTS * 2, trainers.BpeTrainer(vocab_size=330, show_progress=False))
-    pieces = sorted(bpe.get_vocab(), key=bpe.get_vocab().__getitem__)
     tokens = [CONTROL.get(number, f"<unused{number}>") for number in range(107)]
     tokens += ["\n", *(f"<0x{byte:02X}>" for byte in range(256))]  # "\n" is 107
-    tokens += [piece for piece in pieces if piece not in tokens]
+    tokens += [piece for piece in pieces() if piece not in tokens]
     tokens += [f"<unused{number}>" for number in range(len(tokens), VOCABULARY)]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = generate_merges(vocabulary, {token: -number for token, number in vocabulary.items()})
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": [CONTROL[number] for number in sorted(CONTROL)[5:]]})
-    return start_with_bos(tokenizer)
+    return tokenizer_of(tokens, [CONTROL[number] for number in sorted(CONTROL)[5:]])
 
 
 def tiny_folder4(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16, whole: bool = False) -> Path:
