@@ -354,33 +354,27 @@ def test_an_invalid_number_of_processes_is_refused(override: str, says: str, mon
 
 
 @pytest.mark.parametrize(
-    ("heads", "devices", "says"), [(1, 2, "cannot be split"), (4, 3, "may be 2 or 4"), (4, 2, None), (4, 4, None)]
-)
-def test_tensor_parallelism_lists_the_sizes_that_the_heads_allow(
-    heads: int, devices: int, says: str | None, tmp_path: Path
-) -> None:
-    GemmaConfig(num_key_value_heads=heads, num_attention_heads=8, intermediate_size=64).save_pretrained(tmp_path)
-    config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
-    if says is None:
-        check_tensor_parallel(config, tmp_path)
-    else:
-        with pytest.raises(UserError, match=says):
-            check_tensor_parallel(config, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "devices", "says"),
+    ("model", "devices", "says"),
     [
+        (1, 2, "cannot be split"),
+        (4, 3, "may be 2 or 4"),
+        (4, 2, None),
+        (4, 4, None),
         ("e2b", 2, "1 key/value heads, so it cannot be split"),
         ("12b", 2, "1 key/value heads in some layers, so it cannot be split"),
         ("31b", 4, "2 key/value heads in some layers, so trainer.devices may be 2"),
         ("31b", 2, None),
     ],
 )
-def test_tensor_parallelism_asks_the_heads_of_every_layer_of_a_gemma_4(
-    kind: str, devices: int, says: str | None, tmp_path: Path
+def test_tensor_parallelism_lists_the_sizes_that_the_heads_of_every_layer_allow(
+    model: int | str, devices: int, says: str | None, tmp_path: Path
 ) -> None:
-    tiny_gemma4(kind).config.save_pretrained(tmp_path)
+    """`model` is a Gemma 4, or a Gemma 1 by its number of key/value heads."""
+    gemma1 = {"num_attention_heads": 8, "intermediate_size": 64}
+    architecture = (
+        tiny_gemma4(model).config if isinstance(model, str) else GemmaConfig(num_key_value_heads=model, **gemma1)
+    )
+    architecture.save_pretrained(tmp_path)
     config = load_config(["trainer=cpu", f"trainer.devices={devices}", "trainer.strategy=tp"])
     if says is None:
         check_tensor_parallel(config, tmp_path)
