@@ -41,6 +41,7 @@ def rows_file(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_automodel_trains_on_the_same_target_tokens(
     rows_file: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_every_gemma_has_a_pinned_config_or_says_why_not() -> None:
     assert set(names("model")) == EXPECTED
     for name in EXPECTED:

@@ -41,6 +41,7 @@ def test_the_loss_covers_the_response_and_its_end_and_not_the_prompt(
     assert asked[0] == tokenizer.bos_token_id and (asked == tokenizer.bos_token_id).sum() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_equals_that_of_transformers_sample_by_sample(family: str, rows) -> None:  # type: ignore[no-untyped-def]
     model = tiny_gemma(family)

@@ -213,6 +213,7 @@ def test_an_architecture_with_random_weights_is_measured_like_a_base(
     assert "This project's memory estimate" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "says"),
     [

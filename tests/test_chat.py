@@ -205,6 +205,7 @@ def test_dialogues_that_begin_alike_are_in_one_split_and_near_ones_never_in_two(
     assert dropped
 
 
+@pytest.mark.slow
 def test_a_long_dialogue_is_cut_between_exchanges(
     make: Callable[..., Path], base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

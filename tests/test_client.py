@@ -211,6 +211,7 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_an_invalid_request() -> 
     assert ("authorization", "Bearer of good news") in seen
 
 
+@pytest.mark.slow
 def test_the_command_line_has_an_exit_code_for_each_kind_of_failure(tmp_path: Path) -> None:
     nowhere = f"127.0.0.1:{free_ports(1)[0]}"
     gone = command("ask", "slang", "Hi", "--url", nowhere, "--deadline", 3)

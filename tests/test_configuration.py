@@ -129,6 +129,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert len(refused(["task=slagn", "model=gema", "seed"])) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "data", "report", "publish"])
 def test_a_command_answers_before_anything_heavy_is_loaded(command: str) -> None:
     code = f"""
@@ -456,6 +457,7 @@ def test_help_lists_arguments_with_types_defaults_and_meanings(capsys: pytest.Ca
         assert part in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "convert", "serve", "prepare_serving", "new_task"])
 def test_a_command_says_what_it_takes(command: str) -> None:
     words = [sys.executable, "-m", f"commands.{command}", "--help"]

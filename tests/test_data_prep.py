@@ -336,6 +336,7 @@ def test_shares_that_leave_a_split_empty_are_refused(make: Callable[..., Path], 
         make(made_up(50), f"split.validation={share}")
 
 
+@pytest.mark.slow
 def test_twenty_rows_fill_every_split_or_the_error_names_a_seed_that_does(make: Callable[..., Path]) -> None:
     rows = made_up(20)
     failed = 0
@@ -812,6 +813,7 @@ def test_counts_and_shown_rows_are_those_of_training(
 # --- again ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_made_once_and_anew_when_anything_changes(
     tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -987,6 +989,7 @@ def test_a_source_in_its_own_data_folder_is_refused(good_folder: Path) -> None:
         prepare(config_for(good_folder, good_folder / "training.jsonl"), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_process_stopped_in_the_middle_leaves_the_good_folder(tmp_path: Path, how: signal.Signals) -> None:
     source = write_csv(tmp_path / "a.csv", made_up(60))
@@ -1015,6 +1018,7 @@ def test_a_kill_between_the_two_renames_is_put_right(tmp_path: Path, capsys: pyt
     assert "is up to date" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_make_one_good_folder(tmp_path: Path) -> None:
     config = config_for(tmp_path / "data", write_csv(tmp_path / "a.csv", made_up(8000)))
     both = [start(config, tmp_path) for _ in range(2)]

@@ -173,6 +173,7 @@ def greedy(model: PreTrainedModel | PeftModel, tokenizer: Tokenizer, prompt: str
     return text
 
 
+@pytest.mark.slow
 # --- the same tokens as transformers and peft ----------------------------------------------------------------------
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", [*FAMILIES, *KINDS])

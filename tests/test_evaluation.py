@@ -221,6 +221,7 @@ def test_a_wrong_setting_is_named(word: str, says: str) -> None:
 # --- a run ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_models_are_asked_the_same_with_every_seed(finished: Run) -> None:
     lines = read_lines(finished.folder / "generations.jsonl")
     questions = len(load_config().task.evaluate.questions)

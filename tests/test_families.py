@@ -377,6 +377,7 @@ def weights_of(archive: Path) -> dict[str, torch.Tensor]:
         return torch.load(io.BytesIO(content.read()), weights_only=True)
 
 
+@pytest.mark.slow
 def test_instruction_tuned_models_are_trained_in_gemma_s_turns() -> None:
     for model in names("model"):
         template = load_config([f"model={model}"]).task.prompt.template

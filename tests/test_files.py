@@ -104,6 +104,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_faults
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("mode", ["kill", "half", "full"])

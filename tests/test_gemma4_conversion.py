@@ -236,6 +236,7 @@ def test_a_whole_model_is_cut_to_its_text_model(
     assert not (text / "processor_config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_works_on_the_class_that_it_is_named_for_and_on_no_other(
     trained: tuple[str, Path, Path, PeftModel], tmp_path: Path
 ) -> None:
@@ -257,6 +258,7 @@ def test_an_adapter_works_on_the_class_that_it_is_named_for_and_on_no_other(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_put_back_into_the_whole_model(
     trained: tuple[str, Path, Path, PeftModel], tmp_path: Path
 ) -> None:

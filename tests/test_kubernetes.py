@@ -402,6 +402,7 @@ FAILED = {
 }
 
 
+@pytest.mark.slow
 def test_a_job_is_followed_across_its_pods_to_its_exit_code(tmp_path: Path) -> None:
     unscheduled = pod("a-10", 0, {})
     why = {"reason": "Unschedulable", "message": "0/3 nodes are available"}

@@ -29,6 +29,7 @@ EIGHT = 8 * 2**30
 EXPERTS = "peft.target_parameters=[experts.gate_up_proj,experts.down_proj]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "words"),
     [
@@ -91,6 +92,7 @@ def test_saved_activations_of_a_layer_are_counted(family: str, words: list[str])
     assert 0.92 < counted / sum(kept.values()) < 1.16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "words"),
     [*((kind, []) for kind in KINDS), ("26b-a4b", [EXPERTS]), ("e2b", ["peft.target_modules=all-linear"])],

@@ -238,6 +238,7 @@ def test_long_rows_are_not_left_out(tmp_path: Path, rows_of: Callable[..., Any])
     assert len(rows_of("long")["output"]) > 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("header", ["on", "row", "1st", "a: b", "${x}", "да", '"q"'])
 def test_any_header_can_be_asked(tmp_path: Path, rows_of: Callable[..., Any], header: str) -> None:
     rows = [[f"${{oc.env:HOME}} {{answer}}: {one} # '\"\\", two] for one, two in made_up(40, 3, 5)]

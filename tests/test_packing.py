@@ -86,6 +86,7 @@ def test_flex_attention_on_a_gpu_masks_as_the_blocks_on_a_cpu_do(window: int | N
     torch.testing.assert_close(blocks[0, real], flex[0, real], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_compiled_once_for_packs_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's tracer alone: what it does not trace anew, a GPU does not compile anew."""
     from torch._dynamo.utils import counters

@@ -212,6 +212,7 @@ def test_the_time_of_a_collective_follows_from_bytes_and_hops() -> None:
     assert small.seconds(gpu, 8) == pytest.approx(10 * 511 * 5e-6, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_plan_shows_the_effect_of_lora_and_the_limit_of_sharding() -> None:
     plans = {
         (gpus, kind): plan(CASE, CHECKPOINTED, gpus, kind, kind, "lora")

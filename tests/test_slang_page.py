@@ -33,6 +33,7 @@ def token(site: Site, entry: DictionaryEntry) -> str:
     return Dictionary(site.storage / FILE_NAME).token_of(entry)
 
 
+@pytest.mark.slow
 def test_without_a_model_the_page_says_so_and_keeps_what_was_typed(site: Site, open_page: Callable[..., Any]) -> None:
     page = open_page(site.address)
     expect(page.locator("#status")).to_have_text("Model away")

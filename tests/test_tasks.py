@@ -74,6 +74,7 @@ def test_its_rows_are_worded_by_its_own_module(data: Path) -> None:
     assert row["output"] == row["poem"].replace(" / ", "\n") != row["poem"]
 
 
+@pytest.mark.slow
 def test_its_metric_is_measured_beside_the_usual_ones(data: Path, tiny_base: Path) -> None:
     config = plain(load_config(["task=poems"]))
     answers = [

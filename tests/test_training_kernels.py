@@ -230,6 +230,7 @@ def without_kernels(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> list[T
         return hidden_and_gradients(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, "e2b", "12b"])
 def test_a_packed_step_in_bfloat16_is_as_near_to_float32_as_torch_is(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +252,7 @@ def test_a_packed_step_in_float32_is_that_of_torch(family: str, monkeypatch: pyt
         assert error(one, other) < 2e-5
 
 
+@pytest.mark.slow
 @DTYPES
 def test_the_same_step_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     model = with_lora("gemma3_text", dtype)

@@ -43,6 +43,7 @@ def update(tensors: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
     return 2.0 * b @ a
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "parameters"), [*((k, None) for k in KINDS), *(("26b-a4b", p) for p in CHOICES)])
 def test_every_matrix_that_vllm_has_gets_pefts_update(kind: str, parameters: list[str] | None, tmp_path: Path) -> None:
     experts = {"target_parameters": parameters} if parameters else {}

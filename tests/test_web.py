@@ -36,6 +36,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site.end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PAGES)
 def test_a_page_is_light_and_painted_within_a_second(site: Site, open_page: Callable[..., Any], path: str) -> None:
     painted = []
@@ -70,6 +71,7 @@ def first_paint(page: Any) -> float:
     return float(page.evaluate(f"{entry}.startTime"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme,width", [("dark", 390), ("light", 1280)])
 def test_pages_have_no_serious_violations_and_do_not_scroll_sideways(
     site: Site, open_page: Callable[..., Any], theme: str, width: int
@@ -164,6 +166,7 @@ def test_reports_are_shown_without_scripts(site: Site, open_page: Callable[..., 
     assert "sandbox" in site.ask("GET", "/runs/slang/good/report.html").headers["content-security-policy"]
 
 
+@pytest.mark.slow
 def test_the_password_is_asked_everywhere_and_remembered(guarded: Site, open_page: Callable[..., Any]) -> None:
     assert guarded.ask("GET", "/api/status").status_code == 401
     assert guarded.ask("GET", "/runs/slang/good/report.html").headers["location"].startswith("/sign-in")
