@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.kernels import kernels_for
+from training.kernels import kernels_for, library
 
 BLOCK = 2048  # vocabulary entries at a time: with 4096, the second product takes twice as long on two cores
 ROUND = 64  # tokens are padded to a multiple: few shapes, few kernels for oneDNN to build and keep
@@ -21,7 +21,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
 
     Args:
         hidden: [tokens, features], float32 or bfloat16; gets a gradient.
-        weight: [vocabulary, features], the same dtype; frozen, gets none.
+        weight: [vocabulary, features], the same dtype, or bfloat16 with `hidden` in float32; frozen, gets none.
         targets: [tokens], int64.
         softcap: Gemma 2's `final_logit_softcapping`; None for plain logits.
 
@@ -35,6 +35,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:  # type: ignore[no-untyped-def]
         count = hidden.shape[0]
+        if weight.dtype != hidden.dtype:
+            losses, gradient = _stored(hidden.contiguous(), weight, targets, softcap)
+            ctx.save_for_backward(gradient)
+            return losses
         hidden = F.pad(hidden, (0, 0, 0, -count % ROUND))
         targets = F.pad(targets, (0, -count % ROUND))
         tokens, features = hidden.shape
@@ -80,18 +84,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 probability.mul_(slope)
             mean_weight.mul_(rescale).add_(torch.mm(rounded.copy_(probability), block, out=part))
             maximum = new_maximum
-        target_weight = weight[targets]
-        target_logit = (hidden.float() * target_weight.float()).sum(-1, keepdim=True)
-        target_side: Tensor = target_weight
-        if softcap:
-            tanh = torch.tanh(target_logit / softcap)
-            target_logit, target_side = tanh * softcap, target_weight * (1 - tanh.square())
         if kernels and softcap:  # they keep the maximum before the capping
             maximum = torch.tanh(maximum / softcap) * softcap
-        ctx.save_for_backward(mean_weight.div_(total).sub_(target_side).to(hidden.dtype)[:count])
-        return (maximum + total.log() - target_logit)[:count, 0]
+        losses, gradient = _finished(hidden, weight[targets], mean_weight, maximum, total, softcap)
+        ctx.save_for_backward(gradient[:count])
+        return losses[:count]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None
+
+
+def _stored(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Losses and gradient, of one call of the kernels: `hidden` in float32, `weight` in bfloat16."""
+    tokens, features = hidden.shape
+    maximum, total = hidden.new_full((tokens, 1), float("-inf")), hidden.new_zeros(tokens, 1)
+    mean_weight = torch.zeros_like(hidden)
+    library(hidden.dtype).vocabulary_forward(
+        *(part.data_ptr() for part in (mean_weight, maximum, total, hidden, weight)),
+        softcap or 0.0,
+        *(tokens, features, len(weight)),
+    )
+    if softcap:
+        maximum = torch.tanh(maximum / softcap) * softcap
+    return _finished(hidden, weight[targets], mean_weight, maximum, total, softcap)
+
+
+def _finished(
+    hidden: Tensor, target_weight: Tensor, mean_weight: Tensor, maximum: Tensor, total: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Losses [tokens] and the gradient of `hidden`, from the sums over the vocabulary; `mean_weight` is changed."""
+    target_logit = (hidden.float() * target_weight.float()).sum(-1, keepdim=True)
+    target_side = target_weight
+    if softcap:
+        tanh = torch.tanh(target_logit / softcap)
+        target_logit, target_side = tanh * softcap, target_weight * (1 - tanh.square())
+    return (maximum + total.log() - target_logit)[:, 0], mean_weight.div_(total).sub_(target_side).to(hidden.dtype)

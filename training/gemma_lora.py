@@ -30,6 +30,7 @@ from training.experts import round_experts
 from training.fused_layers import fuse_layers
 from training.packed_attention import use_packed_attention
 from training.qlora import fuse_qlora_layers
+from training.stored_weights import can_store, fuse_stored_layers, load_stored
 
 # NeMo restores only classes of allowed packages.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
@@ -99,7 +100,12 @@ class GemmaLoRA(ModelPT):
         device = (
             trainer.strategy.root_device if trainer else torch.device("cuda" if torch.cuda.is_available() else "cpu")
         )
-        base = load_base(folder, getattr(torch, cfg.dtype), settings.get("quantization"), device)
+        dtype, quantization = getattr(torch, cfg.dtype), settings.get("quantization")
+        divided = trainer and isinstance(trainer.strategy, AdapterParallel) and trainer.strategy.kind != "ddp"
+        if quantization or divided or not can_store(folder, dtype, device):
+            base = load_base(folder, dtype, quantization, device)
+        else:
+            base = load_stored(folder)
         if cfg.get("table_in_main_memory") and device.type != "cpu":
             keep_in_main_memory(base)
         base.config.use_cache = False
@@ -109,6 +115,7 @@ class GemmaLoRA(ModelPT):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` sets eval mode, which Lightning keeps
         fuse_layers(self.model)
+        fuse_stored_layers(self.model)
         if trainer:
             use_packed_attention(base)
             round_experts(base)

@@ -131,32 +131,36 @@ void gelu_backward(element *grad_gate, element *grad_up, const element *grad, co
 
 /* --- the output layer's softmax ----------------------------------------------------------------------------------- */
 
-/* One block of the vocabulary: logits [tokens][width] become exp(logit - maximum), times the slope of the
-soft-capping, in place; maximum and total of each token grow, and `rescale` brings earlier sums to the new maximum. */
+/* A line of logits becomes exp(logit - maximum), times the slope of the soft-capping. Its maximum, before the capping, and
+its total grow; returned is what brings earlier sums to the new maximum. */
+static inline float soften(element *line, float *maximum, float *total, float cap, int width) {
+    f32 highest = splat(*maximum), sum = splat(0);
+    for (int i = 0; i < width; i += LANES) highest = larger_of(highest, load(line + i));
+    float most = reduce_max(highest);
+    f32 before = splat(*maximum), reference = splat(most);
+    if (cap) before = tanh_f32(before / cap) * cap, reference = tanh_f32(reference / cap) * cap;
+    for (int i = 0; i < width; i += LANES) {
+        f32 value = load(line + i), slope = splat(1);
+        if (cap) {
+            f32 tanh = tanh_f32(value * (1 / cap));
+            slope -= tanh * tanh;
+            value = tanh * cap;
+        }
+        value = exp_f32(value - reference);
+        sum += value;
+        store(line + i, value * slope);
+    }
+    float rescale = exp_f32(before - reference)[0];
+    *total = *total * rescale + reduce_add(sum);
+    *maximum = most;
+    return rescale;
+}
+
+/* One block of the vocabulary, logits [tokens][width], in place; see `soften`. */
 void vocabulary_softmax(element *logits, float *maximum, float *total, float *rescale, float cap, int tokens, int width) {
 #pragma omp parallel for
-    for (int token = 0; token < tokens; token++) {
-        element *line = logits + (size_t)token * width;
-        f32 highest = splat(maximum[token]), sum = splat(0);
-        for (int i = 0; i < width; i += LANES) highest = larger_of(highest, load(line + i));
-        float most = reduce_max(highest); /* with soft-capping, of the logits before it */
-        f32 before = splat(maximum[token]), reference = splat(most);
-        if (cap) before = tanh_f32(before / cap) * cap, reference = tanh_f32(reference / cap) * cap;
-        for (int i = 0; i < width; i += LANES) {
-            f32 value = load(line + i), slope = splat(1);
-            if (cap) {
-                f32 tanh = tanh_f32(value * (1 / cap));
-                slope -= tanh * tanh;
-                value = tanh * cap;
-            }
-            value = exp_f32(value - reference);
-            sum += value;
-            store(line + i, value * slope);
-        }
-        rescale[token] = exp_f32(before - reference)[0];
-        total[token] = total[token] * rescale[token] + reduce_add(sum);
-        maximum[token] = most;
-    }
+    for (int token = 0; token < tokens; token++)
+        rescale[token] = soften(logits + (size_t)token * width, &maximum[token], &total[token], cap, width);
 }
 
 /* sums[token] = sums[token] · rescale[token] + part[token]: [tokens][size]. */
@@ -170,3 +174,6 @@ void add_rescaled(float *sums, const element *part, const float *rescale, int to
 }
 
 #include "kernels_attention.h"
+#ifndef BFLOAT16
+#include "kernels_linear.h"
+#endif

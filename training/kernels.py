@@ -31,6 +31,11 @@ FUNCTIONS = {
     "attention_forward": "ppppp",
     "attention_backward": "ppppppppp",
 }
+STORED = {  # of float32 with a matrix stored in bfloat16, see stored_weights.py
+    "lora_forward": "ppppppiiiii",
+    "lora_backward": "ppppppppppiiiii",
+    "vocabulary_forward": "pppppfiii",
+}
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_ssize_t, "f": ctypes.c_float}
 
 
@@ -76,7 +81,8 @@ def load(flags: Sequence[str]) -> Any:
     library: Any = compiled(SOURCE, flags)
     if not library.can_run():  # the processor has AMX, and the system does not let this process use it
         library = compiled(SOURCE, [*flags, *NO_AMX])
-    for name, letters in FUNCTIONS.items():
+    functions = FUNCTIONS if "-DBFLOAT16" in flags else FUNCTIONS | STORED
+    for name, letters in functions.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], None
     return library

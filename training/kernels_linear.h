@@ -1,0 +1,236 @@
+/* Products with a frozen matrix that is stored in bfloat16, with its LoRA, and with the output layer. Arithmetic is in
+float32: this is for processors that have no other. Memory gives half of what float32 weights would take.
+
+    y = x W + (x inner) outer        forward: W = wᵀ, inner = Aᵀ, outer = (scale B)ᵀ; backward: W = w, inner = scale B, outer = A
+
+    x [rows][depth] ─▶ panels of ROWS rows, low = x inner after them    │ barrier
+    W [depth][columns] ─▶ panels of COLUMNS columns, widened, and outer │
+    blocks of y ─▶ for each slice of the depth: panels of columns × panels of rows, whose sums stay in registers
+
+A slice of a panel of columns stays in the first cache while it meets the panels of rows, which stay in the second (Goto and
+van de Geijn, 2008). Threads take blocks as they become free: one that other programs hold up does not hold up the rest. Each
+sum runs over the depth in its own order, so whoever computes it, the bits are the same. */
+
+#if defined(__AVX512F__)
+enum { ROWS = 12 };
+#elif defined(__aarch64__)
+enum { ROWS = 8 };
+#else
+enum { ROWS = 6 };
+#endif
+enum {
+    COLUMNS = 2 * LANES,
+    SLICE = 320,         /* of the depth: 20 KB of a panel of columns with AVX2 */
+    BLOCK_ROWS = 192,    /* of y, a multiple of each ROWS */
+    BLOCK_COLUMNS = 256,
+    TOGETHER = 1 << 22,  /* numbers of W in panels at a time: 16 MB */
+    WORDS = 1024,        /* of the vocabulary at a time: both forms of their panels take 5 MB for 640 features */
+    TOKENS = 24,         /* at a time, a multiple of each ROWS: their logits stay in the second cache */
+};
+
+static inline int up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+static inline int least(int a, int b) { return a < b ? a : b; }
+
+/* Memory of the process that stays allocated, for one call at a time. */
+static float *shared_scratch(int which, size_t numbers) {
+    static struct { float *memory; size_t numbers; } buffer[4];
+    if (buffer[which].numbers < numbers) {
+        free(buffer[which].memory);
+        buffer[which].numbers = (numbers + 1023) / 1024 * 1024;
+        buffer[which].memory = aligned_alloc(4096, buffer[which].numbers * sizeof(float));
+        if (!buffer[which].memory) abort();
+    }
+    return buffer[which].memory;
+}
+
+/* to [ROWS][COLUMNS] = or += a · b: a [depth][ROWS], b [depth] rows that are `b_stride` apart. */
+static inline __attribute__((always_inline)) void sums(float *to, size_t stride, const float *a, const float *b,
+                                                       size_t b_stride, int depth, int add) {
+    f32 sum[ROWS][2];
+    UNROLLED for (int row = 0; row < ROWS; row++) {
+        sum[row][0] = add ? load_f32(to + row * stride) : splat(0);
+        sum[row][1] = add ? load_f32(to + row * stride + LANES) : splat(0);
+    }
+    for (int k = 0; k < depth; k++, a += ROWS, b += b_stride) {
+        f32 left = load_f32(b), right = load_f32(b + LANES);
+        UNROLLED for (int row = 0; row < ROWS; row++) sum[row][0] += a[row] * left, sum[row][1] += a[row] * right;
+    }
+    UNROLLED for (int row = 0; row < ROWS; row++) {
+        store_f32(to + row * stride, sum[row][0]);
+        store_f32(to + row * stride + LANES, sum[row][1]);
+    }
+}
+
+/* The same for the first `rows` rows of `to`. */
+static void some_sums(float *to, size_t stride, const float *a, const float *b, size_t b_stride, int depth, int add, int rows) {
+    if (rows >= ROWS) {
+        sums(to, stride, a, b, b_stride, depth, add);
+        return;
+    }
+    float all[ROWS * COLUMNS];
+    for (int row = 0; row < rows && add; row++) memcpy(all + row * COLUMNS, to + row * stride, COLUMNS * sizeof(float));
+    for (int row = add ? rows : ROWS; row < ROWS; row++) memset(all + row * COLUMNS, 0, COLUMNS * sizeof(float));
+    sums(all, COLUMNS, a, b, b_stride, depth, add);
+    for (int row = 0; row < rows; row++) memcpy(to + row * stride, all + row * COLUMNS, COLUMNS * sizeof(float));
+}
+
+/* x [rows][depth], at most ROWS rows → a panel [depth][ROWS]; zeros past the last row. */
+static void pack_rows(float *panel, const float *x, size_t stride, int rows, int depth) {
+    for (int row = 0; row < ROWS; row++)
+        if (row < rows)
+            for (int k = 0; k < depth; k++) panel[k * ROWS + row] = x[row * stride + k];
+        else
+            for (int k = 0; k < depth; k++) panel[k * ROWS + row] = 0;
+}
+
+/* COLUMNS columns of W from `first` on → a panel [depth][COLUMNS]. W = w [depth][columns], or its transpose. */
+static void pack_columns(float *panel, const bf16 *w, int first, int depth, int columns, int transposed) {
+    if (!transposed) {
+        for (int k = 0; k < depth; k++, panel += COLUMNS) {
+            store_f32(panel, load_bf16(w + (size_t)k * columns + first));
+            store_f32(panel + LANES, load_bf16(w + (size_t)k * columns + first + LANES));
+        }
+        return;
+    }
+    enum { STRIP = 16 };
+    for (int k = 0; k < depth; k += STRIP) {
+        float strip[COLUMNS][STRIP];
+        for (int i = 0; i < COLUMNS; i++)
+            for (int j = 0; j < STRIP; j += LANES) store_f32(strip[i] + j, load_bf16(w + (size_t)(first + i) * depth + k + j));
+        for (int j = 0; j < STRIP; j++, panel += COLUMNS)
+            for (int i = 0; i < COLUMNS; i++) panel[i] = strip[i][j];
+    }
+}
+
+/* y = x W + low outer, and low = x inner. x [rows][depth]; low [rows][width], inner [depth][width], outer [rank][columns], of
+which the first `rank` of `width` columns count and `width` is a multiple of 32; rank 0: none of them. y may be NULL. */
+static void lora_product(float *y, float *low, const float *x, const bf16 *w, const float *inner, const float *outer, int rows,
+                         int depth, int columns, int rank, int width, int transposed) {
+    int whole = depth + rank, panels = up(rows, ROWS) / ROWS;
+    int together = up(least(columns, TOGETHER / whole + BLOCK_COLUMNS - 1), BLOCK_COLUMNS);
+    size_t panel = (size_t)whole * ROWS;
+    float *x_panels = shared_scratch(0, panels * panel), *w_panels = shared_scratch(1, (size_t)whole * together);
+#pragma omp parallel
+    for (int begin = 0; begin < (y ? columns : 1); begin += together) {
+        int end = least(begin + together, columns), packs = begin ? 0 : panels, down = up(rows, BLOCK_ROWS) / BLOCK_ROWS;
+#pragma omp for schedule(dynamic, 4)
+        for (int task = 0; task < packs + (y ? (end - begin) / COLUMNS : 0); task++) {
+            if (task < packs) {
+                int first = task * ROWS, count = least(ROWS, rows - first);
+                float *to = x_panels + task * panel;
+                pack_rows(to, x + (size_t)first * depth, depth, count, depth);
+                for (int r = 0; rank && r < width; r += COLUMNS)
+                    some_sums(low + (size_t)first * width + r, width, to, inner + r, width, depth, 0, count);
+                if (rank) pack_rows(to + (size_t)depth * ROWS, low + (size_t)first * width, width, count, rank);
+            } else {
+                int first = begin + (task - packs) * COLUMNS;
+                float *to = w_panels + (size_t)(first - begin) * whole;
+                pack_columns(to, w, first, depth, columns, transposed);
+                for (int r = 0; r < rank; r++)
+                    memcpy(to + (size_t)(depth + r) * COLUMNS, outer + (size_t)r * columns + first, COLUMNS * sizeof(float));
+            }
+        }
+        if (!y) continue;
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < down * (up(end - begin, BLOCK_COLUMNS) / BLOCK_COLUMNS); task++) {
+            int first_row = task % down * BLOCK_ROWS, first_column = begin + task / down * BLOCK_COLUMNS;
+            int last_row = least(first_row + BLOCK_ROWS, rows), last_column = least(first_column + BLOCK_COLUMNS, end);
+            for (int k = 0; k < whole; k += SLICE)
+                for (int column = first_column; column < last_column; column += COLUMNS)
+                    for (int row = first_row; row < last_row; row += ROWS)
+                        some_sums(y + (size_t)row * columns + column, columns, x_panels + row / ROWS * panel + (size_t)k * ROWS,
+                                  w_panels + (size_t)(column - begin) * whole + (size_t)k * COLUMNS, COLUMNS,
+                                  least(SLICE, whole - k), k > 0, last_row - row);
+        }
+    }
+}
+
+/* to [width][columns] = lowᵀ x: low [rows][width], x [rows][columns]; the first `rank` rows. */
+static void lora_gradient(float *to, const float *low, const float *x, int rows, int columns, int rank, int width) {
+    enum { SOME = 96 };
+#pragma omp parallel for schedule(dynamic)
+    for (int begin = 0; begin < columns; begin += 256)
+        for (int row = 0; row < rows; row += SOME)
+            for (int r = 0; r < rank; r += ROWS) {
+                float panel[SOME * ROWS];
+                int depth = least(SOME, rows - row);
+                for (int k = 0; k < depth; k++)
+                    for (int i = 0; i < ROWS; i++)
+                        panel[k * ROWS + i] = r + i < rank ? low[(size_t)(row + k) * width + r + i] : 0;
+                for (int column = begin; column < least(begin + 256, columns); column += COLUMNS)
+                    some_sums(to + (size_t)r * columns + column, columns, panel, x + (size_t)row * columns + column, columns, depth,
+                              row > 0, rank - r);
+            }
+}
+
+/* y [rows][out] = x wᵀ + low outer, low [rows][width] = x inner: w [out][in]. */
+void lora_forward(float *y, float *low, const float *x, const bf16 *w, const float *inner, const float *outer, int rows, int in,
+                  int out, int rank, int width) {
+    lora_product(y, low, x, w, inner, outer, rows, in, out, rank, width, 1);
+}
+
+/* grad_x [rows][in] = grad w + grad_low outer, grad_low [rows][width] = grad inner; grad_a [rank][in] = grad_lowᵀ x,
+grad_b [rank][out] = lowᵀ grad. grad_x may be NULL. */
+void lora_backward(float *grad_x, float *grad_a, float *grad_b, float *grad_low, const float *grad, const float *x,
+                   const float *low, const bf16 *w, const float *inner, const float *outer, int rows, int in, int out, int rank,
+                   int width) {
+    lora_product(grad_x, grad_low, grad, w, inner, outer, rows, out, in, rank, width, 0);
+    lora_gradient(grad_a, grad_low, x, rows, in, rank, width);
+    lora_gradient(grad_b, low, grad, rows, out, rank, width);
+}
+
+/* The output layer, its softmax and the gradient of its input in one pass over the vocabulary: of each token t, maximum[t]
+and total[t] with log Σ exp(logit) = maximum + log(total), and mean[t] = Σ slope · exp(logit − maximum) · w: [tokens][depth].
+logit = x wᵀ, or cap · tanh(x wᵀ / cap) with its slope; maximum is that of x wᵀ. w [words][depth]; maximum is -inf at first,
+total and mean 0. words and depth are multiples of 32. See cross_entropy.py. */
+void vocabulary_forward(float *mean, float *maximum, float *total, const float *x, const bf16 *w, float cap, int tokens,
+                        int depth, int words) {
+    int panels = up(tokens, TOKENS) / ROWS, groups = up(tokens, TOKENS) / TOKENS;
+    size_t block = (size_t)WORDS * depth;
+    float *x_panels = shared_scratch(0, (size_t)panels * ROWS * depth);
+    float *columns[2], *rows[2]; /* the panels of this block and of the next: wᵀ for the logits, w for the mean */
+    for (int i = 0; i < 2; i++) columns[i] = shared_scratch(1, 4 * block) + i * 2 * block, rows[i] = columns[i] + block;
+#pragma omp parallel
+    for (int begin = -WORDS; begin < words; begin += WORDS) {
+        int next = begin + WORDS, now = next / WORDS % 2, count = least(WORDS, words - begin), coming = least(WORDS, words - next);
+        int packs = next < words ? coming / COLUMNS + up(depth, COLUMNS) / COLUMNS : 0, first = begin < 0;
+#pragma omp for schedule(dynamic)
+        for (int task = 0; task < (first ? panels : groups) + packs; task++) {
+            int pack = task - (first ? panels : groups);
+            if (pack >= coming / COLUMNS) {
+                int column = (pack - coming / COLUMNS) * COLUMNS;
+                pack_columns(rows[now] + (size_t)column * coming, w + (size_t)next * depth, column, coming, depth, 0);
+            } else if (pack >= 0) {
+                pack_columns(columns[now] + (size_t)pack * COLUMNS * depth, w, next + pack * COLUMNS, depth, words, 1);
+            } else if (first) {
+                int row = task * ROWS, some = tokens - row;
+                pack_rows(x_panels + (size_t)task * ROWS * depth, x + (size_t)row * depth, depth, some, depth);
+            } else {
+                int token = task * TOKENS, some = least(TOKENS, tokens - token);
+                float *logits = scratch(SCORES, (size_t)TOKENS * WORDS * 4);
+                float *weights = scratch(PROBABILITIES, (size_t)TOKENS * WORDS * 4);
+                for (int k = 0; k < depth; k += SLICE)
+                    for (int column = 0; column < count; column += COLUMNS)
+                        for (int row = 0; row < TOKENS; row += ROWS)
+                            sums(logits + (size_t)row * WORDS + column, WORDS,
+                                 x_panels + (size_t)(token + row) * depth + (size_t)k * ROWS,
+                                 columns[!now] + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k),
+                                 k > 0);
+                for (int row = 0; row < some; row++) {
+                    float rescale = soften(logits + (size_t)row * WORDS, &maximum[token + row], &total[token + row], cap, count);
+                    float *to = mean + (size_t)(token + row) * depth;
+                    for (int i = 0; i < depth; i += LANES) store_f32(to + i, load_f32(to + i) * rescale);
+                }
+                for (int row = 0; row < TOKENS; row += ROWS)
+                    pack_rows(weights + (size_t)row * count, logits + (size_t)row * WORDS, WORDS, some - row, count);
+                for (int k = 0; k < count; k += SLICE)
+                    for (int column = 0; column < depth; column += COLUMNS)
+                        for (int row = 0; row < some; row += ROWS)
+                            some_sums(mean + (size_t)(token + row) * depth + column, depth,
+                                      weights + (size_t)row * count + (size_t)k * ROWS,
+                                      rows[!now] + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k),
+                                      1, some - row);
+            }
+        }
+    }
+}
