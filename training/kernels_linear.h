@@ -76,11 +76,15 @@ static void some_sums(float *to, size_t stride, const float *a, const float *b, 
 
 /* x [rows][depth], at most ROWS rows → a panel [depth][ROWS]; zeros past the last row. */
 static void pack_rows(float *panel, const float *x, size_t stride, int rows, int depth) {
-    for (int row = 0; row < ROWS; row++)
-        if (row < rows)
-            for (int k = 0; k < depth; k++) panel[k * ROWS + row] = x[row * stride + k];
-        else
-            for (int k = 0; k < depth; k++) panel[k * ROWS + row] = 0;
+    enum { STRIP = 64 }; /* of the panel, in the first cache */
+    for (int begin = 0; begin < depth; begin += STRIP)
+        for (int row = 0; row < ROWS; row++) {
+            int end = least(begin + STRIP, depth);
+            if (row < rows)
+                for (int k = begin; k < end; k++) panel[k * ROWS + row] = x[row * stride + k];
+            else
+                for (int k = begin; k < end; k++) panel[k * ROWS + row] = 0;
+        }
 }
 
 /* COLUMNS columns of W from `first` on → a panel [depth][COLUMNS]. W = w [depth][columns], or its transpose. */
@@ -145,22 +149,29 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
     }
 }
 
-/* to [width][columns] = lowᵀ x: low [rows][width], x [rows][columns]; the first `rank` rows. */
+/* to [rank][columns] = lowᵀ x: low [rows][width], of which the first `rank` columns count, x [rows][columns]. */
 static void lora_gradient(float *to, const float *low, const float *x, int rows, int columns, int rank, int width) {
-    enum { SOME = 96 };
+    enum { SOME = 48, WIDE = 256 };
 #pragma omp parallel for schedule(dynamic)
-    for (int begin = 0; begin < columns; begin += 256)
-        for (int row = 0; row < rows; row += SOME)
+    for (int begin = 0; begin < columns; begin += WIDE) {
+        int wide = least(WIDE, columns - begin);
+        for (int row = 0; row < rows; row += SOME) {
+            int depth = least(SOME, rows - row);
+            float panels[SOME * WIDE]; /* of x, copied along its rows: down a column, each number would come from afar */
+            for (int k = 0; k < depth; k++)
+                for (int i = 0; i < wide; i += COLUMNS)
+                    memcpy(panels + i * depth + k * COLUMNS, x + (size_t)(row + k) * columns + begin + i, COLUMNS * sizeof(float));
             for (int r = 0; r < rank; r += ROWS) {
-                float panel[SOME * ROWS];
-                int depth = least(SOME, rows - row);
+                float some_low[SOME * ROWS];
                 for (int k = 0; k < depth; k++)
                     for (int i = 0; i < ROWS; i++)
-                        panel[k * ROWS + i] = r + i < rank ? low[(size_t)(row + k) * width + r + i] : 0;
-                for (int column = begin; column < least(begin + 256, columns); column += COLUMNS)
-                    some_sums(to + (size_t)r * columns + column, columns, panel, x + (size_t)row * columns + column, columns, depth,
-                              row > 0, rank - r);
+                        some_low[k * ROWS + i] = r + i < rank ? low[(size_t)(row + k) * width + r + i] : 0;
+                for (int i = 0; i < wide; i += COLUMNS)
+                    some_sums(to + (size_t)r * columns + begin + i, columns, some_low, panels + i * depth, COLUMNS, depth, row > 0,
+                              rank - r);
             }
+        }
+    }
 }
 
 /* y [rows][out] = x wᵀ + low outer, low [rows][width] = x inner: w [out][in]. */
