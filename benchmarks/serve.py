@@ -354,7 +354,7 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, Any]:
 
 def measure(given: Any, scratch: Path) -> dict[str, Any]:
     """Load all systems, then measure them in interleaved rounds."""
-    from core.machine import short_processor_name  # a peer's environment may have no pydantic
+    from core.machine import short_machine_name  # a peer's environment may have no pydantic
 
     streams, rounds = given.streams, given.rounds
     job = {
@@ -400,7 +400,7 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
             system["streams"] = {str(n): summary(found) for n, found in arrivals.items() if found}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{short_processor_name()}, {os.cpu_count()} cores",
+        "machine": short_machine_name(),
         "model": given.base.name,
         "tokens": job["tokens"],
         "rounds": rounds,
@@ -436,6 +436,7 @@ def options() -> Any:
             None, description="an architecture of random_base.py with random weights, and a random adapter, instead"
         )
         layers: int | None = Field(None, ge=1, description="of that architecture, its first ones alone")
+        processor: Literal["avx2"] | None = Field(None, description="measure as on an ordinary one: without AVX-512")
 
     return Options
 
@@ -446,8 +447,11 @@ def main(argv: list[str]) -> None:
     from core.arguments import parse
     from core.errors import UserError
     from core.files import write_json
+    from core.machine import confine_to_avx2
 
     given = parse(options(), argv)
+    if given.processor:
+        confine_to_avx2()
     for name in ("base", *([] if given.random else ["adapter"])):
         if not (folder := getattr(given, name)).is_dir():
             raise UserError(f"{name}={folder} is no folder. First: make train TASK=slang; make convert TASK=slang")

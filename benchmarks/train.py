@@ -28,9 +28,8 @@ from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
+from core.machine import confine_to_avx2
 from core.schema import Config
-
-RESULTS = figures.RESULTS / "training"
 
 
 class Options(Arguments):
@@ -41,10 +40,13 @@ class Options(Arguments):
     length: int | None = Field(None, ge=2, description="tokens of every row; without it the rows are as they are")
     text: str | None = Field(None, description="the one column to train on, for a table that is no task")
     random: str | None = Field(None, description="an architecture of random_base.py with random weights, as base")
+    processor: Literal["avx2"] | None = Field(None, description="measure as on an ordinary one: without AVX-512")
 
 
 def main(argv: list[str]) -> None:
     config, options = load_config(argv, Options)
+    if options.processor:
+        confine_to_avx2()
     source = Path(config.task.data.source)
     config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
     if options.text:
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
     file = figures.result_file("training", *name)
     write_json(file, result)
     table.show(result)
-    table.plot([json.loads(other.read_text()) for other in sorted(RESULTS.glob("*.json"))])
+    table.plot([json.loads(other.read_text()) for other in figures.results("training")])
     print(f"written: {file}, {', '.join(figures.refresh())}")
 
 
@@ -82,7 +84,7 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     from benchmarks.samples import as_dataset, read_samples
     from benchmarks.systems import Job
     from core.load_model import lora_settings
-    from core.machine import describe_environment, quiet_libraries, short_processor_name
+    from core.machine import describe_environment, quiet_libraries, short_machine_name
     from training.flops import flops_of
 
     quiet_libraries()
@@ -163,7 +165,7 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": environment.gpus[0] if environment.gpus else f"{short_processor_name()}, {environment.cores} cores",
+        "machine": environment.gpus[0] if environment.gpus else short_machine_name(),
         "environment": environment.model_dump(include={"commit", "python", "cpu", "cores", "memory_gib", "gpus"}),
         "versions": versions,
         "model": f"{options.random} (random weights)" if options.random else describe(base_folder)["name"],

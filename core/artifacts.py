@@ -193,6 +193,7 @@ class Environment(Artifact):
     python: str = Field(default="", description="version")
     packages: dict[str, str] = Field(default={}, description="package → version")
     cpu: str = Field(default="", description="model name of the processor")
+    confined: str = Field(default="", description="to which of its instructions the environment confined it")
     cores: int | None = Field(default=None, description="logical processors")
     memory_gib: float | None = Field(default=None, description="main memory")
     gpus: list[str] = Field(default=[], description="names, one for each")
@@ -201,7 +202,8 @@ class Environment(Artifact):
     @property
     def machine(self) -> str:
         """In one line: its GPUs, else its processor."""
-        return ", ".join(self.gpus) or (f"{self.cpu}, {self.cores} cores" if self.cpu else "")
+        processor = (self.cpu, f"{self.cores} cores", *filter(None, [self.confined]))
+        return ", ".join(self.gpus or (processor if self.cpu else ()))
 
 
 class MetricsLine(Artifact):

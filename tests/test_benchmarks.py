@@ -21,6 +21,8 @@ from benchmarks.samples import chunks
 from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, main, run_rounds
+from core import machine
+from core.c_build import processor_flags
 from core.layer_shapes import layer_shapes
 from serving.engine.adapters import read_adapter
 from serving.engine.architecture import GemmaConfig
@@ -79,6 +81,38 @@ def test_flops_of_gemma_4_equal_those_that_torch_counts(kind: str) -> None:
     assert counter.get_total_flops() == pytest.approx(
         flops.layers + flops.adapters + flops.output + attention_of_all_pairs - not_needed, rel=1e-4
     )
+
+
+def test_a_confined_machine_is_named_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machine.AVX2:
+        monkeypatch.delenv(name, raising=False)
+    free = machine.short_machine_name()
+    monkeypatch.setattr(machine, "processor_flags", lambda: "flags : fma avx2 avx512f")
+    monkeypatch.setenv("KERNEL_CFLAGS", "-O1")
+    assert machine.short_machine_name() == f"{free}, with KERNEL_CFLAGS=-O1"
+    for name, value in machine.AVX2.items():
+        monkeypatch.setenv(name, value)
+    assert machine.short_machine_name() == f"{free}, confined to AVX2"
+    assert machine.describe_environment().machine.endswith(" cores, confined to AVX2")
+    monkeypatch.setattr(machine, "processor_flags", lambda: "flags : fma avx2")
+    assert machine.short_machine_name() == free  # it has no more than AVX2
+
+
+@pytest.mark.skipif("avx2" not in processor_flags().split(), reason="this processor has no AVX2")
+@pytest.mark.slow
+def test_torch_confined_to_avx2_computes_as_there() -> None:
+    """In a process of its own, where nothing has computed yet."""
+    program = """
+import torch
+from core.machine import confine_to_avx2
+confine_to_avx2()
+from training.gemma_lora import weights_dtype
+assert weights_dtype() == torch.float32
+print(torch.__config__.show())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "CPU capability usage: AVX2" in done.stdout
 
 
 def test_chunks_have_one_length_and_the_fraction_of_target_tokens_of_the_rows() -> None:
