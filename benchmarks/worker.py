@@ -7,8 +7,10 @@ Only the standard library is imported here, because peers' environments import i
 
 import json
 import os
+import queue
 import signal
 import subprocess
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ def find_python(package: str, interpreters: Iterable[str], environment: str) -> 
     raise NotRun(f"{package} is not installed (looked here and in {environment})")
 
 
+class TooLong(NotRun):
+    """It did not answer in the time that it had."""
+
+
 class Worker:
     """The process of one system.
 
@@ -59,6 +65,15 @@ class Worker:
                 stderr=stderr,
                 start_new_session=True,
             )
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Puts lines of its stdout, and "" at its end, where `receive` can wait for them with a limit of time."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
 
     def send(self, line: str) -> None:
         """Write a line to its stdin. If it has ended, `receive` says why."""
@@ -69,15 +84,22 @@ class Worker:
         except BrokenPipeError:
             pass
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float | None = None) -> Any:
         """The next JSON line.
+
+        Args:
+            seconds: how long to wait for it.
 
         Raises:
             NotRun: the process has ended, or the line is `{"failed": REASON}`.
+            TooLong: no line came in that time.
         """
-        assert self.process.stdout
-        line = self.process.stdout.readline()
+        try:
+            line = self.lines.get(timeout=None if seconds is None else max(0.0, seconds))
+        except queue.Empty:
+            raise TooLong(f"did not end within {seconds:,.0f} s") from None
         if not line:
+            self.lines.put("")  # it stays at its end
             code = self.process.wait()
             said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             killed = "killed, most likely for want of memory" if code == -signal.SIGKILL else f"ended with code {code}"

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from benchmarks.random_base import ARCHITECTURES
 from benchmarks.samples import chunks
 from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
-from benchmarks.train import Evaluator, main, run_rounds
+from benchmarks.train import Evaluator, left_out, main, run_rounds
 from core import machine
 from core.c_build import processor_flags
 from core.layer_shapes import layer_shapes
@@ -169,8 +171,11 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
         )
         for name in ("ours", "hf-fp32", "litgpt")
     }
-    found = run_rounds(jobs, tmp_path)
+    kept: list[dict[str, dict[str, Any]]] = []
+    found = run_rounds(jobs, tmp_path, 600, kept.append)
     assert "Gemma 3 270M" in found["litgpt"]["not_run"]
+    assert left_out(kept[0], 2) == [f"{name}: 1 of 2 rounds and the held-out loss" for name in ("ours", "hf-fp32")]
+    assert len(kept) == 2 and kept[1] == found
     seen = {name: [(one["tokens"], one["learned"]) for one in found[name]["rounds"]] for name in ("ours", "hf-fp32")}
     assert seen["ours"] == seen["hf-fp32"] and len(seen["ours"]) == 2
     assert seen["ours"][1][0] == sum(len(row["input_ids"]) for row in rows[16:])
@@ -178,6 +183,17 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
     assert after["ours"] < before - 0.05
     assert after["ours"] == pytest.approx(after["hf-fp32"], abs=2e-3)
     assert all(0.1 < found[name]["peak_gib"] < 8 for name in seen)
+
+
+@pytest.mark.slow
+def test_a_system_that_has_used_its_share_of_the_time_is_stopped(tmp_path: Path) -> None:
+    """A millisecond for two systems: neither has started by then."""
+    job = Job(**{field.name: "" for field in fields(Job)} | {"steps": [1, 1]})  # type: ignore[arg-type]
+    found = run_rounds({"ours": job, "hf-fp32": job}, tmp_path, 1e-3)
+    assert all(system["not_run"] == "did not end within 0 s" for system in found.values())
+    assert left_out({"ours": {"rounds": [{}], "stopped": " (it has no time left for another round)"}}, 3) == [
+        "ours: 2 of 3 rounds and the held-out loss (it has no time left for another round)"
+    ]
 
 
 @pytest.mark.slow
@@ -209,6 +225,7 @@ def test_the_command_writes_one_table_of_its_measurements(
     )
     assert len(found["systems"]["hf-bf16-weights"]["rounds"]) == 2
     assert found["versions"]["hf-fp32"]["torch"] == torch.__version__
+    assert found["left_out"] == []  # and the partial file is gone
     text = (tmp_path / "docs/benchmarks.md").read_text()
     assert text.count("\n## ") == 1 and "| litgpt | not run: " in text
     assert f"| {found['systems']['hf-fp32']['tokens_per_second']:,.0f} |" in text
