@@ -92,6 +92,7 @@ def describe_environment() -> Environment:
         packages={name: version(name) for name in packages},
         cpu=processor_name(),
         confined=confinement(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -46,6 +46,7 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     training = start(folder)
     assert training.end() == 0, training.said
+    assert training.said.count("Training takes about ") == 1 and "of training are left" not in training.said
     return folder
 
 
