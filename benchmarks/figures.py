@@ -170,7 +170,8 @@ def _memory() -> str:
 
 
 def _measured(result: dict[str, Any]) -> str:
-    return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:\n"
+    lacks = "".join(f" {sentence}" for sentence in table.left_out(result))
+    return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:{lacks}\n"
 
 
 def _attempts() -> str:

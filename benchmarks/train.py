@@ -26,7 +26,7 @@ from pydantic import Field
 
 from benchmarks import figures
 from benchmarks.systems import SYSTEMS
-from benchmarks.worker import ROOT, NotRun, TooLong, Worker, find_python
+from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python
 from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
@@ -293,8 +293,7 @@ def run_rounds(
     """Start every system, then run its rounds in turn; one computes at a time.
 
     Args:
-        seconds: for all. Each system has an equal share, of which those that do not run leave theirs to the others, and
-            is stopped where its next round would go beyond.
+        seconds: for all, in equal shares; a system whose next round would go beyond its share is stopped.
         after_round: is given what is returned, of the counted rounds until then.
 
     Returns:
@@ -306,19 +305,7 @@ def run_rounds(
 
     found: dict[str, dict[str, Any]] = {}
     running: dict[str, Worker] = {}
-    used = dict.fromkeys(jobs, 0.0)
-
-    def left(name: str) -> float:
-        out = sum(used[one] for one in jobs if "not_run" in found.get(one, {}))
-        return (seconds - out) / sum("not_run" not in found.get(one, {}) for one in jobs) - used[name]
-
-    def receive(name: str) -> Any:
-        began = time.monotonic()
-        try:
-            return running[name].receive(left(name))
-        finally:
-            used[name] += time.monotonic() - began
-
+    shares = Shares(jobs, seconds)
     try:
         steps = next(iter(jobs.values())).steps
         for name, job in jobs.items():
@@ -326,17 +313,19 @@ def run_rounds(
             try:
                 print(f"  {name}: loading", flush=True)
                 running[name] = start_worker(name, job, scratch)
-                found[name] = {"versions": receive(name)["ready"], "rounds": []}
+                with shares.used_by(name) as left:
+                    found[name] = {"versions": running[name].receive(left)["ready"], "rounds": []}
             except NotRun as reason:
-                _leave_out(name, reason, found, running)
+                _leave_out(name, reason, found, running, shares)
         for round_ in range(len(steps)):
             for name, worker in list(running.items()):
                 done = found[name]["rounds"]
                 try:
-                    if round_ and left(name) < done[-1]["seconds"] * steps[round_] / steps[round_ - 1]:
+                    if round_ and shares.left(name) < done[-1]["seconds"] * steps[round_] / steps[round_ - 1]:
                         raise TooLong("has no time left for another round")
                     worker.send("go")
-                    measured = receive(name)
+                    with shares.used_by(name) as left:
+                        measured = worker.receive(left)
                     print(
                         f"  {name}: {'warm-up' if not round_ else f'round {round_}'}: {measured['seconds']:.2f} s, "
                         f"{measured['tokens'] / measured['seconds']:,.0f} tokens/s",
@@ -346,7 +335,7 @@ def run_rounds(
                     if round_ == len(steps) - 1:
                         found[name] |= {"peak_gib": worker.receive(60)["peak_gib"]}
                 except NotRun as reason:
-                    _leave_out(name, reason, found, running)
+                    _leave_out(name, reason, found, running, shares)
             if round_:
                 after_round(_rates(jobs, found, len(steps)))
     finally:
@@ -404,13 +393,16 @@ def start_worker(name: str, job: Any, scratch: Path) -> Worker:
     return Worker([python, "-m", "benchmarks.systems", name, str(file)], scratch / f"{name}.log", environment)
 
 
-def _leave_out(name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker]) -> None:
+def _leave_out(
+    name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker], shares: Shares
+) -> None:
     if isinstance(reason, TooLong) and len(found.get(name, {}).get("rounds", ())) > 1:
         print(f"  {name}: stopped: {reason}", flush=True)
         found[name]["stopped"] = f" (it {reason})"
     else:
         print(f"  {name}: not run: {reason}", flush=True)
         found[name] = {"not_run": str(reason)}
+    shares.out.add(name)
     if worker := running.pop(name, None):
         worker.stop()
 

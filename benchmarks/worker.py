@@ -11,7 +11,9 @@ import queue
 import signal
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +122,29 @@ class Worker:
             except subprocess.TimeoutExpired:
                 continue
             return
+
+
+class Shares:
+    """The time of a benchmark in equal shares, of which systems that are out leave what they did not use to the others.
+
+    Args:
+        names: of the systems.
+        seconds: for all of them.
+    """
+
+    def __init__(self, names: Iterable[str], seconds: float) -> None:
+        self.used, self.seconds, self.out = dict.fromkeys(names, 0.0), seconds, set[str]()
+
+    def left(self, name: str) -> float:
+        """Seconds that `name` may still use."""
+        gone = sum(self.used[one] for one in self.out)
+        return (self.seconds - gone) / max(1, len(self.used) - len(self.out)) - self.used[name]
+
+    @contextmanager
+    def used_by(self, name: str) -> Iterator[float]:
+        """Counts the time of its body; gives what is left before."""
+        began = time.monotonic()
+        try:
+            yield self.left(name)
+        finally:
+            self.used[name] += time.monotonic() - began

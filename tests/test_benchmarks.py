@@ -18,11 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
+from benchmarks.convert import measured
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.samples import chunks
+from benchmarks.serve import left_out as rounds_left_out
 from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
 from benchmarks.train import Evaluator, left_out, main, run_rounds
+from benchmarks.worker import Shares
 from core import machine
 from core.c_build import processor_flags
 from core.layer_shapes import layer_shapes
@@ -183,6 +186,32 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
     assert after["ours"] < before - 0.05
     assert after["ours"] == pytest.approx(after["hf-fp32"], abs=2e-3)
     assert all(0.1 < found[name]["peak_gib"] < 8 for name in seen)
+
+
+def test_a_conversion_that_takes_too_long_is_stopped() -> None:
+    assert measured(["sleep", "600"], 0.05) is None
+    took = measured([sys.executable, "-c", "x = bytearray(50 << 20)"], 600)
+    assert took and 0.04 < took[2] < 1
+
+
+def test_a_share_that_is_not_used_is_for_the_others() -> None:
+    shares = Shares(["a", "b", "c", "d"], 100)
+    assert shares.left("a") == 25
+    shares.used |= {"a": 5, "b": 20}
+    shares.out.add("a")
+    assert shares.left("b") == pytest.approx(95 / 3 - 20) and shares.left("c") == pytest.approx(95 / 3)
+
+
+def test_rounds_that_serving_lacks_are_said() -> None:
+    rounds = [[[0.1, 0.2], [0.1, 0.3]]]
+    systems = {
+        "ours": {"arrivals": {1: rounds * 3, 8: rounds * 3}},
+        "vllm": {"arrivals": {1: rounds * 2, 8: rounds}, "stopped": " (it did not end within 9 s)"},
+        "llama.cpp": {"not_run": "xllamacpp is not installed"},
+    }
+    assert rounds_left_out(systems, 3) == [
+        "vllm: of 3 rounds 1 with 1 at once, 2 with 8 at once (it did not end within 9 s)"
+    ]
 
 
 @pytest.mark.slow
