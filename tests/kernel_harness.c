@@ -64,6 +64,24 @@ int main(void) {
         memset(grad_key, 0, sizeof grad_key), memset(grad_value, 0, sizeof grad_value);
         attention_backward(out, grad_key, grad_value, partial, g, x, y, up, &at), print("attention_backward", out);
         print_f32("grad_key", grad_key, ALL / 2), print_f32("grad_value", grad_value, ALL / 2);
+#ifndef BFLOAT16
+        enum { DEPTH = 64, WORDS_HERE = 1024 + 96 };
+        static bf16 words[WORDS_HERE * DEPTH];
+        for (int i = 0; i < WORDS_HERE * DEPTH; i += LANES) store_bf16(words + i, load_f32(x + i % ALL));
+        for (int i = 0; i < TOKENS; i++) maximum[i] = -__builtin_inff(), total[i] = 0;
+        memset(sums, 0, sizeof sums);
+        vocabulary_forward(sums, maximum, total, y, words, cap, TOKENS - 3, DEPTH, WORDS_HERE);
+        print_f32("vocabulary", sums, (TOKENS - 3) * DEPTH), print_f32("vocabulary_total", total, TOKENS - 3);
+#endif
     }
+#ifndef BFLOAT16
+    enum { IN = 96, OUT = 64, RANK = 3, ROOM = 32 };
+    static bf16 matrix[IN * OUT];
+    for (int i = 0; i < IN * OUT; i += LANES) store_bf16(matrix + i, load_f32(up + i));
+    lora_forward(out, sums, x, matrix, y, g, TOKENS - 3, IN, OUT, RANK, ROOM), print_f32("lora", out, (TOKENS - 3) * OUT);
+    lora_backward(out, grad_key, grad_value, partial, x, y, sums, matrix, g, up, TOKENS - 3, IN, OUT, RANK, ROOM);
+    print_f32("lora_backward", out, (TOKENS - 3) * IN), print_f32("grad_a", grad_key, RANK * IN);
+    print_f32("grad_b", grad_value, RANK * OUT);
+#endif
     return 0;
 }

@@ -18,6 +18,7 @@ from training.cross_entropy import linear_cross_entropy
 from training.fused_layers import _GatedGelu, _RMSNorm, _Rope, fuse_layers
 from training.packed_attention import packed_attention, use_packed_attention
 from training.packing import pack
+from training.stored_weights import _StoredLinear
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
@@ -140,6 +141,42 @@ def test_output_layer(softcap: float | None, dtype: torch.dtype) -> None:
         [hidden],
     )
     assert forward <= PRODUCTS[dtype] and backward <= PRODUCTS[dtype]
+
+
+@pytest.mark.parametrize(
+    ("rows", "ins", "outs", "rank"), [(5, 64, 96, 8), (70, 96, 64, 0), (200, 352, 32, 33), (1, 32, 544, 1)]
+)
+def test_a_matrix_stored_in_bfloat16_and_its_lora(rows: int, ins: int, outs: int, rank: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(outs, ins).bfloat16()
+    parts = [torch.randn(rows, ins), *([torch.randn(rank, ins), torch.randn(outs, rank)] if rank else [])]
+
+    def fast(x: Tensor, *lora: Tensor) -> Tensor:
+        return _StoredLinear.apply(x, weight, *(lora or (None, None)), 0.7)
+
+    def plain(x: Tensor, *lora: Tensor) -> Tensor:
+        return x @ weight.double().T + (0.7 * (x @ lora[0].T) @ lora[1].T if lora else 0)
+
+    forward, backward = errors(fast, plain, parts)
+    assert forward <= PRODUCTS[torch.float32] and backward <= PRODUCTS[torch.float32]
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_an_output_layer_stored_in_bfloat16(softcap: float | None, tokens: int) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(tokens, 64), (torch.randn(2 * 1024 + 96, 64) * 0.3).bfloat16()
+    targets = torch.randint(len(weight), (tokens,))
+
+    def plain(hidden: Tensor) -> Tensor:
+        logits = hidden @ weight.double().T
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    forward, backward = errors(
+        lambda hidden: linear_cross_entropy(hidden, weight, targets, softcap), plain, [hidden]
+    )
+    assert forward <= PRODUCTS[torch.float32] and backward <= PRODUCTS[torch.float32]
 
 
 @DTYPES

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.kernels import kernels_for, library
+from training import kernels as c_kernels
+from training.kernels import kernels_for
 
 BLOCK = 2048  # vocabulary entries at a time: with 4096, the second product takes twice as long on two cores
 ROUND = 64  # tokens are padded to a multiple: few shapes, few kernels for oneDNN to build and keep
@@ -101,7 +102,7 @@ def _stored(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | No
     tokens, features = hidden.shape
     maximum, total = hidden.new_full((tokens, 1), float("-inf")), hidden.new_zeros(tokens, 1)
     mean_weight = torch.zeros_like(hidden)
-    library(hidden.dtype).vocabulary_forward(
+    c_kernels.library(hidden.dtype).vocabulary_forward(
         *(part.data_ptr() for part in (mean_weight, maximum, total, hidden, weight)),
         softcap or 0.0,
         *(tokens, features, len(weight)),

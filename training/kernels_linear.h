@@ -24,11 +24,11 @@ enum {
     BLOCK_ROWS = 192,    /* of y, a multiple of each ROWS */
     BLOCK_COLUMNS = 256,
     TOGETHER = 1 << 22,  /* numbers of W in panels at a time: 16 MB */
-    WORDS = 1024,        /* of the vocabulary at a time: both forms of their panels take 5 MB for 640 features */
-    TOKENS = 24,         /* at a time, a multiple of each ROWS: their logits stay in the second cache */
+    WORD_BLOCK = 1024,        /* of the vocabulary at a time: both forms of their panels take 5 MB for 640 features */
+    TOKEN_GROUP = 24,         /* at a time, a multiple of each ROWS: their logits stay in the second cache */
 };
 
-static inline int up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+static inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
 static inline int least(int a, int b) { return a < b ? a : b; }
 
 /* Memory of the process that stays allocated, for one call at a time. */
@@ -44,7 +44,7 @@ static float *shared_scratch(int which, size_t numbers) {
 }
 
 /* to [ROWS][COLUMNS] = or += a · b: a [depth][ROWS], b [depth] rows that are `b_stride` apart. */
-static inline __attribute__((always_inline)) void sums(float *to, size_t stride, const float *a, const float *b,
+static inline __attribute__((always_inline)) void product_tile(float *to, size_t stride, const float *a, const float *b,
                                                        size_t b_stride, int depth, int add) {
     f32 sum[ROWS][2];
     UNROLLED for (int row = 0; row < ROWS; row++) {
@@ -62,15 +62,15 @@ static inline __attribute__((always_inline)) void sums(float *to, size_t stride,
 }
 
 /* The same for the first `rows` rows of `to`. */
-static void some_sums(float *to, size_t stride, const float *a, const float *b, size_t b_stride, int depth, int add, int rows) {
+static void edge_tile(float *to, size_t stride, const float *a, const float *b, size_t b_stride, int depth, int add, int rows) {
     if (rows >= ROWS) {
-        sums(to, stride, a, b, b_stride, depth, add);
+        product_tile(to, stride, a, b, b_stride, depth, add);
         return;
     }
     float all[ROWS * COLUMNS];
     for (int row = 0; row < rows && add; row++) memcpy(all + row * COLUMNS, to + row * stride, COLUMNS * sizeof(float));
     for (int row = add ? rows : ROWS; row < ROWS; row++) memset(all + row * COLUMNS, 0, COLUMNS * sizeof(float));
-    sums(all, COLUMNS, a, b, b_stride, depth, add);
+    product_tile(all, COLUMNS, a, b, b_stride, depth, add);
     for (int row = 0; row < rows; row++) memcpy(to + row * stride, all + row * COLUMNS, COLUMNS * sizeof(float));
 }
 
@@ -110,13 +110,13 @@ static void pack_columns(float *panel, const bf16 *w, int first, int depth, int 
 which the first `rank` of `width` columns count and `width` is a multiple of 32; rank 0: none of them. y may be NULL. */
 static void lora_product(float *y, float *low, const float *x, const bf16 *w, const float *inner, const float *outer, int rows,
                          int depth, int columns, int rank, int width, int transposed) {
-    int whole = depth + rank, panels = up(rows, ROWS) / ROWS;
-    int together = up(least(columns, TOGETHER / whole + BLOCK_COLUMNS - 1), BLOCK_COLUMNS);
+    int whole = depth + rank, panels = round_up(rows, ROWS) / ROWS;
+    int together = round_up(least(columns, TOGETHER / whole + BLOCK_COLUMNS - 1), BLOCK_COLUMNS);
     size_t panel = (size_t)whole * ROWS;
     float *x_panels = shared_scratch(0, panels * panel), *w_panels = shared_scratch(1, (size_t)whole * together);
 #pragma omp parallel
     for (int begin = 0; begin < (y ? columns : 1); begin += together) {
-        int end = least(begin + together, columns), packs = begin ? 0 : panels, down = up(rows, BLOCK_ROWS) / BLOCK_ROWS;
+        int end = least(begin + together, columns), packs = begin ? 0 : panels, down = round_up(rows, BLOCK_ROWS) / BLOCK_ROWS;
 #pragma omp for schedule(dynamic, 4)
         for (int task = 0; task < packs + (y ? (end - begin) / COLUMNS : 0); task++) {
             if (task < packs) {
@@ -124,7 +124,7 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
                 float *to = x_panels + task * panel;
                 pack_rows(to, x + (size_t)first * depth, depth, count, depth);
                 for (int r = 0; rank && r < width; r += COLUMNS)
-                    some_sums(low + (size_t)first * width + r, width, to, inner + r, width, depth, 0, count);
+                    edge_tile(low + (size_t)first * width + r, width, to, inner + r, width, depth, 0, count);
                 if (rank) pack_rows(to + (size_t)depth * ROWS, low + (size_t)first * width, width, count, rank);
             } else {
                 int first = begin + (task - packs) * COLUMNS;
@@ -136,13 +136,13 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
         }
         if (!y) continue;
 #pragma omp for schedule(dynamic)
-        for (int task = 0; task < down * (up(end - begin, BLOCK_COLUMNS) / BLOCK_COLUMNS); task++) {
+        for (int task = 0; task < down * (round_up(end - begin, BLOCK_COLUMNS) / BLOCK_COLUMNS); task++) {
             int first_row = task % down * BLOCK_ROWS, first_column = begin + task / down * BLOCK_COLUMNS;
             int last_row = least(first_row + BLOCK_ROWS, rows), last_column = least(first_column + BLOCK_COLUMNS, end);
             for (int k = 0; k < whole; k += SLICE)
                 for (int column = first_column; column < last_column; column += COLUMNS)
                     for (int row = first_row; row < last_row; row += ROWS)
-                        some_sums(y + (size_t)row * columns + column, columns, x_panels + row / ROWS * panel + (size_t)k * ROWS,
+                        edge_tile(y + (size_t)row * columns + column, columns, x_panels + row / ROWS * panel + (size_t)k * ROWS,
                                   w_panels + (size_t)(column - begin) * whole + (size_t)k * COLUMNS, COLUMNS,
                                   least(SLICE, whole - k), k > 0, last_row - row);
         }
@@ -152,6 +152,7 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
 /* to [rank][columns] = lowᵀ x: low [rows][width], of which the first `rank` columns count, x [rows][columns]. */
 static void lora_gradient(float *to, const float *low, const float *x, int rows, int columns, int rank, int width) {
     enum { SOME = 48, WIDE = 256 };
+    if (!rank) return;
 #pragma omp parallel for schedule(dynamic)
     for (int begin = 0; begin < columns; begin += WIDE) {
         int wide = least(WIDE, columns - begin);
@@ -167,7 +168,7 @@ static void lora_gradient(float *to, const float *low, const float *x, int rows,
                     for (int i = 0; i < ROWS; i++)
                         some_low[k * ROWS + i] = r + i < rank ? low[(size_t)(row + k) * width + r + i] : 0;
                 for (int i = 0; i < wide; i += COLUMNS)
-                    some_sums(to + (size_t)r * columns + begin + i, columns, some_low, panels + i * depth, COLUMNS, depth, row > 0,
+                    edge_tile(to + (size_t)r * columns + begin + i, columns, some_low, panels + i * depth, COLUMNS, depth, row > 0,
                               rank - r);
             }
         }
@@ -196,50 +197,50 @@ logit = x wᵀ, or cap · tanh(x wᵀ / cap) with its slope; maximum is that of 
 total and mean 0. words and depth are multiples of 32. See cross_entropy.py. */
 void vocabulary_forward(float *mean, float *maximum, float *total, const float *x, const bf16 *w, float cap, int tokens,
                         int depth, int words) {
-    int panels = up(tokens, TOKENS) / ROWS, groups = up(tokens, TOKENS) / TOKENS;
-    size_t block = (size_t)WORDS * depth;
+    int panels = round_up(tokens, TOKEN_GROUP) / ROWS, groups = round_up(tokens, TOKEN_GROUP) / TOKEN_GROUP;
+    size_t block = (size_t)WORD_BLOCK * depth;
     float *x_panels = shared_scratch(0, (size_t)panels * ROWS * depth);
     float *columns[2], *rows[2]; /* the panels of this block and of the next: wᵀ for the logits, w for the mean */
     for (int i = 0; i < 2; i++) columns[i] = shared_scratch(1, 4 * block) + i * 2 * block, rows[i] = columns[i] + block;
 #pragma omp parallel
-    for (int begin = -WORDS; begin < words; begin += WORDS) {
-        int next = begin + WORDS, now = next / WORDS % 2, count = least(WORDS, words - begin), coming = least(WORDS, words - next);
-        int packs = next < words ? coming / COLUMNS + up(depth, COLUMNS) / COLUMNS : 0, first = begin < 0;
+    for (int begin = -WORD_BLOCK; begin < words; begin += WORD_BLOCK) {
+        int first = begin < 0, next = begin + WORD_BLOCK, buffer = next / WORD_BLOCK % 2, count = least(WORD_BLOCK, words - begin);
+        int coming = next < words ? least(WORD_BLOCK, words - next) : 0, packs = coming ? (coming + depth) / COLUMNS : 0;
 #pragma omp for schedule(dynamic)
         for (int task = 0; task < (first ? panels : groups) + packs; task++) {
             int pack = task - (first ? panels : groups);
-            if (pack >= coming / COLUMNS) {
+            if (coming && pack >= coming / COLUMNS) {
                 int column = (pack - coming / COLUMNS) * COLUMNS;
-                pack_columns(rows[now] + (size_t)column * coming, w + (size_t)next * depth, column, coming, depth, 0);
+                pack_columns(rows[buffer] + (size_t)column * coming, w + (size_t)next * depth, column, coming, depth, 0);
             } else if (pack >= 0) {
-                pack_columns(columns[now] + (size_t)pack * COLUMNS * depth, w, next + pack * COLUMNS, depth, words, 1);
+                pack_columns(columns[buffer] + (size_t)pack * COLUMNS * depth, w, next + pack * COLUMNS, depth, words, 1);
             } else if (first) {
                 int row = task * ROWS, some = tokens - row;
                 pack_rows(x_panels + (size_t)task * ROWS * depth, x + (size_t)row * depth, depth, some, depth);
             } else {
-                int token = task * TOKENS, some = least(TOKENS, tokens - token);
-                float *logits = scratch(SCORES, (size_t)TOKENS * WORDS * 4);
-                float *weights = scratch(PROBABILITIES, (size_t)TOKENS * WORDS * 4);
+                int token = task * TOKEN_GROUP, some = least(TOKEN_GROUP, tokens - token);
+                float *logits = scratch(SCORES, (size_t)TOKEN_GROUP * WORD_BLOCK * 4);
+                float *weights = scratch(PROBABILITIES, (size_t)TOKEN_GROUP * WORD_BLOCK * 4);
                 for (int k = 0; k < depth; k += SLICE)
                     for (int column = 0; column < count; column += COLUMNS)
-                        for (int row = 0; row < TOKENS; row += ROWS)
-                            sums(logits + (size_t)row * WORDS + column, WORDS,
+                        for (int row = 0; row < TOKEN_GROUP; row += ROWS)
+                            product_tile(logits + (size_t)row * WORD_BLOCK + column, WORD_BLOCK,
                                  x_panels + (size_t)(token + row) * depth + (size_t)k * ROWS,
-                                 columns[!now] + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k),
+                                 columns[!buffer] + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k),
                                  k > 0);
                 for (int row = 0; row < some; row++) {
-                    float rescale = soften(logits + (size_t)row * WORDS, &maximum[token + row], &total[token + row], cap, count);
+                    float rescale = soften(logits + (size_t)row * WORD_BLOCK, &maximum[token + row], &total[token + row], cap, count);
                     float *to = mean + (size_t)(token + row) * depth;
                     for (int i = 0; i < depth; i += LANES) store_f32(to + i, load_f32(to + i) * rescale);
                 }
-                for (int row = 0; row < TOKENS; row += ROWS)
-                    pack_rows(weights + (size_t)row * count, logits + (size_t)row * WORDS, WORDS, some - row, count);
+                for (int row = 0; row < TOKEN_GROUP; row += ROWS)
+                    pack_rows(weights + (size_t)row * count, logits + (size_t)row * WORD_BLOCK, WORD_BLOCK, some - row, count);
                 for (int k = 0; k < count; k += SLICE)
                     for (int column = 0; column < depth; column += COLUMNS)
                         for (int row = 0; row < some; row += ROWS)
-                            some_sums(mean + (size_t)(token + row) * depth + column, depth,
+                            edge_tile(mean + (size_t)(token + row) * depth + column, depth,
                                       weights + (size_t)row * count + (size_t)k * ROWS,
-                                      rows[!now] + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k),
+                                      rows[!buffer] + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k),
                                       1, some - row);
             }
         }

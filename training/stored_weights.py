@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.load_model import load_base
-from training.kernels import library
+from training import kernels
+from training.fused_layers import is_plain_lora
 
 # Embeddings by the exact names of their classes: rows of a table, times `scalar_embed_scale` where they have one.
 _EMBEDDINGS = {"Embedding", "Gemma3TextScaledWordEmbedding", "Gemma4TextScaledWordEmbedding"}
@@ -26,7 +27,7 @@ RANKS = 32  # columns of an adapter's matrices are filled up to a multiple
 
 def can_store(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a base in `folder`, computed with in `dtype`, is kept in bfloat16: all its files are."""
-    if dtype != torch.float32 or device.type != "cpu" or not library(dtype):
+    if dtype != torch.float32 or device.type != "cpu" or not kernels.library(dtype):
         return False
     files = list(folder.glob("*.safetensors"))
     for file in files:
@@ -58,8 +59,6 @@ def load_stored(folder: Path) -> PreTrainedModel:
 
 def fuse_stored_layers(model: nn.Module) -> None:
     """Have plain LoRA layers on stored matrices compute both at once, in place. Run after `fuse_layers`."""
-    from training.fused_layers import is_plain_lora
-
     module: Any
     for module in model.modules():
         if isinstance(module, LoraLinear) and _is_stored(module.base_layer) and is_plain_lora(module):
@@ -102,7 +101,7 @@ class _StoredLinear(torch.autograd.Function):
             rank, a, b = len(lora_a), lora_a.contiguous(), (lora_b * scale).T.contiguous()
             low = x.new_empty(len(x), -(-rank // RANKS) * RANKS)
         inner = _filled(a)
-        library(x.dtype).lora_forward(*_places(y, low, x, weight, inner, b), len(x), ins, outs, rank, _width(low))
+        kernels.library(x.dtype).lora_forward(*_places(y, low, x, weight, inner, b), len(x), ins, outs, rank, _width(low))
         ctx.save_for_backward(x if rank else None, weight, a, b, low)
         ctx.scale = scale
         return y
@@ -114,7 +113,7 @@ class _StoredLinear(torch.autograd.Function):
         grad_x = grad.new_empty(len(grad), ins) if ctx.needs_input_grad[0] else None
         grad_a, grad_b, grad_low = (None if part is None else torch.empty_like(part) for part in (a, b, low))
         inner = _filled(b)
-        library(grad.dtype).lora_backward(
+        kernels.library(grad.dtype).lora_backward(
             *_places(grad_x, grad_a, grad_b, grad_low, grad, x, low, weight, inner, a),
             *(len(grad), ins, outs, 0 if a is None else len(a), _width(low)),
         )
