@@ -173,9 +173,7 @@ def test_an_output_layer_stored_in_bfloat16(softcap: float | None, tokens: int) 
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         return F.cross_entropy(logits, targets, reduction="none")
 
-    forward, backward = errors(
-        lambda hidden: linear_cross_entropy(hidden, weight, targets, softcap), plain, [hidden]
-    )
+    forward, backward = errors(lambda hidden: linear_cross_entropy(hidden, weight, targets, softcap), plain, [hidden])
     assert forward <= PRODUCTS[torch.float32] and backward <= PRODUCTS[torch.float32]
 
 

@@ -21,7 +21,15 @@ from training import kernels
 from training.fused_layers import is_plain_lora
 
 # Embeddings by the exact names of their classes: rows of a table, times `scalar_embed_scale` where they have one.
-_EMBEDDINGS = {"Embedding", "Gemma3TextScaledWordEmbedding", "Gemma4TextScaledWordEmbedding"}
+_EMBEDDINGS = {
+    "Embedding",
+    "GemmaTextScaledWordEmbedding",
+    "Gemma2TextScaledWordEmbedding",
+    "Gemma3TextScaledWordEmbedding",
+    "Gemma4TextScaledWordEmbedding",
+    "Gemma4UnifiedTextScaledWordEmbedding",
+    "VaultGemmaTextScaledWordEmbedding",
+}
 RANKS = 32  # columns of an adapter's matrices are filled up to a multiple
 
 
@@ -43,7 +51,9 @@ def load_stored(folder: Path) -> PreTrainedModel:
     They take and return float32. What else there is, norms and experts for example, is float32.
     """
     base = load_base(folder, torch.bfloat16, None, torch.device("cpu"))
-    stored = [module for module in base.modules() if _is_stored(module)]
+    module: Any
+    unknown = {id(part.weight) for part in base.modules() if isinstance(part, nn.Embedding) and not _is_stored(part)}
+    stored: list[Any] = [part for part in base.modules() if _is_stored(part) and id(part.weight) not in unknown]
     kept = {id(module.weight) for module in stored}  # an output layer shares the embedding's
     for module in base.modules():
         for name, value in (*module._parameters.items(), *module._buffers.items()):
@@ -65,11 +75,12 @@ def fuse_stored_layers(model: nn.Module) -> None:
             module.forward = MethodType(_lora_forward, module)
 
 
-def _is_stored(module: nn.Module) -> bool:
+def _is_stored(module: Any) -> bool:
     if isinstance(module, nn.Embedding):
         known = type(module).__name__ in _EMBEDDINGS
     else:
         known = type(module) is nn.Linear and module.bias is None
+    # The kernels take sizes of multiples of 32.
     return known and module.weight.dtype == torch.bfloat16 and not any(size % 32 for size in module.weight.shape)
 
 
@@ -101,7 +112,9 @@ class _StoredLinear(torch.autograd.Function):
             rank, a, b = len(lora_a), lora_a.contiguous(), (lora_b * scale).T.contiguous()
             low = x.new_empty(len(x), -(-rank // RANKS) * RANKS)
         inner = _filled(a)
-        kernels.library(x.dtype).lora_forward(*_places(y, low, x, weight, inner, b), len(x), ins, outs, rank, _width(low))
+        kernels.library(x.dtype).lora_forward(
+            *_places(y, low, x, weight, inner, b), len(x), ins, outs, rank, _width(low)
+        )
         ctx.save_for_backward(x if rank else None, weight, a, b, low)
         ctx.scale = scale
         return y
