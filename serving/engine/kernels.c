@@ -43,8 +43,10 @@ Layouts, in C order:
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_AMX 1
@@ -59,13 +61,29 @@ Layouts, in C order:
 enum { QKV, O, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, PER_LAYER_MODEL, SITES, NO_SITE = SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ };
 enum { OF_PER_LAYER = DOWN_PROJ + 1 /* one of each of the three sites */, ROUTER = OF_PER_LAYER + 3, MODULES };
-enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 19 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 20 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
 typedef float f32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32 __attribute__((vector_size(64)));
+/* One register of whatever width the processor has, and of how many tokens the sums are in registers at once. */
+#if defined(__AVX512BW__)
+#define LANES 16
+#define TILE_TOKENS 8
+#elif defined(__AVX2__)
+#define LANES 8
+#define TILE_TOKENS 4
+#else
+#define LANES 4
+#define TILE_TOKENS 4
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t ulanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ilanes __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -74,6 +92,7 @@ typedef int32_t i32 __attribute__((vector_size(64)));
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
 #define UNROLLED _Pragma("GCC unroll 16")
+#define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
 
 typedef struct { /* rows and columns are multiples of 32; rows 0: there is none */
     int32_t rows, columns;
@@ -155,6 +174,7 @@ typedef struct {
 typedef struct Scratch {
     atomic_int *counters; /* of each phase: the next piece of its work */
     int32_t wanted, longest, ranks;
+    int32_t rounds; /* whether products take x rounded to 16 bits */
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
     int32_t *origin;   /* [tokens]: which of the step's */
     float *rope_table; /* [tokens][ropes][cosines, sines] */
@@ -166,7 +186,7 @@ typedef struct Scratch {
     float *share, *routed, *gathered, *expert_gated, *expert_y;
     bf16 *packed_gathered, *packed_expert;
     size_t *offset; /* [threads][longest]: where keys and values lie */
-    bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
+    bf16 *packed, *packed_gated; /* `normed` and `gated` as summands, or rounded: int16_t */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
     size_t piece;
 } Scratch;
@@ -282,6 +302,37 @@ static inline void pack(bf16 *packed, int columns, int token, int column, f32 x)
 #endif
 }
 
+/* x of int8 weights without AMX, rounded to 16 bits: of each ROUNDED columns by their largest. A token's line has all
+columns, then the float32 factor of each ROUNDED of them. 127 · 32767 · ROUNDED is below 2^31. */
+enum { ROUNDED = 512 };
+static inline size_t rounded_line(int columns) { return columns + (columns + ROUNDED - 1) / ROUNDED * 2; }
+
+static void round_x(int16_t *out, const float *x, int columns) {
+    for (int begin = 0; begin < columns; begin += ROUNDED) {
+        int end = begin + ROUNDED < columns ? begin + ROUNDED : columns;
+        float largest = 1e-30f;
+#pragma omp simd reduction(max : largest)
+        for (int k = begin; k < end; k++) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+        float factor = largest / 32767, inverse = 32767 / largest;
+#pragma omp simd
+        for (int k = begin; k < end; k++) out[k] = (int16_t)(int32_t)nearbyintf(x[k] * inverse);
+        memcpy(out + columns + begin / ROUNDED * 2, &factor, sizeof factor);
+    }
+}
+
+/* A token's whole input of a product, where products take it in another form than float32. */
+static void pack_line(const Pool *pool, bf16 *packed, int columns, int token, const float *x) {
+    if (pool->amx)
+        for (int k = 0; k < columns; k += 16) pack(packed, columns, token, k, *(const f32 *)(x + k));
+    else if (pool->scratch->rounds)
+        round_x((int16_t *)packed + token * rounded_line(columns), x, columns);
+}
+
+/* How many 16-bit numbers the inputs of some tokens are then; of whole panels for AMX. */
+static size_t packed_numbers(const Pool *pool, size_t tokens, size_t columns) {
+    return pool->amx ? tokens * columns * 3 : pool->scratch->rounds ? tokens * rounded_line(columns) : 0;
+}
+
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
 
 /* Bytes of weights that are one thread's at a time, and how far ahead of them memory is asked. */
@@ -290,29 +341,110 @@ enum { PIECE_BYTES = 640 << 10, PIECE_BYTES_OF_ONE_PANEL = 1 << 20, AHEAD = 32 <
 /* What products give: of a pair of blocks of 16 rows, for a panel of tokens. */
 typedef struct Sums { _Alignas(64) float of[2][PANEL][16]; } Sums;
 
-/* Without AMX. `weights`: of the pair. */
-static void matmul_vectors(Sums *sums, const Matrix *m, const void *weights, const float *x, int tokens) {
-    int columns = m->columns;
-    for (int block = 0; block < 2; block++)
-        for (int first = 0; first < tokens; first += 8) {
-            int some = tokens - first < 8 ? tokens - first : 8;
-            f32 sum[8] = {{0}};
-            for (int k = 0; k < columns; k += 2) {
-                size_t at = (size_t)(k / 32 * 2 + block) * 512 + k % 32 * 16;
-                f32 even, odd;
-                if (m->scales) {
-                    const int8_t *pair = (const int8_t *)weights + at;
-                    for (int row = 0; row < 16; row++) even[row] = pair[2 * row], odd[row] = pair[2 * row + 1];
-                } else {
-                    u32 pair = *(const u32 *)((const bf16 *)weights + at);
-                    even = (f32)(pair << 16), odd = (f32)(pair & 0xffff0000u);
-                }
-                for (int t = 0; t < some; t++) {
-                    const float *from = x + (size_t)(first + t) * columns + k;
-                    sum[t] += even * from[0] + odd * from[1];
+/* Without AMX, a tile of sums stays in registers: `wide` of them of rows, times `tokens`, constants both. Every sum runs
+over the columns in their order, whatever the tile. */
+#define IN_LINE(w) ((w) * LANES / 16 * 512 + (w) * LANES % 16 * 2) /* where a register's rows are among 32 columns' weights */
+#define IN_SUMS(sums, w, t) ((lanes *)((sums)->of[(w) * LANES / 16][t] + (w) * LANES % 16))
+
+/* To each sum, the products of two weights with two numbers of x, which `both` holds. */
+static inline ilanes add_products(ilanes sum, shorts weights, int32_t both) {
+    ilanes x = (ilanes){0} + both;
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return (ilanes)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#elif LANES == 16
+    return sum + (ilanes)_mm512_madd_epi16((__m512i)weights, (__m512i)x);
+#elif LANES == 8 && defined(__AVXVNNI__)
+    return (ilanes)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
+#elif LANES == 8
+    return sum + (ilanes)_mm256_madd_epi16((__m256i)weights, (__m256i)x);
+#elif defined(__SSE2__)
+    return sum + (ilanes)_mm_madd_epi16((__m128i)weights, (__m128i)x);
+#else
+    ilanes pair = (ilanes)weights;
+    return sum + (pair << 16 >> 16) * (x << 16 >> 16) + (pair >> 16) * (x >> 16);
+#endif
+}
+
+/* Memory is asked for the next pair's weights while a pair is multiplied: a share of them in each pass over it. */
+typedef struct { const char *weights; int pass, passes; } Next;
+static inline void ask_for(const Next *next, size_t at, int bytes) {
+    if (next->weights)
+        for (int line = next->pass * 64; line < bytes; line += next->passes * 64)
+            __builtin_prefetch(next->weights + at + line);
+}
+
+COMPILED_FOR_EACH widened_tile(const int wide, const int tokens, Sums *sums, const bf16 *weights, const float *x, int columns,
+                               int r, int first, const Next *next) {
+    lanes sum[4][8] = {{{0}}};
+    weights += IN_LINE(r), x += (size_t)first * columns;
+    for (int line = 0; line < columns; line += 32, weights += 1024, x += 32) {
+        ask_for(next, (size_t)line * 64, 2048);
+        for (int k = 0; k < 32; k += 2) {
+            ulanes pair[4];
+            UNROLLED for (int w = 0; w < wide; w++) pair[w] = *(const ulanes *)(weights + k * 16 + IN_LINE(w));
+            UNROLLED for (int t = 0; t < tokens; t++) {
+                const float *from = x + (size_t)t * columns + k;
+                UNROLLED for (int w = 0; w < wide; w++) sum[w][t] += (lanes)(pair[w] << 16) * from[0];
+                UNROLLED for (int w = 0; w < wide; w++) sum[w][t] += (lanes)(pair[w] & 0xffff0000u) * from[1];
+            }
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int w = 0; w < wide; w++) *IN_SUMS(sums, r + w, first + t) = sum[w][t];
+}
+
+/* int8 weights times x rounded to 16 bits (see `round_x`): sums of ROUNDED columns are exact in 32 bits. */
+COMPILED_FOR_EACH int8_tile(const int wide, const int tokens, Sums *sums, const int8_t *weights, const int16_t *x, int columns,
+                            int r, int first, const Next *next) {
+    size_t line_of_x = rounded_line(columns);
+    weights += IN_LINE(r), x += first * line_of_x;
+    for (int begin = 0; begin < columns; begin += ROUNDED) {
+        ilanes sum[4][8] = {{{0}}};
+        for (int line = begin; line < columns && line < begin + ROUNDED; line += 32, weights += 1024) {
+            ask_for(next, (size_t)line * 32, 1024);
+            UNROLLED for (int k = 0; k < 32; k += 2) {
+                shorts pair[4];
+                UNROLLED for (int w = 0; w < wide; w++)
+                    pair[w] = __builtin_convertvector(*(const bytes *)(weights + k * 16 + IN_LINE(w)), shorts);
+                UNROLLED for (int t = 0; t < tokens; t++) {
+                    int32_t both;
+                    memcpy(&both, x + t * line_of_x + line + k, sizeof both);
+                    UNROLLED for (int w = 0; w < wide; w++) sum[w][t] = add_products(sum[w][t], pair[w], both);
                 }
             }
-            for (int t = 0; t < some; t++) *(f32 *)sums->of[block][first + t] = sum[t];
+        }
+        for (int t = 0; t < tokens; t++)
+            for (int w = 0; w < wide; w++) {
+                lanes *to = IN_SUMS(sums, r + w, first + t), before = begin ? *to : (lanes){0};
+                float scale;
+                memcpy(&scale, x + t * line_of_x + columns + begin / ROUNDED * 2, sizeof scale);
+                *to = before + __builtin_convertvector(sum[w][t], lanes) * scale;
+            }
+    }
+}
+
+static void matmul_vectors(Sums *sums, const Matrix *m, const void *weights, const void *x, int tokens, const void *next_one) {
+    enum { REGISTERS = 32 / LANES, WIDEST = REGISTERS < 4 ? REGISTERS : 4 };
+    int wide = tokens > 2 ? 2 : WIDEST;
+    Next next = {next_one, 0, REGISTERS / wide * ((tokens + TILE_TOKENS - 1) / TILE_TOKENS)};
+    for (int r = 0; r < REGISTERS; r += wide)
+        for (int first = 0, some; first < tokens; first += some, next.pass++) {
+            some = tokens - first < TILE_TOKENS ? tokens - first : TILE_TOKENS;
+#define TILE(wide, tokens) \
+    case tokens: \
+        if (m->scales) int8_tile(wide, tokens, sums, weights, x, m->columns, r, first, &next); \
+        else widened_tile(wide, tokens, sums, weights, x, m->columns, r, first, &next); \
+        break
+            if (tokens <= 2)
+                switch (some) { TILE(WIDEST, 1); TILE(WIDEST, 2); }
+            else
+                switch (some) {
+                    TILE(2, 1); TILE(2, 2); TILE(2, 3); TILE(2, 4);
+#if TILE_TOKENS > 4
+                    TILE(2, 5); TILE(2, 6); TILE(2, 7); TILE(2, 8);
+#endif
+                }
+#undef TILE
         }
 }
 
@@ -375,7 +507,7 @@ typedef struct {
     int thread, layer, site;
     const Matrix *m;
     const float *x;     /* [tokens][columns] */
-    const bf16 *packed; /* the same as summands */
+    const bf16 *packed; /* the same as summands, or rounded */
     int tokens;
     float *out;       /* [tokens][…] */
     bf16 *packed_out; /* the same as summands, or NULL */
@@ -394,7 +526,7 @@ static void multiply_piece(const Product *p, int piece, int most, Epilogue *epil
             const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
             if (p->pool->amx) {
-                const bf16 *one = (const bf16 *)weights, *x = p->packed + (size_t)first * m->columns * 3;
+                const bf16 *one = (const bf16 *)weights, *x = p->packed + packed_numbers(p->pool, first, m->columns);
                 const char *end = first ? NULL : (const char *)m->weight + to * bytes;
                 if (m->scales) {
                     bf16 *widened = p->pool->scratch->widened + p->thread * p->pool->scratch->piece;
@@ -405,8 +537,12 @@ static void multiply_piece(const Product *p, int piece, int most, Epilogue *epil
                 matmul_amx(&sums[0], &sums[both], one, one + both * size, x, m->columns, end);
             } else
 #endif
-                for (int i = 0; i <= both; i++)
-                    matmul_vectors(&sums[i], m, weights + i * bytes, p->x + (size_t)first * m->columns, some);
+                for (int i = 0; i <= both; i++) {
+                    const char *next = first || pair + i + 1 >= to ? NULL : weights + (i + 1) * bytes;
+                    const void *x = m->scales ? (const void *)(p->packed + packed_numbers(p->pool, first, m->columns))
+                                              : (const void *)(p->x + (size_t)first * m->columns);
+                    matmul_vectors(&sums[i], m, weights + i * bytes, x, some, next);
+                }
             for (int i = 0; i <= both; i++) {
                 if (m->scales)
                     for (int block = 0; block < 2; block++)
@@ -438,8 +574,8 @@ static void matmul_experts(const Product *all, int which, int phase, Epilogue *e
         before = end;
         size_t panels = (count[e] + 15) / 16 * 16, outputs = which ? p.m->rows : p.m->rows / 2;
         p.x += panels * p.m->columns, p.out += panels * outputs;
-        if (p.packed) p.packed += panels * p.m->columns * 3;
-        if (p.packed_out) p.packed_out += panels * outputs * 3;
+        p.packed += packed_numbers(p.pool, panels, p.m->columns);
+        if (p.packed_out) p.packed_out += packed_numbers(p.pool, panels, outputs);
     }
 }
 
@@ -518,11 +654,16 @@ static void add_lora_b(const Product *p, float (*y)[16], int first, int tokens, 
     }
 }
 
-/* One token's input of a site: as summands for AMX, and through its adapter's A. */
+/* One token's input of a site: as products take it, and through its adapter's A. */
 static void load_input(Pool *pool, int layer, int site, int token, const float *x) {
     int columns = pool->model->layer[layer].site[site].columns;
-    if (pool->amx)
-        for (int k = 0; k < columns; k += 16) pack(pool->scratch->packed, columns, token, k, *(const f32 *)(x + k));
+    pack_line(pool, pool->scratch->packed, columns, token, x);
+    lora_a(pool, layer, site, token, x);
+}
+
+/* The same of an input that `attend` or an epilogue made, piece by piece: as summands already. */
+static void complete_input(const Pool *pool, int layer, int site, int token, const float *x, bf16 *packed) {
+    if (pool->scratch->rounds) pack_line(pool, packed, pool->model->layer[layer].site[site].columns, token, x);
     lora_a(pool, layer, site, token, x);
 }
 
@@ -638,8 +779,7 @@ static void gather(const Pool *pool, int token) {
     for (int n = 0; n < m->active_experts; n++) {
         int place = s->place[(size_t)token * m->active_experts + n];
         memcpy(s->gathered + (size_t)place * m->hidden, x, m->hidden * sizeof(float));
-        if (pool->amx)
-            for (int k = 0; k < m->hidden; k += 16) pack(s->packed_gathered, m->hidden, place, k, *(const f32 *)(x + k));
+        pack_line(pool, s->packed_gathered, m->hidden, place, x);
     }
 }
 
@@ -700,7 +840,6 @@ static void write_kv(const Pool *pool, int number, int token, float *qkv) {
 
 /* The loops of attention keep 16 sums in registers. They are written once and compiled for each of the numbers of
 queries that share what is loaded; `queries`, `keys` and `columns` are constants. Every sum has the same order in all. */
-#define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
 
 /* scores[g][j] of some queries and 16 / queries keys. */
 COMPILED_FOR_EACH score(const int queries, const Model *m, const Layer *layer, const float *query, const size_t *offset,
@@ -860,7 +999,7 @@ static void work(Pool *pool, int thread) {
     const Step *step = pool->step;
     Scratch *s = pool->scratch;
     long long passed = atomic_load(&pool->barriers); /* no next one is counted before this thread has come to it */
-    int phase = 0, tokens = step->tokens, hidden = m->hidden;
+    int phase = 0, tokens = step->tokens, hidden = m->hidden, complete = s->ranks || s->rounds;
     float *scores = s->scores + (size_t)thread * (s->longest + 15) * MOST_QUERIES;
     size_t *offset = s->offset + (size_t)thread * (s->longest + 15);
 #if HAS_AMX
@@ -906,9 +1045,9 @@ static void work(Pool *pool, int thread) {
             attend(pool, i, t, last % layer->kv_heads, s->y + (size_t)t * qkv_width, scores, offset);
         }
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
+        if (complete) {
             for (int t; (t = next_piece(pool, phase)) < tokens;)
-                lora_a(pool, i, O, t, s->normed + (size_t)t * layer->site[O].columns);
+                complete_input(pool, i, O, t, s->normed + (size_t)t * layer->site[O].columns, s->packed);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, O, &layer->site[O], s->normed, s->packed, tokens, s->y, NULL};
@@ -927,8 +1066,9 @@ static void work(Pool *pool, int thread) {
                             s->normed, s->packed, tokens, s->gated, s->packed_gated};
         matmul(&product, phase, store_gated);
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
-            for (int t; (t = next_piece(pool, phase)) < tokens;) lora_a(pool, i, DOWN, t, s->gated + (size_t)t * inner);
+        if (complete) {
+            for (int t; (t = next_piece(pool, phase)) < tokens;)
+                complete_input(pool, i, DOWN, t, s->gated + (size_t)t * inner, s->packed_gated);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, DOWN, &layer->site[DOWN], s->gated, s->packed_gated, tokens, s->y, NULL};
@@ -943,6 +1083,12 @@ static void work(Pool *pool, int thread) {
                                s->packed_expert};
             matmul_experts(&gate_up, 0, phase, store_gated);
             phase = barrier(pool, phase, &passed);
+            if (s->rounds) {
+                int columns = layer->expert[1].columns;
+                for (int n; (n = next_piece(pool, phase)) < tokens * m->active_experts;)
+                    pack_line(pool, s->packed_expert, columns, s->place[n], s->expert_gated + (size_t)s->place[n] * columns);
+                phase = barrier(pool, phase, &passed);
+            }
             Product down = {pool, thread, i, NO_SITE, NULL, s->expert_gated, s->packed_expert, 0, s->expert_y, NULL};
             matmul_experts(&down, 1, phase, store_output);
             phase = barrier(pool, phase, &passed);
@@ -963,9 +1109,9 @@ static void work(Pool *pool, int thread) {
                             s->x, s->packed, tokens, s->gated, s->packed_gated};
         matmul(&product, phase, store_per_layer);
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
+        if (complete) {
             for (int t; (t = next_piece(pool, phase)) < tokens;)
-                lora_a(pool, i, PER_LAYER_PROJECTION, t, s->gated + (size_t)t * m->padded);
+                complete_input(pool, i, PER_LAYER_PROJECTION, t, s->gated + (size_t)t * m->padded, s->packed_gated);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, PER_LAYER_PROJECTION, &layer->site[PER_LAYER_PROJECTION],
@@ -983,8 +1129,7 @@ static void work(Pool *pool, int thread) {
     for (int i; (i = next_piece(pool, phase)) < s->wanted;) {
         float *x = s->normed + (size_t)i * hidden;
         rms_norm(x, s->x + (size_t)i * hidden, m->norm, m->eps, hidden);
-        if (pool->amx)
-            for (int k = 0; k < hidden; k += 16) pack(s->packed, hidden, i, k, *(const f32 *)(x + k));
+        pack_line(pool, s->packed, hidden, i, x);
     }
     float *best = s->best + (size_t)thread * s->wanted * 2;
     for (int i = 0; i < s->wanted; i++) best[2 * i] = -INFINITY, best[2 * i + 1] = 0;
@@ -1104,8 +1249,8 @@ static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const M
     CARVE(scores, pool->threads * most * MOST_QUERIES);
     CARVE(offset, pool->threads * most);
     CARVE(best, pool->threads * (size_t)s->wanted * 2);
-    CARVE(packed, pool->amx ? padded * deepest * 3 : 0);
-    CARVE(packed_gated, pool->amx ? padded * inner * 3 : 0);
+    CARVE(packed, packed_numbers(pool, padded, deepest));
+    CARVE(packed_gated, packed_numbers(pool, padded, inner));
     CARVE(widened, pool->threads * s->piece);
     CARVE(per_layer, layers_inputs);
     if (pairs) {
@@ -1117,8 +1262,8 @@ static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const M
         CARVE(gathered, places * hidden);
         CARVE(expert_gated, places * expert);
         CARVE(expert_y, places * hidden);
-        CARVE(packed_gathered, pool->amx ? places * hidden * 3 : 0);
-        CARVE(packed_expert, pool->amx ? places * expert * 3 : 0);
+        CARVE(packed_gathered, packed_numbers(pool, places, hidden));
+        CARVE(packed_expert, packed_numbers(pool, places, expert));
     }
 #undef CARVE
     return used;
@@ -1163,7 +1308,8 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
-    if (model->head.scales) { /* int8 weights, of which a piece is widened at a time */
+    s.rounds = model->head.scales && !pool->amx;
+    if (model->head.scales && pool->amx) { /* int8 weights, of which a piece is widened at a time */
         reserve_piece(&s, pool, &model->head, s.wanted);
         for (int i = 0; i < model->layers; i++) {
             for (int site = 0; site < SITES; site++) reserve_piece(&s, pool, &model->layer[i].site[site], step->tokens);
@@ -1172,6 +1318,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     }
     pool->phases = model->layers * PHASES + 7;
+    pool->scratch = &s;
     if (!reserve(pool, layout_scratch(&s, NULL, pool, model, step->tokens))) return 1;
     layout_scratch(&s, pool->memory, pool, model, step->tokens);
     memset(s.counters, 0, pool->phases * sizeof *s.counters);
@@ -1184,7 +1331,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         if (row->wanted) s.wanted_row[wanted] = i, s.wanted_token[wanted++] = row->first + row->count - 1;
     }
     pthread_mutex_lock(&pool->mutex);
-    pool->model = model, pool->step = step, pool->scratch = &s;
+    pool->model = model, pool->step = step;
     pool->steps_begun++;
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->mutex);
