@@ -37,7 +37,6 @@ Layouts, in C order:
 #define _GNU_SOURCE
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -63,6 +62,7 @@ enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ };
 enum { OF_PER_LAYER = DOWN_PROJ + 1 /* one of each of the three sites */, ROUTER = OF_PER_LAYER + 3, MODULES };
 enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 20 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
+enum { LOOKS = 500 /* of a thread that waits, before it sleeps */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
 typedef float f32 __attribute__((vector_size(64), aligned(4), may_alias));
@@ -160,8 +160,9 @@ typedef struct {
     pthread_cond_t work;
     int64_t steps_begun;
     int ending;
-    atomic_int arrived;
-    atomic_llong barriers; /* of all steps */
+    atomic_int arrived, sleeping; /* at a barrier */
+    atomic_llong barriers;        /* of all steps */
+    pthread_cond_t all_arrived;
     int32_t phases;
     const Model *model;
     const Step *step;
@@ -191,22 +192,38 @@ typedef struct Scratch {
     size_t piece;
 } Scratch;
 
-static void spin(int *spins) {
-    if (++*spins < 500) {
+/* What a thread does between two looks at what it waits for: nothing, for some nanoseconds. */
+static inline void pause_briefly(void) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory");
 #endif
-    } else
-        sched_yield(); /* the thread that is waited for may want this core */
 }
 
-/* All threads leave together. The count of barriers only grows: one that leaves late, in the next step even, sees it. */
+/* All threads leave together. The count of barriers only grows: one that leaves late, in the next step even, sees it.
+A thread looks for it for some microseconds and then sleeps: on a busy machine, the thread that is waited for may want
+this core. Either one that falls asleep sees the new count, or the last one sees that it is about to. */
 static int barrier(Pool *pool, int phase, long long *passed) {
     if (atomic_fetch_add(&pool->arrived, 1) == pool->threads - 1) {
         atomic_store(&pool->arrived, 0);
         atomic_store(&pool->barriers, *passed + 1);
-    } else
-        for (int spins = 0; atomic_load_explicit(&pool->barriers, memory_order_acquire) <= *passed;) spin(&spins);
+        if (atomic_load(&pool->sleeping)) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_broadcast(&pool->all_arrived);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    } else {
+        int looks = 0;
+        while (atomic_load_explicit(&pool->barriers, memory_order_acquire) <= *passed && looks++ < LOOKS) pause_briefly();
+        if (looks > LOOKS) {
+            pthread_mutex_lock(&pool->mutex);
+            atomic_fetch_add(&pool->sleeping, 1);
+            while (atomic_load(&pool->barriers) <= *passed) pthread_cond_wait(&pool->all_arrived, &pool->mutex);
+            atomic_fetch_sub(&pool->sleeping, 1);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
     ++*passed;
     return phase + 1;
 }
@@ -1187,6 +1204,7 @@ Pool *start_threads(int threads, int use_amx) {
     if (!pool) return NULL;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->all_arrived, NULL);
     pool->amx = use_amx && may_use_amx();
     pool->threads = 1;
     for (int i = 1; i < threads && i < MOST_THREADS; i++) {
