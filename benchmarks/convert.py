@@ -5,14 +5,17 @@
 
 The synthetic models have Gemma 3 27B's widths and zeros for weights, in sparse files; the merged ones are as large as
 they say, so that layers=62 needs 55 GB of disk. Peak memory is the kernel's figure for the whole process, asked for by
-its parent. Writes benchmarks/results/convert.json and the table in docs/converters.md.
+its parent. Writes benchmarks/results/convert.json and the table in docs/converters.md. After each model, what there is
+so far is in convert.partial.json, which an interrupted benchmark leaves and no page shows.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -23,7 +26,7 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 
-from benchmarks.figures import RESULTS, refresh
+from benchmarks.figures import RESULTS, partial_file, refresh
 from converters import hf
 from converters.layerwise_forward import empty_model
 from core.arguments import Arguments, parse
@@ -62,35 +65,48 @@ AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
 class Options(Arguments):
     layers: list[Annotated[int, Field(ge=1, le=62)]] = Field([2, 6], description="of Gemma 3 27B's 62")
+    minutes: float = Field(10, gt=0, description="of each conversion, after which it is stopped and left out")
 
 
 def main(argv: list[str]) -> None:
-    layers = parse(Options, argv).layers
+    options = parse(Options, argv)
     real = ensure_base_model(load_config().model).resolve()
-    rows = []
+    file = RESULTS / "convert.json"
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+
+    def keep() -> None:
+        result = {
+            "command": " ".join(["python -m benchmarks.convert", *argv]),
+            "machine": describe_environment().machine,
+            "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+            "rows": rows,
+            "left_out": left_out + [f"{model}: not measured yet" for model in models.values()],
+        }
+        write_json(partial_file(file), result)
+
+    models = {count: f"gemma-3-27b, {count} of 62 layers" if count else real.name for count in [0, *options.layers]}
     Path("exports").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir="exports") as scratch:
-        for count in [0, *layers]:
-            folder = Path(scratch) / (f"gemma-3-27b, {count} of 62 layers" if count else real.name)
+        for count in list(models):
+            folder = Path(scratch) / models.pop(count)
             folder.mkdir()
             base = write_sparse(folder / "base", count) if count else real
             write_adapter(base, folder / "adapter")
-            rows += compare(base, folder, with_peers=not count)
+            rows += compare(base, folder, not count, options.minutes * 60, left_out)
             shutil.rmtree(folder)
-    result = {
-        "command": " ".join(["python -m benchmarks.convert", *argv]),
-        "machine": describe_environment().machine,
-        "finished": f"{datetime.now(UTC):%Y-%m-%d}",
-        "rows": rows,
-    }
-    write_json(RESULTS / "convert.json", result)
-    print(f"written: {RESULTS / 'convert.json'}, {', '.join(refresh())}")
+            keep()
+    partial_file(file).replace(file)
+    print(f"written: {file}, {', '.join(refresh())}")
 
 
-def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
+def compare(base: Path, folder: Path, with_peers: bool, seconds: float, left_out: list[str]) -> list[dict[str, Any]]:
     """A row for each system, as benchmarks/figures.py shows it.
 
     Each system reads the base anew; what it wrote is removed before the next.
+
+    Args:
+        seconds: of each system; of one that takes longer, `left_out` gets a sentence.
     """
     python, target = sys.executable, folder / "merged"
     systems: dict[str, Sequence[str | Path]] = {
@@ -113,17 +129,23 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
     rows = []
     copied = 0.0
     for name, command in systems.items():
-        seconds, busy, peak = measured(command)
-        copied = copied or busy
+        took = measured(command, seconds)
+        if took is None:
+            left_out.append(f"{folder.name} by {name}: not done in {seconds / 60:g} minutes")
+            print(left_out[-1], flush=True)
+            shutil.rmtree(target, ignore_errors=True)
+            continue
+        lasted, busy, peak = took
+        copied = copied or (busy if name == "cp" else 0)
         record = target / "conversion.json"
         row = {
             "model": folder.name,
             "by": name,
             "gigabytes": round(size, 1),
-            "seconds": round(seconds, 1),
+            "seconds": round(lasted, 1),
             "seconds_to_write": Conversion.read(record).seconds_to_write if record.exists() else None,
             "processor_seconds": round(busy, 1),
-            "times_cp": round(busy / copied, 1),
+            "times_cp": round(busy / copied, 1) if copied else None,
             # A process begins with its parent's peak in its books, so that cp's would be this one's.
             "peak_gib": round(peak, 2) if name != "cp" else None,
             "allowed_gib": round(allowed, 2) if name != "cp" else None,
@@ -134,11 +156,17 @@ def compare(base: Path, folder: Path, with_peers: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(command: Sequence[str | Path]) -> tuple[float, float, float]:
-    """Wall-clock seconds, CPU seconds, and peak memory in GiB of `command`."""
+def measured(command: Sequence[str | Path], seconds: float) -> tuple[float, float, float] | None:
+    """Wall-clock seconds, CPU seconds, and peak memory in GiB of `command`; None: it took more than `seconds`, and was
+    stopped."""
     begun = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    limit = threading.Timer(seconds, process.kill)
+    limit.start()
     _, status, usage = os.wait4(process.pid, 0)
+    limit.cancel()
+    if status == signal.SIGKILL and time.monotonic() - begun >= seconds:
+        return None
     if status:
         raise UserError(f"{' '.join(map(str, command[:3]))} … failed; see its output above")
     return time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20

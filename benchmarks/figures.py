@@ -32,6 +32,16 @@ def result_file(kind: str, *parts: str) -> Path:
     return folder / (re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-") + ".json")
 
 
+def partial_file(file: Path) -> Path:
+    """Where what a benchmark has found so far is kept until its result is `file`; no page shows it."""
+    return file.with_suffix(".partial.json")
+
+
+def results(kind: str) -> list[Path]:
+    """The result files of a kind, without what an interrupted benchmark has left."""
+    return [file for file in sorted((RESULTS / kind).glob("*.json")) if not file.name.endswith(".partial.json")]
+
+
 def pages() -> list[Path]:
     """Every page that may quote a figure."""
     return [*Path().glob("README.md"), *sorted(Path("docs").glob("*.md"))]
@@ -90,7 +100,7 @@ def _memory_share(data: str = "all-slangs") -> str:
 
 def _default_runs() -> str:
     """A row for each machine on which `python -m benchmarks.default_run` recorded the README's first command."""
-    rows = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((RESULTS / "default-run").glob("*.json"))]
+    rows = [json.loads(file.read_text(encoding="utf-8")) for file in results("default-run")]
     lines = [
         f"| {row['machine']} | {row['training_seconds'] / 60:.1f} minutes | {row['peak_memory_gib']:.1f} GiB | "
         f"{row['perplexity_before']:.2f} → {row['perplexity_after']:.2f} |"
@@ -160,7 +170,8 @@ def _memory() -> str:
 
 
 def _measured(result: dict[str, Any]) -> str:
-    return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:\n"
+    lacks = "".join(f" {sentence}" for sentence in table.left_out(result))
+    return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:{lacks}\n"
 
 
 def _attempts() -> str:
@@ -186,12 +197,12 @@ def _attempts() -> str:
 
 
 def _training_speed() -> str:
-    found = [_read(f"training/{file.name}") for file in sorted((RESULTS / "training").glob("*.json"))]
+    found = [_read(f"training/{file.name}") for file in results("training")]
     return "\n" + "\n".join(line for result in found for line in table.section(result))
 
 
 def _serving_speed() -> str:
-    found = [_read(f"serving/{file.name}") for file in sorted((RESULTS / "serving").glob("*.json"))]
+    found = [_read(f"serving/{file.name}") for file in results("serving")]
     return "".join("\n" + "\n".join(table.serving_table(result)) + "\n" for result in found)
 
 

@@ -5,7 +5,8 @@
 
 Every run is `python -m commands.train` on samples of this repository, shortened to one epoch and short answers: memory
 stops growing within its steps. Writes benchmarks/results/memory.json (of the default model), memory-gemma-4.json
-(of random models, smaller than the published ones and of their kinds) and the tables in docs/memory.md.
+(of random models, smaller than the published ones and of their kinds) and the tables in docs/memory.md. After each run,
+what there is so far is in <…>.partial.json, which an interrupted benchmark leaves and no page shows.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from benchmarks.figures import RESULTS, refresh
+from benchmarks.figures import RESULTS, partial_file, refresh
 from benchmarks.random_base import random_base
 from core.arguments import Arguments, parse
 from core.artifacts import Evaluation
@@ -105,59 +106,82 @@ SHORT = ["task.train.epochs=1", "task.generate.max_new_tokens=8", "task.evaluate
 
 class Options(Arguments):
     runs: list[Literal[tuple(RUNS)]] = Field(list(RUNS), description="those to measure")  # type: ignore[valid-type]
+    minutes: float = Field(10, gt=0, description="of each, after which it is stopped and left out")
 
 
 def main(argv: list[str]) -> None:
-    chosen = parse(Options, argv).runs
+    options = parse(Options, argv)
     model = load_config([]).model
     tokenizer = ensure_base_model(model)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    lacking = dict.fromkeys(options.runs, "not measured yet")
+
+    def keep(partly: bool) -> None:
+        for file, those, known in (
+            ("memory.json", [row for row in rows if row["of"] == model.name], lambda name: not _kind(name)),
+            ("memory-gemma-4.json", [row for row in rows if row["of"] != model.name], _kind),
+        ):
+            if those:
+                result = {
+                    "command": " ".join(["python -m benchmarks.memory", *argv]),
+                    "machine": describe_environment().machine,
+                    "finished": f"{datetime.now(UTC):%Y-%m-%d}",
+                    "rows": those,
+                    "left_out": [f"{name}: {why}" for name, why in lacking.items() if known(name)],
+                }
+                write_json(partial_file(RESULTS / file), result)
+                if not partly:
+                    print(f"written: {partial_file(RESULTS / file).replace(RESULTS / file)}")
+
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
-        for name in chosen:
+        for name in options.runs:
             base = random_model(name, tokenizer, Path(scratch))
-            expected, measured = measure(name, Path(scratch) / name, base)
+            try:
+                expected, measured = measure(name, Path(scratch) / name, base, options.minutes * 60)
+            except subprocess.TimeoutExpired:
+                lacking[name] = f"not done in {options.minutes:g} minutes"
+                print(f"{name}: {lacking[name]}", flush=True)
+                continue
+            del lacking[name]
             print(f"{name}: {expected:.2f} GiB expected, {measured:.2f} measured", flush=True)
             overrides = RUNS[name]
-            of = MID_SIZE[name.partition("-")[0]][0] if base else model.name
+            of = MID_SIZE[_kind(name)][0] if base else model.name
             rows.append(
                 {"run": name, "of": of, "overrides": overrides, "expected_gib": expected, "measured_gib": measured}
             )
-    for file, those in (
-        ("memory.json", [row for row in rows if row["of"] == model.name]),
-        ("memory-gemma-4.json", [row for row in rows if row["of"] != model.name]),
-    ):
-        if those:
-            result = {
-                "command": " ".join(["python -m benchmarks.memory", *argv]),
-                "machine": describe_environment().machine,
-                "finished": f"{datetime.now(UTC):%Y-%m-%d}",
-                "rows": those,
-            }
-            write_json(RESULTS / file, result)
-            print(f"written: {RESULTS / file}")
+            keep(partly=True)
+    keep(partly=False)
     print(f"written: {', '.join(refresh())}")
+
+
+def _kind(name: str) -> str:
+    """The key of MID_SIZE that the run `name` is of; "" for a run of the default model."""
+    kind = name.partition("-")[0]
+    return kind if kind in MID_SIZE else ""
 
 
 def random_model(name: str, tokenizer: Path, folder: Path) -> Path | None:
     """The random model of the run `name`, in `folder`; or None for a run of the default model."""
-    kind = name.partition("-")[0]
-    if kind not in MID_SIZE:
+    if not (kind := _kind(name)):
         return None
     architecture, changes = MID_SIZE[kind]
     return random_base(architecture, tokenizer, folder, **changes)
 
 
-def measure(name: str, folder: Path, base: Path | None) -> tuple[float, float]:
-    """The estimated and the measured peak memory of the run `name` on `base`, in GiB."""
+def measure(name: str, folder: Path, base: Path | None, seconds: float) -> tuple[float, float]:
+    """The estimated and the measured peak memory of the run `name` on `base`, in GiB.
+
+    Raises:
+        subprocess.TimeoutExpired: it took more than `seconds`, and was stopped.
+    """
     folder.mkdir()
     overrides = [*RUNS[name], *SHORT, *(FEW if base else []), f"data_dir={folder}/data", f"runs_dir={folder}/runs"]
     if base:
         overrides.append(f"model.path={base}")
     if name.endswith("long-rows"):
         overrides.append(f"task.data.source={long_dialogues(folder / 'long.jsonl')}")
-    result = subprocess.run(
-        [sys.executable, "-m", "commands.train", *overrides], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "commands.train", *overrides]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     if result.returncode:
         raise UserError(f"{name}: training failed: {result.stderr.strip()[-2000:]}")
     (file,) = folder.glob("runs/*/*/evaluation.json")

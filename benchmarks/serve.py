@@ -8,7 +8,8 @@ Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, t
 XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table names what is missing.
 
 Every system has a process of its own, and only one computes at a time. Writes
-benchmarks/results/serving/<machine>-<model>.json, and the table in docs/serving.md.
+benchmarks/results/serving/<machine>-<model>.json, and the table in docs/serving.md. After each round, what there is so
+far is in <…>.partial.json, which an interrupted benchmark leaves and no page shows.
 """
 
 import atexit
@@ -30,7 +31,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from benchmarks.worker import ROOT, NotRun, Worker, find_python
+from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python
 
 RANK = 8  # of a random adapter, and what it adapts
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -284,9 +285,9 @@ class ServingWorker(Worker):
         command = [python, "-m", "benchmarks.serve", "worker", name, json.dumps(job)]
         super().__init__(command, Path(job["scratch"]) / f"{name}.log")
 
-    def serve(self, prompts: list[str]) -> list[Arrivals]:
+    def serve(self, prompts: list[str], seconds: float) -> list[Arrivals]:
         self.send(json.dumps(prompts))
-        arrivals: list[Arrivals] = self.receive()
+        arrivals: list[Arrivals] = self.receive(seconds)
         return arrivals
 
 
@@ -352,9 +353,9 @@ def summary(rounds: list[list[Arrivals]]) -> dict[str, Any]:
     }
 
 
-def measure(given: Any, scratch: Path) -> dict[str, Any]:
-    """Load all systems, then measure them in interleaved rounds."""
-    from core.machine import short_processor_name  # a peer's environment may have no pydantic
+def measure(given: Any, scratch: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Load all systems, then measure them in interleaved rounds; `keep` gets what there is after each round."""
+    from core.machine import short_machine_name  # a peer's environment may have no pydantic
 
     streams, rounds = given.streams, given.rounds
     job = {
@@ -367,14 +368,32 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
     prompts = read_prompts(given.adapter, sum(streams) * (rounds + 1))
     systems: dict[str, Any] = {}
     running: dict[str, ServingWorker] = {}
+    names = list(dict.fromkeys(given.systems))
+    shares = Shares(names, given.minutes * 60)
+
+    def result() -> dict[str, Any]:
+        return {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": short_machine_name(),
+            "model": given.base.name,
+            "tokens": job["tokens"],
+            "rounds": rounds,
+            "minutes": given.minutes,
+            "streams": streams,
+            "systems": {name: _with_summaries(system) for name, system in systems.items()},
+            "left_out": left_out(systems, rounds),
+        }
+
     try:
-        for name in dict.fromkeys(given.systems):
+        for name in names:
             try:
                 print(f"  {name}: loading", flush=True)
                 running[name] = ServingWorker(name, job)
-                systems[name] = {"versions": running[name].receive()["ready"], "arrivals": {n: [] for n in streams}}
+                with shares.used_by(name) as left:
+                    ready = running[name].receive(left)["ready"]
+                systems[name] = {"versions": ready, "arrivals": {n: [] for n in streams if n <= SYSTEMS[name][3]}}
             except NotRun as reason:
-                systems[name] = _left_out(name, reason, running)
+                _leave_out(name, reason, systems, running, shares)
         for round_ in range(rounds + 1):
             for n in streams:
                 start = round_ * sum(streams) + sum(one for one in streams if one < n)
@@ -382,7 +401,8 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
                     if n > SYSTEMS[name][3] or (round_ == 0 and n > 8):
                         continue
                     try:
-                        arrivals = worker.serve(prompts[start : start + n])
+                        with shares.used_by(name) as left:
+                            arrivals = worker.serve(prompts[start : start + n], left)
                         print(
                             f"  {name}, {n} at once: {summary([arrivals])['tokens_per_second']:,.1f} tokens/s"
                             f"{', warm-up' if not round_ else ''}",
@@ -391,29 +411,46 @@ def measure(given: Any, scratch: Path) -> dict[str, Any]:
                         if round_:
                             systems[name]["arrivals"][n].append(arrivals)
                     except NotRun as reason:
-                        systems[name] = _left_out(name, reason, running)
+                        _leave_out(name, reason, systems, running, shares)
+            if round_:
+                keep(result())
     finally:
         for worker in running.values():
             worker.stop()
-    for system in systems.values():
-        if arrivals := system.pop("arrivals", None):
-            system["streams"] = {str(n): summary(found) for n, found in arrivals.items() if found}
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{short_processor_name()}, {os.cpu_count()} cores",
-        "model": given.base.name,
-        "tokens": job["tokens"],
-        "rounds": rounds,
-        "streams": streams,
-        "systems": systems,
-    }
+    return result()
 
 
-def _left_out(name: str, reason: Exception, running: dict[str, ServingWorker]) -> dict[str, str]:
-    print(f"  {name}: not run: {reason}", flush=True)
+def _with_summaries(system: dict[str, Any]) -> dict[str, Any]:
+    """`system` as the result file has it: summaries in place of arrivals."""
+    found = {name: value for name, value in system.items() if name not in ("arrivals", "stopped")}
+    if "arrivals" in system:
+        found["streams"] = {str(n): summary(rounds) for n, rounds in system["arrivals"].items() if rounds}
+    return found
+
+
+def left_out(systems: dict[str, Any], rounds: int) -> list[str]:
+    """What the measured `systems` lack of `rounds` with each number of requests, in words."""
+    found = []
+    for name, system in systems.items():
+        lacking = {n: rounds - len(done) for n, done in system.get("arrivals", {}).items() if len(done) < rounds}
+        if lacking:
+            lacks = ", ".join(f"{missing} with {n} at once" for n, missing in lacking.items())
+            found.append(f"{name}: of {rounds} rounds {lacks}{system.get('stopped', '')}")
+    return found
+
+
+def _leave_out(
+    name: str, reason: NotRun, systems: dict[str, Any], running: dict[str, ServingWorker], shares: Shares
+) -> None:
+    if isinstance(reason, TooLong) and any(systems.get(name, {}).get("arrivals", {}).values()):
+        print(f"  {name}: stopped: {reason}", flush=True)
+        systems[name]["stopped"] = f" (it {reason})"
+    else:
+        print(f"  {name}: not run: {reason}", flush=True)
+        systems[name] = {"not_run": str(reason)}
+    shares.out.add(name)
     if worker := running.pop(name, None):
         worker.stop()
-    return {"not_run": str(reason)}
 
 
 # --- the table -----------------------------------------------------------------------------------------------------
@@ -436,18 +473,27 @@ def options() -> Any:
             None, description="an architecture of random_base.py with random weights, and a random adapter, instead"
         )
         layers: int | None = Field(None, ge=1, description="of that architecture, its first ones alone")
+        minutes: float = Field(
+            30,
+            gt=0,
+            description="for everything: a system that has used its share is stopped, and what it lacks is said",
+        )
+        processor: Literal["avx2"] | None = Field(None, description="measure as on an ordinary one: without AVX-512")
 
     return Options
 
 
 def main(argv: list[str]) -> None:
-    from benchmarks.figures import refresh, result_file
+    from benchmarks.figures import partial_file, refresh, result_file
     from benchmarks.table import serving_table
     from core.arguments import parse
     from core.errors import UserError
     from core.files import write_json
+    from core.machine import confine_to_avx2
 
     given = parse(options(), argv)
+    if given.processor:
+        confine_to_avx2()
     for name in ("base", *([] if given.random else ["adapter"])):
         if not (folder := getattr(given, name)).is_dir():
             raise UserError(f"{name}={folder} is no folder. First: make train TASK=slang; make convert TASK=slang")
@@ -455,12 +501,24 @@ def main(argv: list[str]) -> None:
         if given.random:
             base, adapter = random_model(given.random, given.layers, given.base, Path(scratch))
             given = given.model_copy(update={"base": base, "adapter": adapter})
-        result = measure(given, Path(scratch))
-        if given.layers:
-            result["model"] += f", {given.layers} layers"
-    result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *argv])
-    file = result_file("serving", result["machine"], result["model"])
-    write_json(file, result)
+        file: Path | None = None
+
+        def keep(result: dict[str, Any]) -> None:
+            nonlocal file
+            result["model"] += f", {given.layers} layers" if given.layers else ""
+            result["command"] = shlex.join(["python", "-m", "benchmarks.serve", *argv])
+            file = result_file("serving", result["machine"], result["model"])
+            write_json(partial_file(file), result)
+
+        try:
+            result = measure(given, Path(scratch), keep)
+        except KeyboardInterrupt:
+            if file:
+                print(f"\nWhat was measured until now: {partial_file(file)}", flush=True)
+            raise
+    keep(result)
+    assert file
+    partial_file(file).replace(file)
     print("\n".join(serving_table(result)), f"\nwritten: {file}, {', '.join(refresh())}")
 
 

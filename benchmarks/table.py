@@ -15,7 +15,7 @@ OURS, OTHERS = "#2a7f62", "#9aa5b1"
 
 
 def header(result: dict[str, Any]) -> list[str]:
-    fraction = "MFU" if result["ceiling"]["gpu_peak"] else "of the bf16 roofline"
+    fraction = "MFU" if result["ceiling"]["gpu_peak"] else "of the roofline"
     ratios = [f"× {name.replace('-autocast', ' autocast')}" for name in REFERENCES]
     return [
         "system",
@@ -44,29 +44,36 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
                 f"{system['learned_per_second']:,.0f}",
                 *(_times(speedup(result, name, reference)) for reference in REFERENCES),
                 f"{used_fraction(result, name):.1%}",
-                f"{system['peak_gib']:.2f}",
-                _times(system["peak_gib"] / memory if memory else None),
-                f"{system['held_out_loss']:.4f}",
+                _digits(system.get("peak_gib"), 2),
+                _times(system["peak_gib"] / memory if memory and "peak_gib" in system else None),
+                _digits(system.get("held_out_loss"), 4),
             ]
         )
     return found
 
 
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def speedup(result: dict[str, Any], name: str, reference: str) -> float | None:
-    """Median over rounds of the ratio of tokens per second; the rounds of both were at nearly the same time."""
+    """Median over rounds of the ratio of tokens per second; a round of both was at nearly the same time.
+
+    Where one was stopped early, over the rounds that both have.
+    """
     rounds = [result["systems"].get(one, {}).get("rounds") for one in (name, reference)]
     if not all(rounds):
         return None
     rates = [[one["tokens"] / one["seconds"] for one in system] for system in rounds]
-    return statistics.median(a / b for a, b in zip(*rates, strict=True))
+    return statistics.median(a / b for a, b in zip(*rates, strict=False))
 
 
 def used_fraction(result: dict[str, Any], name: str) -> float:
-    """The speed as a fraction of the GPU's peak (MFU), else of this machine's roofline for bfloat16 products."""
+    """The speed as a fraction of the GPU's peak (MFU), else of this machine's roofline in its faster dtype."""
     speed, tokens = result["systems"][name]["tokens_per_second"], result["data"]["tokens"]
     if peak := result["ceiling"]["gpu_peak"]:
         return float(speed * result["flops"]["total"] / tokens / peak)
-    return float(speed * result["seconds_at_ceiling"]["bfloat16"] / tokens)
+    return float(speed * min(result["seconds_at_ceiling"].values()) / tokens)
 
 
 def _times(ratio: float | None) -> str:
@@ -79,13 +86,15 @@ def facts(result: dict[str, Any]) -> list[str]:
     samples = (
         f"samples of {data['length']} tokens" if data["length"] else f"samples of at most {data['longest']} tokens"
     )
-    tera = {dtype: {part: rate / 1e12 for part, rate in rates[dtype].items()} for dtype in ("bfloat16", "float32")}
     best = result["seconds_at_ceiling"]
+    tera = {dtype: {part: rate / 1e12 for part, rate in rates[dtype].items()} for dtype in best}
     least = "; ".join(
         f"{dtype} {tera[dtype]['layers']:.2f} TFLOP/s in the layers' shapes and {tera[dtype]['output']:.2f} in the "
         f"output layer's: {best[dtype]:.2f} s, {data['tokens'] / best[dtype]:,.0f} tokens/s"
-        for dtype in ("bfloat16", "float32")
+        for dtype in best
     )
+    if "bfloat16" not in best:
+        least += "; bfloat16 is emulated, and slower"
     expected = result.get("memory_expected_gib")  # not in what was measured before November 2026
     peak = f" The GPU's peak is {rates['gpu_peak'] / 1e12:,.0f} TFLOP/s." if rates["gpu_peak"] else ""
     return [
@@ -97,7 +106,13 @@ def facts(result: dict[str, Any]) -> list[str]:
         f"{flops['output'] / flops['total']:.0%} output layer). Roofline, matrix products alone: {least}.{peak}",
         f"Held-out loss before training: {result['held_out_loss_before']:.4f}, on {data['held_out_rows']} samples.",
         *([f"This project's memory estimate: {expected:.2f} GiB."] if expected else []),
+        *left_out(result),
     ]
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """A sentence on what the time limit or an interruption cut off, if it did."""
+    return [f"Left out: {'; '.join(result['left_out'])}."] if result.get("left_out") else []
 
 
 def show(result: dict[str, Any]) -> None:
@@ -216,4 +231,4 @@ def serving_table(result: dict[str, Any]) -> list[str]:
         f"prompt, medians of {result['rounds']} rounds."
     )
     made = f"{result['finished'][:10]}, `{result['command']}`. Versions: {versions}."
-    return [about, "", *lines, "", made]
+    return [about, "", *lines, "", *(f"{line}\n" for line in left_out(result)), made]

@@ -5,7 +5,8 @@
     python -m benchmarks.train task.data.source=reviews.csv text=review_text
 
 Every system starts from the same adapter, and one evaluator measures the held-out loss of each after the same samples.
-Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/benchmarks.md from all of those.
+Writes benchmarks/results/training/<machine>-<model>-<data>.json, and docs/benchmarks.md from all of those. After each
+round, what there is so far is in <…>.partial.json, which an interrupted benchmark leaves and no page shows.
 """
 
 import json
@@ -14,6 +15,8 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,14 +26,13 @@ from pydantic import Field
 
 from benchmarks import figures
 from benchmarks.systems import SYSTEMS
-from benchmarks.worker import ROOT, NotRun, Worker, find_python
+from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python
 from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
 from core.errors import UserError, run
+from core.machine import confine_to_avx2
 from core.schema import Config
-
-RESULTS = figures.RESULTS / "training"
 
 
 class Options(Arguments):
@@ -41,10 +43,16 @@ class Options(Arguments):
     length: int | None = Field(None, ge=2, description="tokens of every row; without it the rows are as they are")
     text: str | None = Field(None, description="the one column to train on, for a table that is no task")
     random: str | None = Field(None, description="an architecture of random_base.py with random weights, as base")
+    minutes: float = Field(
+        45, gt=0, description="for everything: a system that has used its share is stopped, and what it lacks is said"
+    )
+    processor: Literal["avx2"] | None = Field(None, description="measure as on an ordinary one: without AVX-512")
 
 
 def main(argv: list[str]) -> None:
     config, options = load_config(argv, Options)
+    if options.processor:
+        confine_to_avx2()
     source = Path(config.task.data.source)
     config = config.model_copy(update={"data_dir": str(Path(config.data_dir).parent / f"bench-{source.stem}")})
     if options.text:
@@ -59,30 +67,45 @@ def main(argv: list[str]) -> None:
         from benchmarks.random_base import random_base
 
         base_folder = random_base(options.random, base_folder, Path(config.model.models_dir)).resolve()
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
-        result = measure(options, config, base_folder, Path(scratch))
-    result["command"] = shlex.join(["python", "-m", "benchmarks.train", *map(_without_folder, argv)])
-    result["data"]["source"] = source.name
-
     from core.files import write_json
 
-    name = [result["machine"], result["model"], source.stem, *([str(options.length)] if options.length else [])]
-    file = figures.result_file("training", *name)
-    write_json(file, result)
+    file: Path | None = None
+
+    def keep(result: dict[str, Any]) -> None:
+        nonlocal file
+        result["command"] = shlex.join(["python", "-m", "benchmarks.train", *map(_without_folder, argv)])
+        result["data"]["source"] = source.name
+        name = [result["machine"], result["model"], source.stem, *([str(options.length)] if options.length else [])]
+        file = figures.result_file("training", *name)
+        write_json(figures.partial_file(file), result)
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="benchmark-") as scratch:
+            result = measure(options, config, base_folder, Path(scratch), keep)
+    except KeyboardInterrupt:
+        if file:
+            print(f"\nWhat was measured until now: {figures.partial_file(file)}", flush=True)
+        raise
+    keep(result)
+    assert file
+    figures.partial_file(file).replace(file)
     table.show(result)
-    table.plot([json.loads(other.read_text()) for other in sorted(RESULTS.glob("*.json"))])
+    table.plot([json.loads(other.read_text()) for other in figures.results("training")])
     print(f"written: {file}, {', '.join(figures.refresh())}")
 
 
-def measure(options: Options, config: Config, base_folder: Path, scratch: Path) -> dict[str, Any]:
-    """Run the rounds and collect everything that table.py shows."""
+def measure(
+    options: Options, config: Config, base_folder: Path, scratch: Path, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run the rounds and collect everything that table.py shows; `keep` gets what there is after each round."""
+    deadline = time.monotonic() + options.minutes * 60
     from transformers import AutoConfig
 
     from benchmarks import roofline
     from benchmarks.samples import as_dataset, read_samples
     from benchmarks.systems import Job
     from core.load_model import lora_settings
-    from core.machine import describe_environment, quiet_libraries, short_processor_name
+    from core.machine import describe_environment, quiet_libraries, short_machine_name
     from training.flops import flops_of
 
     quiet_libraries()
@@ -112,7 +135,9 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     expected = estimate(config, base_folder, weights_dtype(), *largest_micro_batch(in_order))
     initial = scratch / "initial.safetensors"
     evaluator = Evaluator(base_folder, lora, held_out, config.trainer.micro_batch_tokens)
+    began = time.monotonic()
     before = evaluator.begin(config.seed, initial)
+    evaluation_seconds = time.monotonic() - began
     recipe = write_recipe(config, base_folder, training, steps, batch, micro, scratch)
     jobs = {
         name: Job(
@@ -144,55 +169,83 @@ def measure(options: Options, config: Config, base_folder: Path, scratch: Path) 
     gemma = AutoConfig.from_pretrained(base_folder)
     tokens_at_once = min(config.trainer.micro_batch_tokens, batch * sum(lengths) // len(lengths))
     shape = gemma, tokens_at_once, max(1, tokens_at_once * target_tokens // sum(lengths))
-    print("Measuring the roofline, before and after the rounds", flush=True)
+    print("Measuring the roofline, before and after the rounds (some seconds)", flush=True)
+    began = time.monotonic()
     rates = roofline.measure(*shape)
-    systems = run_rounds(jobs, scratch)
+    deadline -= time.monotonic() - began
+    flops = flops_of(gemma, lengths, target_tokens, lora["r"], lora["target_modules"])
+    environment = describe_environment()
+
+    def result(systems: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": environment.gpus[0] if environment.gpus else short_machine_name(),
+            "environment": environment.model_dump(include={"commit", "python", "cpu", "cores", "memory_gib", "gpus"}),
+            "versions": {name: system["versions"] for name, system in systems.items() if "versions" in system},
+            "model": f"{options.random} (random weights)" if options.random else describe(base_folder)["name"],
+            "data": {
+                "length": options.length,
+                "rows": len(measured),
+                "tokens": sum(lengths),
+                "learned": target_tokens,
+                "longest": max_length,
+                "held_out_rows": len(held_out),
+            },
+            "settings": {
+                "lora": lora,
+                "dtype": str(weights_dtype()).removeprefix("torch."),
+                "rows_per_step": batch,
+                "peer_rows_at_once": micro,
+                "steps": steps,
+                "micro_batch_tokens": config.trainer.micro_batch_tokens,
+                "learning_rate": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
+                "clip": settings.clip,
+                "seed": config.seed,
+                "minutes": options.minutes,
+            },
+            "ceiling": rates,
+            "flops": asdict(flops) | {"total": flops.total},
+            "seconds_at_ceiling": {
+                dtype: roofline.least_seconds(flops, rates[dtype]) for dtype in roofline.dtypes(rates)
+            },
+            "held_out_loss_before": before,
+            "memory_expected_gib": expected.total / GIB,
+            "systems": {
+                name: {key: value for key, value in system.items() if key not in ("versions", "seen")}
+                for name, system in systems.items()
+            },
+            "left_out": left_out(systems, options.rounds),
+        }
+
+    seconds = deadline - time.monotonic() - evaluation_seconds * len(jobs)
+    if seconds <= 0:
+        raise UserError(f"minutes={options.minutes:g} are not enough to measure held-out losses and the roofline")
+    systems = run_rounds(jobs, scratch, seconds, lambda systems: keep(result(systems)))
     given = _count(training)
     for name, system in systems.items():  # a result is valid only for the very tokens that all systems were given
-        seen = system.pop("seen", None)
+        seen = system.get("seen")
         if seen and seen != {"tokens": sum(given[0]), "learned": given[1]}:
             systems[name] = {
                 "not_run": f"its loop saw {seen}, not the {sum(given[0])} tokens and {given[1]} target tokens"
             }
     for name, system in systems.items():
-        if "rounds" in system:
+        if "seen" in system:
             system["held_out_loss"] = evaluator.loss(Path(jobs[name].adapter))
+            keep(result(systems))
     rates = roofline.higher(rates, roofline.measure(*shape))
-    flops = flops_of(gemma, lengths, target_tokens, lora["r"], lora["target_modules"])
-    environment = describe_environment()
-    versions = {name: system.pop("versions") for name, system in systems.items() if "versions" in system}
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": environment.gpus[0] if environment.gpus else f"{short_processor_name()}, {environment.cores} cores",
-        "environment": environment.model_dump(include={"commit", "python", "cpu", "cores", "memory_gib", "gpus"}),
-        "versions": versions,
-        "model": f"{options.random} (random weights)" if options.random else describe(base_folder)["name"],
-        "data": {
-            "length": options.length,
-            "rows": len(measured),
-            "tokens": sum(lengths),
-            "learned": target_tokens,
-            "longest": max_length,
-            "held_out_rows": len(held_out),
-        },
-        "settings": {
-            "lora": lora,
-            "rows_per_step": batch,
-            "peer_rows_at_once": micro,
-            "steps": steps,
-            "micro_batch_tokens": config.trainer.micro_batch_tokens,
-            "learning_rate": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-            "clip": settings.clip,
-            "seed": config.seed,
-        },
-        "ceiling": rates,
-        "flops": asdict(flops) | {"total": flops.total},
-        "seconds_at_ceiling": {dtype: roofline.least_seconds(flops, rates[dtype]) for dtype in ("bfloat16", "float32")},
-        "held_out_loss_before": before,
-        "memory_expected_gib": expected.total / GIB,
-        "systems": systems,
-    }
+    return result(systems)
+
+
+def left_out(systems: dict[str, dict[str, Any]], rounds: int) -> list[str]:
+    """What the measured `systems` lack of `rounds` and a held-out loss, in words."""
+    found = []
+    for name, system in systems.items():
+        if "rounds" in system:
+            lacks = [f"{rounds - len(system['rounds'])} of {rounds} rounds"] if len(system["rounds"]) < rounds else []
+            lacks += [] if "held_out_loss" in system else ["the held-out loss"]
+            found += [f"{name}: {' and '.join(lacks)}{system.get('stopped', '')}"] if lacks else []
+    return found
 
 
 def write_recipe(
@@ -231,52 +284,79 @@ def write_recipe(
     return folder
 
 
-def run_rounds(jobs: dict[str, Any], scratch: Path) -> dict[str, dict[str, Any]]:
+def run_rounds(
+    jobs: dict[str, Any],
+    scratch: Path,
+    seconds: float,
+    after_round: Callable[[dict[str, dict[str, Any]]], None] = lambda systems: None,
+) -> dict[str, dict[str, Any]]:
     """Start every system, then run its rounds in turn; one computes at a time.
 
+    Args:
+        seconds: for all, in equal shares; a system whose next round would go beyond its share is stopped.
+        after_round: is given what is returned, of the counted rounds until then.
+
     Returns:
-        Name → `{"rounds": [{"seconds", "tokens", "learned"}], "tokens_per_second", "seen", …}`, or
-        `{"not_run": reason}`.
+        Name → `{"rounds": [{"seconds", "tokens", "learned"}], "tokens_per_second", "versions", …}`, or
+        `{"not_run": reason}`. `"seen"` and `"peak_gib"` are of a system that has run all rounds, `"stopped"` says why
+        one has not.
     """
     from benchmarks.systems import Job
 
     found: dict[str, dict[str, Any]] = {}
     running: dict[str, Worker] = {}
+    shares = Shares(jobs, seconds)
     try:
+        steps = next(iter(jobs.values())).steps
         for name, job in jobs.items():
             assert isinstance(job, Job)
             try:
                 print(f"  {name}: loading", flush=True)
-                running[name] = worker = start_worker(name, job, scratch)
-                found[name] = {"versions": worker.receive()["ready"], "rounds": []}
+                running[name] = start_worker(name, job, scratch)
+                with shares.used_by(name) as left:
+                    found[name] = {"versions": running[name].receive(left)["ready"], "rounds": []}
             except NotRun as reason:
-                _leave_out(name, reason, found, running)
-        rounds = len(next(iter(jobs.values())).steps)
-        for round_ in range(rounds):
+                _leave_out(name, reason, found, running, shares)
+        for round_ in range(len(steps)):
             for name, worker in list(running.items()):
+                done = found[name]["rounds"]
                 try:
+                    if round_ and shares.left(name) < done[-1]["seconds"] * steps[round_] / steps[round_ - 1]:
+                        raise TooLong("has no time left for another round")
                     worker.send("go")
-                    measured = worker.receive()
+                    with shares.used_by(name) as left:
+                        measured = worker.receive(left)
                     print(
                         f"  {name}: {'warm-up' if not round_ else f'round {round_}'}: {measured['seconds']:.2f} s, "
                         f"{measured['tokens'] / measured['seconds']:,.0f} tokens/s",
                         flush=True,
                     )
-                    found[name]["rounds"].append(measured)
-                    if round_ == rounds - 1:
-                        found[name] |= {"peak_gib": worker.receive()["peak_gib"]}
+                    done.append(measured)
+                    if round_ == len(steps) - 1:
+                        found[name] |= {"peak_gib": worker.receive(60)["peak_gib"]}
                 except NotRun as reason:
-                    _leave_out(name, reason, found, running)
+                    _leave_out(name, reason, found, running, shares)
+            if round_:
+                after_round(_rates(jobs, found, len(steps)))
     finally:
         for worker in running.values():
             worker.stop()
-    for system in found.values():
-        if "rounds" in system:
-            system["seen"] = {kind: sum(one[kind] for one in system["rounds"]) for kind in ("tokens", "learned")}
-            del system["rounds"][0]  # the warm-up
+    return _rates(jobs, found, len(steps))
+
+
+def _rates(jobs: Iterable[str], found: dict[str, dict[str, Any]], rounds: int) -> dict[str, dict[str, Any]]:
+    """What `run_rounds` returns, of what was `found` until now; `rounds` counts the warm-up too."""
+    systems = {}
+    for name in jobs:
+        system = dict(found[name])
+        if rounds_ := system.get("rounds"):
+            if len(rounds_) == rounds:
+                system["seen"] = {kind: sum(one[kind] for one in rounds_) for kind in ("tokens", "learned")}
+            system["rounds"] = rounds_ = rounds_[1:]  # without the warm-up
             for rate, kind in (("tokens_per_second", "tokens"), ("learned_per_second", "learned")):
-                system[rate] = statistics.median(one[kind] / one["seconds"] for one in system["rounds"])
-    return {name: found[name] for name in jobs}
+                system[rate] = statistics.median(one[kind] / one["seconds"] for one in rounds_)
+        systems[name] = system
+    return systems
 
 
 def interpreter(name: str) -> str:
@@ -313,9 +393,16 @@ def start_worker(name: str, job: Any, scratch: Path) -> Worker:
     return Worker([python, "-m", "benchmarks.systems", name, str(file)], scratch / f"{name}.log", environment)
 
 
-def _leave_out(name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker]) -> None:
-    print(f"  {name}: not run: {reason}", flush=True)
-    found[name] = {"not_run": str(reason)}
+def _leave_out(
+    name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker], shares: Shares
+) -> None:
+    if isinstance(reason, TooLong) and len(found.get(name, {}).get("rounds", ())) > 1:
+        print(f"  {name}: stopped: {reason}", flush=True)
+        found[name]["stopped"] = f" (it {reason})"
+    else:
+        print(f"  {name}: not run: {reason}", flush=True)
+        found[name] = {"not_run": str(reason)}
+    shares.out.add(name)
     if worker := running.pop(name, None):
         worker.stop()
 

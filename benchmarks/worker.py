@@ -7,9 +7,13 @@ Only the standard library is imported here, because peers' environments import i
 
 import json
 import os
+import queue
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,10 @@ def find_python(package: str, interpreters: Iterable[str], environment: str) -> 
     raise NotRun(f"{package} is not installed (looked here and in {environment})")
 
 
+class TooLong(NotRun):
+    """It did not answer in the time that it had."""
+
+
 class Worker:
     """The process of one system.
 
@@ -59,6 +67,15 @@ class Worker:
                 stderr=stderr,
                 start_new_session=True,
             )
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        """Puts lines of its stdout, and "" at its end, where `receive` can wait for them with a limit of time."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")
 
     def send(self, line: str) -> None:
         """Write a line to its stdin. If it has ended, `receive` says why."""
@@ -69,15 +86,22 @@ class Worker:
         except BrokenPipeError:
             pass
 
-    def receive(self) -> Any:
+    def receive(self, seconds: float | None = None) -> Any:
         """The next JSON line.
+
+        Args:
+            seconds: how long to wait for it.
 
         Raises:
             NotRun: the process has ended, or the line is `{"failed": REASON}`.
+            TooLong: no line came in that time.
         """
-        assert self.process.stdout
-        line = self.process.stdout.readline()
+        try:
+            line = self.lines.get(timeout=None if seconds is None else max(0.0, seconds))
+        except queue.Empty:
+            raise TooLong(f"did not end within {seconds:,.0f} s") from None
         if not line:
+            self.lines.put("")  # it stays at its end
             code = self.process.wait()
             said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
             killed = "killed, most likely for want of memory" if code == -signal.SIGKILL else f"ended with code {code}"
@@ -98,3 +122,29 @@ class Worker:
             except subprocess.TimeoutExpired:
                 continue
             return
+
+
+class Shares:
+    """The time of a benchmark in equal shares, of which systems that are out leave what they did not use to the others.
+
+    Args:
+        names: of the systems.
+        seconds: for all of them.
+    """
+
+    def __init__(self, names: Iterable[str], seconds: float) -> None:
+        self.used, self.seconds, self.out = dict.fromkeys(names, 0.0), seconds, set[str]()
+
+    def left(self, name: str) -> float:
+        """Seconds that `name` may still use."""
+        gone = sum(self.used[one] for one in self.out)
+        return (self.seconds - gone) / max(1, len(self.used) - len(self.out)) - self.used[name]
+
+    @contextmanager
+    def used_by(self, name: str) -> Iterator[float]:
+        """Counts the time of its body; gives what is left before."""
+        began = time.monotonic()
+        try:
+            yield self.left(name)
+        finally:
+            self.used[name] += time.monotonic() - began

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+FORM = ("instructions", "kernels", "dtype")  # fields of an Environment: how the numbers are computed
 SAMPLES = 3  # questions asked before and after; `make report` asks more
 
 
@@ -195,13 +196,23 @@ def train(
 
 def record(config: Config, base_folder: Path, data_folder: Path, run_folder: Path) -> None:
     """Write down what the run is made of; say what is no longer as it was when the run began."""
+    from training import kernels
+    from training.gemma_lora import weights_dtype
+
     file = run_folder / "environment.json"
     environment = describe_environment()
     environment.base = describe(base_folder)["sha256"]
+    environment.dtype = str(weights_dtype()).removeprefix("torch.")
     if config.engine == "automodel":
         environment.packages |= automodel.package_versions()
+    elif not environment.gpus:
+        environment.kernels = kernels.form(weights_dtype())
     if then := Environment.read_if_there(file):
-        was, now = ({**made.packages, "cpu": made.cpu, "gpus": made.gpus} for made in (then, environment))
+        was, now = (
+            {**made.packages, **made.model_dump(include={"cpu", "gpus", *FORM})} for made in (then, environment)
+        )
+        for name in FORM:  # not in what was recorded before there were such fields
+            now[name] = now[name] if was[name] else ""
         if changes := differences(was, now):
             print(
                 f"warning: this run began with other software or hardware: {changes}. It goes on, but the last "

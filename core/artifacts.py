@@ -193,6 +193,10 @@ class Environment(Artifact):
     python: str = Field(default="", description="version")
     packages: dict[str, str] = Field(default={}, description="package → version")
     cpu: str = Field(default="", description="model name of the processor")
+    confined: str = Field(default="", description="to which of its instructions the environment confined it")
+    instructions: str = Field(default="", description="those that torch computes with, such as AVX2 or AVX512")
+    kernels: str = Field(default="", description="form of training/kernels.c, such as AVX2; of a run on a CPU")
+    dtype: str = Field(default="", description="of the frozen weights")
     cores: int | None = Field(default=None, description="logical processors")
     memory_gib: float | None = Field(default=None, description="main memory")
     gpus: list[str] = Field(default=[], description="names, one for each")
@@ -201,7 +205,8 @@ class Environment(Artifact):
     @property
     def machine(self) -> str:
         """In one line: its GPUs, else its processor."""
-        return ", ".join(self.gpus) or (f"{self.cpu}, {self.cores} cores" if self.cpu else "")
+        processor = (self.cpu, f"{self.cores} cores", *filter(None, [self.confined]))
+        return ", ".join(self.gpus or (processor if self.cpu else ()))
 
 
 class MetricsLine(Artifact):

@@ -12,6 +12,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from core.artifacts import Environment
+from core.c_build import processor_flags
+from core.errors import UserError
+
+# What keeps torch, MKL, oneDNN, OpenBLAS and the kernels of this project to AVX2, as on a processor without AVX-512.
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "OPENBLAS_CORETYPE": "Haswell",
+    "KERNEL_CFLAGS": "-march=x86-64-v3",
+}
 
 
 def processor_name() -> str:
@@ -26,9 +37,36 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def short_processor_name() -> str:
-    """As `processor_name`, without trademark signs, for tables."""
-    return re.sub(r"\((R|TM)\)", "", processor_name())
+def short_machine_name() -> str:
+    """The processor without trademark signs, its cores, and what it is confined to, for tables."""
+    name = re.sub(r"\((R|TM)\)", "", processor_name())
+    return ", ".join([name, f"{os.cpu_count()} cores", *filter(None, [confinement()])])
+
+
+def confine_to_avx2() -> None:
+    """Keep this process and those that it starts to AVX2. Each library looks when it computes for the first time.
+
+    Raises:
+        UserError: this processor has no AVX2, or torch has already computed with more.
+    """
+    import torch
+
+    if "avx2" not in processor_flags().split():
+        raise UserError(f"{processor_name()} cannot be confined to AVX2: it has none")
+    os.environ |= AVX2
+    if (found := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        raise UserError(f"torch cannot be confined to AVX2: it has begun to compute with {found}")
+
+
+def confinement() -> str:
+    """To which instructions the environment confines this process: "confined to AVX2", or "" where it is free.
+
+    Variables of AVX2 that are not all as there are named one by one.
+    """
+    given = {name: os.environ[name] for name in AVX2 if name in os.environ}
+    if given == AVX2:
+        return "confined to AVX2" if "avx512f" in processor_flags().split() else ""  # else it has no more
+    return "with " + " ".join(f"{name}={value}" for name, value in given.items()) if given else ""
 
 
 def commit() -> str:
@@ -53,6 +91,8 @@ def describe_environment() -> Environment:
         python=platform.python_version(),
         packages={name: version(name) for name in packages},
         cpu=processor_name(),
+        confined=confinement(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
         cores=os.cpu_count(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],

@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +18,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from benchmarks import figures
+from benchmarks.convert import measured
 from benchmarks.random_base import ARCHITECTURES
 from benchmarks.samples import chunks
+from benchmarks.serve import left_out as rounds_left_out
 from benchmarks.serve import random_model, read_prompts
 from benchmarks.systems import Job
-from benchmarks.train import Evaluator, main, run_rounds
+from benchmarks.train import Evaluator, left_out, main, run_rounds
+from benchmarks.worker import Shares
+from core import machine
+from core.c_build import processor_flags
 from core.layer_shapes import layer_shapes
 from serving.engine.adapters import read_adapter
 from serving.engine.architecture import GemmaConfig
@@ -81,6 +88,38 @@ def test_flops_of_gemma_4_equal_those_that_torch_counts(kind: str) -> None:
     )
 
 
+def test_a_confined_machine_is_named_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machine.AVX2:
+        monkeypatch.delenv(name, raising=False)
+    free = machine.short_machine_name()
+    monkeypatch.setattr(machine, "processor_flags", lambda: "flags : fma avx2 avx512f")
+    monkeypatch.setenv("KERNEL_CFLAGS", "-O1")
+    assert machine.short_machine_name() == f"{free}, with KERNEL_CFLAGS=-O1"
+    for name, value in machine.AVX2.items():
+        monkeypatch.setenv(name, value)
+    assert machine.short_machine_name() == f"{free}, confined to AVX2"
+    assert machine.describe_environment().machine.endswith(" cores, confined to AVX2")
+    monkeypatch.setattr(machine, "processor_flags", lambda: "flags : fma avx2")
+    assert machine.short_machine_name() == free  # it has no more than AVX2
+
+
+@pytest.mark.skipif("avx2" not in processor_flags().split(), reason="this processor has no AVX2")
+@pytest.mark.slow
+def test_torch_confined_to_avx2_computes_as_there() -> None:
+    """In a process of its own, where nothing has computed yet."""
+    program = """
+import torch
+from core.machine import confine_to_avx2
+confine_to_avx2()
+from training.gemma_lora import weights_dtype
+assert weights_dtype() == torch.float32
+print(torch.__config__.show())
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "CPU capability usage: AVX2" in done.stdout
+
+
 def test_chunks_have_one_length_and_the_fraction_of_target_tokens_of_the_rows() -> None:
     rows = [{"input_ids": [2, *range(10 * n, 10 * n + 9)], "target_ranges": [[6, 10]]} for n in range(1, 30)]
     cut = chunks(rows, 32)
@@ -135,8 +174,11 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
         )
         for name in ("ours", "hf-fp32", "litgpt")
     }
-    found = run_rounds(jobs, tmp_path)
+    kept: list[dict[str, dict[str, Any]]] = []
+    found = run_rounds(jobs, tmp_path, 600, kept.append)
     assert "Gemma 3 270M" in found["litgpt"]["not_run"]
+    assert left_out(kept[0], 2) == [f"{name}: 1 of 2 rounds and the held-out loss" for name in ("ours", "hf-fp32")]
+    assert len(kept) == 2 and kept[1] == found
     seen = {name: [(one["tokens"], one["learned"]) for one in found[name]["rounds"]] for name in ("ours", "hf-fp32")}
     assert seen["ours"] == seen["hf-fp32"] and len(seen["ours"]) == 2
     assert seen["ours"][1][0] == sum(len(row["input_ids"]) for row in rows[16:])
@@ -144,6 +186,43 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
     assert after["ours"] < before - 0.05
     assert after["ours"] == pytest.approx(after["hf-fp32"], abs=2e-3)
     assert all(0.1 < found[name]["peak_gib"] < 8 for name in seen)
+
+
+def test_a_conversion_that_takes_too_long_is_stopped() -> None:
+    assert measured(["sleep", "600"], 0.05) is None
+    took = measured([sys.executable, "-c", "x = bytearray(50 << 20)"], 600)
+    assert took and 0.04 < took[2] < 1
+
+
+def test_a_share_that_is_not_used_is_for_the_others() -> None:
+    shares = Shares(["a", "b", "c", "d"], 100)
+    assert shares.left("a") == 25
+    shares.used |= {"a": 5, "b": 20}
+    shares.out.add("a")
+    assert shares.left("b") == pytest.approx(95 / 3 - 20) and shares.left("c") == pytest.approx(95 / 3)
+
+
+def test_rounds_that_serving_lacks_are_said() -> None:
+    rounds = [[[0.1, 0.2], [0.1, 0.3]]]
+    systems = {
+        "ours": {"arrivals": {1: rounds * 3, 8: rounds * 3}},
+        "vllm": {"arrivals": {1: rounds * 2, 8: rounds}, "stopped": " (it did not end within 9 s)"},
+        "llama.cpp": {"not_run": "xllamacpp is not installed"},
+    }
+    assert rounds_left_out(systems, 3) == [
+        "vllm: of 3 rounds 1 with 1 at once, 2 with 8 at once (it did not end within 9 s)"
+    ]
+
+
+@pytest.mark.slow
+def test_a_system_that_has_used_its_share_of_the_time_is_stopped(tmp_path: Path) -> None:
+    """A millisecond for two systems: neither has started by then."""
+    job = Job(**{field.name: "" for field in fields(Job)} | {"steps": [1, 1]})  # type: ignore[arg-type]
+    found = run_rounds({"ours": job, "hf-fp32": job}, tmp_path, 1e-3)
+    assert all(system["not_run"] == "did not end within 0 s" for system in found.values())
+    assert left_out({"ours": {"rounds": [{}], "stopped": " (it has no time left for another round)"}}, 3) == [
+        "ours: 2 of 3 rounds and the held-out loss (it has no time left for another round)"
+    ]
 
 
 @pytest.mark.slow
@@ -175,6 +254,7 @@ def test_the_command_writes_one_table_of_its_measurements(
     )
     assert len(found["systems"]["hf-bf16-weights"]["rounds"]) == 2
     assert found["versions"]["hf-fp32"]["torch"] == torch.__version__
+    assert found["left_out"] == []  # and the partial file is gone
     text = (tmp_path / "docs/benchmarks.md").read_text()
     assert text.count("\n## ") == 1 and "| litgpt | not run: " in text
     assert f"| {found['systems']['hf-fp32']['tokens_per_second']:,.0f} |" in text

@@ -70,3 +70,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 120
+
+
+def test_every_form_of_the_kernels_is_in_the_table_of_processors() -> None:
+    forms = re.findall(r'^    return "([^"]+)";$', (ROOT / "training/kernels.c").read_text(), re.MULTILINE)
+    table = (ROOT / "docs/training.md").read_text().partition("## Which arithmetic runs where")[2].partition("\n## ")[0]
+    cells = [line.split("|")[2] for line in table.splitlines() if line.startswith("|")]
+    named = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell) if name != "training/kernels.c"]
+    assert len(forms) > 6 and sorted(named) == sorted([*forms, "none"])

@@ -1,6 +1,7 @@
 """Nothing is lost: a run that was killed, told to stop, or robbed of its disk ends as the one that was left alone."""
 
 import json
+import platform
 import random
 import shutil
 import signal
@@ -15,6 +16,7 @@ from launcher import Launcher, Training
 from test_training import arguments, course, metrics, only_run
 
 from converters.nemo_file import read_nemo
+from core.artifacts import Environment
 from training.checkpoints import newest_checkpoint, step_of
 
 pytestmark = pytest.mark.slow
@@ -46,6 +48,7 @@ def undisturbed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     training = start(folder)
     assert training.end() == 0, training.said
+    assert training.said.count("Training takes about ") == 1 and "of training are left" not in training.said
     return folder
 
 
@@ -127,6 +130,20 @@ def test_a_run_stopped_by_a_signal_resumes_exactly(start: Start, undisturbed: Pa
     assert training.end() == 0, training.said
     assert f"Resuming from step {last} of {STEPS}" in training.said
     assert_same_end(undisturbed, copy)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other forms of the kernels are of x86-64 here")
+def test_a_run_that_is_resumed_on_another_form_says_so(start: Start, undisturbed: Path, copy: Path) -> None:
+    training = start(copy, environment={"KERNEL_CFLAGS": "-march=x86-64-v2"})
+    assert training.end() == 0, training.said
+    was, now = (Environment.read(only_run(folder) / "environment.json") for folder in (undisturbed, copy))
+    assert (now.kernels, now.dtype) == ("SSE", was.dtype) and was.kernels != "SSE"
+    assert f"this run began with other software or hardware: kernels {was.kernels} → SSE. It goes on" in training.said
+    assert "About " in training.said and " of training are left" in training.said
+    losses = [loss for *_, kind, loss in course(only_run(copy)) if kind == "val_loss"]
+    assert losses == pytest.approx(
+        [loss for *_, kind, loss in course(only_run(undisturbed)) if kind == "val_loss"], 0.02
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import ROOT
 from launcher import ENVIRONMENT, Launcher
 
 from converters.nemo_file import read_nemo
+from training.progress import shorter
 
 
 def arguments(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[str]:
@@ -58,6 +60,27 @@ def finished(source: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFac
     result = train(arguments(source, tiny_base, folder))
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("minutes", "rows", "epochs", "says"),
+    [
+        (14.9, 308, 3, ""),
+        (25, 308, 3, 'ARGS="task.data.train_rows=120", or ARGS="task.train.epochs=1"'),
+        (16, 1250, 10, 'ARGS="task.data.train_rows=780", or ARGS="task.train.epochs=6"'),
+        (100, 308, 3, 'ARGS="task.data.train_rows=30", or ARGS="task.train.epochs=1 task.data.train_rows=92"'),
+        (6000, 48, 1, 'ARGS="task.data.train_rows=1"'),
+    ],
+)
+def test_a_long_training_says_how_to_make_it_one_of_ten_minutes(
+    minutes: float, rows: int, epochs: int, says: str
+) -> None:
+    said = shorter(minutes * 60, rows, epochs)
+    assert said == (f". A run of about 10 minutes, which learns less: {says}" if says else "")
+    for given in re.findall(r'ARGS="([^"]*)"', said):  # what it recommends takes that long
+        values = dict(word.split("=") for word in given.split())
+        share = int(values.get("task.data.train_rows", rows)) / rows * int(values.get("task.train.epochs", epochs))
+        assert minutes * share / epochs <= 10 or values == {"task.data.train_rows": "1"}
 
 
 @pytest.mark.slow

@@ -88,7 +88,16 @@ def fit(
     schedule = TrainingSchedule(batches, settings.epochs)
     steps = len(schedule)
     checkpoints = run_folder / "checkpoints"
-    progress = RunProgress(run_folder / "metrics.jsonl", len(batches), steps, settings.log_every)
+    validate_every = min(steps, steps_per_validation(settings, samples, len(batches)))
+    validated = sum(validation_samples["length"]) * (steps // validate_every)
+    progress = RunProgress(
+        run_folder / "metrics.jsonl",
+        len(batches),
+        steps,
+        settings.log_every,
+        rows=len(samples),
+        tokens=sum(samples["length"]) * settings.epochs + validated / 2,
+    )
     callbacks: list[Callback] = [progress]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStopping("val_loss", patience=settings.early_stopping, check_on_train_epoch_end=False))
@@ -105,7 +114,7 @@ def fit(
         strategy=strategy,
         inference_mode=processes == 1,  # weights gathered in inference mode cannot be trained with again
         max_epochs=1,  # see TrainingSchedule
-        val_check_interval=min(steps, steps_per_validation(settings, samples, len(batches))),
+        val_check_interval=validate_every,
         check_val_every_n_epoch=None,
         callbacks=callbacks,
         plugins=[SafeCheckpointIO()],

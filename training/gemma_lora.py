@@ -40,7 +40,9 @@ def weights_dtype() -> torch.dtype:
     """Of the frozen base: bfloat16 where the processor supports it, else float32 (emulated bfloat16 is slower)."""
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    # torch may be confined to fewer instructions than the processor has: see core.machine.confine_to_avx2.
+    confined = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() and not confined else torch.float32
 
 
 def nemo_config(settings: dict[str, Any]) -> DictConfig:

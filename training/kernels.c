@@ -24,6 +24,29 @@ for the cores. Sizes of rows are multiples of 32 unless it says otherwise.
 
 #include "kernels_vectors.h"
 
+/* The form that the compiler's target has chosen, for the records of a run. */
+const char *form(void) {
+#if defined(__AMX_BF16__) && defined(BFLOAT16)
+    return "AMX";
+#elif defined(__AVX512BF16__)
+    return "AVX-512 with bfloat16";
+#elif defined(__AVX512F__)
+    return "AVX-512";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return "NEON with bfloat16";
+#elif defined(__ARM_NEON)
+    return "NEON";
+#elif defined(__AVX__)
+    return "AVX";
+#elif defined(__x86_64__)
+    return "SSE";
+#else
+    return "vectors of the compiler";
+#endif
+}
+
 /* --- RMSNorm, and rotary embeddings after it ---------------------------------------------------------------------- */
 
 static inline float inverse_rms(const element *x, int size, float eps) {

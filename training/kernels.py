@@ -79,7 +79,14 @@ def load(flags: Sequence[str]) -> Any:
     for name, letters in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], None
+    library.form.restype = ctypes.c_char_p
     return library
+
+
+def form(dtype: torch.dtype) -> str:
+    """The form of the kernels that compute with elements of `dtype`, such as `AVX2`; `none` where torch does."""
+    found = library(dtype)
+    return found.form().decode() if found else "none"
 
 
 def _openmp() -> str:

@@ -16,6 +16,9 @@ from training.batches import Step
 from training.checkpoints import check_finite
 from training.flops import bf16_peak, flops_of
 
+FIRST_STEPS, FIRST_SECONDS = 3, 20.0  # after one of which, beyond the first step, the run's time is told
+LONG, SHORT = 15 * 60, 10 * 60  # seconds: beyond which a way to shorten it is told, and to what
+
 
 class RunProgress(Callback):
     """Writes metrics every `task.train.log_every` steps and after each validation.
@@ -26,15 +29,23 @@ class RunProgress(Callback):
     tokens), `"memory_gib"`, and on a GPU whose peak is known `"mfu"`, the model FLOPs utilization. A validation line is
     `{"step", "epoch", "val_loss"}`. A resumed run drops the lines of the steps that it repeats.
 
+    After the first steps it prints how long all of them will take.
+
     Args:
         metrics_file: appended to.
         steps: of the whole run.
         every: steps between two training lines.
+        rows: of an epoch.
+        tokens: that the run computes: of all epochs, and half of the validations', which have no backward pass.
     """
 
-    def __init__(self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int) -> None:
+    def __init__(
+        self, metrics_file: Path, steps_per_epoch: int, steps: int, every: int, rows: int, tokens: float
+    ) -> None:
         self.metrics_file, self.steps_per_epoch, self.steps, self.every = metrics_file, steps_per_epoch, steps, every
+        self.rows, self.all_tokens = rows, tokens
         self.last_shown = 0.0
+        self.told = False
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.is_global_zero and self.metrics_file.exists():
@@ -52,6 +63,8 @@ class RunProgress(Callback):
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
         )
         self.first_step = trainer.global_step
+        self.steps_since_first = self.tokens_since_first = 0
+        self.first_ended = time.monotonic()
         self.bar.start()
         self.task = self.bar.add_task("", total=self.steps, completed=trainer.global_step, status="")
         self.peak = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -66,6 +79,7 @@ class RunProgress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Step, batch_idx: int
     ) -> None:
+        self._tell_time(trainer, batch)
         self.line_steps += 1
         self.tokens += batch.tokens
         self.packed += sum(segment.length for part in batch.micro_batches for segment in part.layout.segments)
@@ -98,6 +112,29 @@ class RunProgress(Callback):
             print(f"step {step}/{self.steps}  {status}  {left:.0f} s left", file=sys.stderr)
         self._start_line()
 
+    def _tell_time(self, trainer: Trainer, batch: Step) -> None:
+        """Print once how long the run takes, when it is known: the first step, which is slower, does not count."""
+        if self.told or not trainer.is_global_zero:
+            return
+        if trainer.global_step == self.first_step + 1:
+            self.first_ended = time.monotonic()
+            return
+        self.steps_since_first += 1
+        self.tokens_since_first += batch.tokens
+        seconds = time.monotonic() - self.first_ended
+        if self.steps_since_first < FIRST_STEPS and seconds < FIRST_SECONDS:
+            return
+        self.told = True
+        whole = seconds / self.tokens_since_first * self.all_tokens
+        if self.first_step:
+            left = whole * (self.steps - trainer.global_step) / self.steps
+            said = f"About {_minutes(left)} of training are left"
+        else:
+            alone = trainer.world_size == 1 and not torch.cuda.is_available()
+            epochs = round(self.steps / self.steps_per_epoch)
+            said = f"Training takes about {_minutes(whole)}" + (shorter(whole, self.rows, epochs) if alone else "")
+        self._say(said)
+
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.validation_started = time.monotonic()
 
@@ -105,10 +142,11 @@ class RunProgress(Callback):
         if trainer.is_global_zero:
             loss = float(trainer.callback_metrics["val_loss"])
             self._write(trainer, {"val_loss": loss})
-            say = self.bar.console.print if sys.stderr.isatty() else print
             step, epoch = trainer.global_step, trainer.global_step / self.steps_per_epoch
-            say(f"step {step}/{self.steps}, epoch {epoch:.3g}: validation loss {loss:.3f}")
-        self.line_started += time.monotonic() - self.validation_started  # validation is not training time
+            self._say(f"step {step}/{self.steps}, epoch {epoch:.3g}: validation loss {loss:.3f}")
+        took = time.monotonic() - self.validation_started  # validation is not training time
+        self.line_started += took
+        self.first_ended += took
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar.stop()
@@ -117,6 +155,13 @@ class RunProgress(Callback):
         if hasattr(self, "bar"):
             self.bar.stop()
 
+    def _say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if sys.stderr.isatty():
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
     def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
         step = trainer.global_step
         epoch = max(0, step - 1) // self.steps_per_epoch
@@ -124,6 +169,40 @@ class RunProgress(Callback):
             file.write(MetricsLine.model_validate({"step": step, "epoch": epoch, **values}).to_line())
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": epoch, **values}, step=step)
+
+
+def shorter(seconds: float, rows: int, epochs: int) -> str:
+    """How to make a training that takes `seconds` one of about ten minutes, for the end of a sentence; "" where it is
+    not long.
+
+    Args:
+        rows: of an epoch.
+        epochs: of the training.
+    """
+    if seconds <= LONG:
+        return ""
+    share = SHORT / seconds
+    ways = [f"task.data.train_rows={_two_digits(rows * share)}"]
+    if epochs > 1 and epochs * share < 1:
+        ways.append(f"task.train.epochs=1 task.data.train_rows={_two_digits(rows * epochs * share)}")
+    elif epochs > 1:
+        ways.append(f"task.train.epochs={int(epochs * share)}")
+    said = ", or ".join(f'ARGS="{way}"' for way in ways)
+    return f". A run of about {SHORT // 60} minutes, which learns less: {said}"
+
+
+def _two_digits(number: float) -> int:
+    """`number` rounded down to two digits, at least 1."""
+    unit = 10 ** max(0, len(str(int(number))) - 2)
+    return max(1, int(number) // unit * unit)
+
+
+def _minutes(seconds: float) -> str:
+    """A time in words: `40 seconds`, `14 minutes`, `2.5 hours`."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.95 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _flops(module: Any, batch: Step) -> float:
