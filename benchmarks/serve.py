@@ -5,7 +5,7 @@
     python -m benchmarks.serve random=gemma-4-e2b layers=10 systems=ours,transformers streams=1,8
 
 Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
-XLLAMACPP_PYTHON with LLAMA_CPP_LORA, LLAMA_CPP_MODEL and, of 8-bit weights, LLAMA_CPP_MODEL_Q8, GGUF files; VLLM_PYTHON.
+XLLAMACPP_PYTHON with LLAMA_CPP_LORA, LLAMA_CPP_MODEL and LLAMA_CPP_MODEL_Q8, GGUF files; VLLM_PYTHON.
 The table names what is missing.
 
 Every system has a process of its own, and only one computes at a time. Writes
