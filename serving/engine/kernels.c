@@ -20,11 +20,16 @@ the sums before they are stored. Between two steps of the picture all threads me
 
     processor                   matmul                                            all else
     AMX, AVX-512 with bfloat16  matmul_amx: three bfloat16 summands of x, exact   vectors of 16, one register
-    any other                   matmul_vectors: weights widened to float32        vectors of 16, in 1, 2 or 4 registers
+    any other                   matmul_vectors, in tiles of 1 to 8 tokens:        vectors of 16, in 1, 2 or 4 registers
+                                  widened_tile: bfloat16 as float32, exact
+                                  int8_tile: int8 by x rounded to 16 bits
 
 Generation is bound by memory: each step reads all weights once. So they are bfloat16 (or int8), and what they are
 multiplied with stays exact: AMX multiplies bfloat16 by bfloat16 and adds in float32, and a float32 number is the sum of
 three bfloat16 ones, so three products of the same weights, already loaded, give the product with float32 activations.
+Elsewhere a bfloat16 number becomes float32 by a shift, and one token's products take less time than memory does. Two int8
+by 16-bit products are one instruction of all x86-64 (AVX-512 and AVX VNNI add the sum to it); rounding to 16 bits is 256
+times finer than that of the weights.
 
 A token's values do not depend on what else is in the step: every sum runs in an order of its own. Batches, chunks of
 prompts and shared prefixes therefore change no bit of an answer.
