@@ -73,16 +73,19 @@ typedef uint16_t bf16;
 typedef float f32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32 __attribute__((vector_size(64)));
-/* One register of whatever width the processor has, and of how many tokens the sums are in registers at once. */
+/* Numbers in one register of this processor; of how many tokens products keep sums in registers; sums of attention there. */
 #if defined(__AVX512BW__)
 #define LANES 16
 #define TILE_TOKENS 8
+#define SUMS 16
 #elif defined(__AVX2__)
 #define LANES 8
 #define TILE_TOKENS 4
+#define SUMS 8
 #else
 #define LANES 4
 #define TILE_TOKENS 4
+#define SUMS 8
 #endif
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t ulanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -92,10 +95,18 @@ typedef int8_t bytes __attribute__((vector_size(2 * LANES), aligned(1), may_alia
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ilanes){__VA_ARGS__})
 #endif
+#if LANES == 16
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#elif LANES == 8
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#else
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6)
+#define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7)
+#endif
 #define UNROLLED _Pragma("GCC unroll 16")
 #define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
 
@@ -271,31 +282,45 @@ static inline f32 exp_f32(f32 x) {
 
 static inline f32 tanh_f32(f32 x) { return 1.0f - 2.0f / (exp_f32(2.0f * x) + 1.0f); }
 
-static inline float reduce_add(f32 x) {
-    float lane[16];
+static inline float reduce_add(lanes x) {
+    float lane[LANES];
     memcpy(lane, &x, sizeof lane);
-    for (int half = 8; half; half /= 2)
+    for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     return lane[0];
 }
 
-/* The total of each of 16 vectors: neighbours are added until one is left, in the same order for every vector. */
-static inline f32 reduce_add_each(f32 *sum) {
+/* The total of each of 16 registers, to the first of them: neighbours are added until each is one number, in the same order
+for every register. */
+static inline f32 reduce_add_each(lanes *sum) {
+    f32 found;
 #define ADD_NEIGHBOURS(left) \
     UNROLLED for (int i = 0; i < left; i++) sum[i] = EVEN(sum[2 * i], sum[2 * i + 1]) + ODD(sum[2 * i], sum[2 * i + 1]);
-    ADD_NEIGHBOURS(8) ADD_NEIGHBOURS(4) ADD_NEIGHBOURS(2) ADD_NEIGHBOURS(1)
+    ADD_NEIGHBOURS(8)
+    ADD_NEIGHBOURS(4)
+#if LANES > 4
+    ADD_NEIGHBOURS(2)
+#endif
+#if LANES > 8
+    ADD_NEIGHBOURS(1)
+#endif
 #undef ADD_NEIGHBOURS
-    return sum[0];
+    memcpy(&found, sum, sizeof found);
+    return found;
 }
 
 /* The sums here have the order that their vectors give them, whatever a compiler does; n is a multiple of 16. */
 static inline float dot(const float *a, const float *b, int n) {
-    f32 sum[4] = {{0}}; /* that do not wait for each other */
+    enum { MANY = 64 / LANES < 8 ? 64 / LANES : 8 };
+    lanes sum[MANY] = {{0}}; /* that do not wait for each other */
     int i = 0;
-    for (; i + 64 <= n; i += 64)
-        for (int j = 0; j < 4; j++) sum[j] += *(const f32 *)(a + i + 16 * j) * *(const f32 *)(b + i + 16 * j);
-    for (; i < n; i += 16) sum[0] += *(const f32 *)(a + i) * *(const f32 *)(b + i);
-    return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; i + MANY * LANES <= n; i += MANY * LANES)
+        UNROLLED for (int j = 0; j < MANY; j++)
+            sum[j] += *(const lanes *)(a + i + LANES * j) * *(const lanes *)(b + i + LANES * j);
+    for (; i < n; i += LANES) sum[0] += *(const lanes *)(a + i) * *(const lanes *)(b + i);
+    for (int half = MANY / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) sum[j] += sum[j + half];
+    return reduce_add(sum[0]);
 }
 
 static inline void add(float *y, const float *x, int n) {
@@ -623,10 +648,15 @@ static int width(const Model *m, int number, int module) {
 
 /* The dot products of `x` with four rows, whose sums do not wait for each other. */
 static inline void four_dots(float *out, const float *rows, const float *x, int n) {
-    f32 sum[4] = {{0}};
-    for (int i = 0; i < n; i += 16)
-        UNROLLED for (int r = 0; r < 4; r++) sum[r] += *(const f32 *)(rows + (size_t)r * n + i) * *(const f32 *)(x + i);
-    for (int r = 0; r < 4; r++) out[r] = reduce_add(sum[r]);
+    lanes sum[4][2] = {{{0}}};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        UNROLLED for (int r = 0; r < 4; r++)
+            UNROLLED for (int j = 0; j < 2; j++)
+                sum[r][j] += *(const lanes *)(rows + (size_t)r * n + i + j * LANES) * *(const lanes *)(x + i + j * LANES);
+    for (; i < n; i += LANES)
+        UNROLLED for (int r = 0; r < 4; r++) sum[r][0] += *(const lanes *)(rows + (size_t)r * n + i) * *(const lanes *)(x + i);
+    for (int r = 0; r < 4; r++) out[r] = reduce_add(sum[r][0] + sum[r][1]);
 }
 
 /* A x of a token's adapter, for each module of a site. */
@@ -647,11 +677,14 @@ static void lora_a(const Pool *pool, int layer, int site, int token, const float
 /* Add `rank` numbers of `low_rank` times as many lines of 16 to each of some tokens' 16 sums. */
 static inline __attribute__((always_inline)) void accumulate_lora_b(const int tokens, float (*y)[16], const float *low_rank,
                                                                     int ranks, const float *line, int rank, int rows) {
-    f32 sum[8];
-    for (int t = 0; t < tokens; t++) sum[t] = *(f32 *)y[t];
-    for (int r = 0; r < rank; r++, line += rows)
-        UNROLLED for (int t = 0; t < tokens; t++) sum[t] += *(const f32 *)line * low_rank[(size_t)t * ranks + r];
-    for (int t = 0; t < tokens; t++) *(f32 *)y[t] = sum[t];
+    for (int i = 0; i < 16; i += LANES) {
+        lanes sum[8];
+        for (int t = 0; t < tokens; t++) sum[t] = *(lanes *)(y[t] + i);
+        const float *from = line + i;
+        for (int r = 0; r < rank; r++, from += rows)
+            UNROLLED for (int t = 0; t < tokens; t++) sum[t] += *(const lanes *)from * low_rank[(size_t)t * ranks + r];
+        for (int t = 0; t < tokens; t++) *(lanes *)(y[t] + i) = sum[t];
+    }
 }
 
 /* Add B A x of the tokens' adapters to their sums: a module's rows `row` … row + 15. */
@@ -860,40 +893,47 @@ static void write_kv(const Pool *pool, int number, int token, float *qkv) {
     if (layer->has_k) memcpy(layer->keys + slot * kv_width, qkv + m->heads * size, kv_width * sizeof(float));
 }
 
-/* The loops of attention keep 16 sums in registers. They are written once and compiled for each of the numbers of
-queries that share what is loaded; `queries`, `keys` and `columns` are constants. Every sum has the same order in all. */
+/* The loops of attention keep SUMS sums in registers. They are written once and compiled for each of the numbers of
+queries that share what is loaded; `queries` and `columns` are constants. Every sum has the same order in all. */
 
 /* scores[g][j] of some queries and 16 / queries keys. */
 COMPILED_FOR_EACH score(const int queries, const Model *m, const Layer *layer, const float *query, const size_t *offset,
                         float *scores, int line) {
     const float *cached = layer->keys, *wanted_next = layer->values;
-    const int keys = 16 / queries;
-    f32 sum[16] = {{0}};
-    for (int i = 0; i < layer->head_size; i += 16)
-        UNROLLED for (int j = 0; j < keys; j++) {
-            __builtin_prefetch(wanted_next + offset[j] + i);
-            UNROLLED for (int g = 0; g < queries; g++)
-                sum[g * keys + j] +=
-                    *(const f32 *)(query + g * layer->head_size + i) * *(const f32 *)(cached + offset[j] + i);
-        }
-    f32 found = reduce_add_each(sum) * m->scale;
+    const int keys = 16 / queries, together = SUMS / queries;
+    lanes all[16];
+    for (int first = 0; first < keys; first += together, offset += together) {
+        lanes sum[SUMS] = {{0}};
+        for (int i = 0; i < layer->head_size; i += LANES)
+            UNROLLED for (int j = 0; j < together; j++) {
+                if (i % 16 == 0) __builtin_prefetch(wanted_next + offset[j] + i);
+                UNROLLED for (int g = 0; g < queries; g++)
+                    sum[g * together + j] +=
+                        *(const lanes *)(query + g * layer->head_size + i) * *(const lanes *)(cached + offset[j] + i);
+            }
+        for (int g = 0; g < queries; g++)
+            for (int j = 0; j < together; j++) all[g * keys + first + j] = sum[g * together + j];
+    }
+    f32 found = reduce_add_each(all) * m->scale;
     for (int g = 0; g < queries; g++) memcpy(scores + (size_t)g * line, (float *)&found + g * keys, keys * sizeof(float));
 }
 
-/* Columns `i` … of the values' sum, weighted by each query's probabilities. */
+/* Some registers of columns, `i` …, of the values' sum, weighted by each query's probabilities. */
 COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool *pool, const Layer *layer, int token,
                                int column, const size_t *offset, int length, const float *scores, int line, int i) {
     const float *values = layer->values;
-    f32 sum[16] = {{0}};
+    lanes sum[SUMS] = {{0}};
     for (int j = 0; j < length; j++)
         UNROLLED for (int c = 0; c < columns; c++)
             UNROLLED for (int g = 0; g < queries; g++)
-                sum[g * columns + c] += *(const f32 *)(values + offset[j] + i + 16 * c) * scores[(size_t)g * line + j];
+                sum[g * columns + c] += *(const lanes *)(values + offset[j] + i + LANES * c) * scores[(size_t)g * line + j];
     for (int g = 0; g < queries; g++)
         for (int c = 0; c < columns; c++) {
-            int at = column + g * layer->head_size + i + 16 * c, all = layer->site[O].columns;
-            *(f32 *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
+            int at = column + g * layer->head_size + i + LANES * c, all = layer->site[O].columns;
+            *(lanes *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
+#if HAS_AMX
             if (pool->amx) pack(pool->scratch->packed, all, token, at, sum[g * columns + c]);
+#endif
         }
 }
 
@@ -901,9 +941,9 @@ COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool 
 COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, const Layer *layer, int token, int column,
                                  const float *query, const size_t *offset, int length, float *scores) {
     const Model *m = pool->model;
-    const int together = 16 / queries;
+    const int keys = 16 / queries, columns = SUMS / queries;
     int line = (length + 15) / 16 * 16, i = 0;
-    for (int j = 0; j < line; j += together) score(queries, m, layer, query, offset + j, scores + j, line);
+    for (int j = 0; j < line; j += keys) score(queries, m, layer, query, offset + j, scores + j, line);
     for (int g = 0; g < queries; g++) {
         float *weight = scores + (size_t)g * line;
         f32 most = {0}, sum = {0};
@@ -919,12 +959,13 @@ COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, const Laye
         float highest = most[0];
         for (int n = 1; n < 16; n++) highest = most[n] > highest ? most[n] : highest;
         for (int j = 0; j < line; j += 16) sum += *(f32 *)(weight + j) = exp_f32(*(f32 *)(weight + j) - highest);
-        float all = reduce_add(sum);
+        float all = 0;
+        for (int n = 0; n < 16; n++) all += sum[n];
         for (int j = 0; j < line; j += 16) *(f32 *)(weight + j) /= all;
     }
-    for (; i + 16 * together <= layer->head_size; i += 16 * together)
-        weighted_sum(queries, together, pool, layer, token, column, offset, length, scores, line, i);
-    for (; i < layer->head_size; i += 16)
+    for (; i + LANES * columns <= layer->head_size; i += LANES * columns)
+        weighted_sum(queries, columns, pool, layer, token, column, offset, length, scores, line, i);
+    for (; i < layer->head_size; i += LANES)
         weighted_sum(queries, 1, pool, layer, token, column, offset, length, scores, line, i);
 }
 
