@@ -5,7 +5,8 @@
     python -m benchmarks.serve random=gemma-4-e2b layers=10 systems=ours,transformers streams=1,8
 
 Peers may have environments of their own: OPENVINO_PYTHON with OPENVINO_MODEL, the base exported by optimum-cli;
-XLLAMACPP_PYTHON with LLAMA_CPP_MODEL and LLAMA_CPP_LORA, GGUF files; VLLM_PYTHON. The table names what is missing.
+XLLAMACPP_PYTHON with LLAMA_CPP_LORA, LLAMA_CPP_MODEL and LLAMA_CPP_MODEL_Q8, GGUF files; VLLM_PYTHON.
+The table names what is missing.
 
 Every system has a process of its own, and only one computes at a time. Writes
 benchmarks/results/serving/<machine>-<model>.json, and the table in docs/serving.md. After each round, what there is so
@@ -151,10 +152,11 @@ def openvino(job: dict[str, Any]) -> Serve:
     return serve
 
 
-def llama_cpp(job: dict[str, Any]) -> Serve:
-    """llama.cpp's server with continuous batching; $LLAMA_CPP_MODEL and $LLAMA_CPP_LORA are GGUF files.
+def llama_cpp(job: dict[str, Any], model: str = "LLAMA_CPP_MODEL") -> Serve:
+    """llama.cpp's server with continuous batching; $`model` and $LLAMA_CPP_LORA are GGUF files.
 
     python -m commands.convert source=models/gemma-3-270m to=gguf dtype=bf16 out=base
+    python -m commands.convert source=models/gemma-3-270m to=gguf dtype=q8_0 out=base-q8
     python -m commands.convert source=exports/slang/adapter to=gguf base=models/gemma-3-270m out=lora
     """
     from concurrent.futures import ThreadPoolExecutor
@@ -163,7 +165,7 @@ def llama_cpp(job: dict[str, Any]) -> Serve:
 
     many = max(job["streams"])
     params = llama.CommonParams()
-    params.model.path, params.n_parallel, params.n_ctx = os.environ["LLAMA_CPP_MODEL"], many, many * 512
+    params.model.path, params.n_parallel, params.n_ctx = os.environ[model], many, many * 512
     adapter = llama.CommonAdapterLoraInfo()
     adapter.path, adapter.scale = os.environ["LLAMA_CPP_LORA"], 1.0
     params.lora_adapters = [adapter]
@@ -230,7 +232,7 @@ def vllm(job: dict[str, Any]) -> Serve:
     return serve
 
 
-# ours-mixed: three adapters in turn; ours-int8: 8-bit weights; transformers: one request after another;
+# ours-mixed: three adapters in turn; ours-int8, llama.cpp-q8: 8-bit weights; transformers: one request after another;
 # transformers-batch: all in one padded batch. Each: its function, the package that it needs, the virtual environment
 # that may have it, and the most concurrent requests that it is measured with.
 SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
@@ -242,6 +244,7 @@ SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "transformers-batch": (lambda job: transformers(job, together=True), "peft", ".venv", 1 << 20),
     "openvino-genai": (openvino, "openvino_genai", ".venv-openvino", 1 << 20),
     "llama.cpp": (llama_cpp, "xllamacpp", ".venv-llama-cpp", 8),
+    "llama.cpp-q8": (lambda job: llama_cpp(job, "LLAMA_CPP_MODEL_Q8"), "xllamacpp", ".venv-llama-cpp", 8),
     "vllm": (vllm, "vllm", ".venv-vllm", 8),
 }
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "openvino-genai", "xllamacpp", "vllm")

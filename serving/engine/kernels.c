@@ -20,11 +20,16 @@ the sums before they are stored. Between two steps of the picture all threads me
 
     processor                   matmul                                            all else
     AMX, AVX-512 with bfloat16  matmul_amx: three bfloat16 summands of x, exact   vectors of 16, one register
-    any other                   matmul_vectors: weights widened to float32        vectors of 16, in 1, 2 or 4 registers
+    any other                   matmul_vectors, in tiles of 1 to 8 tokens:        vectors of 16, in 1, 2 or 4 registers
+                                  widened_tile: bfloat16 as float32, exact
+                                  int8_tile: int8 by x rounded to 16 bits
 
 Generation is bound by memory: each step reads all weights once. So they are bfloat16 (or int8), and what they are
 multiplied with stays exact: AMX multiplies bfloat16 by bfloat16 and adds in float32, and a float32 number is the sum of
 three bfloat16 ones, so three products of the same weights, already loaded, give the product with float32 activations.
+Elsewhere a bfloat16 number becomes float32 by a shift, and one token's products take less time than memory does. Two int8
+by 16-bit products are one instruction of all x86-64 (AVX-512 and AVX VNNI add the sum to it); rounding to 16 bits is 256
+times finer than that of the weights.
 
 A token's values do not depend on what else is in the step: every sum runs in an order of its own. Batches, chunks of
 prompts and shared prefixes therefore change no bit of an answer.
@@ -37,14 +42,15 @@ Layouts, in C order:
 #define _GNU_SOURCE
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define HAS_AMX 1
@@ -59,21 +65,50 @@ Layouts, in C order:
 enum { QKV, O, GATE_UP, DOWN, PER_LAYER_GATE, PER_LAYER_PROJECTION, PER_LAYER_MODEL, SITES, NO_SITE = SITES };
 enum { Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ };
 enum { OF_PER_LAYER = DOWN_PROJ + 1 /* one of each of the three sites */, ROUTER = OF_PER_LAYER + 3, MODULES };
-enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 19 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
+enum { BLOCK = 8, MOST_THREADS = 64, PHASES = 20 /* of a layer: see `work` */, MOST_QUERIES = 4 /* at a time */ };
 enum { PANEL = 16 /* tokens that are multiplied with weights at a time */, HUGE = 2 << 20 /* bytes of a page */ };
+enum { LOOKS = 500 /* of a thread that waits, before it sleeps */ };
 typedef uint16_t bf16;
 /* 16 numbers that are computed with at once, wherever they lie: one register of AVX-512, some of others. */
 typedef float f32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32 __attribute__((vector_size(64)));
+/* Numbers in one register of this processor; of how many tokens products keep sums in registers; sums of attention there. */
+#if defined(__AVX512BW__)
+#define LANES 16
+#define TILE_TOKENS 8
+#define SUMS 16
+#elif defined(__AVX2__)
+#define LANES 8
+#define TILE_TOKENS 4
+#define SUMS 8
+#else
+#define LANES 4
+#define TILE_TOKENS 4
+#define SUMS 8
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t ulanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ilanes __attribute__((vector_size(4 * LANES)));
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
+typedef int8_t bytes __attribute__((vector_size(2 * LANES), aligned(1), may_alias));
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (i32){__VA_ARGS__})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ilanes){__VA_ARGS__})
 #endif
+#if LANES == 16
 #define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
 #define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#elif LANES == 8
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#else
+#define EVEN(a, b) SHUFFLE(a, b, 0, 2, 4, 6)
+#define ODD(a, b) SHUFFLE(a, b, 1, 3, 5, 7)
+#endif
 #define UNROLLED _Pragma("GCC unroll 16")
+#define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
 
 typedef struct { /* rows and columns are multiples of 32; rows 0: there is none */
     int32_t rows, columns;
@@ -141,8 +176,9 @@ typedef struct {
     pthread_cond_t work;
     int64_t steps_begun;
     int ending;
-    atomic_int arrived;
-    atomic_llong barriers; /* of all steps */
+    atomic_int arrived, sleeping; /* at a barrier */
+    atomic_llong barriers;        /* of all steps */
+    pthread_cond_t all_arrived;
     int32_t phases;
     const Model *model;
     const Step *step;
@@ -155,6 +191,7 @@ typedef struct {
 typedef struct Scratch {
     atomic_int *counters; /* of each phase: the next piece of its work */
     int32_t wanted, longest, ranks;
+    int32_t rounds; /* whether products take x rounded to 16 bits */
     int32_t *row_of, *position, *wanted_token, *wanted_row; /* [tokens], [tokens], [wanted], [wanted] */
     int32_t *origin;   /* [tokens]: which of the step's */
     float *rope_table; /* [tokens][ropes][cosines, sines] */
@@ -166,27 +203,43 @@ typedef struct Scratch {
     float *share, *routed, *gathered, *expert_gated, *expert_y;
     bf16 *packed_gathered, *packed_expert;
     size_t *offset; /* [threads][longest]: where keys and values lie */
-    bf16 *packed, *packed_gated; /* `normed` and `gated` as summands */
+    bf16 *packed, *packed_gated; /* `normed` and `gated` as summands, or rounded: int16_t */
     bf16 *widened;               /* [threads][piece]: int8 weights of a piece */
     size_t piece;
 } Scratch;
 
-static void spin(int *spins) {
-    if (++*spins < 500) {
+/* What a thread does between two looks at what it waits for: nothing, for some nanoseconds. */
+static inline void pause_briefly(void) {
 #if defined(__x86_64__)
-        __builtin_ia32_pause();
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory");
 #endif
-    } else
-        sched_yield(); /* the thread that is waited for may want this core */
 }
 
-/* All threads leave together. The count of barriers only grows: one that leaves late, in the next step even, sees it. */
+/* All threads leave together. The count of barriers only grows: one that leaves late, in the next step even, sees it.
+A thread looks for it for some microseconds and then sleeps: on a busy machine, the thread that is waited for may want
+this core. Either one that falls asleep sees the new count, or the last one sees that it is about to. */
 static int barrier(Pool *pool, int phase, long long *passed) {
     if (atomic_fetch_add(&pool->arrived, 1) == pool->threads - 1) {
         atomic_store(&pool->arrived, 0);
         atomic_store(&pool->barriers, *passed + 1);
-    } else
-        for (int spins = 0; atomic_load_explicit(&pool->barriers, memory_order_acquire) <= *passed;) spin(&spins);
+        if (atomic_load(&pool->sleeping)) {
+            pthread_mutex_lock(&pool->mutex);
+            pthread_cond_broadcast(&pool->all_arrived);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    } else {
+        int looks = 0;
+        while (atomic_load_explicit(&pool->barriers, memory_order_acquire) <= *passed && looks++ < LOOKS) pause_briefly();
+        if (looks > LOOKS) {
+            pthread_mutex_lock(&pool->mutex);
+            atomic_fetch_add(&pool->sleeping, 1);
+            while (atomic_load(&pool->barriers) <= *passed) pthread_cond_wait(&pool->all_arrived, &pool->mutex);
+            atomic_fetch_sub(&pool->sleeping, 1);
+            pthread_mutex_unlock(&pool->mutex);
+        }
+    }
     ++*passed;
     return phase + 1;
 }
@@ -229,31 +282,45 @@ static inline f32 exp_f32(f32 x) {
 
 static inline f32 tanh_f32(f32 x) { return 1.0f - 2.0f / (exp_f32(2.0f * x) + 1.0f); }
 
-static inline float reduce_add(f32 x) {
-    float lane[16];
+static inline float reduce_add(lanes x) {
+    float lane[LANES];
     memcpy(lane, &x, sizeof lane);
-    for (int half = 8; half; half /= 2)
+    for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lane[i] += lane[i + half];
     return lane[0];
 }
 
-/* The total of each of 16 vectors: neighbours are added until one is left, in the same order for every vector. */
-static inline f32 reduce_add_each(f32 *sum) {
+/* The total of each of 16 registers, to the first of them: neighbours are added until each is one number, in the same order
+for every register. */
+static inline f32 reduce_add_each(lanes *sum) {
+    f32 found;
 #define ADD_NEIGHBOURS(left) \
     UNROLLED for (int i = 0; i < left; i++) sum[i] = EVEN(sum[2 * i], sum[2 * i + 1]) + ODD(sum[2 * i], sum[2 * i + 1]);
-    ADD_NEIGHBOURS(8) ADD_NEIGHBOURS(4) ADD_NEIGHBOURS(2) ADD_NEIGHBOURS(1)
+    ADD_NEIGHBOURS(8)
+    ADD_NEIGHBOURS(4)
+#if LANES > 4
+    ADD_NEIGHBOURS(2)
+#endif
+#if LANES > 8
+    ADD_NEIGHBOURS(1)
+#endif
 #undef ADD_NEIGHBOURS
-    return sum[0];
+    memcpy(&found, sum, sizeof found);
+    return found;
 }
 
 /* The sums here have the order that their vectors give them, whatever a compiler does; n is a multiple of 16. */
 static inline float dot(const float *a, const float *b, int n) {
-    f32 sum[4] = {{0}}; /* that do not wait for each other */
+    enum { MANY = 64 / LANES < 8 ? 64 / LANES : 8 };
+    lanes sum[MANY] = {{0}}; /* that do not wait for each other */
     int i = 0;
-    for (; i + 64 <= n; i += 64)
-        for (int j = 0; j < 4; j++) sum[j] += *(const f32 *)(a + i + 16 * j) * *(const f32 *)(b + i + 16 * j);
-    for (; i < n; i += 16) sum[0] += *(const f32 *)(a + i) * *(const f32 *)(b + i);
-    return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    for (; i + MANY * LANES <= n; i += MANY * LANES)
+        UNROLLED for (int j = 0; j < MANY; j++)
+            sum[j] += *(const lanes *)(a + i + LANES * j) * *(const lanes *)(b + i + LANES * j);
+    for (; i < n; i += LANES) sum[0] += *(const lanes *)(a + i) * *(const lanes *)(b + i);
+    for (int half = MANY / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) sum[j] += sum[j + half];
+    return reduce_add(sum[0]);
 }
 
 static inline void add(float *y, const float *x, int n) {
@@ -282,6 +349,37 @@ static inline void pack(bf16 *packed, int columns, int token, int column, f32 x)
 #endif
 }
 
+/* x of int8 weights without AMX, rounded to 16 bits: of each ROUNDED columns by their largest. A token's line has all
+columns, then the float32 factor of each ROUNDED of them. 127 · 32767 · ROUNDED is below 2^31. */
+enum { ROUNDED = 512 };
+static inline size_t rounded_line(int columns) { return columns + (columns + ROUNDED - 1) / ROUNDED * 2; }
+
+static void round_x(int16_t *out, const float *x, int columns) {
+    for (int begin = 0; begin < columns; begin += ROUNDED) {
+        int end = begin + ROUNDED < columns ? begin + ROUNDED : columns;
+        float largest = 1e-30f;
+#pragma omp simd reduction(max : largest)
+        for (int k = begin; k < end; k++) largest = fabsf(x[k]) > largest ? fabsf(x[k]) : largest;
+        float factor = largest / 32767, inverse = 32767 / largest;
+#pragma omp simd
+        for (int k = begin; k < end; k++) out[k] = (int16_t)(int32_t)nearbyintf(x[k] * inverse);
+        memcpy(out + columns + begin / ROUNDED * 2, &factor, sizeof factor);
+    }
+}
+
+/* A token's whole input of a product, where products take it in another form than float32. */
+static void pack_line(const Pool *pool, bf16 *packed, int columns, int token, const float *x) {
+    if (pool->amx)
+        for (int k = 0; k < columns; k += 16) pack(packed, columns, token, k, *(const f32 *)(x + k));
+    else if (pool->scratch->rounds)
+        round_x((int16_t *)packed + token * rounded_line(columns), x, columns);
+}
+
+/* How many 16-bit numbers the inputs of some tokens are then; of whole panels for AMX. */
+static size_t packed_numbers(const Pool *pool, size_t tokens, size_t columns) {
+    return pool->amx ? tokens * columns * 3 : pool->scratch->rounds ? tokens * rounded_line(columns) : 0;
+}
+
 /* --- matrix products ---------------------------------------------------------------------------------------------- */
 
 /* Bytes of weights that are one thread's at a time, and how far ahead of them memory is asked. */
@@ -290,29 +388,110 @@ enum { PIECE_BYTES = 640 << 10, PIECE_BYTES_OF_ONE_PANEL = 1 << 20, AHEAD = 32 <
 /* What products give: of a pair of blocks of 16 rows, for a panel of tokens. */
 typedef struct Sums { _Alignas(64) float of[2][PANEL][16]; } Sums;
 
-/* Without AMX. `weights`: of the pair. */
-static void matmul_vectors(Sums *sums, const Matrix *m, const void *weights, const float *x, int tokens) {
-    int columns = m->columns;
-    for (int block = 0; block < 2; block++)
-        for (int first = 0; first < tokens; first += 8) {
-            int some = tokens - first < 8 ? tokens - first : 8;
-            f32 sum[8] = {{0}};
-            for (int k = 0; k < columns; k += 2) {
-                size_t at = (size_t)(k / 32 * 2 + block) * 512 + k % 32 * 16;
-                f32 even, odd;
-                if (m->scales) {
-                    const int8_t *pair = (const int8_t *)weights + at;
-                    for (int row = 0; row < 16; row++) even[row] = pair[2 * row], odd[row] = pair[2 * row + 1];
-                } else {
-                    u32 pair = *(const u32 *)((const bf16 *)weights + at);
-                    even = (f32)(pair << 16), odd = (f32)(pair & 0xffff0000u);
-                }
-                for (int t = 0; t < some; t++) {
-                    const float *from = x + (size_t)(first + t) * columns + k;
-                    sum[t] += even * from[0] + odd * from[1];
+/* Without AMX, a tile of sums stays in registers: `wide` of them of rows, times `tokens`, constants both. Every sum runs
+over the columns in their order, whatever the tile. */
+#define IN_LINE(w) ((w) * LANES / 16 * 512 + (w) * LANES % 16 * 2) /* where a register's rows are among 32 columns' weights */
+#define IN_SUMS(sums, w, t) ((lanes *)((sums)->of[(w) * LANES / 16][t] + (w) * LANES % 16))
+
+/* To each sum, the products of two weights with two numbers of x, which `both` holds. */
+static inline ilanes add_products(ilanes sum, shorts weights, int32_t both) {
+    ilanes x = (ilanes){0} + both;
+#if LANES == 16 && defined(__AVX512VNNI__)
+    return (ilanes)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x);
+#elif LANES == 16
+    return sum + (ilanes)_mm512_madd_epi16((__m512i)weights, (__m512i)x);
+#elif LANES == 8 && defined(__AVXVNNI__)
+    return (ilanes)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x);
+#elif LANES == 8
+    return sum + (ilanes)_mm256_madd_epi16((__m256i)weights, (__m256i)x);
+#elif defined(__SSE2__)
+    return sum + (ilanes)_mm_madd_epi16((__m128i)weights, (__m128i)x);
+#else
+    ilanes pair = (ilanes)weights;
+    return sum + (pair << 16 >> 16) * (x << 16 >> 16) + (pair >> 16) * (x >> 16);
+#endif
+}
+
+/* Memory is asked for the next pair's weights while a pair is multiplied: a share of them in each pass over it. */
+typedef struct { const char *weights; int pass, passes; } Next;
+static inline void ask_for(const Next *next, size_t at, int bytes) {
+    if (next->weights)
+        for (int line = next->pass * 64; line < bytes; line += next->passes * 64)
+            __builtin_prefetch(next->weights + at + line);
+}
+
+COMPILED_FOR_EACH widened_tile(const int wide, const int tokens, Sums *sums, const bf16 *weights, const float *x, int columns,
+                               int r, int first, const Next *next) {
+    lanes sum[4][8] = {{{0}}};
+    weights += IN_LINE(r), x += (size_t)first * columns;
+    for (int line = 0; line < columns; line += 32, weights += 1024, x += 32) {
+        ask_for(next, (size_t)line * 64, 2048);
+        for (int k = 0; k < 32; k += 2) {
+            ulanes pair[4];
+            UNROLLED for (int w = 0; w < wide; w++) pair[w] = *(const ulanes *)(weights + k * 16 + IN_LINE(w));
+            UNROLLED for (int t = 0; t < tokens; t++) {
+                const float *from = x + (size_t)t * columns + k;
+                UNROLLED for (int w = 0; w < wide; w++) sum[w][t] += (lanes)(pair[w] << 16) * from[0];
+                UNROLLED for (int w = 0; w < wide; w++) sum[w][t] += (lanes)(pair[w] & 0xffff0000u) * from[1];
+            }
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int w = 0; w < wide; w++) *IN_SUMS(sums, r + w, first + t) = sum[w][t];
+}
+
+/* int8 weights times x rounded to 16 bits (see `round_x`): sums of ROUNDED columns are exact in 32 bits. */
+COMPILED_FOR_EACH int8_tile(const int wide, const int tokens, Sums *sums, const int8_t *weights, const int16_t *x, int columns,
+                            int r, int first, const Next *next) {
+    size_t line_of_x = rounded_line(columns);
+    weights += IN_LINE(r), x += first * line_of_x;
+    for (int begin = 0; begin < columns; begin += ROUNDED) {
+        ilanes sum[4][8] = {{{0}}};
+        for (int line = begin; line < columns && line < begin + ROUNDED; line += 32, weights += 1024) {
+            ask_for(next, (size_t)line * 32, 1024);
+            UNROLLED for (int k = 0; k < 32; k += 2) {
+                shorts pair[4];
+                UNROLLED for (int w = 0; w < wide; w++)
+                    pair[w] = __builtin_convertvector(*(const bytes *)(weights + k * 16 + IN_LINE(w)), shorts);
+                UNROLLED for (int t = 0; t < tokens; t++) {
+                    int32_t both;
+                    memcpy(&both, x + t * line_of_x + line + k, sizeof both);
+                    UNROLLED for (int w = 0; w < wide; w++) sum[w][t] = add_products(sum[w][t], pair[w], both);
                 }
             }
-            for (int t = 0; t < some; t++) *(f32 *)sums->of[block][first + t] = sum[t];
+        }
+        for (int t = 0; t < tokens; t++)
+            for (int w = 0; w < wide; w++) {
+                lanes *to = IN_SUMS(sums, r + w, first + t), before = begin ? *to : (lanes){0};
+                float scale;
+                memcpy(&scale, x + t * line_of_x + columns + begin / ROUNDED * 2, sizeof scale);
+                *to = before + __builtin_convertvector(sum[w][t], lanes) * scale;
+            }
+    }
+}
+
+static void matmul_vectors(Sums *sums, const Matrix *m, const void *weights, const void *x, int tokens, const void *next_one) {
+    enum { REGISTERS = 32 / LANES, WIDEST = REGISTERS < 4 ? REGISTERS : 4 };
+    int wide = tokens > 2 ? 2 : WIDEST;
+    Next next = {next_one, 0, REGISTERS / wide * ((tokens + TILE_TOKENS - 1) / TILE_TOKENS)};
+    for (int r = 0; r < REGISTERS; r += wide)
+        for (int first = 0, some; first < tokens; first += some, next.pass++) {
+            some = tokens - first < TILE_TOKENS ? tokens - first : TILE_TOKENS;
+#define TILE(wide, tokens) \
+    case tokens: \
+        if (m->scales) int8_tile(wide, tokens, sums, weights, x, m->columns, r, first, &next); \
+        else widened_tile(wide, tokens, sums, weights, x, m->columns, r, first, &next); \
+        break
+            if (tokens <= 2)
+                switch (some) { TILE(WIDEST, 1); TILE(WIDEST, 2); }
+            else
+                switch (some) {
+                    TILE(2, 1); TILE(2, 2); TILE(2, 3); TILE(2, 4);
+#if TILE_TOKENS > 4
+                    TILE(2, 5); TILE(2, 6); TILE(2, 7); TILE(2, 8);
+#endif
+                }
+#undef TILE
         }
 }
 
@@ -375,7 +554,7 @@ typedef struct {
     int thread, layer, site;
     const Matrix *m;
     const float *x;     /* [tokens][columns] */
-    const bf16 *packed; /* the same as summands */
+    const bf16 *packed; /* the same as summands, or rounded */
     int tokens;
     float *out;       /* [tokens][…] */
     bf16 *packed_out; /* the same as summands, or NULL */
@@ -394,7 +573,7 @@ static void multiply_piece(const Product *p, int piece, int most, Epilogue *epil
             const char *weights = (const char *)m->weight + pair * bytes;
 #if HAS_AMX
             if (p->pool->amx) {
-                const bf16 *one = (const bf16 *)weights, *x = p->packed + (size_t)first * m->columns * 3;
+                const bf16 *one = (const bf16 *)weights, *x = p->packed + packed_numbers(p->pool, first, m->columns);
                 const char *end = first ? NULL : (const char *)m->weight + to * bytes;
                 if (m->scales) {
                     bf16 *widened = p->pool->scratch->widened + p->thread * p->pool->scratch->piece;
@@ -405,8 +584,12 @@ static void multiply_piece(const Product *p, int piece, int most, Epilogue *epil
                 matmul_amx(&sums[0], &sums[both], one, one + both * size, x, m->columns, end);
             } else
 #endif
-                for (int i = 0; i <= both; i++)
-                    matmul_vectors(&sums[i], m, weights + i * bytes, p->x + (size_t)first * m->columns, some);
+                for (int i = 0; i <= both; i++) {
+                    const char *next = first || pair + i + 1 >= to ? NULL : weights + (i + 1) * bytes;
+                    const void *x = m->scales ? (const void *)(p->packed + packed_numbers(p->pool, first, m->columns))
+                                              : (const void *)(p->x + (size_t)first * m->columns);
+                    matmul_vectors(&sums[i], m, weights + i * bytes, x, some, next);
+                }
             for (int i = 0; i <= both; i++) {
                 if (m->scales)
                     for (int block = 0; block < 2; block++)
@@ -438,8 +621,8 @@ static void matmul_experts(const Product *all, int which, int phase, Epilogue *e
         before = end;
         size_t panels = (count[e] + 15) / 16 * 16, outputs = which ? p.m->rows : p.m->rows / 2;
         p.x += panels * p.m->columns, p.out += panels * outputs;
-        if (p.packed) p.packed += panels * p.m->columns * 3;
-        if (p.packed_out) p.packed_out += panels * outputs * 3;
+        p.packed += packed_numbers(p.pool, panels, p.m->columns);
+        if (p.packed_out) p.packed_out += packed_numbers(p.pool, panels, outputs);
     }
 }
 
@@ -465,10 +648,15 @@ static int width(const Model *m, int number, int module) {
 
 /* The dot products of `x` with four rows, whose sums do not wait for each other. */
 static inline void four_dots(float *out, const float *rows, const float *x, int n) {
-    f32 sum[4] = {{0}};
-    for (int i = 0; i < n; i += 16)
-        UNROLLED for (int r = 0; r < 4; r++) sum[r] += *(const f32 *)(rows + (size_t)r * n + i) * *(const f32 *)(x + i);
-    for (int r = 0; r < 4; r++) out[r] = reduce_add(sum[r]);
+    lanes sum[4][2] = {{{0}}};
+    int i = 0;
+    for (; i + 2 * LANES <= n; i += 2 * LANES)
+        UNROLLED for (int r = 0; r < 4; r++)
+            UNROLLED for (int j = 0; j < 2; j++)
+                sum[r][j] += *(const lanes *)(rows + (size_t)r * n + i + j * LANES) * *(const lanes *)(x + i + j * LANES);
+    for (; i < n; i += LANES)
+        UNROLLED for (int r = 0; r < 4; r++) sum[r][0] += *(const lanes *)(rows + (size_t)r * n + i) * *(const lanes *)(x + i);
+    for (int r = 0; r < 4; r++) out[r] = reduce_add(sum[r][0] + sum[r][1]);
 }
 
 /* A x of a token's adapter, for each module of a site. */
@@ -489,11 +677,14 @@ static void lora_a(const Pool *pool, int layer, int site, int token, const float
 /* Add `rank` numbers of `low_rank` times as many lines of 16 to each of some tokens' 16 sums. */
 static inline __attribute__((always_inline)) void accumulate_lora_b(const int tokens, float (*y)[16], const float *low_rank,
                                                                     int ranks, const float *line, int rank, int rows) {
-    f32 sum[8];
-    for (int t = 0; t < tokens; t++) sum[t] = *(f32 *)y[t];
-    for (int r = 0; r < rank; r++, line += rows)
-        UNROLLED for (int t = 0; t < tokens; t++) sum[t] += *(const f32 *)line * low_rank[(size_t)t * ranks + r];
-    for (int t = 0; t < tokens; t++) *(f32 *)y[t] = sum[t];
+    for (int i = 0; i < 16; i += LANES) {
+        lanes sum[8];
+        for (int t = 0; t < tokens; t++) sum[t] = *(lanes *)(y[t] + i);
+        const float *from = line + i;
+        for (int r = 0; r < rank; r++, from += rows)
+            UNROLLED for (int t = 0; t < tokens; t++) sum[t] += *(const lanes *)from * low_rank[(size_t)t * ranks + r];
+        for (int t = 0; t < tokens; t++) *(lanes *)(y[t] + i) = sum[t];
+    }
 }
 
 /* Add B A x of the tokens' adapters to their sums: a module's rows `row` … row + 15. */
@@ -518,11 +709,16 @@ static void add_lora_b(const Product *p, float (*y)[16], int first, int tokens, 
     }
 }
 
-/* One token's input of a site: as summands for AMX, and through its adapter's A. */
+/* One token's input of a site: as products take it, and through its adapter's A. */
 static void load_input(Pool *pool, int layer, int site, int token, const float *x) {
     int columns = pool->model->layer[layer].site[site].columns;
-    if (pool->amx)
-        for (int k = 0; k < columns; k += 16) pack(pool->scratch->packed, columns, token, k, *(const f32 *)(x + k));
+    pack_line(pool, pool->scratch->packed, columns, token, x);
+    lora_a(pool, layer, site, token, x);
+}
+
+/* The same of an input that `attend` or an epilogue made, piece by piece: as summands already. */
+static void complete_input(const Pool *pool, int layer, int site, int token, const float *x, bf16 *packed) {
+    if (pool->scratch->rounds) pack_line(pool, packed, pool->model->layer[layer].site[site].columns, token, x);
     lora_a(pool, layer, site, token, x);
 }
 
@@ -638,8 +834,7 @@ static void gather(const Pool *pool, int token) {
     for (int n = 0; n < m->active_experts; n++) {
         int place = s->place[(size_t)token * m->active_experts + n];
         memcpy(s->gathered + (size_t)place * m->hidden, x, m->hidden * sizeof(float));
-        if (pool->amx)
-            for (int k = 0; k < m->hidden; k += 16) pack(s->packed_gathered, m->hidden, place, k, *(const f32 *)(x + k));
+        pack_line(pool, s->packed_gathered, m->hidden, place, x);
     }
 }
 
@@ -698,41 +893,47 @@ static void write_kv(const Pool *pool, int number, int token, float *qkv) {
     if (layer->has_k) memcpy(layer->keys + slot * kv_width, qkv + m->heads * size, kv_width * sizeof(float));
 }
 
-/* The loops of attention keep 16 sums in registers. They are written once and compiled for each of the numbers of
-queries that share what is loaded; `queries`, `keys` and `columns` are constants. Every sum has the same order in all. */
-#define COMPILED_FOR_EACH static inline __attribute__((always_inline)) void
+/* The loops of attention keep SUMS sums in registers. They are written once and compiled for each of the numbers of
+queries that share what is loaded; `queries` and `columns` are constants. Every sum has the same order in all. */
 
 /* scores[g][j] of some queries and 16 / queries keys. */
 COMPILED_FOR_EACH score(const int queries, const Model *m, const Layer *layer, const float *query, const size_t *offset,
                         float *scores, int line) {
     const float *cached = layer->keys, *wanted_next = layer->values;
-    const int keys = 16 / queries;
-    f32 sum[16] = {{0}};
-    for (int i = 0; i < layer->head_size; i += 16)
-        UNROLLED for (int j = 0; j < keys; j++) {
-            __builtin_prefetch(wanted_next + offset[j] + i);
-            UNROLLED for (int g = 0; g < queries; g++)
-                sum[g * keys + j] +=
-                    *(const f32 *)(query + g * layer->head_size + i) * *(const f32 *)(cached + offset[j] + i);
-        }
-    f32 found = reduce_add_each(sum) * m->scale;
+    const int keys = 16 / queries, together = SUMS / queries;
+    lanes all[16];
+    for (int first = 0; first < keys; first += together, offset += together) {
+        lanes sum[SUMS] = {{0}};
+        for (int i = 0; i < layer->head_size; i += LANES)
+            UNROLLED for (int j = 0; j < together; j++) {
+                if (i % 16 == 0) __builtin_prefetch(wanted_next + offset[j] + i);
+                UNROLLED for (int g = 0; g < queries; g++)
+                    sum[g * together + j] +=
+                        *(const lanes *)(query + g * layer->head_size + i) * *(const lanes *)(cached + offset[j] + i);
+            }
+        for (int g = 0; g < queries; g++)
+            for (int j = 0; j < together; j++) all[g * keys + first + j] = sum[g * together + j];
+    }
+    f32 found = reduce_add_each(all) * m->scale;
     for (int g = 0; g < queries; g++) memcpy(scores + (size_t)g * line, (float *)&found + g * keys, keys * sizeof(float));
 }
 
-/* Columns `i` … of the values' sum, weighted by each query's probabilities. */
+/* Some registers of columns, `i` …, of the values' sum, weighted by each query's probabilities. */
 COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool *pool, const Layer *layer, int token,
                                int column, const size_t *offset, int length, const float *scores, int line, int i) {
     const float *values = layer->values;
-    f32 sum[16] = {{0}};
+    lanes sum[SUMS] = {{0}};
     for (int j = 0; j < length; j++)
         UNROLLED for (int c = 0; c < columns; c++)
             UNROLLED for (int g = 0; g < queries; g++)
-                sum[g * columns + c] += *(const f32 *)(values + offset[j] + i + 16 * c) * scores[(size_t)g * line + j];
+                sum[g * columns + c] += *(const lanes *)(values + offset[j] + i + LANES * c) * scores[(size_t)g * line + j];
     for (int g = 0; g < queries; g++)
         for (int c = 0; c < columns; c++) {
-            int at = column + g * layer->head_size + i + 16 * c, all = layer->site[O].columns;
-            *(f32 *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
+            int at = column + g * layer->head_size + i + LANES * c, all = layer->site[O].columns;
+            *(lanes *)(pool->scratch->normed + (size_t)token * all + at) = sum[g * columns + c];
+#if HAS_AMX
             if (pool->amx) pack(pool->scratch->packed, all, token, at, sum[g * columns + c]);
+#endif
         }
 }
 
@@ -740,9 +941,9 @@ COMPILED_FOR_EACH weighted_sum(const int queries, const int columns, const Pool 
 COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, const Layer *layer, int token, int column,
                                  const float *query, const size_t *offset, int length, float *scores) {
     const Model *m = pool->model;
-    const int together = 16 / queries;
+    const int keys = 16 / queries, columns = SUMS / queries;
     int line = (length + 15) / 16 * 16, i = 0;
-    for (int j = 0; j < line; j += together) score(queries, m, layer, query, offset + j, scores + j, line);
+    for (int j = 0; j < line; j += keys) score(queries, m, layer, query, offset + j, scores + j, line);
     for (int g = 0; g < queries; g++) {
         float *weight = scores + (size_t)g * line;
         f32 most = {0}, sum = {0};
@@ -758,12 +959,13 @@ COMPILED_FOR_EACH attend_queries(const int queries, const Pool *pool, const Laye
         float highest = most[0];
         for (int n = 1; n < 16; n++) highest = most[n] > highest ? most[n] : highest;
         for (int j = 0; j < line; j += 16) sum += *(f32 *)(weight + j) = exp_f32(*(f32 *)(weight + j) - highest);
-        float all = reduce_add(sum);
+        float all = 0;
+        for (int n = 0; n < 16; n++) all += sum[n];
         for (int j = 0; j < line; j += 16) *(f32 *)(weight + j) /= all;
     }
-    for (; i + 16 * together <= layer->head_size; i += 16 * together)
-        weighted_sum(queries, together, pool, layer, token, column, offset, length, scores, line, i);
-    for (; i < layer->head_size; i += 16)
+    for (; i + LANES * columns <= layer->head_size; i += LANES * columns)
+        weighted_sum(queries, columns, pool, layer, token, column, offset, length, scores, line, i);
+    for (; i < layer->head_size; i += LANES)
         weighted_sum(queries, 1, pool, layer, token, column, offset, length, scores, line, i);
 }
 
@@ -860,7 +1062,7 @@ static void work(Pool *pool, int thread) {
     const Step *step = pool->step;
     Scratch *s = pool->scratch;
     long long passed = atomic_load(&pool->barriers); /* no next one is counted before this thread has come to it */
-    int phase = 0, tokens = step->tokens, hidden = m->hidden;
+    int phase = 0, tokens = step->tokens, hidden = m->hidden, complete = s->ranks || s->rounds;
     float *scores = s->scores + (size_t)thread * (s->longest + 15) * MOST_QUERIES;
     size_t *offset = s->offset + (size_t)thread * (s->longest + 15);
 #if HAS_AMX
@@ -906,9 +1108,9 @@ static void work(Pool *pool, int thread) {
             attend(pool, i, t, last % layer->kv_heads, s->y + (size_t)t * qkv_width, scores, offset);
         }
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
+        if (complete) {
             for (int t; (t = next_piece(pool, phase)) < tokens;)
-                lora_a(pool, i, O, t, s->normed + (size_t)t * layer->site[O].columns);
+                complete_input(pool, i, O, t, s->normed + (size_t)t * layer->site[O].columns, s->packed);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, O, &layer->site[O], s->normed, s->packed, tokens, s->y, NULL};
@@ -927,8 +1129,9 @@ static void work(Pool *pool, int thread) {
                             s->normed, s->packed, tokens, s->gated, s->packed_gated};
         matmul(&product, phase, store_gated);
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
-            for (int t; (t = next_piece(pool, phase)) < tokens;) lora_a(pool, i, DOWN, t, s->gated + (size_t)t * inner);
+        if (complete) {
+            for (int t; (t = next_piece(pool, phase)) < tokens;)
+                complete_input(pool, i, DOWN, t, s->gated + (size_t)t * inner, s->packed_gated);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, DOWN, &layer->site[DOWN], s->gated, s->packed_gated, tokens, s->y, NULL};
@@ -943,6 +1146,12 @@ static void work(Pool *pool, int thread) {
                                s->packed_expert};
             matmul_experts(&gate_up, 0, phase, store_gated);
             phase = barrier(pool, phase, &passed);
+            if (s->rounds) {
+                int columns = layer->expert[1].columns;
+                for (int n; (n = next_piece(pool, phase)) < tokens * m->active_experts;)
+                    pack_line(pool, s->packed_expert, columns, s->place[n], s->expert_gated + (size_t)s->place[n] * columns);
+                phase = barrier(pool, phase, &passed);
+            }
             Product down = {pool, thread, i, NO_SITE, NULL, s->expert_gated, s->packed_expert, 0, s->expert_y, NULL};
             matmul_experts(&down, 1, phase, store_output);
             phase = barrier(pool, phase, &passed);
@@ -963,9 +1172,9 @@ static void work(Pool *pool, int thread) {
                             s->x, s->packed, tokens, s->gated, s->packed_gated};
         matmul(&product, phase, store_per_layer);
         phase = barrier(pool, phase, &passed);
-        if (s->ranks) {
+        if (complete) {
             for (int t; (t = next_piece(pool, phase)) < tokens;)
-                lora_a(pool, i, PER_LAYER_PROJECTION, t, s->gated + (size_t)t * m->padded);
+                complete_input(pool, i, PER_LAYER_PROJECTION, t, s->gated + (size_t)t * m->padded, s->packed_gated);
             phase = barrier(pool, phase, &passed);
         }
         product = (Product){pool, thread, i, PER_LAYER_PROJECTION, &layer->site[PER_LAYER_PROJECTION],
@@ -983,8 +1192,7 @@ static void work(Pool *pool, int thread) {
     for (int i; (i = next_piece(pool, phase)) < s->wanted;) {
         float *x = s->normed + (size_t)i * hidden;
         rms_norm(x, s->x + (size_t)i * hidden, m->norm, m->eps, hidden);
-        if (pool->amx)
-            for (int k = 0; k < hidden; k += 16) pack(s->packed, hidden, i, k, *(const f32 *)(x + k));
+        pack_line(pool, s->packed, hidden, i, x);
     }
     float *best = s->best + (size_t)thread * s->wanted * 2;
     for (int i = 0; i < s->wanted; i++) best[2 * i] = -INFINITY, best[2 * i + 1] = 0;
@@ -1042,6 +1250,7 @@ Pool *start_threads(int threads, int use_amx) {
     if (!pool) return NULL;
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->all_arrived, NULL);
     pool->amx = use_amx && may_use_amx();
     pool->threads = 1;
     for (int i = 1; i < threads && i < MOST_THREADS; i++) {
@@ -1104,8 +1313,8 @@ static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const M
     CARVE(scores, pool->threads * most * MOST_QUERIES);
     CARVE(offset, pool->threads * most);
     CARVE(best, pool->threads * (size_t)s->wanted * 2);
-    CARVE(packed, pool->amx ? padded * deepest * 3 : 0);
-    CARVE(packed_gated, pool->amx ? padded * inner * 3 : 0);
+    CARVE(packed, packed_numbers(pool, padded, deepest));
+    CARVE(packed_gated, packed_numbers(pool, padded, inner));
     CARVE(widened, pool->threads * s->piece);
     CARVE(per_layer, layers_inputs);
     if (pairs) {
@@ -1117,8 +1326,8 @@ static size_t layout_scratch(Scratch *s, char *memory, const Pool *pool, const M
         CARVE(gathered, places * hidden);
         CARVE(expert_gated, places * expert);
         CARVE(expert_y, places * hidden);
-        CARVE(packed_gathered, pool->amx ? places * hidden * 3 : 0);
-        CARVE(packed_expert, pool->amx ? places * expert * 3 : 0);
+        CARVE(packed_gathered, packed_numbers(pool, places, hidden));
+        CARVE(packed_expert, packed_numbers(pool, places, expert));
     }
 #undef CARVE
     return used;
@@ -1163,7 +1372,8 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
                     s.ranks = ranks > s.ranks ? ranks : s.ranks;
                 }
     }
-    if (model->head.scales) { /* int8 weights, of which a piece is widened at a time */
+    s.rounds = model->head.scales && !pool->amx;
+    if (model->head.scales && pool->amx) { /* int8 weights, of which a piece is widened at a time */
         reserve_piece(&s, pool, &model->head, s.wanted);
         for (int i = 0; i < model->layers; i++) {
             for (int site = 0; site < SITES; site++) reserve_piece(&s, pool, &model->layer[i].site[site], step->tokens);
@@ -1172,6 +1382,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         }
     }
     pool->phases = model->layers * PHASES + 7;
+    pool->scratch = &s;
     if (!reserve(pool, layout_scratch(&s, NULL, pool, model, step->tokens))) return 1;
     layout_scratch(&s, pool->memory, pool, model, step->tokens);
     memset(s.counters, 0, pool->phases * sizeof *s.counters);
@@ -1184,7 +1395,7 @@ int run_step(Pool *pool, const Model *model, const Step *step) {
         if (row->wanted) s.wanted_row[wanted] = i, s.wanted_token[wanted++] = row->first + row->count - 1;
     }
     pthread_mutex_lock(&pool->mutex);
-    pool->model = model, pool->step = step, pool->scratch = &s;
+    pool->model = model, pool->step = step;
     pool->steps_begun++;
     pthread_cond_broadcast(&pool->work);
     pthread_mutex_unlock(&pool->mutex);
