@@ -11,6 +11,8 @@ from pydantic import Field, create_model
 from core.arguments import Arguments
 from core.configuration import load_config, plain
 from core.errors import run
+from core.machine import loading
+from core.progress import Progress
 from core.run_folder import Run, base_of, newest_run
 
 
@@ -33,18 +35,19 @@ def main(argv: list[str]) -> None:
     from rich.text import Text
 
     console = Console()
-    with console.status("loading"):
+    with Progress("Loading transformers", None), loading():
         from converters.nemo_file import read_nemo
         from evaluation.compare import answer, without_adapter
 
-        nemo = read_nemo(asked.archive)
-        model, tokenizer = nemo.load_onto(base_of(asked, config))
+    nemo = read_nemo(asked.archive)
+    model, tokenizer = nemo.load_onto(base_of(asked, config))
     instruction = nemo.prompt.write_instruction(**options.model_dump(exclude_unset=True))
     sampling = plain(config.task.generate)
-    with console.status("asking the fine-tuned model"):
-        tuned = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)
-    with console.status("asking the base model"), without_adapter(model):
-        base = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed)
+    longest = sampling["max_new_tokens"]
+    with Progress("Asking the fine-tuned model", longest) as progress:
+        tuned = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed, progress.advance)
+    with Progress("Asking the base model", longest) as progress, without_adapter(model):
+        base = answer(model, tokenizer, nemo.prompt, instruction, sampling, config.seed, progress.advance)
     console.print(Text(instruction), style="dim")
     side = max(30, (console.width - 2) // 2)
     console.print(

@@ -24,6 +24,7 @@ from core.configuration import load_config, plain, write_config
 from core.errors import UserError, run
 from core.files import write_whole
 from core.machine import describe_environment, loading, quiet_libraries
+from core.progress import Progress
 from core.run_folder import read_metrics
 from core.schema import Config
 from data_prep.prepare import prepare
@@ -109,7 +110,7 @@ def train(
 ) -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
-    with loading():
+    with Progress("Loading NeMo", None), loading():
         quiet_libraries()
         import torch
 
@@ -128,7 +129,8 @@ def train(
     check_text_model(base_folder)
     record(config, base_folder, data_folder, run_folder)
 
-    tokenizer = load_tokenizer(base_folder)
+    with Progress("Loading the tokenizer", None):
+        tokenizer = load_tokenizer(base_folder)
     prompt = Prompt(**plain(config.task.prompt))
     splits: dict[str, Any] = {}
     left_out: dict[str, int] = {}

@@ -6,6 +6,8 @@ from pathlib import Path
 from converters.formats import FORMATS, MERGED, module_of
 from core.errors import UserError
 from core.files import beside, commit, restore
+from core.machine import let_waiting_threads_sleep, loading
+from core.progress import Progress
 
 
 def table() -> str:
@@ -54,7 +56,9 @@ def convert(
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
-    from converters.conversion import disk_errors, write_proven
+    let_waiting_threads_sleep()
+    with Progress("Loading transformers and peft", None), loading():
+        from converters.conversion import disk_errors, write_proven
 
     restore(target)
     partial = beside(target, "partial")

@@ -109,16 +109,19 @@ class Differences(NamedTuple):
 def differences(expected: Tensor, found: Tensor) -> Differences:
     """Differences between logits [tokens, vocabulary], float32; the divergence is KL(expected ‖ found), in nats per
     token."""
-    largest, total, divergence, agreeing = 0.0, 0.0, 0.0, 0
+    if torch.equal(expected, found):  # as where an adapter is copied; NaN equals nothing
+        return Differences(0.0, 0.0, 0.0, 1.0)
+    largest, total, divergence, agreeing = torch.zeros(()), 0.0, 0.0, 0
     for left, right in zip(expected, found, strict=True):  # a token at a time, to save memory
         difference = (left - right).abs()
-        largest, total = max(largest, difference.max().item()), total + difference.mean().item()
+        largest = torch.maximum(largest, difference.max())  # Python's max() would lose NaN
+        total += difference.mean().item()
         p, q = left.double().log_softmax(-1), right.double().log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()
         agreeing += int(left.argmax() == right.argmax())
     count = len(expected)
     return Differences(
-        max_logit_difference=largest,
+        max_logit_difference=largest.item(),
         mean_logit_difference=total / count,
         mean_kl_divergence=max(divergence / count, 0.0),  # rounding may make the sum negative
         top1_agreement=agreeing / count,

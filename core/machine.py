@@ -99,6 +99,14 @@ def describe_environment() -> Environment:
     )
 
 
+def let_waiting_threads_sleep() -> None:
+    """For a command of many short products between reading and Python's own work, before it imports torch: threads that
+    wait for the next product sleep. They would spin for most of the time: two thirds of the processor seconds of a
+    conversion. Whoever has set OMP_WAIT_POLICY is asked first."""
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """For the import of large libraries: Python's garbage collector does not look again and again through the objects

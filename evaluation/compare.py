@@ -5,7 +5,7 @@ results.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,10 +13,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from core.artifacts import Before
+from core.progress import Progress
 from core.prompt import Prompt
 from evaluation.questions import Question
 from evaluation.sampling import sample
-from training.batches import Batches, sample_losses
+from training.batches import Batches, sample_losses, work_of
 
 
 def answer(
@@ -26,9 +27,13 @@ def answer(
     instruction: str,
     sampling: Mapping[str, Any],
     seed: int,
+    seen: Callable[[int], object] = lambda tokens: None,
 ) -> str:
-    """One sampled response to `instruction`; the same seed gives the same text on the same kind of machine."""
-    return sample(model, tokenizer, prompt, [prompt.wrap(instruction)], [seed], sampling)[0].text
+    """One sampled response to `instruction`; the same seed gives the same text on the same kind of machine.
+
+    `seen` is told of each token: 1.
+    """
+    return sample(model, tokenizer, prompt, [prompt.wrap(instruction)], [seed], sampling, seen)[0].text
 
 
 def measure(
@@ -45,10 +50,12 @@ def measure(
     The loss of each example is kept, in the order of `held_out`, for intervals (evaluation/intervals.py).
     """
     gemma = model.get_base_model() if isinstance(model, PeftModel) else model
-    losses = sample_losses(gemma, held_out)
+    with Progress("Held-out loss", work_of(gemma, held_out)) as progress:
+        losses = sample_losses(gemma, held_out, progress.advance)
     loss = sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
     texts = [question.text_in for question in questions]
-    answers = sample(model, tokenizer, prompt, texts, [seed] * len(texts), sampling)
+    with Progress("Answers", len(texts) * sampling["max_new_tokens"]) as progress:
+        answers = sample(model, tokenizer, prompt, texts, [seed] * len(texts), sampling, progress.advance)
     return Before(
         loss=loss,
         perplexity=math.exp(loss),

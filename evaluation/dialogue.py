@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from core.errors import UserError
 from core.prompt import AnswerPart, AnswerReader, Prompt
+from evaluation.few_rows import fast_for_few_rows
 from evaluation.sampling import end_ids
 
 
@@ -80,7 +81,7 @@ class Dialogue:
         ends = end_ids(self._model, self._tokenizer, self._prompt)
         remark = ""
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), fast_for_few_rows(self._model):
                 output = self._model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),

@@ -1,6 +1,6 @@
 """Answers sampled in batches, each with its own random numbers, so that an answer does not depend on its batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -8,8 +8,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from core.prompt import Prompt
+from evaluation.few_rows import fast_for_few_rows
 
 
 class Answer(NamedTuple):
@@ -26,6 +28,7 @@ def sample(
     texts: Sequence[str],
     seeds: Sequence[int],
     sampling: Mapping[str, Any],
+    seen: Callable[[int], object] = lambda tokens: None,
 ) -> list[Answer]:
     """One answer to each of `texts`, all in one batch.
 
@@ -35,6 +38,7 @@ def sample(
         texts: everything the model is given but `<bos>`, see `Prompt.wrap`; there is at least one.
         seeds: one for each text.
         sampling: `task.generate`: `max_new_tokens`, `temperature`, `top_k`, `top_p`; other keys go to transformers.
+        seen: told the number of new tokens, of all answers together, after each.
     """
     tokens = tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     own = {key: sampling[key] for key in ("temperature", "top_k", "top_p") if sampling.get(key) is not None}
@@ -44,13 +48,14 @@ def sample(
     # The last hidden states are a strided view, for which torch multiplies each sequence with its own copy of frozen
     # weights: 6 GB for 16 sequences and Gemma's vocabulary, and a hundred times as slow.
     dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: (given[0].contiguous(),))
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_for_few_rows(model):
         output = model.generate(
             **tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([draw]),
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id or 0,
+            streamer=_Counter(seen),
             **rest,
         )
     dense.remove()
@@ -68,6 +73,21 @@ def end_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     named = model.generation_config.eos_token_id
     named = named if isinstance(named, list) else [named]
     return sorted({tokenizer.eos_token_id, prompt.end_id(tokenizer), *named} - {None})
+
+
+class _Counter(BaseStreamer):
+    """Tells `seen` of new tokens."""
+
+    def __init__(self, seen: Callable[[int], object]) -> None:
+        self.seen, self.is_prompt = seen, True
+
+    def put(self, value: Tensor) -> None:
+        if not self.is_prompt:  # which comes first
+            self.seen(value.numel())
+        self.is_prompt = False
+
+    def end(self) -> None:
+        pass
 
 
 class SampledToken(LogitsProcessor):

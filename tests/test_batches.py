@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from core.errors import UserError
 from core.prompt import Prompt
-from training.batches import Batches, held_out_loss, loss_sum, sample_losses, tokenize
+from training.batches import Batches, held_out_loss, loss_sum, sample_losses, tokenize, work_of
 from training.packed_attention import use_packed_attention
 
 PROMPT = Prompt("Instruction:\n{instruction}\n\nResponse:\n{response}", "{ask}", "Slang: {slang}")
@@ -63,7 +63,12 @@ def test_the_loss_equals_that_of_transformers_sample_by_sample(family: str, rows
             total = sum(loss_sum(model, batch).item() for step in steps for batch in step.micro_batches)
             assert total == pytest.approx(expected, rel=1e-5)
     model.set_attn_implementation(usual_attention)
-    assert held_out_loss(model, Batches(rows, 8, 100, seed=None)) == pytest.approx(expected / learned, rel=1e-5)
+    held_out = Batches(rows, 8, 100, seed=None)
+    assert held_out_loss(model, held_out) == pytest.approx(expected / learned, rel=1e-5)
+    parts = list[int]()
+    sample_losses(model, held_out, parts.append)
+    micro_batches = sum(len(step.micro_batches) for step in held_out)
+    assert len(parts) == micro_batches * (len(model.model.layers) + 1) and sum(parts) == work_of(model, held_out)
     assert model.config._attn_implementation == usual_attention
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -28,7 +29,7 @@ from converters.conversion import resolve_source
 from converters.convert import convert, table
 from converters.layerwise_forward import logits
 from converters.nemo_file import read_nemo
-from converters.prove import prove
+from converters.prove import Differences, differences, prove
 from converters.torch_file import MAX_PICKLE, read_tensors
 from core.base_model import describe
 from core.errors import UserError
@@ -673,3 +674,25 @@ def test_content_that_a_format_cannot_store_is_refused(
     with pytest.raises(UserError, match=message):
         convert(tiny_base, to, tmp_path / "out", **words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_equal_logits_have_no_difference_and_what_is_no_number_is_never_equal() -> None:
+    logits = torch.randn(3, 50)
+    assert differences(logits, logits.clone()) == Differences(0.0, 0.0, 0.0, 1.0)
+    other = logits.clone()
+    other[1, 7] += 1
+    assert differences(logits, other).max_logit_difference == pytest.approx(1.0, abs=1e-6)
+    other[1, 7] = logits[1, 7] = torch.nan
+    assert not differences(logits, other).max_logit_difference <= 0.0
+
+
+def test_waiting_threads_sleep_unless_somebody_has_chosen() -> None:
+    """As `make convert` sets it, in a process that has not loaded torch."""
+    code = (
+        "import os; from core.machine import let_waiting_threads_sleep as f; f(); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    for given, expected in ((None, "passive"), ("active", "active")):
+        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": given} if given else {}
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+        assert said.stdout == f"{expected}\n"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -854,10 +855,19 @@ def test_small_tables_take_no_time(tmp_path: Path) -> None:
 
 def test_long_work_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.01)
+    said = ""
     with progress.Progress("Reading a.csv", 200) as shown:
-        shown.at(50)
-        shown.at(60)
-    assert capsys.readouterr().err == "Reading a.csv: 25 %\n", "a line now and then where stderr is no terminal"
+        while "Reading a.csv: 0 %\n" not in said:  # also where nothing is reported for a while
+            said += capsys.readouterr().err
+        shown.at(30)
+        shown.advance(20)
+        while not re.search(r"Reading a.csv: 25 %, \d+ s left\n", said):
+            said += capsys.readouterr().err
+    with progress.Progress("Loading", None):
+        while "Loading: 0 s so far\n" not in said:
+            said += capsys.readouterr().err
+    capsys.readouterr()
     monkeypatch.setattr(progress, "PATIENCE", 60.0)
     with progress.Progress("Reading a.csv", 200) as shown:
         shown.at(199)

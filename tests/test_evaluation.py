@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tiny_gemma4 import tiny_gemma4, tiny_tokenizer4
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,10 +34,11 @@ from core.artifacts import Evaluation, Generation, Measurement
 from core.configuration import load_config, plain
 from core.errors import UserError
 from core.files import read_lines
+from core.load_model import add_lora
 from core.prompt import Prompt
 from core.run_folder import Run
 from core.tasks import having
-from evaluation import compare_runs, judge, report
+from evaluation import compare_runs, few_rows, generations, judge, report
 from evaluation.gate import NOT_BETTER, pass_gate
 from evaluation.generations import generate
 from evaluation.questions import check, held_out_questions, listed_questions
@@ -101,6 +103,41 @@ def test_who_else_is_in_a_batch_changes_nothing(tiny_base: Path) -> None:
     ]
     assert together == alone
     assert together[0].text != together[2].text  # another seed
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_answers_are_those_of_transformers_itself(tiny_base: Path, adapted: bool) -> None:
+    """However few rows are multiplied, and however many answers are made at once."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    if adapted:
+        torch.manual_seed(0)
+        settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+        model = add_lora(model, settings).eval()
+    texts, counted = ["Slang", "A longer text about the rain", "At the beach", "Rain"], list[int]()
+    own = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        output = model.generate(input_ids=ids, do_sample=False, max_new_tokens=12, pad_token_id=0)
+        own.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    sampling = {"max_new_tokens": 12, "temperature": 0.0}
+    together = sample(model, tokenizer, ENDS, texts, [0] * 4, sampling, counted.append)
+    assert [answer.text for answer in together] == own
+    assert set(counted) == {4} and sum(counted) <= 4 * 12, "one pass for a token of all answers"
+    assert sample(model, tokenizer, ENDS, texts[:1], [0], sampling)[0].text == own[0]
+
+
+@pytest.mark.parametrize("outputs", [96, few_rows.BLOCK + 64])
+def test_products_of_few_rows_are_those_of_torch(outputs: int) -> None:
+    layer = nn.Linear(64, outputs, bias=False)
+    with torch.inference_mode(), few_rows.fast_for_few_rows(nn.Sequential(layer)):
+        for shape in [(1, 1), (3, 1), (1, few_rows.FEW), (2, few_rows.FEW), (0, 1)]:
+            x = torch.randn(*shape, 64)
+            expected = x @ layer.weight.T
+            assert layer(x).is_contiguous() and torch.allclose(layer(x), expected, atol=1e-6)
+    assert "forward" not in vars(layer), "outside, it is as it was"
+    with few_rows.fast_for_few_rows(nn.Linear(8, 8).bfloat16()) as nothing:
+        assert nothing is None
 
 
 def test_what_is_drawn_is_what_transformers_would_draw_from() -> None:
@@ -222,6 +259,21 @@ def test_a_wrong_setting_is_named(word: str, says: str) -> None:
 
 
 @pytest.mark.slow
+def test_texts_are_asked_together_as_far_as_they_fit(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+
+    def sizes(lengths: list[int]) -> list[int]:
+        due = [
+            Generation(id=str(n), side="after", question="", asked="", text_in="a " * length, seed=0)
+            for n, length in enumerate(lengths)
+        ]
+        return [len(batch) for batch in generations._batches(due, tokenizer, 10)]
+
+    assert sizes([5] * 34) == [34] and sizes([]) == []
+    assert sizes([5] * (generations.BATCH + 1)) == [generations.BATCH, 1]
+    assert sizes([100_000, 5, 5]) == [2, 1], "a long text alone, the others first"
+
+
 def test_both_models_are_asked_the_same_with_every_seed(finished: Run) -> None:
     lines = read_lines(finished.folder / "generations.jsonl")
     questions = len(load_config().task.evaluate.questions)

@@ -242,21 +242,50 @@ def token_losses(gemma: PreTrainedModel, batch: MicroBatch) -> Tensor:
     return linear_cross_entropy(predicting, gemma.lm_head.weight, batch.targets, softcap)
 
 
-def sample_losses(gemma: PreTrainedModel, batches: Batches) -> list[tuple[float, int]]:
+def sample_losses(
+    gemma: PreTrainedModel, batches: Batches, seen: Callable[[int], object] = lambda work: None
+) -> list[tuple[float, int]]:
     """For each sample, in the order of the data set: the sum of the cross-entropy over its target tokens, in nats, and
-    the number of them."""
+    the number of them.
+
+    Args:
+        seen: told after each layer how much more of `work_of` is done.
+    """
     losses: dict[int, tuple[float, int]] = {}
     usual_attention = use_packed_attention(gemma)
     round_experts(gemma)
+    of_a_layer, of_the_head = _work(gemma)
+    tokens = 0
+    hooks = [layer.register_forward_hook(lambda *_: seen(tokens * of_a_layer)) for layer in gemma.model.layers]
     with torch.inference_mode():
         for step in batches:
             for batch in step.micro_batches:
+                tokens = batch.input_ids.numel()
                 counts = [batches.target_counts[sample] for sample in batch.samples]
                 parts = token_losses(gemma, batch.to(gemma.device)).split(counts)
                 sums = torch.stack([part.sum() for part in parts]).tolist()
                 losses |= dict(zip(batch.samples, zip(sums, counts, strict=True), strict=True))
+                seen(len(batch.targets) * of_the_head)
+    for hook in hooks:
+        hook.remove()
     gemma.set_attn_implementation(usual_attention)
     return [losses[sample] for sample in sorted(losses)]
+
+
+def work_of(gemma: PreTrainedModel, batches: Batches) -> int:
+    """What `sample_losses` computes, in multiplications of weights."""
+    of_a_layer, of_the_head = _work(gemma)
+    return sum(
+        batch.input_ids.numel() * of_a_layer * len(gemma.model.layers) + len(batch.targets) * of_the_head
+        for step in batches
+        for batch in step.micro_batches
+    )
+
+
+def _work(gemma: PreTrainedModel) -> tuple[int, int]:
+    """Weights of a layer, on average, and of the output layer."""
+    layers = gemma.model.layers
+    return sum(weight.numel() for weight in layers.parameters()) // len(layers), gemma.lm_head.weight.numel()
 
 
 def held_out_loss(gemma: PreTrainedModel, batches: Batches) -> float:
