@@ -76,13 +76,14 @@ def read_messages(cell: str, is_dialogue: bool = True) -> list[dict[str, Any]] |
     if isinstance(found, Mapping):
         inner = next((found[name] for name in ("messages", "contents", "conversations") if name in found), None)
         found = inner or [found]
+    messages: Sequence[Any] = []
     if isinstance(found, list | tuple) and found:
         messages = found if all(isinstance(part, Mapping) for part in found) else []
         if messages and (is_dialogue or all(map(_is_message, messages))):
             return [message for number, part in enumerate(messages, 1) for message in _of(part, number)]
         if is_dialogue and (texts := _turns(found)):
             return [_message(("user", "assistant")[place % 2], text) for place, text in enumerate(texts)]
-    if _MESSAGES.match(cell) and not found:
+    if _MESSAGES.match(cell) and not messages:
         raise Unusable("no list of messages", "it looks like one, but is neither JSON nor Python that can be read")
     return None
 
