@@ -198,7 +198,7 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
     why = "".join(f"\n  {count} dropped: {reason}" for reason, count in store.drop_counts().items())
     if not usable:
         if first := next((drop for drop in store.drops() if drop.detail), None):
-            why += f"\nThe first, line {first.line}: {first.detail}"
+            why += f"\nThe first, line {first.line}: {first.in_words()}"
         raise UserError(f"{source} has no {'usable row:' + why if why else 'row below its header'}")
     shares = [end - first for first, end in task.split.values()]
     needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty in one of 100 cases

@@ -58,7 +58,7 @@ class Column:
         def most(pattern: str) -> bool:
             return sum(bool(re.match(pattern, cell)) for cell in self.filled) >= 0.9 * len(self.filled)
 
-        if most(r'\[\s*\{"'):
+        if most(r"""(?s)(array\( ?)?[\[(]\s*\{.*?['"](role|from|author|speaker|human|input|type)['"]\s*:"""):
             return "dialogues"
         if most(r"[-+]?[\d.,]+( ?%)?$"):
             return "numbers"

@@ -1,8 +1,8 @@
 """Reads one file as a table: detects its format, maps its columns, and says what is wrong with a row.
 
-A file is CSV, TSV (comma, semicolon, tab or bar) or JSON Lines, in any common encoding, or Parquet. It is streamed, so
-its size does not matter. A line that cannot be read loses only that row, with a reason; a file that is not a table
-raises a `UserError` that says what was found instead.
+A file is CSV, TSV (comma, semicolon, tab or bar), JSON Lines or other JSON (read_json.py), in any common encoding and
+packed or not (unpack.py), or Parquet. It is streamed, so its size does not matter. A line that cannot be read loses
+only that row, with a reason; a file that is not a table raises a `UserError` that says what was found instead.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,10 @@ from typing import NamedTuple
 from core.errors import UserError
 from data_prep.clean_text import clean
 from data_prep.find_header import LINES, SEPARATOR, find_header
-from data_prep.read_lines import NumberedLines, csv_records, json_objects
+from data_prep.read_json import SUFFIXES, Knows, document_rows, is_document
+from data_prep.read_lines import MAX_LINE, NumberedLines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
+from data_prep.unpack import inner_name, open_unpacked, packing_of
 
 TOO_MANY = "more cells than columns"
 FORMS = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV", "|": "CSV with bars"}  # by delimiter
@@ -91,19 +94,31 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     if path.is_file() and _begins_with(path, b"PAR1"):
         return _open_parquet(path, names, required)
     encoding, errors = encoding_of(path)
-    file = path.open(encoding=encoding, errors=errors, newline="")
     notes = list[str]()
+
+    def text() -> TextIOWrapper:
+        return TextIOWrapper(open_unpacked(path), encoding, errors, newline="")
+
+    suffix = Path(inner_name(path)).suffix.lower()
+    with text() as file:
+        is_json = is_document(next(filter(str.strip, iter(lambda: file.readline(MAX_LINE), "")), ""), file, suffix)
+    file = text()
     try:
         lines = NumberedLines(file)
-        first = lines.first(path)
-        if path.suffix.lower() in (".jsonl", ".json", ".ndjson") or first.lstrip().startswith('{"'):
+        first = "" if is_json else lines.first(path)
+        if is_json:
+            form = "JSON"
+            columns, rows = _json_rows(document_rows(file, path, _knows(names, required)), path, names, required)
+        elif suffix in SUFFIXES or first.lstrip().startswith('{"'):
             form = "JSON Lines"
-            columns, rows = _json_rows(lines, path, names, required)
+            columns, rows = _json_rows(json_objects(lines, path), path, names, required)
         else:
             form, columns, rows = _csv_rows(lines, first, path, names, required, notes)
     except BaseException:
         file.close()
         raise
+    if packing := packing_of(path):
+        form = f"{form} in {packing.name}"
     read = lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR)  # noqa: E731
     return Table(form, encoding, columns.headers, columns.unused, notes, rows, read, file.close)
 
@@ -181,6 +196,14 @@ def _columns(headers: Sequence[str], path: Path, names: Names, required: Sequenc
     )
 
 
+def _knows(names: Names, required: Sequence[str]) -> Knows:
+    def knows(headers: list[str]) -> bool:
+        found = _find_columns(headers, names)
+        return names is not None and bool(found) and all(field in found for field in required)
+
+    return knows
+
+
 # --- CSV ------------------------------------------------------------------------------------------------------
 
 
@@ -234,9 +257,8 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
 
 
 def _json_rows(
-    lines: NumberedLines, path: Path, names: Names, required: Sequence[str]
+    objects: Iterator[tuple[int, dict[str, object]]], path: Path, names: Names, required: Sequence[str]
 ) -> tuple[Columns, Iterator[Row]]:
-    objects = json_objects(lines, path)
     first = list(islice(objects, 100))  # an object may omit keys that others have
     headers = list(dict.fromkeys(header for _, item in first for header in _headers_of(item)))
     columns = _columns(headers, path, names, required)

@@ -144,7 +144,6 @@ BROKEN = {
     "a late system text": ([*dialogue("a", "b"), {"role": "system", "content": "x"}], "message 3 has role 'system'"),
     "a tool": ([{"role": "tool", "content": "x"}], "message 1 has role 'tool'"),
     "no text": (dialogue("a", "b", "  ", "d"), "message 3 has no text"),
-    "parts": ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no text"),
     "no answer": (dialogue("a"), "no message of the assistant"),
     "nobody": ([{"role": "system", "content": "x"}], "no user message"),
 }
@@ -183,7 +182,7 @@ def test_nothing_left_is_one_error_with_the_first_reason(make: Callable[..., Pat
     with pytest.raises(
         UserError,
         match=r"no usable row:\s+2 dropped: user and assistant do not take turns\n"
-        r"The first, line 1: message 1 has role 'assistant'",
+        r"The first, line 1: message 1 of row 1 has role 'assistant'",
     ):
         make([dialogue("a", "b")[1:], dialogue("a")])
 
