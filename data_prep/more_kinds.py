@@ -147,13 +147,14 @@ def preferences(columns: Sequence[Column]) -> Found | None:
     if not (chosen and rejected and asked):
         return None
     more = [c for c in called(("input", "context"), columns) if c not in asked[:1] and c.holds in ("text", "labels")]
-    given = [asked[0], *more[:1]]
+    system = [c for c in called(("system",), columns) if c.holds in ("text", "labels")]
+    given = [asked[0], *system[:1], *more[:1]]
     return Found(
         f"Preference pairs: '{chosen[0].header}' is learned as the answer; '{rejected[0].header}' is not used, as "
         "nothing here learns by comparison.",
         given,
         chosen[:1],
-        "\n".join(f"{{{field_of(column)}}}" for column in given),
+        "\n".join(f"{{{field_of(column)}}}" for column in (*system[:1], asked[0], *more[:1])),
         {},
     )
 
@@ -172,9 +173,7 @@ def translation(columns: Sequence[Column]) -> Found | None:
     for source, target in _SIDES:
         pair = [column for name in (source, target) for column in texts if name in column.words]
         if len(pair) == 2 and pair[0] is not pair[1] and len(texts) == 2:
-            about = (
-                f"Translations: '{pair[1].header}' is learned for '{pair[0].header}'. Name the languages in the prompt."
-            )
+            about = f"Translations: '{pair[1].header}' is learned for '{pair[0].header}'. Name the languages in it."
             return Found(about, pair[:1], pair[1:], f"Translate this text:\n{{{field_of(pair[0])}}}", {})
     return None
 

@@ -55,8 +55,8 @@ class Column:
 
     @cached_property
     def holds(self) -> str:
-        """One of nothing, dialogues, numbers, signs (no letters: dates, emoji), ids (or links, dates), labels, text, JSON;
-        and where the values are no text lists, objects, true or false, or values (of several of these, or bytes)."""
+        """One of nothing, dialogues, numbers, signs (no letters: dates, emoji), ids (or links, dates), labels, text,
+        JSON; and of values that are no text lists, objects, true or false, values (of several kinds, or bytes)."""
         if not self.filled:
             return "nothing"
 

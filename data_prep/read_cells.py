@@ -6,6 +6,7 @@ A task whose rows are more than cells has a reader of its own, the `Reader` of i
 import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from data_prep.clean_text import clean, clean_lines, key_of
 from data_prep.read_python import read_python
@@ -67,19 +68,19 @@ def _choices(cell: str, form: str) -> str:
         Unusable: it is neither.
     """
     try:
-        found = json.loads(cell) if cell.startswith(("[", "{")) else None
+        found: Any = json.loads(cell) if cell.startswith(("[", "{")) else None
         found = read_python(cell) if found is None else found
     except ValueError:
         found = None
-    names: object = None
+    names: Any = None
     if isinstance(found, dict):
         found, names = found.get("text") or list(found.values()), found.get("label") or list(found)
     if isinstance(found, list | tuple) and all(isinstance(one, dict) and "text" in one for one in found):
         found, names = [one["text"] for one in found], [one.get("label", "") for one in found]
     if not isinstance(found, list | tuple) or not all(isinstance(one, str | int | float) for one in found):
         raise Unusable("no list of choices", f"it is {' '.join(cell.split())[:60]}")
-    if not isinstance(names, list) or len(names) != len(found) or form == "numbered":
-        names = (
-            list(range(len(found))) if form == "numbered" else [chr(ord("A") + place) for place in range(len(found))]
-        )
+    if form == "numbered":
+        names = range(len(found))
+    elif names is None or len(names) != len(found):
+        names = [chr(ord("A") + place) for place in range(len(found))]
     return "\n".join(f"{name}. {clean(str(one))[0]}" for name, one in zip(names, found, strict=True))

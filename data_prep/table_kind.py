@@ -26,6 +26,7 @@ TERMS = ("term", "slang", "word", "phrase", "keyword", "acronym", "abbreviation"
 DEFINITIONS = ("definition", "meaning", "description", "explanation")
 EXAMPLES = ("example", "examples", "usage")
 LABELS = ("label", "category", "class", "intent", "topic", "genre", "tag", "sentiment", "emotion")
+VALUES = ("numbers", "signs", "ids", "true or false")  # answers, too, where they are called so
 RATINGS = ("rating", "stars", "score", "rate", "grade")
 
 
@@ -99,13 +100,15 @@ def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
     if languages and not called(("instruction", "question", "prompt"), texts):
         return _found(languages, profile)
     json_columns = [column for column in columns if column.holds in ("objects", "JSON")]
-    answers = called(ANSWERS, texts) or called(ANSWERS, json_columns)
+    others = [column for column in columns if column.holds in VALUES]
+    answers = called(ANSWERS, texts) or called(ANSWERS, json_columns) or called(ANSWERS, others)
     asked = called(QUESTIONS, texts)
     is_extraction = answers and answers[0] in json_columns and not called(QUESTIONS[:3], texts)
     if not is_extraction and (pair := _two(asked, answers)):
         more = [column for column in called(MORE, texts) if column not in pair][:1]
         system = [column for column in called(SYSTEM, texts) if column not in pair][:1]
-        kind = _pair("Questions and answers.", profile, [*system, pair[0], *more], [pair[1]])
+        kind = _pair("Questions and answers.", profile, [pair[0], *system, *more], [pair[1]])
+        kind.instruction = "\n".join(f"{{{field_of(column)}}}" for column in (*system, pair[0], *more))
         if pair[1] in json_columns:
             kind.cells[field_of(pair[1])] = "json"
         wanted = [column for column in called(("label", "desirable"), columns) if column.holds == "true or false"][:1]
@@ -133,6 +136,11 @@ def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
         labels = [column for column in texts if column is not longest and _is_label(column, longest)]
     if labels:
         label = labels[0]
+        if label.header in label.filled:
+            raise UserError(
+                f"the first line is a row, not the names of columns: '{label.header}' is a value of its column. Put a "
+                "line of names above it, such as label,text"
+            )
         kind = _pair("Texts and their labels: the model learns to label a text.", profile, [longest], labels[:1])
         known = ", ".join(sorted({" ".join(cell.split()) for cell in label.filled}))
         what = "label" if re.search(r"\d|^(column|unnamed)", label.header.lower()) else plain_header(label.header)

@@ -16,9 +16,7 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
         return None
     if found:
         columns, about = {"messages": found[0]}, "Dialogues: the assistant's turns are learned."
-    elif earlier := [
-        column for column in called(("history",), profile.columns) if column.holds in ("lists", "dialogues")
-    ]:
+    elif earlier := [column for column in called(("history",), profile.columns) if column.values]:
         texts = text_columns(profile)
         asked, answers = called(QUESTIONS, texts), called(ANSWERS, texts)
         more = [column for column in called(MORE, texts) if column not in asked[:1]]
