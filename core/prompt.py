@@ -113,23 +113,31 @@ class Prompt:
         with an empty thought that earlier turns do not have, so that each answer is a sample of its own.
 
         Args:
-            example: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an answer.
+            example: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an answer. One
+                of `"weight": 0` is context: it stands in the text of the next one, as at inference, and is no target.
+                Where there is no other, there is no sample.
 
         Raises:
             ValueError: see `exchanges`.
         """
         if "messages" not in example:
             return [[(self.wrap(example["input"]), False), (self._answer(example["output"]), True)]]
-        messages, pieces = example["messages"], list[tuple[str, bool]]()
-        for user, model in exchanges(messages):
+        messages, pieces, given = example["messages"], list[tuple[str, bool]](), ""
+        answers = [message for message in messages if message["role"] in ("assistant", "model")]
+        for place, (user, model) in enumerate(exchanges(messages)):
             if model is None:
                 raise ValueError("the dialogue ends with the user; its last message must be the model's")
-            pieces += [("\n" * bool(pieces) + self.wrap(user), False), (self._answer(model), True)]
+            given += "\n" * (place > 0) + self.wrap(user)
+            if is_learned(answers[place]):
+                pieces += [(given, False), (self._answer(model), True)]
+                given = ""
+            else:
+                given += self._answer(model) + (self.end or EOS)
         if not self.has_gemma4_turns:
-            return [pieces]
+            return [pieces] if pieces else []
         found, said = list[list[tuple[str, bool]]](), ""
         for number, message in enumerate(messages):
-            if message["role"] in ("assistant", "model"):
+            if message["role"] in ("assistant", "model") and is_learned(message):
                 asked, answer = self.wrap_dialogue(messages[:number]), self._answer(message["content"])
                 if found and asked.startswith(said):
                     found[-1] += [(asked[len(said) :], False), (answer, True)]
@@ -234,6 +242,11 @@ class Prompt:
     @staticmethod
     def _fill(text: str, values: dict[str, str]) -> str:
         return _FIELD.sub(lambda match: values.get(match[1]) or "", text)
+
+
+def is_learned(message: Mapping[str, Any]) -> bool:
+    """Whether an answer in a dialogue is a target: all are but those of `"weight": 0`, OpenAI's word for it."""
+    return message.get("weight") != 0
 
 
 def exchanges(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str | None]]:

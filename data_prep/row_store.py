@@ -4,6 +4,7 @@ Rows are stored by number, so they come out in the order of the source, with an 
 decides the split. Dropped rows are recorded beside them.
 """
 
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,13 @@ class Drop(NamedTuple):
     of: int | None = None
     line: int | None = None
     detail: str | None = None
+
+    def in_words(self) -> str:
+        """Its detail with the row: `message 3 of row 7 holds an image`, or `row 7: it has 1200`."""
+        detail = self.detail or self.reason
+        if message := re.match(r"message \d+", detail):
+            return f"{message[0]} of row {self.row}{detail[message.end() :]}"
+        return f"row {self.row}: {detail}"
 
 
 class Unusable(Exception):

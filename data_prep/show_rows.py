@@ -12,6 +12,7 @@ from rich.text import Text
 from core.artifacts import Manifest, Split
 from core.prompt import EOS, Prompt
 from data_prep.data_folder import read_manifest
+from data_prep.row_store import Drop
 
 EXAMPLES = 2
 BOS = "<bos>"  # of every Gemma, as text
@@ -29,9 +30,15 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     source = manifest.source
     at = f" at {source.revision[:12]}" if source.revision else ""
     console.print(f"{folder}: {manifest.rows_in:,} rows in, {manifest.rows_out:,} out, from {source.name}{at}\n")
+    for note in source.notes:
+        console.print(f"{source.name}: {note}", soft_wrap=True)
+    if source.unused:
+        console.print(f"Columns not used: {', '.join(source.unused)}", soft_wrap=True)
+    if source.notes or source.unused:
+        console.print()
     console.print(_splits(manifest.splits))
     for count, what in _left_out(folder, manifest):
-        console.print(f"{count:>8,}  {what}" if what else "")
+        console.print(f"{count:>8,}  {what}" if what else "", soft_wrap=True)
     with (folder / "training.jsonl").open(encoding="utf-8") as file:
         for number, line in enumerate(islice(file, examples), 1):
             row = json.loads(line)
@@ -76,7 +83,20 @@ def _left_out(folder: Path, manifest: Manifest) -> Iterator[tuple[int, str]]:
     yield from ((count, note) for note, count in manifest.notes.items() if count)
     if dropped := manifest.dropped:
         yield sum(dropped.values()), f"rows dropped, listed in {folder / 'dropped.jsonl'}:"
-        yield from ((count, f"  {reason}") for reason, count in dropped.items())
+        first = _first_details(folder)
+        for reason, count in dropped.items():
+            yield count, f"  {reason}" + (f", such as {first[reason]}" if reason in first else "")
+
+
+def _first_details(folder: Path) -> dict[str, str]:
+    """What is said in detail of the first row that was dropped for a reason, by reason."""
+    found: dict[str, str] = {}
+    with (folder / "dropped.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            drop = Drop(**json.loads(line))
+            if drop.detail and drop.reason not in found:
+                found[drop.reason] = drop.in_words()
+    return found
 
 
 def _mark(console: Console) -> str:

@@ -5,10 +5,11 @@ a sample around the first byte that does not.
 """
 
 import codecs
-from io import BufferedReader
 from pathlib import Path
+from typing import BinaryIO
 
 from core.errors import UserError
+from data_prep.unpack import PACKINGS, open_unpacked, packing_of
 
 SAMPLE = 65_536  # bytes
 
@@ -18,9 +19,12 @@ _BINARY = {
     b"\xff\xd8\xff": "a JPEG image",
     b"GIF8": "a GIF image",
     b"%PDF": "a PDF",
-    b"PK\x03\x04": "a zip archive or an Excel workbook (save the sheet as CSV UTF-8)",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook (save the sheet as CSV UTF-8)",
-    b"\x1f\x8b": "a gzip archive (unpack it with gunzip)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it with 7z x)",
+    b"Rar!": "a rar archive (unpack it with unrar x)",
+    b"\x1f\x9d": "a compress archive (unpack it with uncompress)",
+    **{packing.magic: f"{packing.name} (unpack the outer one first)" for packing in PACKINGS},
+    b"PAR1": "a Parquet file (unpack it first; its columns are packed already)",
     b"SQLite format 3": "an SQLite database",
     b"\x7fELF": "a program",
 }
@@ -45,7 +49,7 @@ def encoding_of(path: Path) -> tuple[str, str]:
         raise UserError(f"{path} is a folder; name a CSV, TSV, JSONL or Parquet file in it")
     if not path.is_file():
         raise UserError(f"{path} is not a regular file; write its rows to one first")
-    with path.open("rb") as file:
+    with open_unpacked(path) as file:
         head = file.read(SAMPLE)
         if not head.strip():
             raise UserError(f"{path} is empty")
@@ -54,29 +58,31 @@ def encoding_of(path: Path) -> tuple[str, str]:
                 return encoding, CP1252_STRAYS if encoding == "utf-8-sig" else "replace"
         for magic, kind in _BINARY.items():
             if head.startswith(magic):
-                raise UserError(f"{path} is {kind}, not a CSV, TSV, JSONL or Parquet file")
+                raise UserError(
+                    f"{path} {'holds' if packing_of(path) else 'is'} {kind}, not a CSV, TSV, JSONL or Parquet file"
+                )
+        if head[257:262] == b"ustar":
+            raise UserError(f"{path} is a tar archive; unpack it and name one of its files: tar -xf {path.name}")
         odd = len(head.translate(None, bytes(range(32, 256)) + b"\t\n\v\f\r\x00"))
         if odd > len(head) / 50:
             raise UserError(f"{path} looks like a binary file, not a CSV, TSV, JSONL or Parquet file")
-        bad = _first_byte_not_utf8(head, file)
-        if bad is None:
-            return "utf-8", "strict"
-        file.seek(max(0, bad - SAMPLE // 2))
-        return _guess(file.read(SAMPLE), path)
+        sample = _around_what_is_not_utf8(head, file)
+        return ("utf-8", "strict") if sample is None else _guess(sample, path)
 
 
-def _first_byte_not_utf8(head: bytes, file: BufferedReader) -> int | None:
+def _around_what_is_not_utf8(head: bytes, file: BinaryIO) -> bytes | None:
+    """`SAMPLE` bytes around the first that is not UTF-8; None if all are."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position, chunk = 0, head
+    before, chunk = b"", head
     while chunk:
         waiting = len(decoder.getstate()[0])  # bytes of a character that the end of the chunk cut
         try:
             decoder.decode(chunk)
         except UnicodeDecodeError as error:
-            return position - waiting + error.start
-        position += len(chunk)
-        chunk = file.read(1 << 20)
-    return position if decoder.getstate()[0] else None
+            first = max(0, len(before) - waiting + error.start - SAMPLE // 2)
+            return (before + chunk + file.read(SAMPLE))[first : first + SAMPLE]
+        before, chunk = (before + chunk)[-SAMPLE:], file.read(1 << 20)
+    return before[-SAMPLE // 2 :] if decoder.getstate()[0] else None
 
 
 def _guess(sample: bytes, path: Path) -> tuple[str, str]:

@@ -145,7 +145,8 @@ def training_manifests(arguments: list[str], namespace: str, overlay: str) -> tu
     same = [arguments, given, overlay, kind, *(hashlib.sha256(content).hexdigest() for content in files.values())]
     digest = hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
     task = next((argument[5:] for argument in arguments if argument.startswith("task=")), "slang")
-    name = f"train-{re.sub('[^a-z0-9]+', '-', task.lower())[:40]}-{digest}"
+    # Kubeflow adds up to 12 letters for a Pod's host name, which has 63 at most.
+    name = f"train-{re.sub('[^a-z0-9]+', '-', task.lower())[:30]}-{digest}"
 
     container: dict[str, Any] = {"name": "train", "args": ["python", "-m", *arguments]}
     pod: dict[str, Any] = {"containers": [container]}

@@ -41,6 +41,35 @@ def test_the_loss_covers_the_response_and_its_end_and_not_the_prompt(
     assert asked[0] == tokenizer.bos_token_id and (asked == tokenizer.bos_token_id).sum() == 1
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["2024-01-02", "2023-12-31"],
+        ["2024-01-02T03:04:05Z", "2024-01-02 03:04:05"],
+        ["1", "02"],
+        ["1e5", "Infinity"],
+        ["null", "true"],
+        ["9" * 400, "0.10"],
+    ],
+)
+def test_texts_of_any_look_are_learned_as_they_are_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str]
+) -> None:
+    file = tmp_path / "training.jsonl"
+    file.write_text(
+        "".join(json.dumps({"input": text, "output": text, "row": 1, "when": text}) + "\n" for text in texts)
+    )
+    rows, left_out = tokenize(file, tokenizer, PROMPT, 2000, tmp_path / "cache")
+    assert left_out == 0
+    for row, text in zip(rows, texts, strict=True):
+        ((first, end),) = row["target_ranges"]
+        assert row["input_ids"][first:end] == [
+            *tokenizer(text, add_special_tokens=False).input_ids,
+            PROMPT.end_id(tokenizer),
+        ]
+        assert row["input_ids"][:first] == tokenizer(PROMPT.wrap(text)).input_ids
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_equals_that_of_transformers_sample_by_sample(family: str, rows) -> None:  # type: ignore[no-untyped-def]

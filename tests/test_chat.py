@@ -134,8 +134,56 @@ def test_text_is_cleaned_line_by_line_and_no_sign_breaks_a_dialogue(make: Callab
     )
     rows = read(make([odd, *made_up(60)]))
     assert next(row["messages"] for row in rows if row["row"] == 1) == dialogue(
-        'What\'s "this" " \\ ?', "Code:\n\n    if x:\n        y = \"['{}']\"\n- [end]\nok"
+        'What\'s "this" " \\ ?', "Code:\n\n\n\n    if x:\n        y = \"['{}']\"\n- [end]\nok"
     )
+
+
+def test_what_a_question_is_about_earlier_turns_and_the_system_text_come_from_columns(
+    make: Callable[..., Path],
+) -> None:
+    rows = made_up(60)
+    texts = [[message["content"] for message in messages] for messages in rows]
+    alpaca = [
+        {"instruction": ask, "input": more if n % 2 else "", "output": said, "system": "Be brief.", "tags": ["x"]}
+        | {"history": [["Hi.", f"Yes {n}?"]] if n % 3 == 0 else []}
+        for n, (ask, said, more, _) in enumerate(texts)
+    ]
+    folder = make(alpaca)
+    found = {row["row"] - 1: row["messages"] for row in read(folder)}
+    assert sorted(found) == list(range(60))
+    for n, (ask, said, more, _) in enumerate(texts):
+        asked = f"{ask}\n\n{more}" if n % 2 else ask
+        before = ["Hi.", f"Yes {n}?"] if n % 3 == 0 else []
+        assert found[n] == dialogue(*before, asked, said, system="Be brief.")
+    assert json.loads((folder / "manifest.json").read_text())["source"]["unused"] == ["tags"]
+
+
+def test_a_system_column_begins_a_dialogue_that_has_none(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    rows[0] = dialogue(*(message["content"] for message in rows[0]), system="My own.")
+    folder = make({"system": "Be brief.", "messages": messages, "input": "x"} for messages in rows)
+    found = {row["row"] - 1: row["messages"] for row in read(folder)}
+    system = {"role": "system", "content": "Be brief."}
+    assert all(found[n] == (messages if n == 0 else [system, *messages]) for n, messages in enumerate(rows))
+    notes = json.loads((folder / "manifest.json").read_text())["notes"]
+    assert notes["dialogues whose system is not used"] == 1 and notes["dialogues whose about is not used"] == 60
+
+
+@pytest.mark.parametrize("form", ["texts", "messages", "transcripts"])
+def test_of_preference_pairs_the_chosen_answer_is_learned(make: Callable[..., Path], form: str) -> None:
+    rows = [messages[:2] for messages in made_up(60)]
+    pairs: list[dict[str, Any]] = []
+    for ask, said in ((messages[0]["content"], messages[1]["content"]) for messages in rows):
+        chosen: Any = {
+            "texts": said,
+            "messages": dialogue(ask, said),
+            "transcripts": f"\n\nHuman: {ask}\n\nAssistant: {said}",
+        }
+        pairs.append({"chosen": chosen[form], "rejected": "No."} | ({"prompt": ask} if form != "transcripts" else {}))
+    folder = make(pairs)
+    found = {row["row"] - 1: row["messages"] for row in read(folder)}
+    assert all(found[n] == messages for n, messages in enumerate(rows))
+    assert json.loads((folder / "manifest.json").read_text())["source"]["unused"] == ["rejected"]
 
 
 BROKEN = {
@@ -144,7 +192,6 @@ BROKEN = {
     "a late system text": ([*dialogue("a", "b"), {"role": "system", "content": "x"}], "message 3 has role 'system'"),
     "a tool": ([{"role": "tool", "content": "x"}], "message 1 has role 'tool'"),
     "no text": (dialogue("a", "b", "  ", "d"), "message 3 has no text"),
-    "parts": ([{"role": "user", "content": [{"type": "image"}]}], "message 1 has no text"),
     "no answer": (dialogue("a"), "no message of the assistant"),
     "nobody": ([{"role": "system", "content": "x"}], "no user message"),
 }
@@ -183,7 +230,7 @@ def test_nothing_left_is_one_error_with_the_first_reason(make: Callable[..., Pat
     with pytest.raises(
         UserError,
         match=r"no usable row:\s+2 dropped: user and assistant do not take turns\n"
-        r"The first, line 1: message 1 has role 'assistant'",
+        r"The first, line 1: message 1 of row 1 has role 'assistant'",
     ):
         make([dialogue("a", "b")[1:], dialogue("a")])
 

@@ -22,6 +22,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from conftest import PATIENCE, ROOT, until
+from manifest_rules import breaches
 
 from core.errors import UserError
 from evaluation.gate import NOT_BETTER
@@ -83,6 +84,7 @@ def pod_templates(document: Document) -> list[Document]:
 
 def validate(document: Document) -> None:
     kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    assert breaches(document) == []
 
 
 # --- schemas --------------------------------------------------------------------------------------------------------
@@ -114,7 +116,9 @@ def test_the_manifests_for_training_are_valid(
     """Kubeflow's resources through the Job and the Pods inside them."""
     documents = trainings[overlay, job]
     for document in documents:
-        if document["kind"] not in KUBEFLOW:
+        if document["kind"] in KUBEFLOW:
+            assert breaches(document) == []
+        else:
             validate(document)
     head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "inside"}}
     if job == "trainjob":
@@ -159,6 +163,73 @@ def test_a_broken_manifest_is_refused(
 
 
 # --- what schemas do not say ----------------------------------------------------------------------------------------
+
+POD = ["spec", "template", "spec"]
+CONTAINER = [*POD, "containers", 0]
+LONG = "a" * 64
+BROKEN: dict[str, tuple[str, list[Any], Any]] = {
+    "a name in capitals": ("Job", ["metadata", "name"], "Train"),
+    "a name with _": ("Job", ["metadata", "name"], "train_slang"),
+    "a name too long for its Pods": ("Job", ["metadata", "name"], "a" * 60),
+    "a name that ends in -": ("PersistentVolumeClaim", ["metadata", "name"], "runs-"),
+    "a Service that begins with a digit": ("Service", ["metadata", "name"], "1train"),
+    "a Service with a dot": ("Service", ["metadata", "name"], "train.local"),
+    "a namespace with a dot": ("Job", ["metadata", "namespace"], "my.lab"),
+    "a container in capitals": ("Job", [*CONTAINER, "name"], "Train"),
+    "a long container": ("Job", [*CONTAINER, "name"], LONG),
+    "a volume with _": ("Job", [*POD, "volumes", 0, "name"], "my_runs"),
+    "two volumes of one name": ("Job", [*POD, "volumes", 1, "name"], "runs"),
+    "a variable with a space": ("Job", [*CONTAINER, "env", 0, "name"], "MY TOKEN"),
+    "a long label": ("Job", ["metadata", "labels", "app"], LONG),
+    "a label with a space": ("Job", ["spec", "template", "metadata", "labels", "app"], "my app"),
+    "a label's long name": ("Job", ["metadata", "labels", LONG], "x"),
+    "a label's odd prefix": ("Job", ["metadata", "labels", "My_Lab/x"], "x"),
+    "a label that is a number": ("Job", ["metadata", "labels", "n"], 1),
+    "a long selector": ("Service", ["spec", "selector", "app"], LONG),
+    "a long selector of Pods": ("Deployment", ["spec", "selector", "matchLabels", "app"], LONG),
+    "an annotation's name": ("Job", ["metadata", "annotations"], {"a b": "x"}),
+    "8 GB": ("Job", [*CONTAINER, "resources", "limits", "memory"], "8 GB"),
+    "8GB": ("Job", [*CONTAINER, "resources", "requests", "memory"], "8GB"),
+    "eight": ("PersistentVolumeClaim", ["spec", "resources", "requests", "storage"], "eight"),
+    "a comma": ("Job", [*CONTAINER, "resources", "limits", "cpu"], "1,5"),
+    "more than its limit": ("Job", [*CONTAINER, "resources", "requests", "memory"], "900Ti"),
+    "port 70000": ("Service", ["spec", "ports", 0, "port"], 70000),
+    "port 0": ("Deployment", [*CONTAINER, "ports", 0, "containerPort"], 0),
+    "a port's target beyond": ("Service", ["spec", "ports", 0, "targetPort"], 65536),
+    "a port's long name": ("Deployment", [*CONTAINER, "ports", 0, "name"], "a-port-of-sixteen"),
+    "a port's name of digits": ("Deployment", [*CONTAINER, "ports", 0, "name"], "8000"),
+    "a probe's port": ("Deployment", [*CONTAINER, "readinessProbe", "httpGet", "port"], "my_port"),
+    "a port of the network": ("NetworkPolicy", ["spec", "ingress", 0, "ports", 0, "port"], 70000),
+}
+
+
+@CLUSTER
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_no_schema_refuses_is_held_by_our_own_rules(
+    clusters: dict[str, list[Document]], trainings: dict[tuple[str, str], list[Document]], name: str
+) -> None:
+    kind, place, value = BROKEN[name]
+    documents = [*trainings["cpu", "indexed"], *clusters["cpu"]]
+    document = copy.deepcopy(next(each for each in documents if each["kind"] == kind))
+    assert breaches(document) == []
+    *way, last = place
+    inner: Any = document
+    for step in way:
+        inner = inner.setdefault(step, {}) if isinstance(inner, dict) else inner[step]
+    inner[last] = value
+    found = breaches(document)
+    assert (
+        len(found) == 1
+        and str(next(iter(value)) if isinstance(value, dict) else last if last == LONG else value)[:20] in found[0]
+    )
+
+
+@CLUSTER
+@pytest.mark.parametrize("job", JOBS)
+def test_a_task_of_any_name_makes_names_that_pods_can_have(job: str) -> None:
+    for task in ("a_very_long_name_of_a_task_that_somebody_gave_to_it", "Ünïcode__x_", "_"):
+        for document in rendered("commands.train", f"task={task}", JOB=job, NODES=2):
+            assert breaches(document) == []
 
 
 @CLUSTER

@@ -150,7 +150,7 @@ def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: py
 def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     rows = [[f"a {('joke', 'riddle')[n % 2]} please", text] for n, (text,) in enumerate(made_up(80, 9))]
     new_task("jokes", str(write(tmp_path / "a.csv", ["prompt", "completion"], rows)))
-    assert task_of("jokes").data.key == "completion"
+    assert task_of("jokes").data.key == ["completion"]
     assert rows_of("jokes")["input"] in ("a joke please", "a riddle please")
 
 
@@ -209,6 +209,104 @@ def test_real_tables(rows_of: Callable[..., Any], name: str, module: str | None,
         assert data.options.title == "Squid Game"
     else:
         assert rows_of("real")["output"]
+
+
+Given, Expected = Callable[[int, str, str, str], dict[str, Any]], Callable[[int, str, str, str], tuple[str, str]]
+# A row made of three texts, what it becomes, and what is said.
+KINDS: dict[str, tuple[Given, Expected, str]] = {
+    "translations": (
+        lambda n, a, b, c: {"id": n, "translation": {"en": a, "de": b}},
+        lambda n, a, b, c: (f"Translate from English into German:\n{a}", b),
+        "Translations from English into German",
+    ),
+    "languages": (
+        lambda n, a, b, c: {"English words": a, "French words": b},
+        lambda n, a, b, c: (f"Translate from English into French:\n{a}", b),
+        "Translations from English into French",
+    ),
+    "extraction": (
+        lambda n, a, b, c: {"text": c, "output": {"name": a, "n": [n]}},
+        lambda n, a, b, c: (f"Extract name, n from this text as JSON:\n{c}", json.dumps({"name": a, "n": [n]})),
+        "Extraction: the model learns to answer with the JSON in 'output'",
+    ),
+    "summaries": (
+        lambda n, a, b, c: {"article": f"{c}\n{b}", "highlights": a},
+        lambda n, a, b, c: (f"Summarize this article:\n{c}\n{b}", a),
+        "Summaries: 'highlights' is learned for 'article'",
+    ),
+    "choices": (
+        lambda n, a, b, c: {"question": c, "A": a, "B": b, "answer": "AB"[n % 2]},
+        lambda n, a, b, c: (f"{c}\nA. {a}\nB. {b}\nAnswer with the right one.", "AB"[n % 2]),
+        "Multiple choice",
+    ),
+    "a list of choices": (
+        lambda n, a, b, c: {"question": c, "choices": [a, b], "answer": n % 2},
+        lambda n, a, b, c: (f"{c}\n0. {a}\n1. {b}\nAnswer with the right one.", str(n % 2)),
+        "Multiple choice",
+    ),
+    "labelled choices": (
+        lambda n, a, b, c: {"question": c, "choices": {"text": [a, b], "label": ["C", "D"]}, "answerKey": "CD"[n % 2]},
+        lambda n, a, b, c: (f"{c}\nC. {a}\nD. {b}\nAnswer with the right one.", "CD"[n % 2]),
+        "Multiple choice",
+    ),
+    "spam": (
+        lambda n, a, b, c: {"v1": ("ham", "spam")[n % 2], "v2": c},
+        lambda n, a, b, c: (f"Which label fits this text: ham, spam?\n{c}", ("ham", "spam")[n % 2]),
+        "Texts and their labels",
+    ),
+    "pairs": (
+        lambda n, a, b, c: {"system": "Be brief.", "prompt": a, "chosen": b, "rejected": c},
+        lambda n, a, b, c: (f"Be brief.\n{a}", b),
+        "'chosen' is learned as the answer; 'rejected' is not used",
+    ),
+    "code": (
+        lambda n, a, b, c: {"instruction": "Write it.", "input": a, "output": f"def f():\n    return '{b}'\n\n\n# {n}"},
+        lambda n, a, b, c: (f"Write it.\n{a}", f"def f():\n    return '{b}'\n\n\n# {n}"),
+        "Questions and answers",
+    ),
+    "no text": (
+        lambda n, a, b, c: {"question": a, "answer": b, "tags": [c], "meta": {"n": n}, "verified": True, "score": 0.5},
+        lambda n, a, b, c: (a, b),
+        "Columns not used: tags (lists), meta (objects), verified (true or false), score (numbers)",
+    ),
+    "dates": (
+        lambda n, a, b, c: {"question": a, "answer": f"2024-01-{n % 28 + 1:02d}"},
+        lambda n, a, b, c: (a, f"2024-01-{n % 28 + 1:02d}"),
+        "Questions and answers",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_row_of_a_kind_is_asked_and_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    given, expected, about = KINDS[name]
+    words = made_up(60, 3, 4, 9)
+    with (tmp_path / "a.jsonl").open("w") as file:
+        file.writelines(json.dumps(given(n, *row)) + "\n" for n, row in enumerate(words))
+    new_task("kind", str(tmp_path / "a.jsonl"))
+    assert about in capsys.readouterr().out
+    folder = prepare(load_config(["task=kind", f"data_dir={tmp_path}/data"]), None)
+    splits = [(folder / f"{split}.jsonl").read_text().splitlines() for split in ("training", "validation", "test")]
+    found = {row["row"] - 1: (row["input"], row["output"]) for lines in splits for row in map(json.loads, lines)}
+    assert found == {n: expected(n, *row) for n, row in enumerate(words)}
+
+
+def test_unwanted_answers_are_filtered(tmp_path: Path) -> None:
+    rows = [{"prompt": a, "completion": b, "label": n % 2 == 0} for n, (a, b) in enumerate(made_up(80, 3, 5))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new_task("wanted", str(tmp_path / "a.jsonl"))
+    folder = prepare(load_config(["task=wanted", f"data_dir={tmp_path}/data"]), None)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["rows_out"], manifest["dropped"]) == (40, {"label does not match true": 40})
+
+
+def test_a_table_of_labels_without_names_of_columns_is_refused(tmp_path: Path) -> None:
+    lines = [f"{('ham', 'spam')[n % 2]}\t{text}\n" for n, (text,) in enumerate(made_up(60, 9))]
+    (tmp_path / "a.tsv").write_text("".join(lines))
+    with pytest.raises(UserError, match="the first line is a row, not the names of columns: 'ham'"):
+        new_task("spam", str(tmp_path / "a.tsv"))
 
 
 # --- what is written ------------------------------------------------------------------------------------------

@@ -68,6 +68,31 @@ def test_a_task_from_outside_is_known_beside_those_of_this_repository(found: Pat
     assert re.search(r"^TASK: .*\bpoems\b", listed, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["TASK", "MODEL", "PEFT", "ENGINE", "RUNTIME", "ARGS", "GPUS", "TO", "PYTHON", "SOURCE"]
+)
+@pytest.mark.parametrize("form", ["$(shell touch {})", "$(touch {})", "`touch {}`", "slang $(touch {})"])
+def test_no_value_is_expanded_by_make(tmp_path: Path, name: str, form: str) -> None:
+    """In a folder with the Makefile, the names that exist, and a Python that prints its words."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / "nemo_configs").symlink_to(ROOT / "nemo_configs")
+    for file in ("Makefile", "train.lock"):
+        shutil.copy(ROOT / file, tmp_path)
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\nprintf "[%s]" "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / ".venv/train.stamp").touch()
+    value = form.format("expanded")
+    done = subprocess.run(
+        ["make", "data", f"{name}={value}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert not (tmp_path / "expanded").exists()
+    if name in ("GPUS", "SOURCE"):
+        assert f"={value}]" in done.stdout
+    elif name not in ("ARGS", "TO"):
+        assert done.returncode and f"{name}=" in done.stderr
+
+
 def test_its_rows_are_worded_by_its_own_module(data: Path) -> None:
     row = json.loads((data / "training.jsonl").read_text().partition("\n")[0])
     assert row["input"] == f"Write a poem about {row['subject']}."
