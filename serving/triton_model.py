@@ -110,7 +110,11 @@ class TritonPythonModel:
         """
         prompt = protocol.check_prompt(_text(request, "text_input") or "")
         parameters = _text(request, "sampling_parameters")
-        sampling, lora_name = protocol.read_sampling(request.parameters() if parameters is None else parameters)
+        if parameters is None:
+            # Of /generate Triton passes every field on that is no input, its own `id` of the request, too.
+            given_beside = json.loads(request.parameters() or "{}")
+            parameters = {name: value for name, value in given_beside.items() if name != "id"}
+        sampling, lora_name = protocol.read_sampling(parameters)
         given.adapter, given.prompt = lora_name or "", prompt
         given.stream = _flag(request, "stream") or False
         excludes = _flag(request, "exclude_input_in_output")
