@@ -134,6 +134,8 @@ class Source(Record):
     form: str | None = Field(default=None, description="such as csv or json lines, detected from its contents")
     encoding: str | None = Field(default=None, description="of a text file, detected from its contents")
     columns: Mapping[str, str | None] = Field(default={}, description="field of the task → column of the table")
+    unused: list[str] = Field(default=[], description="its other columns")
+    notes: list[str] = Field(default=[], description="what was read otherwise than a table usually is, in words")
     repository: str | None = Field(default=None, description="of a data set on the Hugging Face hub: its name")
     config: str | None = Field(default=None, description="... its configuration")
     revision: str | None = Field(default=None, description="... its commit")

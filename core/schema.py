@@ -83,7 +83,13 @@ class DataConfig(Section):
         description="field: the headers that its column may have, in any case and order; the first one found is used"
     )
     required: list[Text] = Field(description="a row in which one of these fields is empty is left out")
-    key: Text = Field(description="rows in which this field is the same count as one; the split is a hash of it")
+    key: Annotated[list[Text], BeforeValidator(lambda key: [key] if isinstance(key, str) else key)] = Field(
+        min_length=1,
+        description="rows in which this field, or these together, are the same count as one; the split is its hash",
+    )
+    cells: dict[str, Literal["line", "json"]] = Field(
+        {}, description="field: line makes one line of its text, json reads lists and objects as text, too"
+    )
     filters: dict[str, Text] = Field(
         {}, description='field: what a row must have to stay; ">=3" compares numbers, else a regular expression'
     )

@@ -1,9 +1,10 @@
 """Cleans the text of one cell: repairs mojibake, straightens quotes, normalizes spaces.
 
-`clean` returns the text that a model is trained on, `key_of` the key under which two spellings count as one entry, and
-`is_explicit` decides what `task.data.drop_explicit` drops.
+`clean_lines` returns the text that a model is trained on, `clean` the same on one line, `key_of` the key under which
+two spellings count as one entry, and `is_explicit` decides what `task.data.drop_explicit` drops.
 """
 
+import json
 import re
 import unicodedata
 from functools import cache
@@ -18,14 +19,15 @@ _LOST_QUOTE = re.compile(r"â€(?=[\s,.;:!?)]|$)")
 # Zero-width space, word joiner, byte order mark, soft hyphen: invisible, and tokens of their own to a model.
 # The zero-width joiner stays: flag and family emoji are made with it.
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
+_ODD_SPACE = re.compile(r"[^\S \t]")
 
 # Punctuation that does not change what a term is. + # * & @ % are not included: C++ and C# are not C.
 _SPELLING = re.compile(r"[\s.,\-‐‑–—_'\"/\\!?…:;()\[\]{}]+")
 
 
 def clean(cell: str) -> tuple[str, bool]:
-    """Clean the text of a cell.
+    """Clean the text of a cell that is one line: a term, a label, a header.
 
     Returns:
         The text in NFC, on one line, with single spaces, straight quotes and no control characters; UTF-8 that was once
@@ -36,18 +38,70 @@ def clean(cell: str) -> tuple[str, bool]:
     # Nearly every cell of an English table returns here; ftfy takes 50 times as long.
     if plain.isascii() and plain.isprintable() and not ("&" in plain and ";" in plain):
         return (plain, False) if plain is text else (" ".join(plain.split()), True)
+    fixed = " ".join(_repaired(cell).split())
+    return fixed, fixed != text
+
+
+def clean_lines(cell: str) -> tuple[str, bool]:
+    """Clean the text of a cell whose lines matter: code, lists, Markdown, poems.
+
+    Lines, blank lines, indentation and what spaces align stay; every line end becomes a line feed, and every odd kind
+    of space a plain one. Trimmed are the ends of the text and of each line, but for the two spaces of a line break in
+    Markdown and the indentation of the first line where all lines share it. One line is cleaned as by `clean`.
+
+    Returns:
+        As `clean`. JSON stays JSON, its curly quotes included.
+    """
+    lines = cell.strip("\x00\ufeff").splitlines()
+    if len(lines) < 2 or len(filled := [line for line in lines if line.strip()]) < 2:
+        text, repaired = clean(cell)
+    else:
+        text, repaired = _clean_each(lines, filled)
+    if repaired and text[:1] in ("{", "[") and is_json(cell) and not is_json(text):
+        return cell.strip(), False
+    return text, repaired
+
+
+def _clean_each(lines: list[str], filled: list[str]) -> tuple[str, bool]:
+    cleaned, repaired = [], False
+    for line in lines:
+        spaced = _ODD_SPACE.sub(" ", line).rstrip()
+        fixed = spaced
+        if not (spaced.isascii() and spaced.replace("\t", " ").isprintable()) or ("&" in spaced and ";" in spaced):
+            fixed = _ODD_SPACE.sub(" ", _repaired(spaced)).rstrip()
+        repaired |= fixed != spaced
+        breaks = bool(fixed) and line.endswith("  ")
+        cleaned.append(fixed + "  " * breaks)
+    text = "\n".join(cleaned).rstrip()
+    while text.startswith("\n"):
+        text = text[1:]
+    margin = re.match(r"[ \t]*", text)[0]  # type: ignore[index]
+    shared = all(line.startswith(margin) for line in filled)
+    return text if margin and shared else text[len(margin) :], repaired
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is a JSON object or list."""
+    try:
+        return isinstance(json.loads(text, strict=False), dict | list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _repaired(text: str) -> str:
+    """`text` without mojibake, curly quotes, invisible signs and control characters; its spaces stay, but for tabs."""
     import ftfy  # takes 0.1 s, which a plain table does not need
 
-    fixed = ftfy.fix_text(_LOST_QUOTE.sub('"', cell), _ftfy_config()).translate(_INVISIBLE)
-    fixed = " ".join(_CONTROL.sub(lambda c: " " if c[0].isspace() else "", fixed).split())
-    return fixed, fixed != text
+    fixed = ftfy.fix_text(_LOST_QUOTE.sub('"', text), _ftfy_config()).translate(_INVISIBLE)
+    return _CONTROL.sub(lambda c: " " if c[0].isspace() else "", fixed)
 
 
 @cache
 def _ftfy_config():  # type: ignore[no-untyped-def]
     from ftfy import TextFixerConfig
 
-    return TextFixerConfig(explain=False)  # by default it records every step
+    # By default it records every step, and gives Chinese and Japanese the punctuation of English.
+    return TextFixerConfig(explain=False, fix_character_width=False)
 
 
 def key_of(text: str) -> str:

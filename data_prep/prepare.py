@@ -22,8 +22,9 @@ from core.errors import UserError
 from core.progress import Progress
 from core.schema import Config
 from core.tasks import part_of
-from data_prep.clean_text import clean, is_explicit, key_of
+from data_prep.clean_text import is_explicit
 from data_prep.data_folder import MANIFEST, building, read_manifest
+from data_prep.read_cells import CellReader
 from data_prep.read_table import Table
 from data_prep.row_store import BATCH, Drop, RowStore, StoredRow, Unusable
 from data_prep.show_rows import EXAMPLES, show
@@ -32,7 +33,7 @@ from data_prep.split import hash_of, seed_that_fills
 from data_prep.task import Task
 from data_prep.write_splits import SplitWriter
 
-FORMAT = 4  # raise it when the same source would give other rows: existing folders are then rebuilt
+FORMAT = 5  # raise it when the same source would give other rows: existing folders are then rebuilt
 DATABASE = "rows.sqlite"
 
 
@@ -107,7 +108,12 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
         task=task.name,
         fingerprint=fingerprint,
         source=artifacts.Source(
-            **source.record(), form=table.form, encoding=table.encoding or None, columns=table.columns
+            **source.record(),
+            form=table.form,
+            encoding=table.encoding or None,
+            columns=table.columns,
+            unused=table.unused,
+            notes=table.notes,
         ),
         rows_in=read,
         rows_out=sum(split.rows if split.source_rows is None else split.source_rows for split in splits.values()),
@@ -123,23 +129,15 @@ def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None
 # --- read and clean -------------------------------------------------------------------------------------------
 
 
-# Raw cells → the text of the key, cleaned cells, and how many of them were repaired.
+# Raw cells → the key, cleaned cells, and how many of them were repaired.
 RowReader = Callable[[list[str]], tuple[str, list[str], int]]
 
 
 def _reader(task: Task, tokenizer_file: Path | None) -> RowReader:
-    """The reader of the task's module, or that of a table, where each cell is one line of text."""
+    """The reader of the task's module, or that of any table."""
     module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
-    if made := getattr(module, "Reader", None):
-        return made(task, tokenizer_file)
-    key_place = list(task.data.columns).index(task.data.key)
-
-    def read(raw: list[str]) -> tuple[str, list[str], int]:
-        cleaned = [clean(cell) for cell in raw]
-        cells = [text for text, _ in cleaned]
-        return cells[key_place], cells, sum(changed for _, changed in cleaned)
-
-    return read
+    made = getattr(module, "Reader", None)
+    return made(task, tokenizer_file) if made else CellReader(task)
 
 
 def _read(table: Table, task: Task, source: Source, reader: RowReader, store: RowStore) -> tuple[int, int]:
@@ -156,7 +154,7 @@ def _read(table: Table, task: Task, source: Source, reader: RowReader, store: Ro
             else:
                 try:
                     key, cells, changed = reader(raw)
-                    key, repaired = key_of(key), repaired + changed
+                    repaired += changed
                     if reason := _unusable(task, cells, fields, required):
                         drops.append(Drop(number, reason, key[:100]))
                     else:
@@ -210,8 +208,8 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
         seed = seed_that_fills([entry.key for batch in all_of_them for entry in batch], task.split)
     raise UserError(
         f"too few rows: {usable} of {source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
-        f"Rows are dealt by a hash of {task.data.key}, so that none moves when others are added: about {needed} rows "
-        f"fill all splits.\nAdd rows, raise the shares in task.data.split"
+        f"Rows are dealt by a hash of {' and '.join(task.data.key)}, so that none moves when others are added: about "
+        f"{needed} rows fill all splits.\nAdd rows, raise the shares in task.data.split"
         + (f", or deal these rows another way: task.data.split.seed={seed}" if seed is not None else "")
     )
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 
 from core.errors import UserError
@@ -17,6 +18,10 @@ MAX_LINE = 1_000_000  # characters; a longer line is not a row, and must not fil
 OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
 TOO_LONG = "a line or cell too long to read"
+
+
+class _CutLine(str):
+    """The beginning of a line that is too long, which stays so where it is given back."""
 
 
 class NumberedLines:
@@ -38,9 +43,10 @@ class NumberedLines:
         self.number += 1
         self.record.append(line)
         if len(line) == MAX_LINE:
-            self.record[-1] = line[:-1] + "\n"  # ends here, should it be given back
+            self.record[-1] = _CutLine(line[:-1] + "\n")  # ends here, should it be given back
             while line and not line.endswith(("\n", "\r")):
                 line = self._file.readline(MAX_LINE)
+        if isinstance(self.record[-1], _CutLine):
             raise csv.Error(TOO_LONG)
         return line
 
@@ -57,6 +63,16 @@ class NumberedLines:
 
     def begin(self) -> None:
         self.record.clear()
+
+    def ahead(self, count: int) -> list[str]:
+        """The next lines, `count` at most and none after one that is too long, left in place."""
+        self.begin()
+        try:
+            found = list(islice(self, count))
+        except csv.Error:
+            found = self.record[:-1]
+        self.give_back(len(self.record))
+        return found
 
     def give_back(self, count: int) -> None:
         """Put the last `count` lines of the record back: they are read again."""

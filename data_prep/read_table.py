@@ -18,16 +18,23 @@ from typing import NamedTuple
 
 from core.errors import UserError
 from data_prep.clean_text import clean
+from data_prep.find_header import LINES, SEPARATOR, find_header
 from data_prep.read_json import SUFFIXES, Knows, document_rows, is_document
 from data_prep.read_lines import MAX_LINE, NumberedLines, csv_records, json_objects
 from data_prep.text_encoding import encoding_of
 from data_prep.unpack import inner_name, open_unpacked, packing_of
 
 TOO_MANY = "more cells than columns"
-NOT_TEXT = "a value that is not text"
 FORMS = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV", "|": "CSV with bars"}  # by delimiter
 
 Names = Mapping[str, Sequence[str]] | None
+
+# Objects whose keys are all languages, such as {"en": …, "pt-BR": …}, are a column for each: translation.en
+_LANGUAGE = re.compile(r"[a-z]{2,3}([-_]\w{2,4})?")
+
+
+class NotText(str):
+    """A cell that is no text: a list, an object, true or false of JSON or Parquet, as JSON; "" if that cannot be."""
 
 
 class Row(NamedTuple):
@@ -36,7 +43,8 @@ class Row(NamedTuple):
     Attributes:
         number: 1 for the first row below the header; blank lines are not counted.
         line: the line of the file on which it begins; of a Parquet file, its number.
-        cells: raw text of each field of the task; "" for a column that the source lacks. None if `problem` is set.
+        cells: raw text of each field of the task; "" for a column that the source lacks, `NotText` for a value that is
+            no text. None if `problem` is set.
         problem: why the row cannot be used, or "".
     """
 
@@ -54,6 +62,8 @@ class Table:
         form: the format as it is shown to people: one of `FORMS`, JSON Lines or Parquet.
         encoding: the Python codec it is read with; "" for Parquet, which is binary.
         columns: the task's fields that it has, with the header of each as written in the file.
+        unused: the headers of the other columns.
+        notes: what was read otherwise than usual, in words.
         rows: an iterator that reads on demand.
         bytes_read: how far into the file reading has got, to within a buffer.
         close: to be called at the end.
@@ -62,6 +72,8 @@ class Table:
     form: str
     encoding: str
     columns: dict[str, str]
+    unused: list[str]
+    notes: list[str]
     rows: Iterator[Row]
     bytes_read: Callable[[], int]
     close: Callable[[], None]
@@ -82,6 +94,7 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     if path.is_file() and _begins_with(path, b"PAR1"):
         return _open_parquet(path, names, required)
     encoding, errors = encoding_of(path)
+    notes = list[str]()
 
     def text() -> TextIOWrapper:
         return TextIOWrapper(open_unpacked(path), encoding, errors, newline="")
@@ -100,13 +113,14 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
             form = "JSON Lines"
             columns, rows = _json_rows(json_objects(lines, path), path, names, required)
         else:
-            form, columns, rows = _csv_rows(lines, first, path, names, required)
+            form, columns, rows = _csv_rows(lines, first, path, names, required, notes)
     except BaseException:
         file.close()
         raise
     if packing := packing_of(path):
         form = f"{form} in {packing.name}"
-    return Table(form, encoding, columns, rows, lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR), file.close)
+    read = lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR)  # noqa: E731
+    return Table(form, encoding, columns.headers, columns.unused, notes, rows, read, file.close)
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:
@@ -122,29 +136,51 @@ def plain_header(header: str) -> str:
     return re.sub(r"[\W_]+", " ", header.replace("\x00", "")).strip().casefold()
 
 
+class Columns(NamedTuple):
+    """Which columns the fields of a task are in.
+
+    Attributes:
+        places: field → place of its column.
+        headers: field → header, cleaned.
+        unused: the headers of the other columns, cleaned.
+    """
+
+    places: dict[str, int]
+    headers: dict[str, str]
+    unused: list[str]
+
+
 def _find_columns(headers: Sequence[str], names: Names) -> dict[str, int]:
     if names is None:
         return {clean(header)[0]: place for place, header in enumerate(headers) if plain_header(header)}
     places = {plain_header(header): place for place, header in reversed(list(enumerate(headers))) if header.strip()}
     found: dict[str, int] = {}
     for field, accepted in names.items():
-        place = next((places[plain_header(name)] for name in accepted if plain_header(name) in places), None)
+        wanted = (places[plain_header(name)] for name in accepted if plain_header(name) in places)
+        # A column is that of the first field which it fits: with an instruction, the input is what it is about.
+        place = next((place for place in wanted if place not in found.values()), None)
         if place is not None:
             found[field] = place
     return found
 
 
-def _check_columns(
-    found: Mapping[str, int], headers: Sequence[str], path: Path, names: Names, required: Sequence[str]
-) -> None:
-    counts = Counter(plain_header(header) for header in headers)
+def _is_ambiguous(place: int, headers: Sequence[str]) -> bool:
+    return Counter(plain_header(header) for header in headers)[plain_header(headers[place])] > 1
+
+
+def _columns(headers: Sequence[str], path: Path, names: Names, required: Sequence[str]) -> Columns:
+    """Raises UserError: a field that is required has no column, or a column that is used stands twice."""
+    found = _find_columns(headers, names)
+    cleaned = [clean(header)[0] for header in headers]
     for place in found.values():
-        if counts[plain_header(headers[place])] > 1:
-            raise UserError(f"{path} has more than one column called '{clean(headers[place])[0]}'; rename one of them")
+        if _is_ambiguous(place, headers):
+            raise UserError(f"{path} has more than one column called '{cleaned[place]}'; rename one of them")
     missing = [field for field in required if field not in found]
     if not missing or names is None:
-        return
-    listed = [clean(header)[0][:40] for header in headers if header.strip()]
+        used = {plain_header(headers[place]) for place in found.values()}
+        unused = [header for header in cleaned if plain_header(header) and plain_header(header) not in used]
+        return Columns(found, {field: cleaned[place] for field, place in found.items()}, list(dict.fromkeys(unused)))
+    listed = [header[:40] for header in cleaned if header]
     columns = ", ".join(f"'{header}'" for header in listed[:20]) + (", ..." if len(listed) > 20 else "")
     wanted = "\n".join(f"  {field}: {', '.join(names[field])}" for field in missing)
     hint = ""
@@ -172,21 +208,35 @@ def _knows(names: Names, required: Sequence[str]) -> Knows:
 
 
 def _csv_rows(
-    lines: NumberedLines, first: str, path: Path, names: Names, required: Sequence[str]
-) -> tuple[str, dict[str, str], Iterator[Row]]:
-    # The delimiter is the one that splits the header into the most names that the task knows.
-    splits = {delimiter: first.split(delimiter) for delimiter in FORMS}
-    delimiter = max(splits, key=lambda d: (len(_find_columns(splits[d], names)), len(splits[d])))
-    records = csv_records(lines, delimiter)
-    headers = next((cells for _, cells, _ in records if cells), [])
-    found = _find_columns(headers, names)
-    _check_columns(found, headers, path, names, required)
+    lines: NumberedLines, first: str, path: Path, names: Names, required: Sequence[str], notes: list[str]
+) -> tuple[str, Columns, Iterator[Row]]:
+    """Adds to `notes` what was read otherwise than a header in the first line."""
+
+    def found_in(headers: Sequence[str]) -> int | None:
+        found = _find_columns(headers, names)
+        lacking = names is None or not found or any(field not in found for field in required)
+        return None if lacking or any(_is_ambiguous(place, headers) for place in found.values()) else len(found)
+
+    delimiters = list(FORMS)
+    if named := SEPARATOR.fullmatch(first.strip("\ufeff\x00 \r\n")):
+        delimiters = [named[1]]
+        notes.append(f"its first line, {named[0]}, names the separator")
+        next(lines)
+        lines.first(path)
+    header = find_header(lines.ahead(LINES), delimiters, found_in)
+    notes += header.notes
+    for _ in range(header.above):
+        next(lines)
+    records = csv_records(lines, header.delimiter)
+    raw = [cells for _, cells, _ in islice((record for record in records if record[1]), header.records)]
+    headers = raw[0] if len(raw) == 1 else header.names
+    columns = _columns(headers, path, names, required)
     width = len(headers)
     while width and not headers[width - 1].strip():
         width -= 1  # a spreadsheet's empty columns at the right
-    places = [found.get(field, -1) for field in names or found]
-    columns = {field: clean(headers[place])[0] for field, place in found.items()}
-    return FORMS[delimiter], columns, _fit(records, width, places)
+    places = [columns.places.get(field, -1) for field in names or columns.places]
+    form = FORMS.get(header.delimiter, f"CSV with {header.delimiter}")
+    return form, columns, _fit(records, width, places)
 
 
 def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list[int]) -> Iterator[Row]:
@@ -208,14 +258,19 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
 
 def _json_rows(
     objects: Iterator[tuple[int, dict[str, object]]], path: Path, names: Names, required: Sequence[str]
-) -> tuple[dict[str, str], Iterator[Row]]:
+) -> tuple[Columns, Iterator[Row]]:
     first = list(islice(objects, 100))  # an object may omit keys that others have
-    headers = list(dict.fromkeys(key for _, item in first for key in item))
-    found = _find_columns(headers, names)
-    _check_columns(found, headers, path, names, required)
-    columns = {field: headers[place] for field, place in found.items()}
-    rows = _keyed_rows(chain(first, objects), [columns.get(field) for field in names or found])
-    return {field: clean(header)[0] for field, header in columns.items()}, rows
+    headers = list(dict.fromkeys(header for _, item in first for header in _headers_of(item)))
+    columns = _columns(headers, path, names, required)
+    return columns, _keyed_rows(chain(first, objects), columns, headers, names)
+
+
+def _headers_of(item: Mapping[str, object]) -> Iterator[str]:
+    for key, value in item.items():
+        if isinstance(value, dict) and value and all(_LANGUAGE.fullmatch(str(inner)) for inner in value):
+            yield from (f"{key}.{inner}" for inner in value)
+        else:
+            yield key
 
 
 def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
@@ -226,13 +281,20 @@ def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
         file = ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is a Parquet file that cannot be read: {_first_line(error)}") from None
-    headers = file.schema_arrow.names
+    tops = list[str]()  # the column that each header is, or is a part of
+    headers = list[str]()
+    for field in file.schema_arrow:
+        struct = field.type if pyarrow.types.is_struct(field.type) else ()
+        found = list(_headers_of({field.name: {inner.name: None for inner in struct}}))
+        headers += found
+        tops += [field.name] * len(found)
     read = 0
 
     def items() -> Iterator[tuple[int, Mapping[str, object]]]:
         nonlocal read
+        wanted = list(dict.fromkeys(tops[place] for place in columns.places.values()))
         try:
-            for batch in file.iter_batches(batch_size=1024, columns=list(columns.values())):
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 for item in batch.to_pylist():
                     read += 1
                     yield read, item
@@ -240,36 +302,41 @@ def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
             raise UserError(f"{path} cannot be read beyond row {read}: {_first_line(error)}") from None
 
     try:
-        found = _find_columns(headers, names)
-        _check_columns(found, headers, path, names, required)
+        columns = _columns(headers, path, names, required)
     except BaseException:
         file.close()
         raise
-    columns = {field: headers[place] for field, place in found.items()}
-    rows = _keyed_rows(items(), [columns.get(field) for field in names or found])
+    rows = _keyed_rows(items(), columns, headers, names)
     share = path.stat().st_size / max(file.metadata.num_rows, 1)
-    return Table("Parquet", "", columns, rows, lambda: round(read * share), file.close)
+    return Table("Parquet", "", columns.headers, columns.unused, [], rows, lambda: round(read * share), file.close)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
-def _keyed_rows(items: Iterator[tuple[int, Mapping[str, object]]], headers: Sequence[str | None]) -> Iterator[Row]:
-    """Rows of `(line, values by header)`; a header is None for a column that the source lacks."""
+def _keyed_rows(
+    items: Iterator[tuple[int, Mapping[str, object]]], columns: Columns, headers: Sequence[str], names: Names
+) -> Iterator[Row]:
+    """Rows of `(line, values by header)`."""
+    wanted = [headers[columns.places[field]] if field in columns.places else None for field in names or columns.places]
     for number, (line, item) in enumerate(items, 1):
-        cells = [_text_of(item.get(header)) if header is not None else "" for header in headers]
-        known = [cell for cell in cells if cell is not None]
-        yield Row(number, line, known, "") if len(known) == len(cells) else Row(number, line, None, NOT_TEXT)
+        yield Row(number, line, [_text_of(_value(item, header)) if header else "" for header in wanted], "")
 
 
-def _text_of(value: object) -> str | None:
-    """A cell's text; a list of objects (the messages of a dialogue) as JSON. None if it is not text."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        try:
-            return json.dumps(value, ensure_ascii=False)
-        except TypeError:
-            return None
+def _value(item: Mapping[str, object], header: str) -> object:
+    if header in item:
+        return item[header]
+    top, _, inner = header.partition(".")
+    value = item.get(top)
+    return value.get(inner) if isinstance(value, dict) else None
+
+
+def _text_of(value: object) -> str:
+    """A cell's text, `NotText` for a value that has none."""
     if isinstance(value, (list, dict, bool, bytes)):
-        return None
+        try:
+            return NotText(json.dumps(value, ensure_ascii=False)) if value or value is False else ""
+        except TypeError:
+            return NotText()
     return "" if value is None or value != value else str(value)  # NaN is the number that is not itself

@@ -18,14 +18,15 @@ def merge_repeated(task: Task, store: RowStore, number_of_rows: int) -> int:
     A row that gives the key another meaning is dropped, as its example and context belong to that meaning. Where a task
     requires only the key, as dialogues do, different rows of one key are kept; all are in one split.
     """
-    other = f"repeated {task.data.key}, another {' or '.join(task.data.required[1:])}"
+    key = " and ".join(task.data.key)
+    other = f"repeated {key}, another {' or '.join(name for name in task.data.required if name not in task.data.key)}"
     places, merged, seen = task.meaning, 0, 0
 
     def meaning(entry: StoredRow) -> str:
         wording = Wording.of(entry.cells, entry.key, places)
         return wording.rest if places else wording.whole
 
-    with Progress(f"Merging repeated {task.data.key}", number_of_rows) as progress:
+    with Progress(f"Merging repeated {key}", number_of_rows) as progress:
         for first, others in store.repeated():
             said, cells = meaning(first), first.cells
             for batch in others:

@@ -30,6 +30,12 @@ def show(folder: Path, prompt: Prompt, examples: int) -> None:
     source = manifest.source
     at = f" at {source.revision[:12]}" if source.revision else ""
     console.print(f"{folder}: {manifest.rows_in:,} rows in, {manifest.rows_out:,} out, from {source.name}{at}\n")
+    for note in source.notes:
+        console.print(f"{source.name}: {note}", soft_wrap=True)
+    if source.unused:
+        console.print(f"Columns not used: {', '.join(source.unused)}", soft_wrap=True)
+    if source.notes or source.unused:
+        console.print()
     console.print(_splits(manifest.splits))
     for count, what in _left_out(folder, manifest):
         console.print(f"{count:>8,}  {what}" if what else "", soft_wrap=True)

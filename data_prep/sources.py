@@ -210,9 +210,7 @@ def open_source(source: Source, names: Names, required: Sequence[str]) -> Table:
                 number += 1
                 yield row._replace(number=number)
 
-    return Table(
-        table.form, table.encoding, table.columns, rows(), lambda: done + current.bytes_read(), lambda: current.close()
-    )
+    return replace(table, rows=rows(), bytes_read=lambda: done + current.bytes_read(), close=lambda: current.close())
 
 
 def _hash(files: Sequence[Path]) -> str:

@@ -54,7 +54,7 @@ class Task:
     """A task: which columns its rows have, which rows stay, and how they are worded.
 
     Attributes:
-        data: its options; `required` begins with the key.
+        data: its options; `required` begins with the key, or the first field of it.
         filters: by column.
         split: the hashes `[first, past the last)` of each split, as in `split.py`.
     """
@@ -69,15 +69,27 @@ class Task:
     @property
     def meaning(self) -> list[int]:
         """The places, among the columns, of what is required beside the key: what a row says about it."""
-        return [place for place, name in enumerate(self.data.columns) if name in self.data.required[1:]]
+        said = set(self.data.required) - set(self.data.key)
+        return [place for place, name in enumerate(self.data.columns) if name in said]
+
+    @property
+    def asked(self) -> list[int]:
+        """The places of the fields that are the key together."""
+        return [list(self.data.columns).index(name) for name in self.data.key]
 
     @classmethod
     def of(cls, config: Config) -> "Task":
         """Raises UserError: a field that is no column, shares that leave nothing to train on, a broken prompt."""
         data = config.task.data
         train_fields = data.train_fields or list(data.columns)
-        data = data.model_copy(update={"required": list(dict.fromkeys([data.key, *data.required]))})
-        for option, named in {"required": data.required, "train_fields": train_fields, "filters": data.filters}.items():
+        data = data.model_copy(update={"required": list(dict.fromkeys([data.key[0], *data.required]))})
+        for option, named in {
+            "required": data.required,
+            "key": data.key,
+            "train_fields": train_fields,
+            "filters": data.filters,
+            "cells": data.cells,
+        }.items():
             _check_names(f"task.data.{option}", named, data.columns)
         if lacking := [name for name in data.required if name not in train_fields]:
             raise UserError(f"task.data.train_fields leaves out {', '.join(lacking)}, which every row needs")

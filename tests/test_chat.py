@@ -134,7 +134,7 @@ def test_text_is_cleaned_line_by_line_and_no_sign_breaks_a_dialogue(make: Callab
     )
     rows = read(make([odd, *made_up(60)]))
     assert next(row["messages"] for row in rows if row["row"] == 1) == dialogue(
-        'What\'s "this" " \\ ?', "Code:\n\n    if x:\n        y = \"['{}']\"\n- [end]\nok"
+        'What\'s "this" " \\ ?', "Code:\n\n\n\n    if x:\n        y = \"['{}']\"\n- [end]\nok"
     )
 
 

@@ -26,7 +26,7 @@ from core.schema import Config, DataConfig
 from data_prep.clean_text import clean, is_explicit, key_of
 from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
 from data_prep.prepare import prepare
-from data_prep.read_table import Row, open_table
+from data_prep.read_table import NotText, Row, open_table
 from data_prep.same_rows import NEAR
 from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
@@ -221,8 +221,9 @@ def test_json_lines(tmp_path: Path) -> None:
     lines = ['{"Term": "W", "meaning": "win"}', "", '{"meaning": 7, "Term": "seven", "usage": null, "id": [1]}']
     (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"Term": ["L"], "meaning": "loss"}']))
     rows = read_rows(tmp_path / "a.jsonl")
-    assert [row.cells for row in rows] == [["W", "win", "", ""], ["seven", "7", "", ""], None]
-    assert (rows[2].line, rows[2].problem) == (4, "a value that is not text")
+    assert [row.cells for row in rows] == [["W", "win", "", ""], ["seven", "7", "", ""], ['["L"]', "loss", "", ""]]
+    assert [isinstance(cell, NotText) for cell in rows[2].cells or []] == [True, False, False, False]
+    assert (rows[2].line, rows[2].problem) == (4, "")
 
 
 # --- cleaning -------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: py
 def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     rows = [[f"a {('joke', 'riddle')[n % 2]} please", text] for n, (text,) in enumerate(made_up(80, 9))]
     new_task("jokes", str(write(tmp_path / "a.csv", ["prompt", "completion"], rows)))
-    assert task_of("jokes").data.key == "completion"
+    assert task_of("jokes").data.key == ["completion"]
     assert rows_of("jokes")["input"] in ("a joke please", "a riddle please")
 
 

@@ -21,7 +21,7 @@ from conftest import typed
 from core.errors import UserError
 from core.schema import Config
 from data_prep.prepare import prepare
-from data_prep.read_table import Row, open_table
+from data_prep.read_table import NotText, Row, open_table
 from data_prep.sources import HubTable, find_source, open_source
 
 LETTERS = random.Random(0)
@@ -88,7 +88,7 @@ def test_parquet_is_read_as_the_same_csv_is(tmp_path: Path) -> None:
     assert source["sha256"] == hashlib.sha256(parquet_of(ROWS)).hexdigest()
 
 
-def test_a_parquet_row_is_dropped_for_what_is_no_text(tmp_path: Path) -> None:
+def test_a_parquet_value_that_is_no_text_is_marked(tmp_path: Path) -> None:
     columns = {
         "text": ["one", None, "three"],
         "number": [1.5, float("nan"), 3.0],
@@ -99,10 +99,11 @@ def test_a_parquet_row_is_dropped_for_what_is_no_text(tmp_path: Path) -> None:
     rows = read(tmp_path / "a.parquet", {name: [name] for name in (*columns, "missing")})
     assert [row.cells for row in rows] == [
         ["one", "1.5", "", '[{"role": "user", "content": "Hi"}]', ""],
-        None,
+        ["", "", "true", "", ""],
         ["three", "3.0", "", "", ""],
     ]
-    assert rows[1].problem == "a value that is not text"
+    marked = [[isinstance(cell, NotText) for cell in row.cells or []] for row in rows]
+    assert marked == [[False, False, False, True, False], [False, False, True, False, False], [False] * 5]
 
 
 def test_a_damaged_parquet_file_is_an_error_in_words(tmp_path: Path) -> None:
@@ -282,6 +283,8 @@ def test_a_hub_table_becomes_what_its_file_would(hub: Hub, tmp_path: Path) -> No
         "form": "CSV",
         "encoding": "utf-8",
         "columns": {"question": "question", "answer": "answer"},
+        "unused": [],
+        "notes": [],
     }
 
 

@@ -6,14 +6,16 @@ step is the mean over all its target tokens, the tokens that the loss mask selec
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, Features, List, Value, disable_progress_bars
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +25,9 @@ from training.cross_entropy import linear_cross_entropy
 from training.experts import round_experts
 from training.packed_attention import use_packed_attention
 from training.packing import Layout, pack, shared_prefixes
+
+_INTEGER = Value("int64")
+FEATURES = Features({"input_ids": List(_INTEGER), "length": _INTEGER, "target_ranges": List(List(_INTEGER))})
 
 
 @dataclass
@@ -95,40 +100,36 @@ def tokenize(
         end = prompt.end_id(tokenizer)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if file.stat().st_size < 50e6:  # done in a second or two
+
+    def encoded() -> Iterator[dict[str, Any]]:
+        # Not read by `datasets`, whose JSON reader makes timestamps of texts that are all dates, and other texts of
+        # those timestamps where it is told that they are texts.
+        with file.open(encoding="utf-8") as lines:
+            while rows := [json.loads(line) for line in islice(lines, 1000)]:
+                made = [pieces for row in rows for pieces in prompt.samples(row)]
+                texts = [text for pieces in made for text, _ in pieces]
+                tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids)
+                for pieces in made:
+                    ids, ranges = [tokenizer.bos_token_id], []
+                    for _, is_target in pieces:
+                        first = len(ids)
+                        ids += next(tokens)
+                        if is_target:
+                            ids.append(end)
+                            ranges.append([first, len(ids)])
+                    yield {"input_ids": ids, "length": len(ids), "target_ranges": ranges}
+
+    small = file.stat().st_size < 10e6  # done in a second or two, and no trouble for the memory
+    if small:
         disable_progress_bars()
-    samples = load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
-
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        made = [pieces for row in rows for pieces in prompt.samples(row)]
-        texts = [text for pieces in made for text, _ in pieces]
-        tokens = iter(tokenizer(texts, add_special_tokens=False).input_ids)
-        encoded: dict[str, list[Any]] = {"input_ids": [], "length": [], "target_ranges": []}
-        for pieces in made:
-            ids, ranges = [tokenizer.bos_token_id], []
-            for _, is_target in pieces:
-                first = len(ids)
-                ids += next(tokens)
-                if is_target:
-                    ids.append(end)
-                    ranges.append([first, len(ids)])
-            for key, value in zip(encoded, (ids, len(ids), ranges), strict=True):
-                encoded[key].append(value)
-        return encoded
-
-    # Given here, because `datasets` would otherwise pickle the tokenizer to hash it, which takes seconds. Tokenizer and
-    # prompt are those of the data folder that `cache` lies in: another one makes another folder.
-    fingerprint = hashlib.sha256(f"target_ranges {file.stat().st_mtime_ns} {prompt}".encode()).hexdigest()[:16]
-    small = len(samples) < 100_000
-    samples = samples.map(
-        encode,
-        batched=True,
-        remove_columns=samples.column_names,
-        keep_in_memory=small,
-        desc=file.name,
-        new_fingerprint=fingerprint,
-    )
+        made = list(encoded())
+        samples = Dataset.from_dict({key: [sample[key] for sample in made] for key in FEATURES}, features=FEATURES)
+    else:
+        # Given here, because `datasets` would otherwise pickle the tokenizer to hash it, which takes seconds. Tokenizer
+        # and prompt are those of the data folder that `cache` lies in: another one makes another folder.
+        of = f"{file.name} {file.stat().st_mtime_ns} {prompt}"
+        fingerprint = hashlib.sha256(of.encode()).hexdigest()[:16]
+        samples = Dataset.from_generator(encoded, FEATURES, str(cache), fingerprint=fingerprint)
     fitting = samples.filter(lambda sample: sample["length"] <= max_length, keep_in_memory=small)
     if not len(fitting):
         raise UserError(

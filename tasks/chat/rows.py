@@ -24,14 +24,13 @@ Dialogues are assigned to splits by their first user message, so all that begin 
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from core.prompt import exchanges, is_learned
-from data_prep.clean_text import clean
+from data_prep.clean_text import clean_lines, key_of
 from data_prep.row_store import Unusable
 from data_prep.task import Task
 from tasks.chat.read_messages import read_messages
@@ -41,7 +40,7 @@ Turn = str | list[str]  # an answer that is context only is the one text of a li
 
 
 class Reader:
-    """Turns a row's raw cells into `(text of the key, cells, how many messages were repaired)`.
+    """Turns a row's raw cells into `(key, cells, how many messages were repaired)`.
 
     The key's cell then holds, as JSON, the rows that the dialogue becomes, each as `[system text, user, model, user,
     …]`, where an answer that is context only is a list of one text; the other cells are empty.
@@ -55,7 +54,7 @@ class Reader:
 
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
         columns = list(task.data.columns)
-        self._place = columns.index(task.data.key)
+        self._place = columns.index(task.data.key[0])
         self._answer_place = columns.index("answer") if "answer" in columns else None
         self._columns, self._prompt, self._most = len(columns), task.prompt, task.data.max_tokens or 0
         self._tokenizer_file = tokenizer_file if self._most else None
@@ -79,7 +78,7 @@ class Reader:
         messages = self._read(raw[self._place], answer)
         repaired = 0
         for message in messages:
-            message["content"], changed = _clean_lines(message["content"])
+            message["content"], changed = clean_lines(message["content"])
             repaired += changed
         if len(messages) > 1 and messages[-1]["role"] == "user":
             messages.pop()
@@ -101,7 +100,7 @@ class Reader:
         parts = [[*(system or [""]), *part] for part in self._parts(system, turns)]
         cells = [""] * self._columns
         cells[self._place] = json.dumps(parts, ensure_ascii=False)
-        return str(turns[0]), cells, repaired
+        return key_of(str(turns[0])), cells, repaired
 
     def _read(self, cell: str, answer: str) -> list[ChatMessage]:
         """The messages of a row, with any roles; a message without text has the content ""."""
@@ -185,7 +184,7 @@ class Reader:
 def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Iterator[dict[str, Any]]:
     """The rows of a split, from what `Reader` stored for each dialogue."""
     for row in rows:
-        for part in json.loads(row[task.data.key]):
+        for part in json.loads(row[task.data.key[0]]):
             yield {"messages": write_messages(part), "row": row["row"]}
 
 
@@ -197,13 +196,3 @@ def write_messages(part: Sequence[Turn]) -> list[ChatMessage]:
         said = {"content": text} if isinstance(text, str) else {"content": text[0], "weight": 0}
         messages.append({"role": ("user", "assistant")[number % 2], **said})
     return messages
-
-
-def _clean_lines(text: str) -> tuple[str, bool]:
-    """Like `clean`, but line by line: lists stay lists, and code keeps its indentation."""
-    lines, repaired = [], False
-    for line in text.splitlines():
-        cleaned, changed = clean(line)
-        lines.append(re.match(r"[ \t]*", line)[0] + cleaned if cleaned else "")  # type: ignore[index]
-        repaired |= changed
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip(), repaired

@@ -54,9 +54,8 @@ def make_rows(
     with Progress("Reading the reviews", sum(map(len, found.values()))) as progress:
         for split, rows in found.items():
             for row in rows:
-                reviews[split].append(
-                    reader.read(row["row"], row["review"], ratings.get(row["row"]), row.get("title", ""))
-                )
+                review, title = (" ".join(row.get(name, "").split()) for name in ("review", "title"))
+                reviews[split].append(reader.read(row["row"], review, ratings.get(row["row"]), title))
                 done += 1
                 progress.at(done)
     _check(reviews, task)
