@@ -7,7 +7,9 @@ A row is *near* another when a model trained on one has in effect seen the other
 
 So `LOL` and `LOLZ`, both "laughing out loud", are near whatever their examples; `LOL` and `ROFL` with that one
 definition are not, unless their other columns agree too; nor are `FOMO` "fear of missing out" and `JOMO` "joy of
-missing out". Texts are compared without case and punctuation.
+missing out". Texts are compared without case and punctuation. Where several fields are the key together, such as an
+instruction and its input, those that are equal in both rows are left out of the comparison: one long instruction for
+all rows does not make them near.
 
 Comparing every row with every held-out row would take days for a million rows. MinHash (Broder 1997) turns a text into
 numbers, each of which two texts share with a probability equal to the overlap (Jaccard) of their four-letter shingles;
@@ -45,19 +47,30 @@ _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Wording(NamedTuple):
-    """The text of a row that is compared: all its columns, and of the required ones the key and the rest."""
+    """The text of a row that is compared: all its columns, and of the required ones the key and the rest.
+
+    Where several fields are the key, `asked` has the text of each, and `whole` that of the other columns alone.
+    """
 
     whole: str
     key: str
     rest: str
+    asked: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cells: Sequence[str], key: str, rest: Sequence[int]) -> "Wording":
-        """`cells` are in the order of the task's columns; `rest` are the indices of required columns but the key."""
-        return cls(_comparable(" ".join(cells)), key, _comparable(" ".join([cells[place] for place in rest])))
+    def of(cls, cells: Sequence[str], key: str, rest: Sequence[int], asked: Sequence[int] = ()) -> "Wording":
+        """`cells` are in the order of the task's columns; `asked` are the indices of the key, `rest` those of other
+        required columns."""
+        said = _comparable(" ".join([cells[place] for place in rest]))
+        if len(asked) < 2:
+            return cls(_comparable(" ".join(cells)), key, said)
+        others = " ".join(cell for place, cell in enumerate(cells) if place not in asked)
+        return cls(_comparable(others), key, said, tuple(_comparable(cells[place]) for place in asked))
 
     def texts(self) -> list[str]:
         """The texts that candidates are found by."""
+        if self.asked:
+            return list(dict.fromkeys((" ".join((*self.asked, self.whole)), " ".join((*self.asked[1:], self.whole)))))
         head = f"{self.key} {self.rest}" if self.rest else self.whole
         # `EZ easy` and `EZY easy` share half of their shingles; `easy` and `easy` all of them.
         rest = self.rest if 0 < len(self.rest) < SHORT else self.whole
@@ -66,6 +79,8 @@ class Wording(NamedTuple):
 
 def are_near(one: Sequence[Wording], other: Sequence[Wording]) -> NDArray[np.bool_]:
     """Whether each pair `(one[i], other[i])` is near, by the rule above; shape `(len(one),)`."""
+    if one and one[0].asked:
+        one, other = zip(*map(_without_equals, one, other), strict=True)
 
     def same(field: str, threshold: int) -> NDArray[np.bool_]:
         pairs = [getattr(wording, field) for wording in one], [getattr(wording, field) for wording in other]
@@ -73,6 +88,17 @@ def are_near(one: Sequence[Wording], other: Sequence[Wording]) -> NDArray[np.boo
 
     stated = np.array([bool(wording.rest) for wording in one], bool)
     return same("whole", SAME_TEXT) | (stated & same("key", SAME_KEY) & same("rest", SAME_TEXT))
+
+
+def _without_equals(one: Wording, other: Wording) -> tuple[Wording, Wording]:
+    """Both without the fields of their keys that are equal in them."""
+    differ = [place for place, (mine, theirs) in enumerate(zip(one.asked, other.asked, strict=True)) if mine != theirs]
+
+    def rest(wording: Wording) -> Wording:
+        asked = " ".join(wording.asked[place] for place in differ)
+        return wording._replace(whole=f"{asked} {wording.whole}" if asked else wording.whole, key=asked)
+
+    return rest(one), rest(other)
 
 
 def _comparable(text: str) -> str:

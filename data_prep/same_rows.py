@@ -50,7 +50,7 @@ def part_near_duplicates(task: Task, store: RowStore) -> None:
     places = task.meaning
 
     def wordings(entries: Iterable[StoredRow]) -> dict[int, Wording]:
-        return {entry.row: Wording.of(entry.cells, entry.key, places) for entry in entries}
+        return {entry.row: Wording.of(entry.cells, entry.key, places, task.asked) for entry in entries}
 
     def texts(said: dict[int, Wording]) -> tuple[list[str], list[int]]:
         pairs = [(text, row) for row, wording in said.items() for text in wording.texts()]

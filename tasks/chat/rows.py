@@ -4,8 +4,12 @@ A source row holds, in the task's key column (`messages` in chat.yaml), one of
 
     [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]    or as in read_messages.py
     a text, or such a list that ends with the user                              with its answer in the column `answer`
+    \n\nHuman: …\n\nAssistant: …                                                a transcript
 
-and becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, beginning with the
+A text may have more in other columns: `about`, which follows it after a blank line (Alpaca's input), and `history`, the
+turns before it. `system` is the system message of any dialogue without one. What of them is not used is counted.
+
+It becomes rows `{"messages": [{"role", "content"}, …], "row": n}`. User and assistant alternate, beginning with the
 user and ending with the assistant; a system message may come first, and a last user message without an answer is left
 out. A dialogue that breaks this rule is dropped, with the number of the offending message, and so is one in which the
 assistant calls a tool, as its text alone would teach to answer without. Where the call is written in the text, the
@@ -24,6 +28,8 @@ Dialogues are assigned to splits by their first user message, so all that begin 
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,11 +37,14 @@ from typing import Any
 
 from core.prompt import exchanges, is_learned
 from data_prep.clean_text import clean_lines, key_of
+from data_prep.read_table import NotText
 from data_prep.row_store import Unusable
 from data_prep.task import Task
 from tasks.chat.read_messages import read_messages
 
 ChatMessage = dict[str, Any]
+# Anthropic's transcripts, and the like.
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|User|Assistant): ?")
 Turn = str | list[str]  # an answer that is context only is the one text of a list
 
 
@@ -55,7 +64,7 @@ class Reader:
     def __init__(self, task: Task, tokenizer_file: Path | None) -> None:
         columns = list(task.data.columns)
         self._place = columns.index(task.data.key[0])
-        self._answer_place = columns.index("answer") if "answer" in columns else None
+        self._places = {name: place for place, name in enumerate(columns) if place != self._place}
         self._columns, self._prompt, self._most = len(columns), task.prompt, task.data.max_tokens or 0
         self._tokenizer_file = tokenizer_file if self._most else None
         self._cut = f"dialogues of over {self._most} tokens cut between exchanges"
@@ -67,15 +76,15 @@ class Reader:
         self._tools = "dialogues in which a tool's answer is given as the user's turn"
         self._answered = "dialogues that end with an answer; the one in a column of its own is left out"
         notes = self._cut, self._shortened, self._thoughtless, self._context, self._weighed, self._asked
-        self.notes = dict.fromkeys((*notes, self._tools, self._answered), 0)
+        self.notes = Counter(dict.fromkeys((*notes, self._tools, self._answered), 0))
 
     def __call__(self, raw: Sequence[str]) -> tuple[str, list[str], int]:
         """
         Raises:
             Unusable: the row is not a dialogue, has calls of tools, or its first exchange is too long.
         """
-        answer = "" if self._answer_place is None else raw[self._answer_place]
-        messages = self._read(raw[self._place], answer)
+        more = {name: raw[place] for name, place in self._places.items() if raw[place].strip()}
+        messages = self._read(raw[self._place], more)
         repaired = 0
         for message in messages:
             message["content"], changed = clean_lines(message["content"])
@@ -102,15 +111,33 @@ class Reader:
         cells[self._place] = json.dumps(parts, ensure_ascii=False)
         return key_of(str(turns[0])), cells, repaired
 
-    def _read(self, cell: str, answer: str) -> list[ChatMessage]:
-        """The messages of a row, with any roles; a message without text has the content ""."""
-        messages = read_messages(cell, not answer)
+    def _read(self, cell: str, more: dict[str, str]) -> list[ChatMessage]:
+        """The messages of a row, with any roles; a message without text has the content "".
+
+        Args:
+            more: the other cells that are filled, by field.
+        """
+        answer = more.pop("answer", "")
+        messages = read_messages(cell, not answer) or ([] if answer else _transcript(cell))
         answered = (read_messages(answer, False) or [{"role": "assistant", "content": answer}]) if answer else []
-        if messages is None:
+        if answered and answered[0]["role"] in ("system", "user"):
+            messages, answered = answered, []  # the whole dialogue, as in some tables of preference pairs
+        if not messages:
             if cell.lstrip().startswith("[") and not answer:
                 raise Unusable("no list of messages", "it begins with [ and is no list of messages in JSON or Python")
-            messages = [{"role": "user", "content": cell}]
+            about = "" if isinstance(about := more.get("about", ""), NotText) else about
+            earlier = read_messages(more.get("history", "")) or []
+            messages = [*earlier, {"role": "user", "content": "\n\n".join(filter(None, (cell.rstrip(), about)))}]
             answered = answered or [{"role": "assistant", "content": ""}]
+            if about:
+                del more["about"]
+            if earlier:
+                del more["history"]
+        if (system := more.get("system", "")) and not isinstance(system, NotText) and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": more.pop("system")}, *messages]
+        for name in more:
+            if name in ("about", "history", "system"):
+                self.notes[f"dialogues whose {name} is not used"] += 1
         if messages[-1]["role"] == "assistant" and answered:
             self.notes[self._answered] += 1
             answered = []
@@ -186,6 +213,15 @@ def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Ite
     for row in rows:
         for part in json.loads(row[task.data.key[0]]):
             yield {"messages": write_messages(part), "row": row["row"]}
+
+
+def _transcript(cell: str) -> list[ChatMessage]:
+    """The messages of `Human: …\n\nAssistant: …`, none where a text is none or has one turn alone."""
+    before, *said = _SPEAKER.split(cell)
+    if before.strip() or len(said) < 4:
+        return []
+    roles = {"Assistant": "assistant"}
+    return [{"role": roles.get(who, "user"), "content": text} for who, text in zip(said[::2], said[1::2], strict=True)]
 
 
 def write_messages(part: Sequence[Turn]) -> list[ChatMessage]:
