@@ -186,7 +186,7 @@ def _rows_of_list(text: _Text, path: Path, knows: Knows) -> Iterator[tuple[int, 
 
 def _row_of_cells(cells: list[Any], names: list[str], knows: Knows) -> tuple[Item, list[str]]:
     """The row in a list, empty where it is the header, and the names of the cells from then on."""
-    if _is_rows(cells):
+    if _is_made_of(dict, cells):
         return {"messages": cells}, names
     if not names and knows([str(name) for name in cells]):
         return {}, [str(name) for name in cells]
@@ -208,7 +208,7 @@ def _unwrapped(item: Item, path: Path, knows: Knows) -> list[Item]:
     columns, data = item.get("columns"), item.get("data")
     if isinstance(columns, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
         return [dict(zip(map(str, columns), row, strict=False)) for row in data]
-    lists = {name: value for name, value in item.items() if _is_rows(value) and name not in _DESCRIPTIONS}
+    lists = {name: value for name, value in item.items() if _is_made_of(dict, value) and name not in _DESCRIPTIONS}
     if len(lists) > 1 and not (len(lists) == len(values) and knows(list(item))):
         first = next(iter(lists))
         listed = ", ".join(f"{name} ({len(rows):,})" for name, rows in lists.items())
@@ -220,9 +220,7 @@ def _unwrapped(item: Item, path: Path, knows: Knows) -> list[Item]:
         (rows,) = lists.values()
         wrapped = all(isinstance(row.get("row"), dict) and "row_idx" in row for row in rows)  # the hub's rows API
         return [row["row"] for row in rows] if wrapped else rows
-    tables = [
-        value for value in values if isinstance(value, list) and value and all(isinstance(v, list) for v in value)
-    ]
+    tables = [value for value in values if _is_made_of(list, value)]
     if len(tables) == 1 and not knows(list(item)):
         rows, names = list[Item](), list[str]()
         for cells in tables[0]:
@@ -241,8 +239,8 @@ def _unwrapped(item: Item, path: Path, knows: Knows) -> list[Item]:
     return [item]
 
 
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+def _is_made_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, kind) for part in value)
 
 
 def _is_dialogue(value: list[Any]) -> bool:
