@@ -9,17 +9,6 @@ TO     ?= adapter
 RUNTIME ?= auto
 PYTHON ?= python3
 
-# Values with spaces and quotes reach Python through the environment, untouched by make and the shell.
-export override SOURCE := $(value SOURCE)
-export override NAME := $(value NAME)
-export override TITLE := $(value TITLE)
-export override CONTEXT := $(value CONTEXT)
-export override CONDITION := $(value CONDITION)
-export override QUESTION := $(value QUESTION)
-export override RUNS := $(value RUNS)
-export override REPO := $(value REPO)
-export override DATASET := $(value DATASET)
-
 # What may stand on make's command line; a misspelt name would otherwise be a default that nobody asked for.
 variables := TASK MODEL PEFT ENGINE TO RUNTIME PYTHON ARGS SOURCE NAME TITLE CONTEXT CONDITION QUESTION RUNS REPO DATASET \
 	TASKS GPUS BASE KIND VARIANT BASE_IMAGE PROFILES IMAGE TRAIN_IMAGE DRY_RUN NODES GPUS_PER_NODE CPUS_PER_NODE PARTITION \
@@ -28,19 +17,28 @@ variables := TASK MODEL PEFT ENGINE TO RUNTIME PYTHON ARGS SOURCE NAME TITLE CON
 given := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(variables),$(given)),$(error $(name) is no variable of this Makefile. Known: $(variables)))
 
+# No value is expanded, by make or by the shell: "$(…)" in one is text. Recipes take values from the environment or in
+# quotes; the words of ARGS are told apart as the shell would, and each is quoted.
+$(foreach name,$(variables),$(if $(filter command environment,$(origin $(name))),$(eval export override $(name) := $$(value $(name)))))
+$(foreach name,PYTHON CC,$(if $(findstring $$,$($(name)))$(findstring `,$($(name))),$(error $(name)=$($(name)) is not the name of a program)))
+quoted = '$(subst ','\'',$1)'
+args := $(if $(strip $(ARGS)),$(shell $(PYTHON) -c 'import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))' $(call quoted,$(ARGS)) 2>/dev/null))
+$(if $(strip $(ARGS)),$(if $(args),,$(error ARGS has a quote that is never closed: $(ARGS))))
+
 # A name that does not exist is answered before anything is installed. (An image being built has no names yet.)
 # Folders of PYTHONPATH may bring tasks of their own, see docs/tasks.md.
 homes := ./ $(addsuffix /,$(subst :, ,$(PYTHONPATH)))
 known = $(sort $(basename $(notdir $(wildcard $(addsuffix nemo_configs/$1/*.yaml,$(homes))))))
-check = $(if $(filter $2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
+one_of = $(if $(word 2,$1),,$(filter $(subst %,\%,$1),$2))
+check = $(if $(call one_of,$2,$(or $(call known,$1),$2)),,$(error $3=$2 is unknown. Known: $(call known,$1)))
 # A model may be named as on the hub: gemma-4-E2B.
-override MODEL := $(if $(filter $(MODEL),$(call known,model)),$(MODEL),$(shell printf %s '$(subst ','\'',$(MODEL))' | tr A-Z a-z))
+override MODEL := $(if $(call one_of,$(MODEL),$(call known,model)),$(MODEL),$(shell printf %s $(call quoted,$(MODEL)) | tr A-Z a-z))
 $(call check,task,$(TASK),TASK)
 $(call check,model,$(MODEL),MODEL)
 $(call check,peft,$(PEFT),PEFT)
-$(if $(filter $(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
+$(if $(call one_of,$(ENGINE),$(ENGINES)),,$(error ENGINE=$(ENGINE) is unknown. Known: $(ENGINES)))
 RUNTIMES := auto local container slurm k8s
-$(if $(filter $(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Known: $(RUNTIMES)))
+$(if $(call one_of,$(RUNTIME),$(RUNTIMES)),,$(error RUNTIME=$(RUNTIME) is unknown. Known: $(RUNTIMES)))
 
 # Where a training runs. Each launcher takes a module and its words; what a scheduler wants to know besides (NODES,
 # GPUS_PER_NODE, PARTITION, ACCOUNT, TIME, DRY_RUN, IMAGE ...) it finds in the environment, where make puts whatever was
@@ -61,8 +59,8 @@ RUN := .venv/bin/python -m
 # Files of tests side by side, each on one thread: two trainings that share two cores' threads take ten times as long.
 # One more than there are cores, as many a test waits; those with slow tests first (tests/conftest.py).
 WORKERS := $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
-PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),trainer.devices=$(GPUS)) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest -n $(call quoted,$(WORKERS)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+CONFIG = task=$(TASK) model=$(MODEL) peft=$(PEFT) engine=$(ENGINE) $(if $(GPUS),"trainer.devices=$$GPUS") $(if $(SOURCE),"task.data.source=$$SOURCE") $(args)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -79,30 +77,30 @@ new-task: .venv/train.stamp  ## write a task for a table of your own, as a start
 	@$(RUN) commands.new_task "name=$$NAME" "source=$$SOURCE" "title=$$TITLE"
 
 base: .venv/train.stamp  ## only fetch or build MODEL  HF_TOKEN=hf_... for gated ones
-	@$(RUN) commands.base model=$(MODEL) $(ARGS)
+	@$(RUN) commands.base model=$(MODEL) $(args)
 
 generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..."
-	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(ARGS)
+	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(args)
 
 chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS=run=FOLDER
-	@$(RUN) commands.chat task=$(TASK) $(ARGS)
+	@$(RUN) commands.chat task=$(TASK) $(args)
 
 report: .venv/train.stamp  ## ask, measure and report the newest run thoroughly  ARGS="run=FOLDER judge.url=..."
-	@$(RUN) commands.report task=$(TASK) $(ARGS)
+	@$(RUN) commands.report task=$(TASK) $(args)
 
 compare: .venv/train.stamp  ## all finished runs of TASK side by side  RUNS="a b"
-	@$(RUN) commands.compare task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(ARGS)
+	@$(RUN) commands.compare task=$(TASK) $(if $(RUNS),"runs=$$RUNS") $(args)
 
 convert: .venv/train.stamp  ## newest run to another format, proven  TO=adapter, merged, gguf ... BASE=folder
 	@nemo="$$(ls -t runs/$(TASK)/*/$(TASK).nemo 2>/dev/null | head -n 1)"; \
 	[ -n "$$nemo" ] || { echo "error: no finished run of $(TASK). Train first: make train TASK=$(TASK)" >&2; exit 2; }; \
-	$(RUN) commands.convert "source=$$nemo" to=$(TO) $(if $(BASE),"base=$(BASE)") $(ARGS)
+	$(RUN) commands.convert "source=$$nemo" to=$(call quoted,$(TO)) $(if $(BASE),"base=$$BASE") $(args)
 
 publish: .venv/train.stamp  ## newest run to the Hugging Face hub  REPO=name/model DATASET=name/data DRY_RUN=1
-	@$(RUN) commands.publish task=$(TASK) "repo=$$REPO" to=$(TO) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(ARGS)
+	@$(RUN) commands.publish task=$(TASK) "repo=$$REPO" to=$(call quoted,$(TO)) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(args)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
-	@$(RUN) commands.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(ARGS)
+	@$(RUN) commands.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(args)
 
 # --- serving ------------------------------------------------------------------------------------------------------
 # TASKS=a,b or a TASK that was named must have a finished run; the default one is served if it has.
@@ -113,7 +111,7 @@ $(foreach task,$(served),$(call check,task,$(task),TASKS))
 .PHONY: serve
 serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton  TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
 	@$(RUN) commands.prepare_serving $(if $(served),tasks=$(subst $(space),$(comma),$(strip $(served))),default=$(TASK)) model=$(MODEL) engine=$(ENGINE)
-	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(ARGS))
+	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(args))
 
 .PHONY: client
 client:  ## build the wheel of the client, which needs no torch, into dist/
@@ -134,7 +132,7 @@ bench: .venv/train.stamp  ## speed of training and serving beside peers, to docs
 # --- containers ---------------------------------------------------------------------------------------------------
 .PHONY: image up down
 image:  ## build the image of KIND with docker, podman or buildah  KIND=train, serve VARIANT=cpu, gpu BASE_IMAGE=...
-	@$(PYTHON) docker/image.py $(or $(KIND),train) $(VARIANT)
+	@$(PYTHON) docker/image.py $(call quoted,$(or $(KIND),train)) $(if $(VARIANT),$(call quoted,$(VARIANT)))
 
 up:  ## Triton, website, Prometheus and Grafana in containers  TASKS=slang,chat VARIANT=cpu, gpu PROFILES=cpu
 	@ENGINE=$(ENGINE) $(PYTHON) docker/stack.py up $(served)
@@ -151,18 +149,18 @@ cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVER
 # --- the website ----------------------------------------------------------------------------------------------------
 .PHONY: web web-pictures
 web: .venv-serve/serve.stamp  ## the website, and the model behind it if none answers  ARGS="port=8081 clean=true"; WEB_PASSWORD in the environment
-	@.venv-serve/bin/python -m commands.web $(ARGS)
+	@.venv-serve/bin/python -m commands.web $(args)
 
 web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a running site  ARGS=site=http://127.0.0.1:8080
-	@$(RUN) commands.web_pictures $(ARGS)
+	@$(RUN) commands.web_pictures $(args)
 
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick sanitize lint docs docs-check lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
-	@$(PYTEST) $(ARGS)
+	@$(PYTEST) $(args)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(args)
 
 # The address sanitizer has to be the first library of the process; libstdc++ follows, so that it finds the exceptions of
 # torch. Leaks are not looked for: Python's own would hide ours.
@@ -171,7 +169,7 @@ sanitize: .venv/dev.stamp  ## the kernels' quick tests with both C files built t
 	@KERNEL_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LD_PRELOAD="$(sanitizers)" \
 	OMP_NUM_THREADS=1 $(RUN) pytest -q -p no:cacheprovider --capture=sys tests/test_training_kernels.py tests/test_engine.py \
-	-m "not slow" -k "test_training_kernels and not packed_step and not threads or every_form or no_bit_depends or int8_weights" $(ARGS)
+	-m "not slow" -k "test_training_kernels and not packed_step and not threads or every_form or no_bit_depends or int8_weights" $(args)
 
 lint: .venv/dev.stamp  ## ruff, mypy and the import contracts
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports

@@ -87,8 +87,10 @@ class DataConfig(Section):
         min_length=1,
         description="rows in which this field, or these together, are the same count as one; the split is its hash",
     )
-    cells: dict[str, Literal["line", "json"]] = Field(
-        {}, description="field: line makes one line of its text, json reads lists and objects as text, too"
+    cells: dict[str, Literal["line", "json", "lettered", "numbered"]] = Field(
+        {},
+        description="field: line makes one line of its text, json reads lists and objects as text, too; lettered and "
+        'numbered make lines such as "A. one" and "0. one" of a list of choices',
     )
     filters: dict[str, Text] = Field(
         {}, description='field: what a row must have to stay; ">=3" compares numbers, else a regular expression'

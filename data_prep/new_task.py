@@ -24,12 +24,12 @@ from core.configuration import escaped, load_config, names
 from core.errors import UserError
 from core.files import write_whole
 from core.tasks import folders
-from data_prep.clean_text import key_of
-from data_prep.profile_table import ABOUT, TableProfile, profile_table, show_profile
+from data_prep.profile_table import ABOUT, TableProfile, called, field_of, profile_table, show_profile
+from data_prep.read_cells import key_of_fields
 from data_prep.show_rows import plain_console
 from data_prep.sources import HubTable, find_source
 from data_prep.split import hash_of, ranges, seed_that_fills
-from data_prep.table_kind import RATINGS, TableKind, called, field_of, kind_of
+from data_prep.table_kind import RATINGS, TableKind, kind_of
 from data_prep.task import Task
 
 FEWEST = 10  # rows, so that some can be held out
@@ -72,6 +72,10 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     except BaseException:
         file.unlink()
         raise
+    unused = [column for column in profile.columns if column not in kind.columns.values() and column.filled]
+    if unused:
+        named = ", ".join(f"{column.header} ({column.holds})" for column in unused)
+        console.print(f"Columns not used: {named}\n", soft_wrap=True)
     console.print(
         f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Next, "
         f"look at the rows:\n\n  make data TASK={name}",
@@ -82,12 +86,13 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
 
 def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> str:
     """The task's file."""
-    key, used = kind.columns[kind.key], list(kind.columns.values())
-    places = {key_of(cell): place for place, cell in reversed(list(enumerate(key.cells))) if cell}
+    keys, used = [kind.columns[field] for field in kind.key], list(kind.columns.values())
+    rows = enumerate(zip(*(column.cells for column in keys), strict=True))
+    places = {key_of_fields(cells): place for place, cells in reversed(list(rows)) if cells[0]}
     if len(places) < FEWEST:
+        headers = " and ".join(f"'{column.header}'" for column in keys)
         raise UserError(
-            f"only {len(places)} of the rows differ in '{key.header}', which identifies a row; at least "
-            f"{FEWEST} are needed"
+            f"only {len(places)} of the rows differ in {headers}, which identifies a row; at least {FEWEST} are needed"
         )
     shares = (0.1, 0.1) if len(places) >= FEW else (0.2, 0.2)
     seed = (seed_that_fills(list(places), ranges(*shares)) or 0) if len(places) < 1000 and profile.is_whole else 0
@@ -106,7 +111,7 @@ def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> st
         "rows": f"{profile.rows:,}",
         "kind": kind,
         "unused": {field_of(column): column for column in profile.columns if column not in used and column.filled},
-        "filter": (to_filter[0], ">=3") if to_filter else (kind.key, ".{20,}"),
+        "filter": (to_filter[0], ">=3") if to_filter else (kind.key[0], ".{20,}"),
         "shares": shares,
         "seed": seed,
         "max_chars": round(characters + 500, -3) if characters > 4000 else 4000,

@@ -3,10 +3,13 @@
 A task whose rows are more than cells has a reader of its own, the `Reader` of its module (see tasks/chat/rows.py).
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from data_prep.clean_text import clean, clean_lines, key_of
+from data_prep.read_python import read_python
 from data_prep.read_table import NotText
 from data_prep.row_store import Unusable
 from data_prep.task import Task
@@ -40,7 +43,9 @@ class CellReader:
         cells, repaired = list[str](), 0
         for field, cell in zip(self._fields, raw, strict=True):
             form = self._forms.get(field)
-            if isinstance(cell, NotText) and form != "json":
+            if form in ("lettered", "numbered"):
+                cell = _choices(cell, form)
+            elif isinstance(cell, NotText) and form != "json":
                 cell = self._without_text(field, cell)
             text, changed = clean(cell) if form == "line" else clean_lines(cell)
             cells.append(text)
@@ -54,3 +59,28 @@ class CellReader:
         if cell in ("true", "false"):
             return str(cell)
         raise Unusable(NOT_TEXT, f"{field} holds {' '.join(cell.split())[:60] or 'bytes'}")
+
+
+def _choices(cell: str, form: str) -> str:
+    """`["one", "two"]` and `{"text": ["one", "two"], "label": ["A", "B"]}` as lines `A. one`, or `0. one`.
+
+    Raises:
+        Unusable: it is neither.
+    """
+    try:
+        found: Any = json.loads(cell) if cell.startswith(("[", "{")) else None
+        found = read_python(cell) if found is None else found
+    except ValueError:
+        found = None
+    names: Any = None
+    if isinstance(found, dict):
+        found, names = found.get("text") or list(found.values()), found.get("label") or list(found)
+    if isinstance(found, list | tuple) and all(isinstance(one, dict) and "text" in one for one in found):
+        found, names = [one["text"] for one in found], [one.get("label", "") for one in found]
+    if not isinstance(found, list | tuple) or not all(isinstance(one, str | int | float) for one in found):
+        raise Unusable("no list of choices", f"it is {' '.join(cell.split())[:60]}")
+    if form == "numbered":
+        names = range(len(found))
+    elif names is None or len(names) != len(found):
+        names = [chr(ord("A") + place) for place in range(len(found))]
+    return "\n".join(f"{name}. {clean(str(one))[0]}" for name, one in zip(names, found, strict=True))

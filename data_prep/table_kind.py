@@ -1,28 +1,32 @@
 """What a table that nobody has described can teach: decided by its headers, and by what its columns hold.
 
-In this order: questions and answers, terms and definitions, texts and labels, one column of text, and, with none of
+In this order: multiple choice, preference pairs, translations, questions and answers, extraction to JSON, summaries
+(all but the fourth in more_kinds.py), terms and definitions, texts and labels, one column of text, and, with none of
 these, the first column of text as the question and the second as the answer. A task with code of its own may claim the
 table instead, see data_prep/new_task.py.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from core.errors import UserError
 from core.tasks import having, part_of
-from data_prep.profile_table import Column, TableProfile
+from data_prep.more_kinds import Found, choices, extraction, preferences, summaries, translation
+from data_prep.profile_table import Column, TableProfile, called, field_of
 from data_prep.read_table import plain_header
-from data_prep.task import RESERVED
 
 # Headers, best first. A header is one of these, or has one among its words.
 QUESTIONS = ("question", "prompt", "instruction", "query", "input", "problem", "user")
 ANSWERS = ("answer", "answers", "response", "output", "completion", "reply", "solution", "assistant", "target")
+SYSTEM = ("system",)
 MORE = ("input", "context", "passage", "background")  # what a question may be about
 TERMS = ("term", "slang", "word", "phrase", "keyword", "acronym", "abbreviation", "concept")
 DEFINITIONS = ("definition", "meaning", "description", "explanation")
 EXAMPLES = ("example", "examples", "usage")
 LABELS = ("label", "category", "class", "intent", "topic", "genre", "tag", "sentiment", "emotion")
+VALUES = ("numbers", "signs", "ids", "true or false")  # answers, too, where they are called so
 RATINGS = ("rating", "stars", "score", "rate", "grade")
 
 
@@ -33,7 +37,9 @@ class TableKind:
     Attributes:
         about: a sentence for people.
         columns: the columns in use, by field.
+        key: the fields that tell rows apart.
         given: the fields that the instruction contains.
+        cells, filters: as in `task.data`.
         base: a task in task/ whose other settings this one inherits; "" for none.
         template: the template of the YAML file; "films/new_task.yaml.j2" lies in tasks/films/.
         values: further variables for that template.
@@ -42,11 +48,13 @@ class TableKind:
 
     about: str
     columns: dict[str, Column]
-    key: str
+    key: list[str]
     required: list[str] = field(default_factory=list)
     given: list[str] = field(default_factory=list)
     instruction: str = ""
     response: str = ""
+    cells: dict[str, str] = field(default_factory=dict)
+    filters: dict[str, str] = field(default_factory=dict)
     base: str = ""
     template: str = "new_task.yaml.j2"
     values: dict[str, Any] = field(default_factory=dict)
@@ -83,22 +91,61 @@ def text_columns(profile: TableProfile) -> list[Column]:
 
 
 def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
-    if pair := _two(called(QUESTIONS, texts), called(ANSWERS, texts)):
+    columns = profile.columns
+    is_reviews = bool(called(RATINGS, columns))
+    for look in (choices, preferences):
+        if found := look(columns):
+            return _found(found, profile)
+    languages = translation(columns)
+    if languages and not called(("instruction", "question", "prompt"), texts):
+        return _found(languages, profile)
+    json_columns = [column for column in columns if column.holds in ("objects", "JSON")]
+    others = [column for column in columns if column.holds in VALUES]
+    answers = called(ANSWERS, texts) or called(ANSWERS, json_columns) or called(ANSWERS, others)
+    asked = called(QUESTIONS, texts)
+    is_extraction = answers and answers[0] in json_columns and not called(QUESTIONS[:3], texts)
+    if not is_extraction and (pair := _two(asked, answers)):
         more = [column for column in called(MORE, texts) if column not in pair][:1]
-        return _pair("Questions and answers.", profile, [pair[0], *more], [pair[1]])
+        system = [column for column in called(SYSTEM, texts) if column not in pair][:1]
+        kind = _pair("Questions and answers.", profile, [pair[0], *system, *more], [pair[1]])
+        kind.instruction = "\n".join(f"{{{field_of(column)}}}" for column in (*system, pair[0], *more))
+        if pair[1] in json_columns:
+            kind.cells[field_of(pair[1])] = "json"
+        wanted = [column for column in called(("label", "desirable"), columns) if column.holds == "true or false"][:1]
+        if wanted:
+            name = field_of(wanted[0])
+            kind.columns[name], kind.filters[name] = wanted[0], "true"
+            kind.required.append(name)
+            kind.about += f" Only answers with {wanted[0].header}: true are learned."
+        return kind
+    if found := extraction(columns):
+        return _found(found, profile)
+    if not is_reviews and (found := summaries(columns)):
+        return _found(found, profile)
     if pair := _two(called(TERMS, texts), called(DEFINITIONS, texts)):
         term, definition = map(field_of, pair)
         examples = [column for column in called(EXAMPLES, texts) if column not in pair][:1]
         kind = _pair("Terms and their definitions.", profile, [pair[0]], [pair[1], *examples])
         kind.instruction = f'What does "{{{term}}}" mean?'
         kind.response = "\n".join([f"{{{definition}}}", *(f"Example: {{{field_of(column)}}}" for column in examples)])
+        kind.cells = {term: "line"}
         return kind
     longest = max(texts, key=lambda column: column.mean_length)
     labels = [column for column in called(LABELS, texts) if column.holds == "labels" and column is not longest]
+    if not labels and len(texts) == 2:  # spam tables: v1 is ham or spam, v2 the text
+        labels = [column for column in texts if column is not longest and _is_label(column, longest)]
     if labels:
+        label = labels[0]
+        if label.header in label.filled:
+            raise UserError(
+                f"the first line is a row, not the names of columns: '{label.header}' is a value of its column. Put a "
+                "line of names above it, such as label,text"
+            )
         kind = _pair("Texts and their labels: the model learns to label a text.", profile, [longest], labels[:1])
-        known = ", ".join(sorted(set(labels[0].filled)))
-        kind.instruction = f"Which {labels[0].header.lower()} fits this text: {known}?\n{{{field_of(longest)}}}"
+        known = ", ".join(sorted({" ".join(cell.split()) for cell in label.filled}))
+        what = "label" if re.search(r"\d|^(column|unnamed)", label.header.lower()) else plain_header(label.header)
+        kind.instruction = f"Which {what} fits this text: {known}?\n{{{field_of(longest)}}}"
+        kind.cells = {field_of(label): "line"}
         return kind
     if len(texts) == 1:
         kind = _pair(
@@ -115,14 +162,14 @@ def _general_kind(profile: TableProfile, texts: list[Column]) -> TableKind:
     return replace(_pair(about, profile, [first], [second]), is_guess=True)
 
 
-def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:
-    """The columns whose header is, or contains as a word, one of `wanted`; best first."""
-    ranked = []
-    for place, column in enumerate(columns):
-        ranks = [rank for rank, word in enumerate(wanted) if word in column.words]
-        if ranks:
-            ranked.append((len(column.words) > 1, ranks[0], place, column))
-    return [column for *_, column in sorted(ranked, key=lambda entry: entry[:3])]
+def _found(found: Found, profile: TableProfile) -> TableKind:
+    kind = _pair(found.about, profile, found.given, found.learned)
+    kind.instruction, kind.cells = found.instruction, found.cells
+    return kind
+
+
+def _is_label(column: Column, longest: Column) -> bool:
+    return column.holds == "labels" and column.different > 1 and 3 * column.mean_length < longest.mean_length
 
 
 def _two(first: Sequence[Column], second: Sequence[Column]) -> tuple[Column, Column] | None:
@@ -131,21 +178,18 @@ def _two(first: Sequence[Column], second: Sequence[Column]) -> tuple[Column, Col
 
 def _pair(about: str, profile: TableProfile, given: list[Column], learned: list[Column]) -> TableKind:
     """`given` columns form the instruction, `learned` ones the response; the first of each is required in every row."""
-    varied = [max(columns, key=lambda column: column.different) for columns in (given, learned) if columns]
-    # The question is the key of a row, unless the same question is asked again and again.
-    key = varied[0] if varied[0].different >= profile.rows / 2 else max(varied, key=lambda column: column.different)
+    # All that the prompt shows is the key of a row, unless the same is asked again and again.
+    asked = len(set(zip(*(column.cells for column in given), strict=True)))
+    key = given
+    if not given or (asked < profile.rows / 2 and asked < max(column.different for column in learned)):
+        key = [max(learned, key=lambda column: column.different)]
+    needed = (key[0], *given[:1], *learned[:1])
     return TableKind(
         about,
         {field_of(column): column for column in (*given, *learned)},
-        key=field_of(key),
-        required=list(dict.fromkeys(field_of(column) for column in (key, *given[:1], *learned[:1]))),
+        key=[field_of(column) for column in key],
+        required=list(dict.fromkeys(field_of(column) for column in needed)),
         given=[field_of(column) for column in given],
         instruction="\n".join(f"{{{field_of(column)}}}" for column in given),
         response="\n".join(f"{{{field_of(column)}}}" for column in learned),
     )
-
-
-def field_of(column: Column) -> str:
-    """The name of a column in templates: `Sample Question` → `sample_question`."""
-    name = plain_header(column.header).replace(" ", "_")
-    return f"the_{name}" if name in RESERVED or name[0].isdigit() else name

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from core.errors import UserError
-from data_prep.profile_table import Column, TableProfile
+from data_prep.profile_table import Column, TableProfile, called
 from data_prep.read_table import plain_header
-from data_prep.table_kind import RATINGS, TableKind, called, text_columns
+from data_prep.table_kind import RATINGS, TableKind, text_columns
 
 # Headers, best first.
 REVIEWS = ("review", "reviews", "comment", "comments", "feedback", "opinion", "text", "content", "body")
@@ -43,7 +43,7 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
     return TableKind(
         about,
         columns,
-        key="review",
+        key=["review"],
         required=["review"],
         template="reviews/new_task.yaml.j2",
         values={"title": title or guess, "max_chars": 10_000},
