@@ -257,7 +257,7 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
     "none.zip": (zipped({}), "is a zip archive without a file in it"),
     "a.xlsx": (
         zipped({"[Content_Types].xml": b"", "xl/workbook.xml": b""}),
-        "an Excel workbook; save the sheet as CSV",
+        "soffice --headless --convert-to csv a.xlsx",
     ),
     "a.docx": (zipped({"word/document.xml": b""}), "is a Word document"),
     "a.ods": (zipped({"mimetype": b"", "content.xml": b""}), "is an OpenDocument file; save the sheet as CSV UTF-8"),
