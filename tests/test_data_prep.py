@@ -23,7 +23,7 @@ from core.configuration import load_config, plain, write_config
 from core.errors import UserError
 from core.prompt import Prompt
 from core.schema import Config, DataConfig
-from data_prep.clean_text import clean, is_explicit, key_of
+from data_prep.clean_text import clean, clean_lines, is_explicit, key_of
 from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
 from data_prep.prepare import prepare
 from data_prep.read_table import NotText, Row, open_table
@@ -226,6 +226,64 @@ def test_json_lines(tmp_path: Path) -> None:
     assert (rows[2].line, rows[2].problem) == (4, "")
 
 
+def headed(text: str, names: dict[str, list[str]] | None, folder: Path) -> tuple[dict[str, str], list[Any], list[str]]:
+    (folder / "a.csv").write_text(text, newline="")
+    table = open_table(folder / "a.csv", names, list(names or ()))
+    rows = [row.cells for row in table.rows]
+    table.close()
+    return table.columns, rows, table.notes
+
+
+TWO = {"question": ["question"], "answer": ["answer"]}
+ROWS_BELOW = "Why, so?;Because, so;7\nHow?;Thus it is;8\n"
+BELOW = [["Why, so?", "Because, so"], ["How?", "Thus it is"]]
+
+
+@pytest.mark.parametrize(
+    ("above", "says"),
+    [
+        ("sep=;\r\nQuestion;Answer;n\n", "its first line, sep=;, names the separator"),
+        ("Support, June, 2024;;\n\nquestion;answer;n\n", "left out above its header: 'Support, June, 2024'"),
+        ("Export\nMade by:;Ann\nquestion;answer;n\n", "left out above its header: 'Export', 'Made by:', 'Ann'"),
+        ("Customer;Agent;\nquestion;answer;n\n", "left out above its header: 'Customer', 'Agent'"),
+        ("question;answer;n\n(text);(text);(int)\n", "left out below its header: '(text)', '(text)', '(int)'"),
+        ("question;answer;n\nquestion;answer;n\n", "left out below its header: 'question', 'answer', 'n'"),
+        (
+            'question;answer;n\nAsk;Reply;No\n"{""ImportId"":""a""}";"{""ImportId"":""b""}";"{""ImportId"":""c""}"\n',
+            "left out below its header: 'Ask', 'Reply', 'No'",
+        ),
+    ],
+)
+def test_what_spreadsheets_put_around_a_header_is_left_out_and_said(tmp_path: Path, above: str, says: str) -> None:
+    assert headed(above + ROWS_BELOW, TWO, tmp_path)[1:] == (BELOW, [says])
+
+
+def test_two_header_lines_are_one(tmp_path: Path) -> None:
+    above = "Customer;;Agent;\nName;Question;Name;Answer\n"
+    rows = "Bob;Why, so?;Ann;Because, so.\nTim;How?;Ann;Thus it is.\n"
+    names = ["Customer Name", "Customer Question", "Agent Name", "Agent Answer"]
+    said = [f"two header lines are read as one: {', '.join(map(repr, names))}"]
+    columns, cells, notes = headed(above + rows, None, tmp_path)
+    assert (list(columns.values()), cells[0], notes) == (names, ["Bob", "Why, so?", "Ann", "Because, so."], said)
+    known = {"question": ["Customer Question"], "answer": ["Agent Answer"]}
+    assert headed(above + rows, known, tmp_path)[1:] == (BELOW[:0] + [row[1::2] for row in cells], said)
+
+
+@pytest.mark.parametrize(
+    ("text", "headers", "count"),
+    [
+        (",question,answer\n0,Why?,So.\n1,How?,Thus.\n", ["question", "answer"], 2),
+        ("name,,city\nBob,x,Paris\nAl,y,Rome\n", ["name", "city"], 2),
+        ("poem\nRoses are red\nViolets, blue\nand so on\n", ["poem"], 3),
+        ("review\nfine,,,\ngood,,,\n", ["review"], 2),
+        ("Title\nPart one\nPart two\n", ["Title"], 2),
+    ],
+)
+def test_a_usual_header_is_the_first_line(tmp_path: Path, text: str, headers: list[str], count: int) -> None:
+    columns, rows, notes = headed(text, None, tmp_path)
+    assert (list(columns.values()), len(rows), notes) == (headers, count, [])
+
+
 # --- cleaning -------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +307,26 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_a_cell_is_cleaned(cell: str, text: str, repaired: bool) -> None:
     assert clean(cell) == (text, repaired)
     assert clean(text) == (text, False)
+
+
+@pytest.mark.parametrize(
+    ("cell", "text", "repaired"),
+    [
+        ("def f(x):\n    return 1", "def f(x):\n    return 1", False),
+        ("  two  spaces \n", "two spaces", False),
+        ("\n a\r\n\r\n\r\n\tb  # c\rd \n\n", "a\n\n\n\tb  # c\nd", False),
+        ("    x = 1\n    return x\n", "    x = 1\n    return x", False),
+        ("Roses,  \nviolets \nand\u2028more\xa0thorns", "Roses,  \nviolets\nand\nmore thorns", False),
+        ("| a  | “b” |\n|----|-----|", '| a  | "b" |\n|----|-----|', True),
+        ("- passÃ©\n  - \u200bnaïve\x07\x1f", "- passé\n  - naïve", True),
+        ('{"said": "“so”"}', '{"said": "“so”"}', False),
+        ('{\n  "said": "“so”"\n}', '{\n  "said": "“so”"\n}', False),
+        ("你好，世界！（好）", "你好，世界！（好）", False),
+    ],
+)
+def test_a_cell_keeps_its_lines(cell: str, text: str, repaired: bool) -> None:
+    assert clean_lines(cell) == (text, repaired)
+    assert clean_lines(text) == (text, False)
 
 
 @pytest.mark.parametrize(
@@ -495,6 +573,60 @@ def test_a_term_that_thousands_of_rows_repeat_is_one_row(make: Callable[..., Pat
     assert manifest["merged"] == 5000
     assert manifest["dropped"] == {"repeated slang, another description": 5000}
     assert account(manifest) == (10_060, 10_060)
+
+
+def asking(folder: Path, rows: list[dict[str, Any]], **data: Any) -> Path:
+    """Prepare rows of an instruction, an input and an output, of which the first two are the key."""
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {name: [name] for name in ("instruction", "input", "output")}
+    options = {
+        "source": str(folder / "a.jsonl"),
+        "columns": columns,
+        "required": ["instruction", "output"],
+        "key": ["instruction", "input"],
+        "split": {"validation": 0.2, "test": 0.2},
+        "max_chars": 4000,
+    }
+    prompt = {"template": "{instruction}\n{response}", "instruction": "{instruction}\n{input}", "response": "{output}"}
+    task = {"name": "ask", "data": options | data, "prompt": prompt | {"fields": {}}}
+    return prepare(typed(task=task, data_dir=str(folder / "data")), None)
+
+
+def test_the_same_instruction_with_another_input_is_another_row(tmp_path: Path) -> None:
+    long = "Read the customer's message with care and answer with the one word that names its feeling, nothing else."
+    rows = [{"instruction": long, "input": text, "output": ["glad", "sad", "angry"][n % 3]} for n, (text, *_) in
+            enumerate([" ".join(row[1:2]), *row] for row in made_up(60))]  # fmt: skip
+    rows[0] = rows[0] | {"instruction": "Tell a joke.", "input": ""}
+    manifest = manifest_of(asking(tmp_path, [*rows, rows[5], rows[6] | {"output": "bored"}]))
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["merged"]) == (62, 60, 1)
+    assert manifest["dropped"] == {"repeated instruction and input, another output": 1}
+
+
+def test_a_near_input_to_the_same_instruction_is_not_in_two_splits(tmp_path: Path) -> None:
+    inputs = [f"{row[2]} {row[3]} {row[1]}" for row in made_up(80)]
+    rows = [{"instruction": "Shorten this.", "input": text, "output": text[:30]} for text in inputs]
+    near = [row | {"input": row["input"] + " so"} for row in rows]
+    folder = asking(tmp_path, rows + near)
+    where = {row["row"]: split for split, found in read_all(folder).items() for row in found}
+    held = [n for n in range(1, 81) if where.get(n) in ("validation", "test")]
+    assert len(held) > 10
+    assert all(where.get(80 + n, where[n]) == where[n] or where[n] == "validation" for n in held)
+    assert manifest_of(folder)["dropped"] == {NEAR: 160 - len(where)}
+
+
+def test_values_that_are_no_text_cost_no_row_unless_they_are_needed(tmp_path: Path) -> None:
+    rows = [{"instruction": row[1], "input": [row[0]], "output": row[2], "tags": ["a"], "ok": True, "meta": {"n": n}}
+            for n, row in enumerate(made_up(60))]  # fmt: skip
+    rows[0]["output"], rows[1]["output"] = {"a": 1}, False
+    folder = asking(tmp_path, rows)
+    manifest = manifest_of(folder)
+    assert manifest["source"]["unused"] == ["tags", "ok", "meta"]
+    assert manifest["notes"] == {"values of input that are no text left out": 60}
+    assert (manifest["rows_out"], manifest["dropped"]) == (59, {"a value that is not text": 1})
+    assert [drop["detail"] for drop in drops_of(folder)] == ['output holds {"a": 1}']
+    outputs = {row["row"]: row["output"] for found in read_all(folder).values() for row in found}
+    assert outputs[2] == "false"
+    assert manifest_of(asking(tmp_path, rows, cells={"output": "json"}))["rows_out"] == 60
 
 
 # --- what comes out -------------------------------------------------------------------------------------------
