@@ -20,6 +20,10 @@ ROWS = 20_000  # profiled: enough for every figure here, and done in seconds
 FEW = 30  # distinct values at most, of a column of labels
 # Words in the headers of columns that identify or locate a row rather than describe it.
 ABOUT = {"id", "ids", "uid", "uuid", "index", "no", "nr", "url", "link", "date", "time", "timestamp", "unnamed"}
+# JSON or Python of messages, in an object of their own or not.
+_DIALOGUE = (
+    r"""(?s)(\{\s*"\w+"\s*: )?(array\( ?)?[\[(]\s*\{.*?['"](role|from|author|speaker|human|input|type)['"]\s*:"""
+)
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Column:
         def most(pattern: str) -> bool:
             return sum(bool(re.match(pattern, cell)) for cell in self.filled) >= 0.9 * len(self.filled)
 
-        if most(r"""(?s)(array\( ?)?[\[(]\s*\{.*?['"](role|from|author|speaker|human|input|type)['"]\s*:"""):
+        if most(_DIALOGUE):
             return "dialogues"
         if self.values >= 0.9 * len(self.filled):
             kinds = {"[": "lists", "{": "objects", "t": "true or false", "f": "true or false"}

@@ -8,6 +8,7 @@
     {"question": ["Why?", …], "answer": ["So.", …]}          columns
     {"question": {"0": "Why?", …}, "answer": {…}}            pandas: orient="columns", its usual one
     {"0": {"question": "Why?", "answer": "So."}, …}          orient="index"; keys that are no numbers: the column `key`
+    {"lol": "laughing out loud", …}                          the columns `key` and `value`
     {"columns": ["question", …], "index": …, "data": [[…]]}  orient="split"
     {"schema": …, "data": [{…}, …]}                          orient="table"
     {                                                        objects of many lines each, one after another
@@ -28,6 +29,7 @@ from data_prep.read_lines import MAX_LINE
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 LONGEST, WHOLE = 10_000_000, 200_000_000  # characters of a row in a list, and of an object that is a table
 CHUNK = 1 << 16
+MANY = 10  # entries of an object that are rows rather than columns; a task needs as many
 _DECODER = json.JSONDecoder(strict=False)
 _SPACE = re.compile(r"[\s\ufeff\x00]*")
 _LIST = re.compile(r"\[\s*([\[{]|$)")
@@ -56,6 +58,8 @@ def is_document(first: str, rest: TextIO, suffix: str) -> bool:
     except (ValueError, RecursionError):
         if len(first) > MAX_LINE // 2:
             return True
+        if first.startswith("{'"):
+            return False  # Python's
         following = next((line for line in rest if line.strip()), "")
         return not following.startswith("{")  # else it is a line with an error in it, for json_objects to name
     return whole and not any(line.strip() for line in rest)
@@ -163,13 +167,10 @@ def _rows_of_list(text: _Text, path: Path, knows: Knows) -> Iterator[tuple[int, 
             dialogue.append(item)
         elif isinstance(item, dict):
             yield line, item
-        elif isinstance(item, list) and item and all(isinstance(part, dict) for part in item):
-            yield line, {"messages": item}
-        elif isinstance(item, list) and not names and knows([str(name) for name in item]):
-            names = [str(name) for name in item]
         elif isinstance(item, list):
-            names = names or [f"column {number}" for number in range(1, len(item) + 1)]
-            yield line, dict(zip(names, item, strict=False))
+            row, names = _row_of_cells(item, names, knows)
+            if row:
+                yield line, row
         else:
             raise UserError(f"{path}, line {line} is not a JSON object: {json.dumps(item, ensure_ascii=False)[:60]}")
         if text.sign() == ",":
@@ -181,6 +182,16 @@ def _rows_of_list(text: _Text, path: Path, knows: Knows) -> Iterator[tuple[int, 
     text.take()
     if dialogue:
         yield line, {"messages": dialogue}
+
+
+def _row_of_cells(cells: list[Any], names: list[str], knows: Knows) -> tuple[Item, list[str]]:
+    """The row in a list, empty where it is the header, and the names of the cells from then on."""
+    if _is_made_of(dict, cells):
+        return {"messages": cells}, names
+    if not names and knows([str(name) for name in cells]):
+        return {}, [str(name) for name in cells]
+    names = names or [f"column {number}" for number in range(1, len(cells) + 1)]
+    return dict(zip(names, cells, strict=False)), names
 
 
 def is_message(item: Mapping[str, Any]) -> bool:
@@ -197,7 +208,7 @@ def _unwrapped(item: Item, path: Path, knows: Knows) -> list[Item]:
     columns, data = item.get("columns"), item.get("data")
     if isinstance(columns, list) and isinstance(data, list) and all(isinstance(row, list) for row in data):
         return [dict(zip(map(str, columns), row, strict=False)) for row in data]
-    lists = {name: value for name, value in item.items() if _is_rows(value) and name not in _DESCRIPTIONS}
+    lists = {name: value for name, value in item.items() if _is_made_of(dict, value) and name not in _DESCRIPTIONS}
     if len(lists) > 1 and not (len(lists) == len(values) and knows(list(item))):
         first = next(iter(lists))
         listed = ", ".join(f"{name} ({len(rows):,})" for name, rows in lists.items())
@@ -209,17 +220,27 @@ def _unwrapped(item: Item, path: Path, knows: Knows) -> list[Item]:
         (rows,) = lists.values()
         wrapped = all(isinstance(row.get("row"), dict) and "row_idx" in row for row in rows)  # the hub's rows API
         return [row["row"] for row in rows] if wrapped else rows
+    tables = [value for value in values if _is_made_of(list, value)]
+    if len(tables) == 1 and not knows(list(item)):
+        rows, names = list[Item](), list[str]()
+        for cells in tables[0]:
+            row, names = _row_of_cells(cells, names, knows)
+            rows.append(row)
+        return rows
     if values and all(isinstance(value, list) for value in values) and len({len(value) for value in values}) == 1:
         return [dict(zip(item, row, strict=True)) for row in zip(*values, strict=True)]
     if values and all(isinstance(value, dict) and value for value in values):
-        if len(values) == 1 and any(isinstance(inner, dict | list) for inner in values[0].values()):
-            return _unwrapped(values[0], path, knows)
+        (first, *others) = values
+        if not others and not all(map(str.isdigit, first)) and any(isinstance(v, dict | list) for v in first.values()):
+            return _unwrapped(first, path, knows)
         return _of_objects(item, knows)
+    if len(item) >= MANY and all(isinstance(value, str | int | float) for value in values) and not knows(list(item)):
+        return [{"key": name, "value": value} for name, value in item.items()]
     return [item]
 
 
-def _is_rows(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+def _is_made_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, kind) for part in value)
 
 
 def _is_dialogue(value: list[Any]) -> bool:

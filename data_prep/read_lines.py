@@ -13,6 +13,7 @@ from pathlib import Path
 
 from core.errors import UserError
 from data_prep.clean_text import clean
+from data_prep.read_python import read_python
 
 MAX_LINE = 1_000_000  # characters; a longer line is not a row, and must not fill the memory
 OPEN_QUOTE = "a quote that is never closed"
@@ -124,6 +125,14 @@ def _problem(error: str, lines: int) -> str:
     return TOO_LONG if "field larger" in error or TOO_LONG in error else STRAY_QUOTE
 
 
+def _printed(text: str) -> object:
+    """The object in a line that Python has printed, `{'question': "What's up?"}`; None if it is none."""
+    try:
+        return read_python(text) if text.startswith("{'") else None
+    except ValueError:
+        return None
+
+
 def json_objects(lines: NumberedLines, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """`(line, object)` of every line that is not blank.
 
@@ -139,7 +148,7 @@ def json_objects(lines: NumberedLines, path: Path) -> Iterator[tuple[int, dict[s
             try:
                 item = json.loads(text, strict=False)
             except (ValueError, RecursionError):  # ValueError also where a number has 5,000 digits
-                item = None
+                item = _printed(text)
             if not isinstance(item, dict):
                 shown = text if len(text) <= 60 else f"{text[:60]}..."
                 raise UserError(

@@ -109,7 +109,7 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
         if is_json:
             form = "JSON"
             columns, rows = _json_rows(document_rows(file, path, _knows(names, required)), path, names, required)
-        elif suffix in SUFFIXES or first.lstrip().startswith('{"'):
+        elif suffix in SUFFIXES or first.lstrip().startswith(('{"', "{'")):
             form = "JSON Lines"
             columns, rows = _json_rows(json_objects(lines, path), path, names, required)
         else:

@@ -162,7 +162,8 @@ def _check_zip(path: Path) -> None:
     names = [member.filename for member in members]
     for inside, what in OFFICE.items():
         if inside in names:
-            raise UserError(f"{path} is {what}")
+            command = f", or: soffice --headless --convert-to csv {path.name}" if "sheet" in what else ""
+            raise UserError(f"{path} is {what}{command}")
     if len(members) != 1:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         example = f": unzip {path.name} {names[0]}" if names else ""

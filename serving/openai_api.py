@@ -117,7 +117,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
+        """Those of HTTP, and `x-should-retry: false`, which OpenAI's clients obey, where asking again cannot help: the
+        request is wrong, was given all the time that there is for one, or has to wait for longer than they do."""
         headers = {"retry-after": str(math.ceil(self.retry_after))} if self.retry_after else {}
+        if self.status not in (429, 500, 503) or self.retry_after > 60:
+            headers["x-should-retry"] = "false"
         return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
 
 

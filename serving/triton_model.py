@@ -109,8 +109,12 @@ class TritonPythonModel:
             RequestError: something is wrong with the request.
         """
         prompt = protocol.check_prompt(_text(request, "text_input") or "")
-        parameters = _text(request, "sampling_parameters")
-        sampling, lora_name = protocol.read_sampling(request.parameters() if parameters is None else parameters)
+        parameters: Any = _text(request, "sampling_parameters")
+        if parameters is None:
+            # Of /generate Triton passes on every field that is no input, even its own `id` of the request.
+            fields = json.loads(request.parameters() or "{}")
+            parameters = {name: value for name, value in fields.items() if name != "id"}
+        sampling, lora_name = protocol.read_sampling(parameters)
         given.adapter, given.prompt = lora_name or "", prompt
         given.stream = _flag(request, "stream") or False
         excludes = _flag(request, "exclude_input_in_output")

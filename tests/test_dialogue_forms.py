@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,8 @@ from conftest import needs_task
 from test_chat import PRETRAINED, PROMPT, dialogue, made_up, make, read, tokens_of
 from transformers import PreTrainedTokenizerBase
 
+from commands.new_task import new_task
+from core import configuration
 from core.configuration import load_config
 from core.errors import UserError
 from core.prompt import Prompt
@@ -247,6 +250,22 @@ def test_text_is_read_in_the_forms_of_other_tools(make: Callable[..., Path], nam
     assert found == {n: dialogue(f"{one}\n{two}", three) for n, (one, two, three) in enumerate(words, 1)}
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("systemInstruction", {"role": "system", "parts": [{"text": "Be"}, {"text": "brief."}]}),
+        ("system_instruction", {"parts": {"text": "Be\nbrief."}}),
+        ("system", [{"text": "Be\nbrief."}]),
+        ("system", "Be\nbrief."),
+    ],
+)
+def test_a_system_text_beside_the_dialogue_may_be_in_parts(make: Callable[..., Path], name: str, value: object) -> None:
+    contents = [[{"role": m["role"], "parts": [{"text": m["content"]}]} for m in row] for row in made_up(60)]
+    folder = make({name: value, "contents": row} for row in contents)
+    assert row_of(folder)[0] == {"role": "system", "content": "Be\nbrief."}
+    assert row_of(folder)[1:] == made_up(60)[0]
+
+
 NOT_TEXT: dict[str, tuple[Any, str]] = {
     "OpenAI's image": ({"type": "image_url", "image_url": {"url": "x"}}, "an image"),
     "Hugging Face's image": ({"type": "image"}, "an image"),
@@ -397,6 +416,26 @@ def test_make_new_task_knows_such_a_column(tmp_path: Path) -> None:
         profile = profile_table(LocalFile(tmp_path / "a.csv"))
         kind = kind_of(profile, "a.csv", "")
         assert (profile.columns[0].holds, kind.base) == ("dialogues", "chat"), form
+
+
+@pytest.mark.slow
+@needs_task("chat")
+@pytest.mark.parametrize("name", [name for name in READ if name not in ("turns", "pairs")])
+def test_make_new_task_makes_a_task_of_such_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What it writes reads every row as the dialogue that it is."""
+    copy = tmp_path / "nemo_configs"
+    shutil.copytree(configuration.CONFIG_DIR, copy, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    monkeypatch.setattr(configuration, "CONFIG_DIR", copy)
+    words = [row[0]["content"].split()[:3] for row in made_up(60)]
+    form = json.dumps(READ[name])
+    rows = [form.replace("Q1", one).replace("Q2", two).replace("A1", three) for one, two, three in words]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    new_task("mine", str(tmp_path / "a.jsonl"))
+    found = read(prepare(load_config(["task=mine", f"data_dir={tmp_path}/data"]), None))
+    assert len(found) == 60
+    for row in found:
+        one, two, three = words[row["row"] - 1]
+        assert row["messages"] == dialogue(f"{one}\n{two}", three)
 
 
 def test_messages_that_cannot_be_read_are_never_learned_as_text(tmp_path: Path) -> None:

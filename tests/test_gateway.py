@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,13 +83,15 @@ class Gateway:
 
 
 @contextmanager
-def gateway(triton: str, log: Path, *words: str, **environment: str) -> Iterator[Gateway]:
+def gateway(
+    triton: str, log: Path, *words: str, start: Sequence[str] = ("-m", "serving.gateway"), **environment: str
+) -> Iterator[Gateway]:
     if not SERVING_PYTHON.exists():
         pytest.skip("needs the serving environment: make serve-env")
     port = free_ports(1)[0]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [SERVING_PYTHON, "-m", "serving.gateway", "--triton", triton, "--port", str(port), *words],
+            [SERVING_PYTHON, *start, "--triton", triton, "--port", str(port), *words],
             cwd=ROOT,
             stderr=out,
             text=True,
@@ -148,6 +150,9 @@ def test_each_kind_of_failure_has_openais_status_and_reveals_no_internals() -> N
     for kind, status in statuses.items():
         error = ApiError.of(kind("temperature is -1"))
         assert error.status == status and set(error.body()["error"]) == {"message", "type", "param", "code"}
+        assert (error.headers().get("x-should-retry") == "false") == (status in (400, 404, 504))
+    assert "x-should-retry" not in ApiError(429, "x", retry_after=60).headers()
+    assert ApiError(429, "x", retry_after=61).headers()["x-should-retry"] == "false"
     assert ApiError.of(InvalidRequest("temperature is -1")).param == "temperature"
     assert ApiError.of(TooLong("x")).code == "context_length_exceeded"
     for kind in (Busy, Unavailable, DeadlineExceeded, ServingError):
@@ -341,6 +346,34 @@ def test_the_openai_package_raises_its_usual_exceptions(api: openai.OpenAI) -> N
         api.chat.completions.create(model="chat", messages=HI, extra_body={"stop": [1]})
     with pytest.raises(openai.BadRequestError, match="the user's"):
         api.chat.completions.create(model="chat", messages=[*HI, {"role": "assistant", "content": "Hello."}])
+
+
+HASTY = """
+import functools
+import serving.gateway
+serving.gateway.AsyncClient = functools.partial(serving.gateway.AsyncClient, deadline=0.5)
+serving.gateway.main()
+"""
+
+
+@pytest.mark.slow
+def test_the_openai_package_asks_once_where_asking_again_cannot_help(stack: Stack, tmp_path: Path) -> None:
+    with gateway(stack.grpc, tmp_path / "log", start=("-c", HASTY)) as hasty:
+        client = openai.OpenAI(base_url=f"{hasty.url}/v1", api_key="-", max_retries=2)
+        with pytest.raises(openai.InternalServerError) as late:
+            client.chat.completions.create(
+                model="chat", messages=HI, max_tokens=ENDLESS["max_tokens"], extra_body={"ignore_eos": True}
+            )
+        assert late.value.status_code == 504 and late.value.response.headers["x-should-retry"] == "false"
+        until(lambda: not stack.stats()["running"])
+        asked = [line["status"] for line in hasty.lines() if line["message"] == "request"]
+    assert asked == [504]
+    with gateway(f"127.0.0.1:{free_ports(1)[0]}", tmp_path / "nobody") as alone:
+        client = openai.OpenAI(base_url=f"{alone.url}/v1", api_key="-", max_retries=1)
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="chat", messages=HI)
+        asked = [line["status"] for line in alone.lines() if line["message"] == "request"]
+    assert asked == [503, 503], "what may be there in a moment is asked for again"
 
 
 # --- raw requests -----------------------------------------------------------------------------------------------------

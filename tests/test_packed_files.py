@@ -65,6 +65,9 @@ LAYOUTS: dict[str, str] = {
     ),
     "columns as lists": json.dumps(FRAME.to_dict("list")),
     "columns in data": json.dumps({"data": FRAME.to_dict("list")}),
+    "pandas' columns of one table": json.dumps({"result": json.loads(FRAME.to_json())}),
+    "rows in an object of an object": json.dumps({"result": {"items": RECORDS}}),
+    "lines that Python printed": "\n".join(map(str, RECORDS)),
     "a list of lists with a header": json.dumps([["question", "answer"], *ROWS]),
 }
 
@@ -97,6 +100,18 @@ def test_cells_without_names_are_numbered_columns(tmp_path: Path) -> None:
     assert read(tmp_path / "a.json", {"question": ["column 1"], "answer": ["column 2"]}) == ROWS
     with pytest.raises(UserError, match=r"no column for question or answer\. Columns found: 'column 1', 'column 2'"):
         read(tmp_path / "a.json")
+
+
+def test_the_cells_of_a_sheet_are_named_by_its_first_row(tmp_path: Path) -> None:
+    sheet = {"range": "A1:B41", "majorDimension": "ROWS", "values": [["Question", "Answer"], *ROWS]}
+    (tmp_path / "a.json").write_text(json.dumps(sheet))
+    assert read(tmp_path / "a.json") == ROWS
+
+
+def test_an_object_of_texts_is_a_table_of_two_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(dict(ROWS)))
+    assert read(tmp_path / "a.json", None) == ROWS
+    assert read(tmp_path / "a.json", {"question": ["key"], "answer": ["value"]}) == ROWS
 
 
 def test_an_object_of_named_rows_keeps_their_names(tmp_path: Path) -> None:
@@ -134,6 +149,9 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"
         json.dumps([{"messages": TALK}, {"messages": TALK}]),
         json.dumps({"data": [{"messages": TALK}, {"messages": TALK}]}),
         json.dumps({"messages": [TALK, TALK]}),
+        json.dumps({"messages": {"0": TALK, "1": TALK}}),
+        json.dumps({"data": [TALK, TALK]}),
+        f"{{'messages': {TALK}}}\n{{'messages': {TALK}}}",
     ],
 )
 def test_lists_of_messages_are_dialogues(tmp_path: Path, text: str) -> None:
@@ -239,7 +257,7 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
     "none.zip": (zipped({}), "is a zip archive without a file in it"),
     "a.xlsx": (
         zipped({"[Content_Types].xml": b"", "xl/workbook.xml": b""}),
-        "an Excel workbook; save the sheet as CSV",
+        "soffice --headless --convert-to csv a.xlsx",
     ),
     "a.docx": (zipped({"word/document.xml": b""}), "is a Word document"),
     "a.ods": (zipped({"mimetype": b"", "content.xml": b""}), "is an OpenDocument file; save the sheet as CSV UTF-8"),

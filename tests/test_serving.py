@@ -121,6 +121,19 @@ def test_request_parameters_are_used_where_sampling_parameters_are_missing(eithe
     assert answer["text_output"] == expected["text_output"]
 
 
+@pytest.mark.parametrize("path", ["generate", "generate_stream"])
+def test_the_id_of_a_request_comes_back_and_is_no_parameter(server: Server, path: str) -> None:
+    body = {"text_input": "Hi", "stream": path != "generate", **GREEDY}
+    plain, named = (
+        httpx.post(f"{server.http}/v2/models/gemma/{path}", json=body | given, timeout=PATIENCE)
+        for given in ({}, {"id": "7-é"})
+    )
+    assert plain.status_code == named.status_code == 200 and '"id":"7-é"' in named.text
+    assert named.text.replace('"id":"7-é",', "") == plain.text
+    unknown = httpx.post(f"{server.http}/v2/models/gemma/{path}", json=body | {"ids": "7"}, timeout=PATIENCE)
+    assert unknown.status_code == 400 and "unknown sampling parameter 'ids'" in unknown.text
+
+
 def test_seeded_sampling_repeats_itself(either: Server, protocol: str) -> None:
     sampling = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 12, "seed": 7, "ignore_eos": True}
     first, again = (either.ask(protocol, "Once upon", sampling)[0]["text_output"] for _ in range(2))

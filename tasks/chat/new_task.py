@@ -6,16 +6,16 @@ from data_prep.profile_table import Column, TableProfile, called
 from data_prep.table_kind import ANSWERS, MORE, QUESTIONS, SYSTEM, TableKind, text_columns
 
 HEADERS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "chosen")  # best first
+BESIDE = ("history", "rejected")  # dialogues that are not the one to learn from
 
 
 def claim(profile: TableProfile, general: TableKind | None, file_name: str, title: str) -> TableKind | None:
     """The kind of a table with a column of dialogues, or with turns before a question; one with a title is about
     something else."""
-    found = called(HEADERS, [column for column in profile.columns if column.holds == "dialogues" or _is_script(column)])
     if title:
         return None
-    if found:
-        columns, about = {"messages": found[0]}, "Dialogues: the assistant's turns are learned."
+    if columns := _dialogues(profile):
+        about = "Dialogues: the assistant's turns are learned."
     elif earlier := [column for column in called(("history",), profile.columns) if column.values]:
         texts = text_columns(profile)
         asked, answers = called(QUESTIONS, texts), called(ANSWERS, texts)
@@ -34,6 +34,19 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
     return TableKind(about, columns, key=["messages"], base="chat")
 
 
+def _dialogues(profile: TableProfile) -> dict[str, Column]:
+    """The column of dialogues, and where it ends with the user that of the answer; either may be plain text."""
+    spoken = [column for column in profile.columns if column.holds == "dialogues" or _is_script(column)]
+    spoken = [column for column in spoken if not called(BESIDE, [column])]
+    answers = called(ANSWERS, [*spoken, *text_columns(profile)])[:1]
+    if whole := called(HEADERS, spoken) or [column for column in spoken if column not in answers]:
+        begins = "prompt" in whole[0].words or "input" in whole[0].words
+        return {"messages": whole[0], **({"answer": answers[0]} if begins and answers else {})}
+    asked = called(QUESTIONS, text_columns(profile)) if spoken else []
+    return {"messages": asked[0], "answer": spoken[0]} if asked else {}
+
+
 def _is_script(column: Column) -> bool:
     """Whether a column holds transcripts: `Human: …`, `Assistant: …`."""
-    return all(re.match(r"\s*(Human|User): (?s:.*)\n\nAssistant:", cell) for cell in column.filled[:50])
+    starts = [re.match(r"\s*(Human|User): (?s:.*)\n\nAssistant:", cell) for cell in column.filled[:50]]
+    return bool(starts) and all(starts)

@@ -88,6 +88,20 @@ def read_messages(cell: str, is_dialogue: bool = True) -> list[dict[str, Any]] |
     return None
 
 
+def read_parts(cell: str) -> str:
+    """The text in a cell of content, such as Gemini's system instruction, `{"parts": [{"text": …}]}`.
+
+    Raises:
+        Unusable: it is no text.
+    """
+    found = _parse(cell)
+    content = _first(found, TEXTS) if isinstance(found, Mapping) else found
+    try:
+        return _text_of(content, 0, {})
+    except Unusable as why:
+        raise Unusable(why.args[0], why.args[1].replace("message 0", "the system text")) from None
+
+
 def _is_message(given: Mapping[str, Any]) -> bool:
     return _speaker(given) in KNOWN and any(name in given for name in (*TEXTS, *CALLS))
 

@@ -40,7 +40,7 @@ from data_prep.clean_text import clean_lines, key_of
 from data_prep.read_table import NotText
 from data_prep.row_store import Unusable
 from data_prep.task import Task
-from tasks.chat.read_messages import read_messages
+from tasks.chat.read_messages import read_messages, read_parts
 
 ChatMessage = dict[str, Any]
 # Anthropic's transcripts, and the like.
@@ -133,8 +133,12 @@ class Reader:
                 del more["about"]
             if earlier:
                 del more["history"]
-        if (system := more.get("system", "")) and not isinstance(system, NotText) and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": more.pop("system")}, *messages]
+        system = more.get("system", "")
+        if isinstance(system, NotText):
+            system = read_parts(system)
+        if system and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+            del more["system"]
         for name in more:
             if name in ("about", "history", "system"):
                 self.notes[f"dialogues whose {name} is not used"] += 1
