@@ -16,7 +16,8 @@ peft's class of a whole Gemma 4, which sees and hears, has `model.language_model
 of one class that is loaded onto the other changes nothing, and peft only warns: see `Adapter.whole`.
 
 Names written by other tools are normalized to those of the text model: a whole model's (`language_model.`), a raw
-state dict's (`lora_A.default.weight`), target modules as a pattern. Values and dtypes stay. Only adapters that can be
+state dict's (`lora_A.default.weight`), target modules as a pattern. Ranks and alphas by pattern are looked up under the
+names that the file has, as peft does, and kept by layer (`patterns`). Values and dtypes stay. Only adapters that can be
 merged into the base's matrices are accepted: no biases, no fully trained layers beside the LoRA, no variants of LoRA
 that change the base or depend on the input.
 """
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from converters.checkpoint import Adapter, Checkpoint, in_memory
@@ -92,7 +94,9 @@ def read(path: Path) -> Adapter:
     settings = read_json(path / CONFIG)
     if not (path / WEIGHTS).exists():
         raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
-    tensors = {peft_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
+    given = {name: tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
+    modules = {_module(peft_name(name)): _module(name) for name in given}
+    tensors = {peft_name(name): tensor for name, tensor in given.items()}
     base: Any = _base_of(settings)
     dtype = quantization = None
     if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
@@ -102,13 +106,14 @@ def read(path: Path) -> Adapter:
         if not known or not all(isinstance(text, str) for text in base.values()):
             raise UserError(f"{path / RECORD} is damaged; delete it to read the adapter as one of another tool")
     return Adapter(
-        lora_settings(settings, tensors, path / CONFIG),
+        lora_settings(settings, tensors, path / CONFIG, modules),
         tensors,
         base,
         None,
         read_prompt(path),
         dtype,
         quantization if isinstance(quantization, dict) else None,
+        as_stored=(settings, given),
     )
 
 
@@ -148,6 +153,11 @@ def peft_name(name: str) -> str:
     return name if name.startswith(PREFIX) else PREFIX + name
 
 
+def _module(name: str) -> str:
+    """The name of the module that has the tensor `name`, without what peft puts around it."""
+    return re.sub(r"\.lora_(?:A|B|magnitude_vector)(?:\..*)?$", "", name.removeprefix(PREFIX))
+
+
 def whole_name(name: str) -> str:
     """The name of a layer or tensor in the class of a whole model, from its name in that of the text model."""
     return re.sub(r"(^|\.|\^)model(?=\\?\.(?:layers|per_layer_))", r"\1model.language_model", name)
@@ -165,12 +175,15 @@ def _for_the_whole(content: Adapter) -> dict[str, Any]:
     return {**content.peft, **patterns, "target_modules": targets}
 
 
-def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def lora_settings(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, modules: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The settings that decide what the LoRA of `tensors` computes, with its layers as `target_modules`.
 
     Args:
         settings: of an `adapter_config.json`.
         where: for error messages.
+        modules: layer → the name under which the file has it, which patterns of ranks and alphas are made for.
 
     Raises:
         UserError: it cannot be merged into the base's matrices, or a value has a wrong type.
@@ -196,14 +209,13 @@ def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
     for key, value in peft.items():
         if not isinstance(value, COMPUTED[key]) or (isinstance(value, bool) and COMPUTED[key] is not bool):
             raise UserError(f"{where}: {key} is {_shown(value)}, which is no value for it")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for name, value in peft.get(
-            key, {}
-        ).items():  # a name or a suffix; an arbitrary pattern may take forever to match
-            if not re.fullmatch(r"[\w.^\\]+", name) or not isinstance(value, int | float) or not 0 < value <= 65_536:
-                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a positive number were expected")
-        if key in peft:
-            peft[key] = {OF_THE_TEXT.sub("model", name): value for name, value in peft[key].items()}
+    given = {key: peft.pop(key, {}) for key in ("rank_pattern", "alpha_pattern")}
+    for key, values in given.items():
+        for name, value in values.items():
+            if not _is_quick(name) or isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name or a simple pattern was expected")
+            if not 0 < value <= 65_536:
+                raise UserError(f"{where}: {key} has {value} for {name[:60]!r}; a positive number was expected")
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
@@ -216,7 +228,41 @@ def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
     peft.pop("target_parameters", None)
     if any(".experts" in layer for layer in layers):
         peft["target_parameters"] = _target_parameters(settings.get("target_parameters") or [], layers, where)
+    theirs = {adapted(layer, peft): adapted((modules or {}).get(layer, layer), peft) for layer in layers}
+    for (key, values), default in zip(given.items(), (peft["r"], peft["lora_alpha"]), strict=True):
+        found = {layer: values.get(get_pattern_key(values.keys(), name), default) for layer, name in theirs.items()}
+        peft |= {key: by_layer} if (by_layer := patterns(found, default)) else {}
     return {**peft, "target_modules": target_modules(layer for layer in layers if ".experts" not in layer)}
+
+
+def adapted(module: str, peft: Mapping[str, Any]) -> str:
+    """What the LoRA of `module` adapts: the module itself, or the parameter of experts, of which the inner wrapper
+    holds the first of two."""
+    if not module.removesuffix(".base_layer").endswith(".experts"):
+        return module
+    names = {target.rpartition(".")[2] for target in peft.get("target_parameters") or []}
+    inner = module.endswith(".base_layer")
+    name = "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
+    return f"{module.removesuffix('.base_layer')}.{name}"
+
+
+def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """peft's `rank_pattern` or `alpha_pattern` for `values` by layer, of which each names its layers and no other: by
+    the last part of their names where all layers of that name agree, else by the whole names."""
+    agreed: dict[str, set[float]] = {}
+    for layer, value in values.items():
+        agreed.setdefault(layer.rpartition(".")[2], set()).add(value)
+    named = ((layer.rpartition(".")[2], layer, value) for layer, value in sorted(values.items()) if value != default)
+    return {short if len(agreed[short]) == 1 else layer: value for short, layer, value in named}
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether `pattern` is a regular expression that cannot take forever on a layer's name: without repeated groups."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 500 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 5
 
 
 def _target_parameters(given: list[Any], layers: set[str], where: Path) -> list[str]:

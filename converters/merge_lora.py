@@ -15,7 +15,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from converters.adapter import LORA_TENSOR
+from converters.adapter import LORA_TENSOR, adapted
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from core.errors import UserError
 
@@ -95,17 +95,9 @@ def lora_updates(adapter: Adapter, where: Path) -> dict[str, Update]:
         raise UserError(f"{where} holds no LoRA")
     updates = {}
     for module, parts in sorted(layers.items()):
-        layer = _experts(module, adapter.peft) if ".experts" in module else module
+        layer = adapted(module, adapter.peft)
         updates[layer] = replace(_update(layer, parts, adapter.peft, where), module=module)
     return updates
-
-
-def _experts(module: str, peft: Mapping[str, Any]) -> str:
-    """The parameter that the LoRA of `module` adapts: the inner wrapper holds the first of two."""
-    names = {target.rpartition(".")[2] for target in peft.get("target_parameters") or []}
-    inner = module.endswith(".base_layer")
-    name = "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
-    return f"{module.removesuffix('.base_layer')}.{name}"
 
 
 def _update(layer: str, parts: dict[str, Tensor], peft: Mapping[str, Any], where: Path) -> Update:

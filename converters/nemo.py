@@ -78,6 +78,7 @@ def read(path: Path) -> Checkpoint | Adapter:
         prompt,
         str(config["dtype"]),
         quantization,
+        as_stored=(settings, adapter),
     )
 
 
