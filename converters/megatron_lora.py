@@ -19,8 +19,8 @@ and each part's lora_B is in its own columns, with zeros in the others':
 
 of rank 3r (2r if only gate and up are fused). Adapters of lower rank are padded with zeros, and alpha grows with the
 rank, so that the scale and every product stay exactly the same; a scale that is not the commonest goes into B.
-Converting back removes zeros of this pattern in all layers, then those at the end of each adapter, and adapters that are
-all zero, which restores ranks and layers.
+Converting back removes zeros of this pattern in all layers, those at the end of each adapter, and adapters of zeros
+alone, which restores ranks and layers.
 
 NeMo also has a canonical LoRA with separate adapters (`linear_qkv.adapter.adapter_q.linear_in`, …): those are peft's as
 they are. DoRA's `weight_magnitude` [out] is divided as linear_out is. The names are those of NeMo 2.7.3,

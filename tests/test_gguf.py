@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import gguf, hf
 from converters.checkpoint import Adapter, Checkpoint, in_memory
+from converters.formats import model_in
 from core.errors import UserError
 from core.prompt import Prompt
 
