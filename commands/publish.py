@@ -134,8 +134,8 @@ def publish(config: Config, repo: str, to: str, dataset: str, base: str, dry_run
     """Write and, unless `dry_run`, push the newest run of the task.
 
     Raises:
-        UserError: no such run, rows that it was not trained on, a base without a known name on the hub, a name or token that
-            the hub does not take, no network.
+        UserError: no such run, rows that it was not trained on, a base without a known name on the hub, a name or
+            token that the hub does not take, no network.
     """
     for name in filter(None, (repo, dataset, base)):
         try:

@@ -31,9 +31,12 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Checkpoint, in_memory
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.hf import read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
+from converters.torch_file import read_tensors as read_torch_file
+from core.base_model import hub_origin
 from core.errors import UserError
 from core.files import read_json
 from core.gemma_config import is_gemma4
@@ -43,6 +46,7 @@ READS = {Adapter}
 WRITES = {Adapter: ""}
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "conversion.json"
+OLD_WEIGHTS = "adapter_model.bin"  # before peft wrote safetensors
 HUB = "https://huggingface.co/"
 PREFIX = "base_model.model."
 # The layer, and which of its tensors.
@@ -51,13 +55,13 @@ LORA_TENSOR = re.compile(
     r"|router\.proj|experts(?:\.base_layer)?)|per_layer_model_projection))\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # inner and outer of peft's two wrappers around one module
+OF_TOWERS = re.compile(r"\.(vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\.")
 OF_THE_TEXT = re.compile(r"(?:model\\?\.language_model|language_model\\?\.model)(?=\\?\.(?:layers|per_layer_))")
 # Settings that decide what a LoRA computes ...
 COMPUTED: dict[str, Any] = {
     "r": int,
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
-    "bias": str,
     "use_rslora": bool,
     "use_dora": bool,
     "rank_pattern": dict,
@@ -82,6 +86,28 @@ IRRELEVANT = {
     "qalora_group_size",
     "init_lora_weights",
     "ensure_weight_tying",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "velora_config",  # of the backward pass
+    "fan_in_fan_out",  # of layers that no Gemma has
+    "bias",  # a Gemma has none
+}
+BY_PEFT = (
+    "let peft merge it, PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OUT), and convert "
+    "OUT"
+)
+ONLY_IN_PEFT = "no weights are the same as it, so that it runs in peft alone"
+# What else there is → what it is, and what to do with it.
+OTHERS = {
+    "modules_to_save": f"whole layers were trained beside the LoRA: {BY_PEFT}",
+    "trainable_token_indices": f"rows of the embedding were trained beside the LoRA: {BY_PEFT}",
+    "lora_bias": f"it adds biases, which no Gemma has: {ONLY_IN_PEFT}",
+    "layer_replication": f"it repeats layers of its base: {ONLY_IN_PEFT}",
+    "alora_invocation_tokens": f"it is an activated LoRA, which acts only after certain tokens: {ONLY_IN_PEFT}",
+    "arrow_config": f"it chooses among adapters for each token: {ONLY_IN_PEFT}",
+    "use_qalora": f"it averages what goes into a layer: {ONLY_IN_PEFT}",
 }
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # as init_lora_weights
 
@@ -92,12 +118,11 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path) -> Adapter:
     settings = read_json(path / CONFIG)
-    if not (path / WEIGHTS).exists():
-        raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
-    given = {name: tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
+    given = {name: tensor.read() for name, tensor in _stored(path).items()}
+    given = _without_towers(given, path)
     modules = {_module(peft_name(name)): _module(name) for name in given}
     tensors = {peft_name(name): tensor for name, tensor in given.items()}
-    base: Any = _base_of(settings)
+    base: Any = base_named(settings.get("base_model_name_or_path"), settings.get("revision"))
     dtype = quantization = None
     if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
         record = read_json(path / RECORD)
@@ -136,11 +161,38 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         content.prompt.save(target)
 
 
-def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The base that `adapter_config.json` names, on the hub or as a folder, without a hash; empty if it names none."""
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+def _stored(path: Path) -> Mapping[str, LazyTensor]:
+    """The tensors of the folder, of a file of torch too, of which no pickle code is run."""
+    if not (path / WEIGHTS).exists() and (path / OLD_WEIGHTS).exists():
+        return read_torch_file(whole_file(path / OLD_WEIGHTS))
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"{path / WEIGHTS} is missing; save the adapter again, with model.save_pretrained(FOLDER)")
+    return read_tensors(path / WEIGHTS)
+
+
+def _without_towers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`tensors` without those on what sees or hears, which a training with texts alone leaves without effect.
+
+    Raises:
+        UserError: they have one.
+    """
+    towers = {name: part[1] for name in tensors if (part := OF_TOWERS.search(name)) and ".lora_" in name}
+    if any(".lora_B" in name and tensors[name].any() for name in towers):
+        raise UserError(
+            f"{path} adapts what sees or hears too ({', '.join(sorted({*towers.values()}))}), and only text models are "
+            f"converted; use it in peft, or train with target_modules that name language layers alone"
+        )
+    if towers:
+        print(f"{path} has {len(towers)} tensors without effect, for {', '.join(sorted({*towers.values()}))}: left out")
+    return {name: tensor for name, tensor in tensors.items() if name not in towers}
+
+
+def base_named(name: Any, revision: Any) -> dict[str, str]:
+    """The base that a configuration names, on the hub or as a folder, without a hash; empty if it names none."""
     if not isinstance(name, str) or not name:
         return {}
+    if origin := hub_origin(Path(name)):
+        return origin
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     base = {"name": Path(name).name, "source": HUB + name if on_hub else name}
     return {**base, "revision": revision} if isinstance(revision, str) else base
@@ -190,9 +242,7 @@ def lora_settings(
     """
     kind = settings.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
-        raise UserError(f"{where}: peft_type is {kind}; only LoRA can be converted")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias is {settings['bias']!r}; only LoRA without biases can be converted")
+        raise UserError(f"{where}: peft_type is {kind}, and only LoRA is converted; if peft can, {BY_PEFT}")
     initialization = settings.get("init_lora_weights", True)
     if isinstance(initialization, str) and initialization.lower().startswith(CHANGE_THE_BASE):
         raise UserError(
@@ -201,10 +251,8 @@ def lora_settings(
         )
     for key, value in settings.items():
         if value and key not in IRRELEVANT and key not in COMPUTED:
-            raise UserError(
-                f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "
-                f"and DoRA fold into a base and can be converted"
-            )
+            what = OTHERS.get(key, f"only plain LoRA, rsLoRA and DoRA are converted; if peft can, {BY_PEFT}")
+            raise UserError(f"{where}: {key} is set ({_shown(value)}); {what}")
     peft = {key: settings[key] for key in COMPUTED if settings.get(key) is not None}
     for key, value in peft.items():
         if not isinstance(value, COMPUTED[key]) or (isinstance(value, bool) and COMPUTED[key] is not bool):
@@ -221,8 +269,8 @@ def lora_settings(
     for name in tensors:
         if not LORA_TENSOR.fullmatch(name):
             raise UserError(
-                f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
-                f"cannot be folded into its base or converted"
+                f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma, and nothing else is "
+                f"converted; {BY_PEFT}"
             )
     layers = {LORA_TENSOR.sub(r"\1", name) for name in tensors}
     peft.pop("target_parameters", None)
@@ -232,7 +280,8 @@ def lora_settings(
     for (key, values), default in zip(given.items(), (peft["r"], peft["lora_alpha"]), strict=True):
         found = {layer: values.get(get_pattern_key(values.keys(), name), default) for layer, name in theirs.items()}
         peft |= {key: by_layer} if (by_layer := patterns(found, default)) else {}
-    return {**peft, "target_modules": target_modules(layer for layer in layers if ".experts" not in layer)}
+    targets = target_modules(layer for layer in layers if ".experts" not in layer)
+    return {**peft, "bias": "none", "target_modules": targets}
 
 
 def adapted(module: str, peft: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from types import ModuleType
 from core.errors import UserError
 
 # In the order of detection. Imported on demand: some need packages of their own.
-FORMATS = ("nemo", "hf", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
+FORMATS = ("nemo", "hf", "mlx", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
 FILES = {".nemo", ".gguf", ".h5", ".ckpt"}  # suffixes of models that are one file
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # ends the name, without suffix, of a part of a divided GGUF
 # What other tools leave in a folder → what it is, and what to do with it.

@@ -62,6 +62,11 @@ def check_base(adapter: Adapter, base: Checkpoint, where: Path) -> None:
 def check_fit(found: Mapping[str, Update], base: Checkpoint, where: Path) -> None:
     for layer, update in found.items():
         weight = base.tensors.get(weight_name(layer))
+        if weight is None and layer.endswith((".qkv_proj", ".mlp.gate_up_proj")):
+            raise UserError(
+                f"{where} changes {layer}, which joins layers that a Gemma of transformers has one by one; split it in "
+                f"the tool that trained it, or merge it there"
+            )
         if weight is None:
             raise UserError(f"the base has no {layer}, which {where} changes; name the right base with base=FOLDER")
         shape = (*update.lora_b.shape[:-1], update.lora_a.shape[-1])

@@ -351,7 +351,8 @@ def test_rank_patterns_dtypes_and_single_layers_are_kept(tiny_base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"alora_invocation_tokens": [5]}, "an activated LoRA, which acts only after certain tokens"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "repeats layers of its base"),
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
