@@ -204,7 +204,9 @@ def write_card(
     proof = record.proof
     front = ModelCardData(
         base_model=base,
-        **{"license": licence[0], **licence[1]},
+        license=licence[1].get("license", licence[0]),
+        license_name=licence[1].get("license_name"),
+        license_link=licence[1].get("license_link"),
         datasets=[dataset] if dataset else None,
         pipeline_tag="text-generation",
         library_name="peft" if to == "adapter" else "transformers",
@@ -294,7 +296,7 @@ def base_on_hub(base: dict[str, str], folder: Path, run_folder: Path) -> str:
     from converters.adapter import HUB
 
     cached = hub_origin(folder)
-    for source in (base["source"], cached["source"] if cached else ""):
+    for source in (base["source"], cached.source if cached else ""):
         if source.startswith(HUB):
             return source.removeprefix(HUB)
     known = CONFIG_DIR / "model" / f"{Path(base['name']).name}.yaml"

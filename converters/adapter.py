@@ -192,7 +192,7 @@ def base_named(name: Any, revision: Any) -> dict[str, str]:
     if not isinstance(name, str) or not name:
         return {}
     if origin := hub_origin(Path(name)):
-        return origin
+        return {"name": origin.name, "source": origin.source, "revision": origin.revision}
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     base = {"name": Path(name).name, "source": HUB + name if on_hub else name}
     return {**base, "revision": revision} if isinstance(revision, str) else base

@@ -22,8 +22,19 @@ from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from core.gemma_config import WHOLE
 
 # What peft needs to know of a trained adapter: how its values were initialized, and dropout, decide nothing any more.
-DECIDING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules")
-DECIDING += ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+DECIDING = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
 LORA = re.compile(r"lora_(A|B|magnitude_vector)(?:\.weight)?$")
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
 BLOCK = 16_384  # rows of the output layer at a time: 350 MB of float32 for the widest Gemma
@@ -45,7 +56,7 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     Returns:
         [tokens of all texts, vocabulary], float32.
     """
-    body = adapted_body(checkpoint.config, adapter) if adapter else empty_model(checkpoint.config).model
+    body: Any = adapted_body(checkpoint.config, adapter) if adapter else empty_model(checkpoint.config).model
     config, tensors = body.config, checkpoint.tensors
     body.rotary_emb = type(body.rotary_emb)(config)
     for name, part in body.named_children():
@@ -90,6 +101,7 @@ def adapted_body(config: Mapping[str, Any], adapter: Adapter) -> nn.Module:
 
 def _by_peft(config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
     prefix = f"{PREFIX}model."
+    model: Any
     if any(name.startswith(f"{PREFIX}model.language_model.") for name in tensors):
         kind = next(name for name, text in WHOLE.items() if text == config["model_type"])
         prefix, model = f"{PREFIX}model.language_model.", empty_model({"model_type": kind, "text_config": dict(config)})

@@ -169,13 +169,13 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
     rank = max(len(update.lora_a) for update in updates.values())
     scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
     for layer, update in updates.items():
-        _, _, number, part = layer.split(".", 3) if layer.startswith("model.layers.") else ("", "", "", layer)
-        if part not in sizes.linear() or int(number) >= sizes.layers:
+        place = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", layer)
+        if place is None or place[2] not in sizes.linear() or int(place[1]) >= sizes.layers:
             raise UserError(f"Megatron's LoRA has no place for {layer}; merge the adapter into its base instead")
         ratio, more = update.scale / scale, rank - len(update.lora_a)
         b = update.lora_b if ratio == 1 else update.lora_b.float() * ratio
         kinds = {A: pad(update.lora_a, (0, 0, 0, more)), B: pad(b, (0, more))}
-        layers[int(number)][part] = kinds if update.magnitudes is None else {**kinds, M: update.magnitudes}
+        layers[int(place[1])][place[2]] = kinds if update.magnitudes is None else {**kinds, M: update.magnitudes}
     rank = _rank(layers, sizes)
     used = {part for adapters in layers.values() for part in adapters}
     present = {layer: parts for layer, parts in JOINED.items() if used & {*parts}}

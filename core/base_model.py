@@ -94,7 +94,7 @@ def local_base(folder: Path, models_dir: Path) -> Path:
     lines = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(files))
     content = hashlib.sha256(lines.encode()).hexdigest()
     cached = hub_origin(folder)
-    target = models_dir / f"{cached['name'] if cached else folder.resolve().name}-text-{content[:8]}"
+    target = models_dir / f"{cached.name if cached else folder.resolve().name}-text-{content[:8]}"
     if (target / RECORD).exists():
         return _intact(target)
 
@@ -107,7 +107,9 @@ def local_base(folder: Path, models_dir: Path) -> Path:
         finally:
             if not (partial / "config.json").exists():  # which is written last
                 shutil.rmtree(partial, ignore_errors=True)
-        return BaseRecord(**{"revision": content, **(cached or {}), "name": target.name})
+        if cached:
+            return BaseRecord(name=target.name, source=cached.source, revision=cached.revision)
+        return BaseRecord(name=target.name, revision=content)
 
     return _made_once(target, cut)
 
@@ -143,8 +145,10 @@ def describe(folder: Path) -> dict[str, str]:
     `sha256` covers the weights: it is the hash of the sorted `name hash` lines of the safetensors files, so that a
     folder which was copied or renamed is still recognized as the same model.
     """
-    cached = hub_origin(folder) or {"name": folder.resolve().name}
-    record = _read_record(folder) if (folder / RECORD).exists() else BaseRecord(**cached)
+    if (folder / RECORD).exists():
+        record = _read_record(folder)
+    else:
+        record = hub_origin(folder) or BaseRecord(name=folder.resolve().name)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     hashes = {name: record.files.get(name) or _sha256(folder / name) for name in weights}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
@@ -156,14 +160,14 @@ def describe(folder: Path) -> dict[str, str]:
     }
 
 
-def hub_origin(folder: Path) -> dict[str, str] | None:
-    """`{"name", "source", "revision"}` of a folder in the hub's cache, from its path; None: it lies elsewhere."""
+def hub_origin(folder: Path) -> BaseRecord | None:
+    """Name, source and revision of a folder in the hub's cache, from its path; None: it lies elsewhere."""
     found = CACHED.search(folder.resolve().as_posix())
     if found is None:
         return None
     owner, name, commit = found.groups()
     page = f"https://huggingface.co/{owner}/{name}" if owner else f"https://huggingface.co/{name}"
-    return {"name": name, "source": page, "revision": commit}
+    return BaseRecord(name=name, source=page, revision=commit)
 
 
 def _build_embedded(folder: Path) -> dict[str, str]:
