@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_gemma
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_gguf_gemma4 import expected_of, llama_cpp
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
@@ -172,6 +173,28 @@ def test_every_set_of_layers_ranks_and_alphas_survives_every_format_and_its_fold
     torch.testing.assert_close(said_after(to, tmp_path / "theirs", base, tmp_path), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["a pattern of layers", "ranks", "alphas"])
+def test_llama_cpp_itself_says_the_same_with_the_file(kind: str, base: Path, tmp_path: Path) -> None:
+    adapted = get_peft_model(
+        text_model(base),
+        LoraConfig(r=4, lora_alpha=8, **{"target_modules": ["q_proj", "v_proj", "down_proj"], **LAYER_SETS[kind]}),
+    )
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(tmp_path / "theirs")
+    convert(base, "gguf", tmp_path / "model")
+    convert(tmp_path / "theirs", "gguf", tmp_path / "lora", base)
+    (model,), (lora,) = ((tmp_path / name).glob("*.gguf") for name in ("model", "lora"))
+    size = len(tiny_tokenizer()) + 8
+    plain, found = (torch.tensor(llama_cpp(model, file, (), size)["log_probabilities"]) for file in (None, lora))
+    expected = expected_of(PeftModel.from_pretrained(text_model(base), tmp_path / "theirs").eval())
+    torch.testing.assert_close(found, expected, atol=0.04, rtol=0)
+    assert (plain - expected).abs().max() > 0.4
+
+
 def test_a_dora_on_some_layers_is_refused_by_megatron_with_what_to_do(base: Path, tmp_path: Path) -> None:
     trained(text_model(base), tmp_path / "theirs", use_dora=True, layers_to_transform=[1])
     with pytest.raises(UserError, match=r"Megatron has it on all that it joins; .* to=merged"):
@@ -274,3 +297,15 @@ def test_folders_of_trainings_and_of_other_tools_are_named_for_what_they_are(bas
     shutil.copyfile(tmp_path / "nemo/checkpoint-100.nemo", tmp_path / "nemo/other.nemo")
     with pytest.raises(UserError, match=r"holds 2 models: checkpoint-100\.nemo, other\.nemo\. Name one"):
         convert(tmp_path / "nemo", "adapter", tmp_path / "adapter", base)
+
+
+def test_an_adapter_that_names_no_base_takes_the_one_that_is_given(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = trained(text_model(base), tmp_path / "theirs")
+    config = tmp_path / "theirs/adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    torch.testing.assert_close(said_after("merged", tmp_path / "theirs", base, tmp_path), expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match=r"the adapter does not say its base; name its folder with base=FOLDER"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo")
