@@ -24,8 +24,8 @@ END_OF_TURN = ("<end_of_turn>", "<turn|>")  # Gemma 4's is the second
 # What a Gemma 4 marks tool calls and thoughts with. llama.cpp's parser must see it, so there it is no control token.
 SHOWN = {"<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|channel>", "<channel|>"}
 # Never ordinary text, whatever a file says: some list them among the ordinary tokens, put together from pieces.
-WHOLE = SHOWN | {*END_OF_TURN, "<start_of_turn>", "<start_of_image>", "<end_of_image>"}
-WHOLE |= {"<|turn>", "<|think|>", "<|tool>", "<tool|>"}
+WHOLE = {"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
+WHOLE_IN_4 = SHOWN | {"<|turn>", "<turn|>", "<|think|>", "<|tool>", "<tool|>"}
 SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -179,11 +179,11 @@ def tokenizer_from_gguf(file: Path) -> dict[str, bytes]:
         link.symlink_to(file.resolve())
         try:
             tokenizer = read_gguf_tokenizer(link)
-            # As they are in transformers, whether the file calls them user-defined, for llama.cpp's parser, or normal.
-            listed = SHOWN & tokenizer.get_added_vocab().keys()
-            listed |= (WHOLE & tokenizer.get_vocab().keys()) - tokenizer.get_added_vocab().keys()
-            if listed:
-                tokens = [AddedToken(token, normalized=False, special=True) for token in sorted(listed)]
+            if shown := sorted(SHOWN & tokenizer.get_added_vocab().keys()):
+                tokenizer.add_special_tokens({"additional_special_tokens": shown})  # as they are in transformers
+            whole = WHOLE_IN_4 if "<|turn>" in tokenizer.get_vocab() else WHOLE
+            if pieces := (whole & tokenizer.get_vocab().keys()) - tokenizer.get_added_vocab().keys():
+                tokens = [AddedToken(token, normalized=False, special=True) for token in sorted(pieces)]
                 tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
             return _saved(tokenizer)
         except Exception as error:  # of transformers and of tokenizers, which have no class in common
