@@ -3,6 +3,9 @@
     python -m commands.publish task=slang repo=me/slang-gemma dry_run=true      (writes the folder, sends nothing)
     HF_TOKEN=hf_... python -m commands.publish task=slang repo=me/slang-gemma to=merged dataset=me/slang-rows
 
+The card and the adapter name the base as the hub does. A run on a folder of your own does not know that name, and asks
+for it: base=owner/model.
+
 A repository that does not exist yet is made private: what is in it is seen by others when its owner says so there.
 """
 
@@ -20,7 +23,7 @@ from pydantic import Field
 
 from core.arguments import Arguments
 from core.artifacts import Conversion, Environment, Evaluation, Manifest
-from core.base_model import licence_of
+from core.base_model import hub_origin, licence_of
 from core.configuration import CONFIG_DIR, load_config
 from core.errors import UserError, run
 from core.files import read_json
@@ -118,27 +121,29 @@ class Options(Arguments):
     repo: str = Field("", description="where the model goes, name/model")
     to: Literal["adapter", "merged"] = Field("adapter", description="the adapter alone, or merged into its base")
     dataset: str = Field("", description="where the prepared rows go, name/data; without it they stay here")
+    base: str = Field("", description="the base's name on the hub, owner/model, where the run does not know it")
     dry_run: bool = Field(False, description="only write exports/<task>/hub/, send nothing")
 
 
 def main(argv: list[str]) -> None:
     config, options = load_config(argv, Options)
-    publish(config, options.repo, options.to, options.dataset, options.dry_run)
+    publish(config, options.repo, options.to, options.dataset, options.base, options.dry_run)
 
 
-def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> None:
+def publish(config: Config, repo: str, to: str, dataset: str, base: str, dry_run: bool) -> None:
     """Write and, unless `dry_run`, push the newest run of the task.
 
     Raises:
-        UserError: no such run, rows that it was not trained on, a name or token the hub does not take, no network.
+        UserError: no such run, rows that it was not trained on, a base without a known name on the hub, a name or
+            token that the hub does not take, no network.
     """
-    for name in filter(None, (repo, dataset)):
+    for name in filter(None, (repo, dataset, base)):
         try:
             validate_repo_id(name)
         except HFValidationError as error:
             raise UserError(f"{name!r} is no name of a repository ({error})") from None
-    if "/" not in repo or (dataset and "/" not in dataset):
-        raise UserError("name the repository with its owner: REPO=name/model, DATASET=name/data")
+    if "/" not in repo or any("/" not in name for name in (dataset, base) if name):
+        raise UserError("name the repository with its owner: REPO=name/model, DATASET=name/data, base=owner/model")
     token = os.environ.get("HF_TOKEN")
     if not token and not dry_run:
         raise UserError(
@@ -154,17 +159,18 @@ def publish(config: Config, repo: str, to: str, dataset: str, dry_run: bool) -> 
     folder = Path("exports") / config.task.name / "hub"
     pushed = [(repo, "model", folder / "model")]
     trained = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+    base = base or base_on_hub(nemo.base, Path(trained["model"].get("path") or ""), run_folder)
     if dataset:
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
         write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
     base_folder = base_of(Run.read(run_folder), config)
-    base = base_on_hub(nemo.base)
     # There, a Gemma 4 is a whole model with image and sound, on which an adapter for its text model does nothing.
-    whole = to == "adapter" and "/" in base and is_gemma4(read_json(base_folder / "config.json"))
+    whole = to == "adapter" and is_gemma4(read_json(base_folder / "config.json"))
     convert(archive, to, folder / "model", base_folder, whole=whole or None)
     if to == "adapter":
         name_base(folder / "model", base)
-    write_card(run_folder, trained, nemo, licence_of(base_folder), folder / "model", repo, to, dataset)
+    licence = licence_of(base_folder), licence_on_card(Path(trained["model"].get("path") or base_folder))
+    write_card(run_folder, trained, nemo, base, licence, folder / "model", repo, to, dataset)
     for name, kind, place in pushed:
         if dry_run:
             print(f"{place} is what would go to the {kind} repository {name}")
@@ -176,13 +182,19 @@ def write_card(
     run_folder: Path,
     trained: dict[str, Any],
     nemo: "NemoFile",
-    licence: str,
+    base: str,
+    licence: tuple[str, dict[str, str]],
     folder: Path,
     repo: str,
     to: str,
     dataset: str,
 ) -> None:
-    """`README.md` in `folder`, from what the run measured; `licence` is its base's, a key of `LICENCES`."""
+    """`README.md` in `folder`, from what the run measured.
+
+    Args:
+        base: name on the hub.
+        licence: of the base: a key of `LICENCES`, and what its own card says (see `licence_on_card`).
+    """
     from converters.adapter import HUB
 
     evaluation = Evaluation.read(run_folder / "evaluation.json")
@@ -190,10 +202,11 @@ def write_card(
     environment = Environment.read(run_folder / "environment.json")
     record = Conversion.read(folder / "conversion.json")
     proof = record.proof
-    base = base_on_hub(nemo.base)
     front = ModelCardData(
         base_model=base,
-        license=licence,
+        license=licence[1].get("license", licence[0]),
+        license_name=licence[1].get("license_name"),
+        license_link=licence[1].get("license_link"),
         datasets=[dataset] if dataset else None,
         pipeline_tag="text-generation",
         library_name="peft" if to == "adapter" else "transformers",
@@ -224,7 +237,7 @@ def write_card(
         seed=trained.get("seed", manifest.seed),
         machine=", ".join(environment.gpus) or environment.cpu,
         settings=yaml.safe_dump(settings, sort_keys=False).strip(),
-        licence=LICENCES[licence].card,
+        licence=LICENCES[licence[0]].card + other_licence(*licence),
         other_base="" if nemo.base["source"].startswith(HUB) else OTHER_BASE.format(**nemo.base),
         difference=proof.max_logit_difference,
         agreement=proof.top1_agreement,
@@ -274,13 +287,44 @@ def name_base(folder: Path, base: str) -> None:
     record.write(folder / "conversion.json")
 
 
-def base_on_hub(base: dict[str, str]) -> str:
+def base_on_hub(base: dict[str, str], folder: Path, run_folder: Path) -> str:
+    """The base's name on the hub: by its record, by the path of the cache that it was read from, or as one known here.
+
+    Raises:
+        UserError: none of these tells.
+    """
     from converters.adapter import HUB
 
-    if base["source"].startswith(HUB):
-        return base["source"].removeprefix(HUB)
+    cached = hub_origin(folder)
+    for source in (base["source"], cached.source if cached else ""):
+        if source.startswith(HUB):
+            return source.removeprefix(HUB)
     known = CONFIG_DIR / "model" / f"{Path(base['name']).name}.yaml"
-    return str(yaml.safe_load(known.read_text())["repo"]) if known.exists() else base["name"]
+    if known.exists():
+        return str(yaml.safe_load(known.read_text())["repo"])
+    place = folder if folder.name else base["name"]
+    raise UserError(
+        f"{run_folder} was trained on {place}, a folder of your own: which model of the hub is it? Name it: "
+        f"ARGS=base=owner/model"
+    )
+
+
+def licence_on_card(folder: Path) -> dict[str, str]:
+    """What the card in a model's folder says of its licence: `license`, `license_name`, `license_link`, or less."""
+    try:
+        data = ModelCard.load(folder / "README.md").data.to_dict()
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: data[key] for key in keys if isinstance(data.get(key), str)}
+
+
+def other_licence(of_family: str, card: dict[str, str]) -> str:
+    """A sentence for a base whose own card names another licence than its family has."""
+    if card.get("license", of_family) == of_family:
+        return ""
+    names = ", ".join(dict.fromkeys(card[key] for key in ("license", "license_name", "license_link") if key in card))
+    return f"\n\nThe base was itself made from a Gemma, and its card names as its licence: {names}."
 
 
 def answers(evaluation: Evaluation) -> str:

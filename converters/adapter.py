@@ -16,7 +16,8 @@ peft's class of a whole Gemma 4, which sees and hears, has `model.language_model
 of one class that is loaded onto the other changes nothing, and peft only warns: see `Adapter.whole`.
 
 Names written by other tools are normalized to those of the text model: a whole model's (`language_model.`), a raw
-state dict's (`lora_A.default.weight`), target modules as a pattern. Values and dtypes stay. Only adapters that can be
+state dict's (`lora_A.default.weight`), target modules as a pattern. Ranks and alphas by pattern are looked up under the
+names that the file has, as peft does, and kept by layer (`patterns`). Values and dtypes stay. Only adapters that can be
 merged into the base's matrices are accepted: no biases, no fully trained layers beside the LoRA, no variants of LoRA
 that change the base or depend on the input.
 """
@@ -27,11 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from converters.checkpoint import Adapter, Checkpoint, in_memory
+from converters.byte_ranges import whole_file
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
 from converters.hf import read_prompt, write_json
 from converters.safetensors_file import read_tensors, write_tensors
+from converters.torch_file import read_tensors as read_torch_file
+from core.base_model import hub_origin
 from core.errors import UserError
 from core.files import read_json
 from core.gemma_config import is_gemma4
@@ -41,6 +46,7 @@ READS = {Adapter}
 WRITES = {Adapter: ""}
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "conversion.json"
+OLD_WEIGHTS = "adapter_model.bin"  # before peft wrote safetensors
 HUB = "https://huggingface.co/"
 PREFIX = "base_model.model."
 # The layer, and which of its tensors.
@@ -49,13 +55,13 @@ LORA_TENSOR = re.compile(
     r"|router\.proj|experts(?:\.base_layer)?)|per_layer_model_projection))\.lora_(A|B|magnitude_vector)(?:\.weight)?"
 )
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")  # inner and outer of peft's two wrappers around one module
+OF_TOWERS = re.compile(r"\.(vision_\w+|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\.")
 OF_THE_TEXT = re.compile(r"(?:model\\?\.language_model|language_model\\?\.model)(?=\\?\.(?:layers|per_layer_))")
 # Settings that decide what a LoRA computes ...
 COMPUTED: dict[str, Any] = {
     "r": int,
     "lora_alpha": (int, float),
     "lora_dropout": (int, float),
-    "bias": str,
     "use_rslora": bool,
     "use_dora": bool,
     "rank_pattern": dict,
@@ -80,6 +86,28 @@ IRRELEVANT = {
     "qalora_group_size",
     "init_lora_weights",
     "ensure_weight_tying",
+    "eva_config",
+    "corda_config",
+    "loftq_config",
+    "lora_ga_config",
+    "velora_config",  # of the backward pass
+    "fan_in_fan_out",  # of layers that no Gemma has
+    "bias",  # a Gemma has none
+}
+BY_PEFT = (
+    "let peft merge it, PeftModel.from_pretrained(model, FOLDER).merge_and_unload().save_pretrained(OUT), and convert "
+    "OUT"
+)
+ONLY_IN_PEFT = "no weights are the same as it, so that it runs in peft alone"
+# What else there is → what it is, and what to do with it.
+OTHERS = {
+    "modules_to_save": f"whole layers were trained beside the LoRA: {BY_PEFT}",
+    "trainable_token_indices": f"rows of the embedding were trained beside the LoRA: {BY_PEFT}",
+    "lora_bias": f"it adds biases, which no Gemma has: {ONLY_IN_PEFT}",
+    "layer_replication": f"it repeats layers of its base: {ONLY_IN_PEFT}",
+    "alora_invocation_tokens": f"it is an activated LoRA, which acts only after certain tokens: {ONLY_IN_PEFT}",
+    "arrow_config": f"it chooses among adapters for each token: {ONLY_IN_PEFT}",
+    "use_qalora": f"it averages what goes into a layer: {ONLY_IN_PEFT}",
 }
 CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")  # as init_lora_weights
 
@@ -90,10 +118,11 @@ def recognizes(path: Path) -> bool:
 
 def read(path: Path) -> Adapter:
     settings = read_json(path / CONFIG)
-    if not (path / WEIGHTS).exists():
-        raise UserError(f"{path / WEIGHTS} is missing; save the adapter with safe_serialization=True")
-    tensors = {peft_name(name): tensor.read() for name, tensor in read_tensors(path / WEIGHTS).items()}
-    base: Any = _base_of(settings)
+    given = {name: tensor.read() for name, tensor in _stored(path).items()}
+    given = _without_towers(given, path)
+    modules = {_module(peft_name(name)): _module(name) for name in given}
+    tensors = {peft_name(name): tensor for name, tensor in given.items()}
+    base: Any = base_named(settings.get("base_model_name_or_path"), settings.get("revision"))
     dtype = quantization = None
     if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
         record = read_json(path / RECORD)
@@ -102,13 +131,14 @@ def read(path: Path) -> Adapter:
         if not known or not all(isinstance(text, str) for text in base.values()):
             raise UserError(f"{path / RECORD} is damaged; delete it to read the adapter as one of another tool")
     return Adapter(
-        lora_settings(settings, tensors, path / CONFIG),
+        lora_settings(settings, tensors, path / CONFIG, modules),
         tensors,
         base,
         None,
         read_prompt(path),
         dtype,
         quantization if isinstance(quantization, dict) else None,
+        as_stored=(settings, given),
     )
 
 
@@ -131,11 +161,38 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
         content.prompt.save(target)
 
 
-def _base_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The base that `adapter_config.json` names, on the hub or as a folder, without a hash; empty if it names none."""
-    name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+def _stored(path: Path) -> Mapping[str, LazyTensor]:
+    """The tensors of the folder, of a file of torch too, of which no pickle code is run."""
+    if not (path / WEIGHTS).exists() and (path / OLD_WEIGHTS).exists():
+        return read_torch_file(whole_file(path / OLD_WEIGHTS))
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"{path / WEIGHTS} is missing; save the adapter again, with model.save_pretrained(FOLDER)")
+    return read_tensors(path / WEIGHTS)
+
+
+def _without_towers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """`tensors` without those on what sees or hears, which a training with texts alone leaves without effect.
+
+    Raises:
+        UserError: they have one.
+    """
+    towers = {name: part[1] for name in tensors if (part := OF_TOWERS.search(name)) and ".lora_" in name}
+    if any(".lora_B" in name and tensors[name].any() for name in towers):
+        raise UserError(
+            f"{path} adapts what sees or hears too ({', '.join(sorted({*towers.values()}))}), and only text models are "
+            f"converted; use it in peft, or train with target_modules that name language layers alone"
+        )
+    if towers:
+        print(f"{path} has {len(towers)} tensors without effect, for {', '.join(sorted({*towers.values()}))}: left out")
+    return {name: tensor for name, tensor in tensors.items() if name not in towers}
+
+
+def base_named(name: Any, revision: Any) -> dict[str, str]:
+    """The base that a configuration names, on the hub or as a folder, without a hash; empty if it names none."""
     if not isinstance(name, str) or not name:
         return {}
+    if origin := hub_origin(Path(name)):
+        return {"name": origin.name, "source": origin.source, "revision": origin.revision}
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()
     base = {"name": Path(name).name, "source": HUB + name if on_hub else name}
     return {**base, "revision": revision} if isinstance(revision, str) else base
@@ -146,6 +203,11 @@ def peft_name(name: str) -> str:
     name = OF_THE_TEXT.sub("model", name.replace(".default.", ".").removesuffix(".default"))
     name = name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
     return name if name.startswith(PREFIX) else PREFIX + name
+
+
+def _module(name: str) -> str:
+    """The name of the module that has the tensor `name`, without what peft puts around it."""
+    return re.sub(r"\.lora_(?:A|B|magnitude_vector)(?:\..*)?$", "", name.removeprefix(PREFIX))
 
 
 def whole_name(name: str) -> str:
@@ -165,21 +227,22 @@ def _for_the_whole(content: Adapter) -> dict[str, Any]:
     return {**content.peft, **patterns, "target_modules": targets}
 
 
-def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path) -> dict[str, Any]:
+def lora_settings(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Path, modules: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The settings that decide what the LoRA of `tensors` computes, with its layers as `target_modules`.
 
     Args:
         settings: of an `adapter_config.json`.
         where: for error messages.
+        modules: layer → the name under which the file has it, which patterns of ranks and alphas are made for.
 
     Raises:
         UserError: it cannot be merged into the base's matrices, or a value has a wrong type.
     """
     kind = settings.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
-        raise UserError(f"{where}: peft_type is {kind}; only LoRA can be converted")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias is {settings['bias']!r}; only LoRA without biases can be converted")
+        raise UserError(f"{where}: peft_type is {kind}, and only LoRA is converted; if peft can, {BY_PEFT}")
     initialization = settings.get("init_lora_weights", True)
     if isinstance(initialization, str) and initialization.lower().startswith(CHANGE_THE_BASE):
         raise UserError(
@@ -188,35 +251,67 @@ def lora_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], wh
         )
     for key, value in settings.items():
         if value and key not in IRRELEVANT and key not in COMPUTED:
-            raise UserError(
-                f"{where}: {key} is set ({_shown(value)}); only plain LoRA, rsLoRA "
-                f"and DoRA fold into a base and can be converted"
-            )
+            what = OTHERS.get(key, f"only plain LoRA, rsLoRA and DoRA are converted; if peft can, {BY_PEFT}")
+            raise UserError(f"{where}: {key} is set ({_shown(value)}); {what}")
     peft = {key: settings[key] for key in COMPUTED if settings.get(key) is not None}
     for key, value in peft.items():
         if not isinstance(value, COMPUTED[key]) or (isinstance(value, bool) and COMPUTED[key] is not bool):
             raise UserError(f"{where}: {key} is {_shown(value)}, which is no value for it")
-    for key in ("rank_pattern", "alpha_pattern"):
-        for name, value in peft.get(
-            key, {}
-        ).items():  # a name or a suffix; an arbitrary pattern may take forever to match
-            if not re.fullmatch(r"[\w.^\\]+", name) or not isinstance(value, int | float) or not 0 < value <= 65_536:
-                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name and a positive number were expected")
-        if key in peft:
-            peft[key] = {OF_THE_TEXT.sub("model", name): value for name, value in peft[key].items()}
+    given = {key: peft.pop(key, {}) for key in ("rank_pattern", "alpha_pattern")}
+    for key, values in given.items():
+        for name, value in values.items():
+            if not _is_quick(name) or isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name or a simple pattern was expected")
+            if not 0 < value <= 65_536:
+                raise UserError(f"{where}: {key} has {value} for {name[:60]!r}; a positive number was expected")
     if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
         raise UserError(f"{where}: r and lora_alpha must be given and positive")
     for name in tensors:
         if not LORA_TENSOR.fullmatch(name):
             raise UserError(
-                f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma; such an adapter "
-                f"cannot be folded into its base or converted"
+                f"{where.parent}: {name} is not part of a LoRA on a linear layer of Gemma, and nothing else is "
+                f"converted; {BY_PEFT}"
             )
     layers = {LORA_TENSOR.sub(r"\1", name) for name in tensors}
     peft.pop("target_parameters", None)
     if any(".experts" in layer for layer in layers):
         peft["target_parameters"] = _target_parameters(settings.get("target_parameters") or [], layers, where)
-    return {**peft, "target_modules": target_modules(layer for layer in layers if ".experts" not in layer)}
+    theirs = {adapted(layer, peft): adapted((modules or {}).get(layer, layer), peft) for layer in layers}
+    for (key, values), default in zip(given.items(), (peft["r"], peft["lora_alpha"]), strict=True):
+        found = {layer: values.get(get_pattern_key(values.keys(), name), default) for layer, name in theirs.items()}
+        peft |= {key: by_layer} if (by_layer := patterns(found, default)) else {}
+    targets = target_modules(layer for layer in layers if ".experts" not in layer)
+    return {**peft, "bias": "none", "target_modules": targets}
+
+
+def adapted(module: str, peft: Mapping[str, Any]) -> str:
+    """What the LoRA of `module` adapts: the module itself, or the parameter of experts, of which the inner wrapper
+    holds the first of two."""
+    if not module.removesuffix(".base_layer").endswith(".experts"):
+        return module
+    names = {target.rpartition(".")[2] for target in peft.get("target_parameters") or []}
+    inner = module.endswith(".base_layer")
+    name = "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
+    return f"{module.removesuffix('.base_layer')}.{name}"
+
+
+def patterns(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """peft's `rank_pattern` or `alpha_pattern` for `values` by layer, of which each names its layers and no other: by
+    the last part of their names where all layers of that name agree, else by the whole names."""
+    agreed: dict[str, set[float]] = {}
+    for layer, value in values.items():
+        agreed.setdefault(layer.rpartition(".")[2], set()).add(value)
+    named = ((layer.rpartition(".")[2], layer, value) for layer, value in sorted(values.items()) if value != default)
+    return {short if len(agreed[short]) == 1 else layer: value for short, layer, value in named}
+
+
+def _is_quick(pattern: str) -> bool:
+    """Whether `pattern` is a regular expression that cannot take forever on a layer's name: without repeated groups."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return len(pattern) <= 500 and not re.search(r"\)[*+{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 5
 
 
 def _target_parameters(given: list[Any], layers: set[str], where: Path) -> list[str]:

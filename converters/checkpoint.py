@@ -77,6 +77,8 @@ class Adapter:
         quantization: BitsAndBytesConfig keys, if the base was in 4 bits in training.
         whole: whether a PEFT folder is written for the class of the whole Gemma 4 that sees and hears, instead of for
             that of its text model. `tensors` have the text model's names either way.
+        as_stored: the settings and the tensors under the names that a file for peft has, which the proof hands to peft
+            as they are; None where the file is for another library.
     """
 
     peft: dict[str, Any]
@@ -87,3 +89,4 @@ class Adapter:
     dtype: str | None = None
     quantization: dict[str, Any] | None = None
     whole: bool = False
+    as_stored: tuple[Mapping[str, Any], Mapping[str, Tensor]] | None = None

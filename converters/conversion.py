@@ -17,7 +17,7 @@ import yaml
 from converters import hf
 from converters.adapter import lora_settings, name_targets
 from converters.checkpoint import Adapter, Checkpoint
-from converters.formats import MERGED, detect, module_of
+from converters.formats import MERGED, PART, detect, model_in, module_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
 from converters.prove import MERGED_LIMITS, compare_beside, place_in_peft, prove, same_bits
 from converters.validation import check_shapes, validated
@@ -52,7 +52,7 @@ def write_proven(
         The proof, as `prove.prove` returns it.
     """
     begun = time.monotonic()
-    path = resolve_source(source_name)
+    path = model_in(resolve_source(source_name))
     origin = detect(path)
     module = module_of("hf" if to == MERGED else to)
     source = read_source(origin, path)
@@ -97,7 +97,8 @@ def write_proven(
             content = merge(base, source, path)
             content.tensors = validated(content.tensors, path)
         suffix = module.WRITES[kind]
-        place = folder / f"{Path(source_name).stem}{suffix}" if suffix else folder
+        stem = PART.sub("", path.stem.removesuffix(".lora")) if path.is_file() else Path(source_name).name
+        place = folder / f"{stem}{suffix}" if suffix else folder
         with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
             module.write(content, place, *([dtype] if dtype else []))
@@ -198,9 +199,8 @@ def read_base(adapter: Adapter, name: Path | str | None) -> Checkpoint:
 def own_base(adapter: Adapter) -> Path:
     """Where the base that `adapter` names lies on this machine, or would."""
     folder = Path("models") / Path(adapter.base.get("name") or "").name
-    if not folder.exists() and Path(adapter.base.get("source", "")).is_dir():
-        return Path(adapter.base["source"])
-    return folder
+    named = (Path(place) for key in ("folder", "source") if (place := adapter.base.get(key)))
+    return folder if (folder / "config.json").exists() else next((place for place in named if place.is_dir()), folder)
 
 
 def check_same_base(adapter: Adapter, base: Checkpoint, path: Path) -> None:

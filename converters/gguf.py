@@ -6,13 +6,16 @@ The layout compared with transformers' (see `hf`):
 
 - Names are llama.cpp's: `blk.3.attn_q.weight` for `model.layers.3.self_attn.q_proj.weight`, see `gguf.TensorNameMap`.
   Shapes, row order and head order are the same.
-- Norms hold w + 1, in float32, since llama.cpp multiplies by the weight itself. That sum is exact for the weights of
-  float16 and bfloat16 models down to 2**-16 in size; of a float32 norm it keeps 23 fractional bits.
+- Norms hold w + 1, in float32, since llama.cpp multiplies by the weight itself. That sum keeps 23 fractional bits:
+  it is exact for weights of float16 models down to 2**-13 in size, and of bfloat16 models down to 2**-16.
 - The output layer is the embedding and is not stored twice. The embedding has a row for every listed token.
 - A LoRA's two factors are `blk.3.attn_q.weight.lora_a` [r, in] and `.lora_b` [out, r]; its alpha is one number for
   the whole file, and each update is scaled by alpha / r with the tensor's own r.
 
 What is different in Gemma 4, whose norms are stored as they are, is in `gguf_gemma4`.
+
+A model in several files (`…-00001-of-00003.gguf`, as llama.cpp's gguf-split leaves it) has its fields in the first; all
+of them are read, whichever is named.
 
 The prompt and the origin, for which llama.cpp has no field, are stored as JSON under keys of this project.
 """
@@ -49,6 +52,7 @@ from transformers import AutoConfig, GenerationConfig
 from converters import gguf_gemma4
 from converters.adapter import PREFIX, lora_settings
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.formats import PART
 from converters.gguf_metadata import FAMILIES, PLAIN, Header, add_config, read_config
 from converters.hf import parse_prompt
 from converters.layerwise_forward import empty_model
@@ -85,19 +89,10 @@ CHUNK = 1 << 24  # values converted at a time
 
 
 def recognizes(path: Path) -> bool:
-    """A GGUF file, or a folder with one in it."""
-    file = _file(path)
-    if file is None:
+    if not path.is_file():
         return False
-    with file.open("rb") as opened:
+    with path.open("rb") as opened:
         return opened.read(4) == b"GGUF"
-
-
-def _file(path: Path) -> Path | None:
-    if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
-        return found[0] if len(found) == 1 else None
-    return path if path.is_file() else None
 
 
 def read(path: Path) -> Checkpoint | Adapter:
@@ -105,17 +100,14 @@ def read(path: Path) -> Checkpoint | Adapter:
     Raises:
         UserError: not a whole GGUF of a text Gemma, or one whose tensors are not those that its fields describe.
     """
-    file = _file(path)
-    if file is None:
-        raise UserError(f"{path} is neither a GGUF file nor a folder with one")
-    try:
-        header = Header(file)
-        fields = {key: field.contents() for key, field in header.fields.items()}
-    # The reader has no exceptions of its own: damage raises whichever of Python's or numpy's it causes.
-    except Exception as error:
-        raise UserError(f"{file} is not a complete GGUF file ({type(error).__name__}: {error})") from None
-    if header.byte_order != "I" or fields.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1) != 1:
-        raise UserError(f"{file} is big-endian or one of several parts; join the parts with llama.cpp's gguf-split")
+    parts = _parts(path)
+    file = parts[0]
+    headers = [_header(part) for part in parts]
+    header, fields = headers[0], {key: field.contents() for key, field in headers[0].fields.items()}
+    if len(parts) != (count := fields.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)):
+        raise UserError(
+            f"{file} is one of {count} parts; give the parts the names that llama.cpp's gguf-split gives them"
+        )
     families = {MODEL_ARCH_NAMES[arch]: family for family, arch in FAMILIES.items()}
     family = families.get(str(fields.get(Keys.General.ARCHITECTURE)))
     if family is None:
@@ -125,7 +117,12 @@ def read(path: Path) -> Checkpoint | Adapter:
     try:
         if fields.get(Keys.General.TYPE) == GGUFType.ADAPTER:
             return _read_adapter(file, header, fields, family)
-        return _read_model(file, header, fields, family)
+        stored = {
+            tensor.name: (part, tensor) for part, one in zip(parts, headers, strict=True) for tensor in one.tensors
+        }
+        if len(stored) != fields.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, len(stored)):
+            raise UserError(f"{file} and its other parts do not hold as many tensors as it says; copy them again")
+        return _read_model(file, stored, fields, family)
     except (
         LookupError,
         TypeError,
@@ -138,8 +135,34 @@ def read(path: Path) -> Checkpoint | Adapter:
         raise UserError(f"{file}: a field is missing or of the wrong kind ({type(error).__name__}: {error})") from None
 
 
-def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], family: str) -> Checkpoint:
-    stored = {tensor.name: tensor for tensor in header.tensors}
+def _parts(path: Path) -> list[Path]:
+    """The files of the model that `path` is, or is a part of, in order."""
+    if not (part := PART.search(path.stem)):
+        return [path]
+    name = path.stem.removesuffix(part[0])
+    found = [path.with_name(f"{name}-{number:05d}-of-{part[2]}.gguf") for number in range(1, int(part[2]) + 1)]
+    if missing := [file.name for file in found if not file.is_file()]:
+        raise UserError(f"{path} is one of {len(found)} parts, and {missing[0]} is not beside it; copy that too")
+    return found
+
+
+def _header(file: Path) -> GGUFReader:
+    try:
+        header = Header(file)
+        for field in header.fields.values():
+            field.contents()
+    # The reader has no exceptions of its own: damage raises whichever of Python's or numpy's it causes.
+    except Exception as error:
+        raise UserError(f"{file} is not a complete GGUF file ({type(error).__name__}: {error})") from None
+    if header.byte_order != "I":
+        raise UserError(f"{file} is big-endian, which only llama.cpp on such a machine reads")
+    return header
+
+
+def _read_model(
+    file: Path, parts: Mapping[str, tuple[Path, ReaderTensor]], fields: Mapping[str, Any], family: str
+) -> Checkpoint:
+    stored = {name: tensor for name, (_, tensor) in parts.items()}
     config = read_config(fields, family, stored)
     if "output.weight" in stored:
         config["tie_word_embeddings"] = False
@@ -155,7 +178,9 @@ def _read_model(file: Path, header: GGUFReader, fields: Mapping[str, Any], famil
         if name is None:
             raise UserError(f"{file} has a tensor {llama}, which no {family} of so many layers has")
         shape = tuple(reversed(tensor.shape.tolist()))
-        read_it = partial(_read_tensor, file, tensor, shape, dtype, not of_4 and name.endswith("norm.weight"))
+        read_it = partial(
+            _read_tensor, parts[llama][0], tensor, shape, dtype, not of_4 and name.endswith("norm.weight")
+        )
         tensors[name] = LazyTensor(shape, dtype, read_it)
     # An instruction-tuned model ends a turn with another token than EOS.
     stops = [config["eos_token_id"]]
@@ -196,6 +221,11 @@ def _read_tensor(file: Path, tensor: ReaderTensor, shape: tuple[int, ...], dtype
 def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], family: str) -> Adapter:
     if fields.get(Keys.Adapter.TYPE) != "lora":
         raise UserError(f"{file} is an adapter of type {fields.get(Keys.Adapter.TYPE)!r}, not a LoRA")
+    if Keys.Adapter.ALORA_INVOCATION_TOKENS in fields:
+        raise UserError(
+            f"{file} is an activated LoRA (aLoRA), which acts only after certain tokens: it cannot be "
+            f"converted; use it in llama.cpp, or train a plain LoRA"
+        )
     stored = {tensor.name: tensor for tensor in header.tensors}
     blocks = [int(name.split(".")[1]) for name in stored if name.startswith("blk.")]
     hugging_face = {llama: name for name, llama in _names(family, min(max(blocks, default=0), len(stored)) + 1).items()}
@@ -305,7 +335,10 @@ def _write_adapter(adapter: Adapter, target: Path) -> None:
     tensors: dict[str, LazyTensor] = {}
     for layer, update in found.items():
         ratio = update.scale * update.lora_a.shape[-2] / alpha
-        for factor, tensor in (("a", update.lora_a), ("b", update.lora_b if ratio == 1 else update.lora_b * ratio)):
+        for factor, tensor in (
+            ("a", update.lora_a),
+            ("b", update.lora_b if ratio == 1 else update.lora_b.float() * ratio),
+        ):
             tensors[f"{names[weight_name(layer)]}.lora_{factor}"] = in_memory(tensor.contiguous())
     kinds = {name: KINDS[lazy.dtype] for name, lazy in tensors.items()}
     file_type = FILE_TYPES[next(iter(kinds.values()))]

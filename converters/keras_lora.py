@@ -70,6 +70,7 @@ def read(path: Path) -> Adapter:
             tensors |= {f"{PREFIX}{layer}.lora_A.weight": lora_a, f"{PREFIX}{layer}.lora_B.weight": lora_b}
     if not ranks:
         raise UserError(f"{path} has no effect: its LoRA is all zeros")
+    print(f"{path} holds no alpha, as no LoRA of KerasHub does: its updates are taken as they are, A times B")
     return Adapter(_settings(ranks), tensors)
 
 

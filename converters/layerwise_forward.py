@@ -2,9 +2,13 @@
 
 The model is built on the meta device. Hooks load the weights of a decoder layer in float32 just before it runs and
 unload them after it; only the tokens' rows of the embeddings are used; the output layer is computed in blocks of the
-vocabulary. An adapter is applied by peft, in memory.
+vocabulary.
+
+An adapter is applied by peft, in memory. Where its file is one for peft, peft gets settings and names as they stand
+there, on the class that the names are of: what this project makes of them is what a proof has to find out.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,9 +17,25 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from converters.adapter import PREFIX
-from converters.checkpoint import Adapter, Checkpoint, LazyTensor, in_memory
+from converters.adapter import LORA_TENSOR, PREFIX, peft_name
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
+from core.gemma_config import WHOLE
 
+# What peft needs to know of a trained adapter: how its values were initialized, and dropout, decide nothing any more.
+DECIDING = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+)
+LORA = re.compile(r"lora_(A|B|magnitude_vector)(?:\.weight)?$")
 FAMILIES = ("gemma", "gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text")
 BLOCK = 16_384  # rows of the output layer at a time: 350 MB of float32 for the widest Gemma
 
@@ -36,14 +56,9 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     Returns:
         [tokens of all texts, vocabulary], float32.
     """
-    model = empty_model(checkpoint.config)
-    body, config = model.model, model.config
-    tensors = dict(checkpoint.tensors)
+    body: Any = adapted_body(checkpoint.config, adapter) if adapter else empty_model(checkpoint.config).model
+    config, tensors = body.config, checkpoint.tensors
     body.rotary_emb = type(body.rotary_emb)(config)
-    if adapter:
-        settings = LoraConfig(task_type="CAUSAL_LM", **adapter.peft)
-        get_peft_model(model, settings, low_cpu_mem_usage=True)  # wraps the layers in place
-        tensors |= {name.removeprefix(PREFIX): in_memory(tensor) for name, tensor in adapter.tensors.items()}
     for name, part in body.named_children():
         if name == "layers":
             for number, layer in enumerate(part):
@@ -62,6 +77,54 @@ def logits(checkpoint: Checkpoint, texts: Sequence[Tensor], adapter: Adapter | N
     return _output(ends, checkpoint, getattr(config, "final_logit_softcapping", None))
 
 
+def adapted_body(config: Mapping[str, Any], adapter: Adapter) -> nn.Module:
+    """The layers of a text model of `config` on the meta device, with the LoRA of `adapter` in memory in float32.
+
+    Raises:
+        ValueError: peft has no place for a tensor, or no tensor for a place.
+    """
+    if adapter.as_stored:
+        settings, given = adapter.as_stored
+        # Of what is left out, nothing reads; other tools leave out peft's own prefix, or add the adapter's name.
+        kept = {
+            name.replace(".default", ""): value for name, value in given.items() if peft_name(name) in adapter.tensors
+        }
+        tensors = {name if name.startswith(PREFIX) else PREFIX + name: value for name, value in kept.items()}
+        try:
+            return _by_peft(config, settings, tensors)
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError):
+            adapter.as_stored = None  # peft cannot load it as it stands: a tool has changed its names or settings
+    layers = {LORA_TENSOR.sub(r"\1", name) for name in adapter.tensors}
+    targets = sorted(layer for layer in layers if ".experts" not in layer)
+    return _by_peft(config, {**adapter.peft, "target_modules": targets}, adapter.tensors)
+
+
+def _by_peft(config: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    prefix = f"{PREFIX}model."
+    model: Any
+    if any(name.startswith(f"{PREFIX}model.language_model.") for name in tensors):
+        kind = next(name for name, text in WHOLE.items() if text == config["model_type"])
+        prefix, model = f"{PREFIX}model.language_model.", empty_model({"model_type": kind, "text_config": dict(config)})
+        body = model.model.language_model
+    elif any(name.startswith(f"{PREFIX}language_model.model.") for name in tensors):
+        prefix, model = f"{PREFIX}language_model.model.", nn.Module()  # the whole model of transformers before 4.52
+        model.language_model = empty_model(config)
+        body = model.language_model.model
+    else:
+        model = empty_model(config)
+        body = model.model
+    lora = LoraConfig(**{name: settings[name] for name in DECIDING if settings.get(name)})
+    adapted = get_peft_model(model, lora, low_cpu_mem_usage=True).eval()  # wraps the layers in place
+    # Not by peft's own loader, which then moves what it has loaded to the base's place, the meta device.
+    named = {LORA.sub(r"lora_\1.default.weight", name): tensor.float() for name, tensor in tensors.items()}
+    loaded = adapted.load_state_dict(named, strict=False, assign=True)
+    lost = [*loaded.unexpected_keys]
+    lost += [name for name in loaded.missing_keys if ".lora_" in name and name.startswith(prefix)]
+    if lost:
+        raise ValueError(f"peft finds no {lost[0]}")
+    return body
+
+
 def _rows(table: LazyTensor, texts: Sequence[Tensor], width: int) -> Tensor:
     """The rows of `table` for `texts`, times the root of the `width` of an embedding: [texts, tokens, columns]."""
     values = table.read()
@@ -70,19 +133,18 @@ def _rows(table: LazyTensor, texts: Sequence[Tensor], width: int) -> Tensor:
 
 
 def _load_on_demand(layer: nn.Module, tensors: Mapping[str, LazyTensor], prefix: str) -> None:
-    names = {}
-    for name in layer.state_dict():  # parameters, and buffers that are saved: Gemma 4's layer_scalar
-        # Of adapted experts, which are two parameters of one module, the inner one's LoRA has base_layer in its name.
-        theirs = prefix + (name if ".lora_" in name else name.replace("base_layer.", "")).replace(".default", "")
-        names[name] = theirs.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    # Parameters of the base, and buffers that are saved: Gemma 4's layer_scalar. peft wraps what it adapts.
+    names = {
+        name: prefix + name.replace("base_layer.", "") for name in layer.state_dict() if ".lora_" not in f".{name}"
+    }
 
     def load(*_: Any) -> None:
         weights = {name: tensors[theirs].read().float() for name, theirs in names.items()}
-        layer.load_state_dict(weights, assign=True)
+        layer.load_state_dict(weights, strict=False, assign=True)
 
     def unload(*_: Any) -> None:
         empty = {name: torch.empty(tensors[theirs].shape, device="meta") for name, theirs in names.items()}
-        layer.load_state_dict(empty, assign=True)
+        layer.load_state_dict(empty, strict=False, assign=True)
 
     layer.register_forward_pre_hook(load)
     layer.register_forward_hook(unload)

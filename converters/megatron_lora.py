@@ -1,7 +1,7 @@
 """Converts LoRA between Megatron's fused layers and peft's separate ones.
 
-Each of Megatron's four layers has an adapter; all have the same rank and alpha. alpha / rank · linear_out(linear_in(x))
-is added to the layer's output:
+Each of Megatron's four layers has an adapter, in all layers; all have the same rank and alpha.
+alpha / rank · linear_out(linear_in(x)) is added to the layer's output:
 
 | `decoder.layers.N.…` | linear_in | linear_out | peft |
 |---|---|---|---|
@@ -18,30 +18,31 @@ and each part's lora_B is in its own columns, with zeros in the others':
     linear_in = [A_q; A_k; A_v]        linear_out = join(B_q·[1 0 0], B_k·[0 1 0], B_v·[0 0 1])
 
 of rank 3r (2r if only gate and up are fused). Adapters of lower rank are padded with zeros, and alpha grows with the
-rank, so that the scale and every product stay exactly the same. Zeros of this pattern in all layers are removed when
-converting back, which restores the adapter of rank r.
+rank, so that the scale and every product stay exactly the same; a scale that is not the commonest goes into B.
+Converting back removes zeros of this pattern in all layers, those at the end of each adapter, and adapters of zeros
+alone, which restores ranks and layers.
 
 NeMo also has a canonical LoRA with separate adapters (`linear_qkv.adapter.adapter_q.linear_in`, …): those are peft's as
 they are. DoRA's `weight_magnitude` [out] is divided as linear_out is. The names are those of NeMo 2.7.3,
 `nemo/collections/llm/peft/`; its exporter of Llama's adapters divides them as is done here, for Gemma it has none.
 """
 
-import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from converters.adapter import patterns, target_modules
 from converters.checkpoint import Adapter, LazyTensor
 from converters.megatron import JOINED, Sizes, join, split, strip_wrappers
+from converters.merge_lora import lora_updates
 from core.errors import UserError
 
-PEFT = re.compile(
-    r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)"
-)
 MEGATRON = re.compile(
     r"decoder\.layers\.(\d+)\.(.+)\.adapter\.(?:adapter_(\w+)\.)?"
     r"(linear_in\.weight|linear_out\.weight|weight_magnitude)"
@@ -50,7 +51,6 @@ A, B, M = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 KINDS = {A: "linear_in.weight", B: "linear_out.weight", M: "weight_magnitude"}
 # Settings of a LoraConfig that Megatron does not support.
 UNSUPPORTED = (
-    "alpha_pattern",
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
@@ -101,16 +101,24 @@ def from_megatron_lora(
             for position, part in enumerate(parts):
                 own = {kind: pieces[kind][position].contiguous() for kind in pieces}
                 layers[number][part] = {A: kinds[A], **own}
-    layers, factor = _unstack(layers, rank)
-    scaled = (rank if alpha is None else alpha) / factor
-    peft = {
-        "r": rank // factor,
-        "lora_alpha": int(scaled) if scaled == int(scaled) else scaled,
+    layers, _ = _unstack(layers, rank)
+    scale = (rank if alpha is None else alpha) / rank
+    layers = _without_padding(layers)
+    ranks = {f"model.layers.{n}.{part}": len(kinds[A]) for n, parts in layers.items() for part, kinds in parts.items()}
+    largest = max(ranks.values())
+    alphas = {layer: _whole(scale * r) for layer, r in ranks.items()}
+    peft: dict[str, Any] = {
+        "r": largest,
+        "lora_alpha": _whole(scale * largest),
         "lora_dropout": dropout,
         "bias": "none",
-        "target_modules": _targets(layers, sizes.layers),
+        "target_modules": target_modules(
+            ranks, (f"model.layers.{n}.{part}" for n in range(sizes.layers) for part in sizes.linear())
+        ),
         "use_dora": any(M in kinds for adapters in layers.values() for kinds in adapters.values()),
     }
+    if by_rank := patterns(ranks, largest):
+        peft |= {"rank_pattern": by_rank, "alpha_pattern": patterns(alphas, peft["lora_alpha"])}
     return Adapter(
         peft,
         {
@@ -121,6 +129,25 @@ def from_megatron_lora(
         },
         config=dict(config),
     )
+
+
+def _whole(number: float) -> float | int:
+    """`number`, as an integer if it is one but for rounding."""
+    return round(number) if abs(number - round(number)) < 1e-9 * abs(number) else number
+
+
+def _without_padding(layers: Layers) -> Layers:
+    """`layers` without the last ranks that are zero in both A and B, and without what has none left; as it is if all of
+    it is zero, or if it is DoRA's, which has an effect without A and B too."""
+    found: Layers = {}
+    for number, adapters in layers.items():
+        for part, kinds in adapters.items():
+            used = (kinds[A] != 0).any(1) | (kinds[B] != 0).any(0)
+            rank = int(used.nonzero().max()) + 1 if used.any() else 1
+            if M in kinds or kinds[B].any():
+                cut = {A: kinds[A][:rank].clone(), B: kinds[B][:, :rank].clone()}
+                found.setdefault(number, {})[part] = {**kinds, **cut}
+    return found or layers
 
 
 def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
@@ -138,14 +165,27 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
     if unsupported:
         raise UserError(f"Megatron's LoRA has no {unsupported[0]}; merge the adapter into its base instead")
     layers: Layers = defaultdict(dict)
-    for name, tensor in adapter.tensors.items():
-        match = PEFT.fullmatch(name)
-        if not match or match[2] not in sizes.linear() or int(match[1]) >= sizes.layers:
-            raise UserError(f"Megatron's LoRA has no place for {name}; merge the adapter into its base instead")
-        layers[int(match[1])].setdefault(match[2], {})[match[3]] = tensor
+    updates = lora_updates(adapter, Path("the adapter"))
+    rank = max(len(update.lora_a) for update in updates.values())
+    scale = Counter(update.scale for update in updates.values()).most_common(1)[0][0]
+    for layer, update in updates.items():
+        place = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", layer)
+        if place is None or place[2] not in sizes.linear() or int(place[1]) >= sizes.layers:
+            raise UserError(f"Megatron's LoRA has no place for {layer}; merge the adapter into its base instead")
+        ratio, more = update.scale / scale, rank - len(update.lora_a)
+        b = update.lora_b if ratio == 1 else update.lora_b.float() * ratio
+        kinds = {A: pad(update.lora_a, (0, 0, 0, more)), B: pad(b, (0, more))}
+        layers[int(place[1])][place[2]] = kinds if update.magnitudes is None else {**kinds, M: update.magnitudes}
     rank = _rank(layers, sizes)
     used = {part for adapters in layers.values() for part in adapters}
     present = {layer: parts for layer, parts in JOINED.items() if used & {*parts}}
+    if peft.get("use_dora") and any(
+        not {*parts} <= layers[n].keys() for n in range(sizes.layers) for parts in present.values()
+    ):
+        raise UserError(
+            "DoRA is on some layers or some of q, k and v (or gate and up) only, and Megatron has it on all that it "
+            "joins; merge the adapter into its base instead: to=merged"
+        )
     stacked = {layer for layer, parts in present.items() if any(_differ(found, parts) for found in layers.values())}
     factor = max(len(present[layer]) if layer in stacked else 1 for layer in present)
     tensors = {}
@@ -153,10 +193,13 @@ def to_megatron_lora(adapter: Adapter) -> tuple[dict[str, Tensor], int, float]:
         for layer, parts in present.items():
             kinds = _joined(layers.get(number, {}), parts, layer in stacked, rank, factor, sizes)
             tensors.update({f"decoder.layers.{number}.{layer}.adapter.{KINDS[kind]}": kinds[kind] for kind in kinds})
-    scaled = peft["lora_alpha"] * factor
-    if peft.get("use_rslora"):
-        scaled = peft["lora_alpha"] / math.sqrt(peft["r"]) * rank * factor
-    return tensors, rank * factor, scaled
+    return _of_one_dtype(tensors), rank * factor, _whole(scale * rank * factor)
+
+
+def _of_one_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` in the widest of their dtypes where they differ: a tensor of all layers is one in Megatron."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    return tensors if len(dtypes) == 1 else {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _rank(layers: Layers, sizes: Sizes) -> int:
@@ -185,17 +228,6 @@ def _rank(layers: Layers, sizes: Sizes) -> int:
     return rank
 
 
-def _targets(layers: Layers, count: int) -> list[str]:
-    """peft's `target_modules`: a module's name where every layer has it, else its place in each that does."""
-    where = defaultdict(list)
-    for number, adapters in layers.items():
-        for part in adapters:
-            where[part].append(number)
-    if all(len(numbers) == count for numbers in where.values()):
-        return sorted(part.rpartition(".")[2] for part in where)
-    return sorted(f"layers.{number}.{part}" for part, numbers in where.items() for number in numbers)
-
-
 def _differ(found: Mapping[str, Kinds], parts: Sequence[str]) -> bool:
     """Whether the parts of a fused layer have different lora_A."""
     have = [found[part][A] for part in parts if part in found]
@@ -208,8 +240,6 @@ def _joined(
     """The adapter of one fused layer, of rank · factor; parts missing in `found` are zero."""
     have, shapes = [part for part in parts if part in found], sizes.linear()
     magnitudes = [found[part][M] for part in have if M in found[part]]
-    if magnitudes and len(magnitudes) < len(parts):
-        raise UserError(f"DoRA is on some of {', '.join(parts)} only, and Megatron has it on all that it joins")
     dtype = found[have[0]][A].dtype if have else torch.float32
     linear_in = torch.zeros(rank * factor, shapes[parts[0]][1], dtype=dtype)
     outs = [torch.zeros(shapes[part][0], rank * factor, dtype=dtype) for part in parts]

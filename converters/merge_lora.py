@@ -15,7 +15,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from converters.adapter import LORA_TENSOR
+from converters.adapter import LORA_TENSOR, adapted
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from core.errors import UserError
 
@@ -62,6 +62,11 @@ def check_base(adapter: Adapter, base: Checkpoint, where: Path) -> None:
 def check_fit(found: Mapping[str, Update], base: Checkpoint, where: Path) -> None:
     for layer, update in found.items():
         weight = base.tensors.get(weight_name(layer))
+        if weight is None and layer.endswith((".qkv_proj", ".mlp.gate_up_proj")):
+            raise UserError(
+                f"{where} changes {layer}, which joins layers that a Gemma of transformers has one by one; split it in "
+                f"the tool that trained it, or merge it there"
+            )
         if weight is None:
             raise UserError(f"the base has no {layer}, which {where} changes; name the right base with base=FOLDER")
         shape = (*update.lora_b.shape[:-1], update.lora_a.shape[-1])
@@ -95,17 +100,9 @@ def lora_updates(adapter: Adapter, where: Path) -> dict[str, Update]:
         raise UserError(f"{where} holds no LoRA")
     updates = {}
     for module, parts in sorted(layers.items()):
-        layer = _experts(module, adapter.peft) if ".experts" in module else module
+        layer = adapted(module, adapter.peft)
         updates[layer] = replace(_update(layer, parts, adapter.peft, where), module=module)
     return updates
-
-
-def _experts(module: str, peft: Mapping[str, Any]) -> str:
-    """The parameter that the LoRA of `module` adapts: the inner wrapper holds the first of two."""
-    names = {target.rpartition(".")[2] for target in peft.get("target_parameters") or []}
-    inner = module.endswith(".base_layer")
-    name = "gate_up_proj" if inner or names == {"gate_up_proj"} else "down_proj"
-    return f"{module.removesuffix('.base_layer')}.{name}"
 
 
 def _update(layer: str, parts: dict[str, Tensor], peft: Mapping[str, Any], where: Path) -> Update:

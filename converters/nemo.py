@@ -68,16 +68,20 @@ def read(path: Path) -> Checkpoint | Adapter:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UserError(f"{path}: dtype {config['dtype']!r} in {CONFIG} is no floating-point type")
     quantization = _section(config, "quantization", path) if config.get("quantization") else None
+    base = _texts(config["base"], "base", path)
+    if isinstance(config.get("base_folder"), str) and config["base_folder"]:
+        base["folder"] = config["base_folder"]  # where it was on the machine that wrote this
     settings = {key: value for key, value in _section(config, "peft", path).items() if key != "name"}
     adapter = {name: tensor.read() for name, tensor in tensors.items()}
     return Adapter(
         lora_settings(settings, adapter, path),
         adapter,
-        _texts(config["base"], "base", path),
+        base,
         None,
         prompt,
         str(config["dtype"]),
         quantization,
+        as_stored=(settings, adapter),
     )
 
 

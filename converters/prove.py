@@ -60,6 +60,8 @@ def prove(
         UserError: a difference is beyond its limit.
     """
     merged = isinstance(source, Adapter) and isinstance(target, Checkpoint)
+    if not merged:
+        _leave_out_zeros(source, target)
     names, differing = _compare(base if merged and base else source, target)
     if isinstance(source, Adapter) and merged:
         changed = {weight_name(layer) for layer in lora_updates(source, Path("the adapter"))}
@@ -142,8 +144,23 @@ def _compare(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> tupl
         raise UserError(
             f"the conversion is not faithful: {name} is only in the {'source' if name in left else 'target'}"
         )
-    left, right = {**left, **_rescaled(source, target)}, {**right, **_rescaled(target, source)}
-    return len(left), [name for name in sorted(left) if not same_bits(left[name], right[name])]
+    rescaled = _rescaled(source, target)
+    return len(left), [
+        name
+        for name in sorted(left)
+        if not (rescaled[name] if name in rescaled else same_bits(left[name], right[name]))
+    ]
+
+
+def _leave_out_zeros(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> None:
+    """Of layers that only one of two adapters has, drop those whose update is zero, which formats say in two ways."""
+    if isinstance(source, Adapter) and isinstance(target, Adapter):
+        for side, other in ((source, target), (target, source)):
+            for update in lora_updates(side, Path("the adapter")).values():
+                names = [name for name in side.tensors if name.startswith(f"{PREFIX}{update.module}.lora_")]
+                zero = update.magnitudes is None and not update.lora_b.any()
+                if zero and names[0] not in other.tensors and len(names) < len(side.tensors):
+                    side.tensors = {name: value for name, value in side.tensors.items() if name not in names}
 
 
 def same_bits(one: LazyTensor, other: LazyTensor) -> bool:
@@ -212,17 +229,20 @@ def _tensors(side: Checkpoint | Adapter) -> Mapping[str, LazyTensor]:
     return {name: in_memory(tensor) for name, tensor in side.tensors.items()}
 
 
-def _rescaled(side: Checkpoint | Adapter, other: Checkpoint | Adapter) -> dict[str, LazyTensor]:
-    """An adapter's B times its scale, where `other` has another scale: a format without alpha stores it in B."""
-    if not isinstance(side, Adapter) or not isinstance(other, Adapter):
+def _rescaled(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> dict[str, bool]:
+    """B of each layer whose scale differs → whether scale times B is the same, but for float32's rounding: a format
+    without an alpha for each layer stores the scale in B."""
+    if not isinstance(source, Adapter) or not isinstance(target, Adapter):
         return {}
-    mine, theirs = (lora_updates(adapter, Path("the adapter")) for adapter in (side, other))
-    differing = [
-        (f"{PREFIX}{update.module}.lora_B.weight", update.scale)
-        for layer, update in mine.items()
-        if layer in theirs and update.scale != theirs[layer].scale
-    ]
-    return {name: in_memory(side.tensors[name].float() * scale) for name, scale in differing}
+    mine, theirs = (lora_updates(adapter, Path("the adapter")) for adapter in (source, target))
+    found = {}
+    for layer, update in mine.items():
+        other = theirs.get(layer)
+        if other is not None and update.scale != other.scale:
+            one, another = (side.lora_b.float() * side.scale for side in (update, other))
+            same = one.shape == another.shape and torch.allclose(one, another, rtol=2**-21, atol=0)
+            found[f"{PREFIX}{update.module}.lora_B.weight"] = same
+    return found
 
 
 # --- prompts for both sides ----------------------------------------------------------------------------------

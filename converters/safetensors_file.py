@@ -36,7 +36,8 @@ def read_tensors(path: Path) -> dict[str, LazyTensor]:
         for name, part in shapes.items():
             if part.get_dtype() not in DTYPES:
                 raise UserError(
-                    f"{path}: {name} is of {part.get_dtype()}; only whole models in {', '.join(DTYPES)} are converted"
+                    f"{path}: {name} is of {part.get_dtype()}; only whole models in {', '.join(DTYPES)} are converted: "
+                    f"convert the one that it was quantized from"
                 )
             dtype = DTYPES[part.get_dtype()]
             tensors[name] = LazyTensor(tuple(part.get_shape()), dtype, partial(_read_one, path, name))

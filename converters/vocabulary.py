@@ -15,7 +15,7 @@ from pathlib import Path
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TokenType
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from tokenizers import Tokenizer
-from transformers import GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, GemmaTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.base_model import read_gguf_tokenizer, start_with_bos
 from core.errors import UserError
@@ -23,6 +23,9 @@ from core.errors import UserError
 END_OF_TURN = ("<end_of_turn>", "<turn|>")  # Gemma 4's is the second
 # What a Gemma 4 marks tool calls and thoughts with. llama.cpp's parser must see it, so there it is no control token.
 SHOWN = {"<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|channel>", "<channel|>"}
+# Never ordinary text, whatever a file says: some list them among the ordinary tokens, put together from pieces.
+WHOLE = {"<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>"}
+WHOLE_IN_4 = SHOWN | {"<|turn>", "<turn|>", "<|think|>", "<|tool>", "<tool|>"}
 SPECIAL = ("bos", "eos", "unk", "pad")
 
 
@@ -72,6 +75,10 @@ def read_vocabulary(files: Mapping[str, bytes | Path], config: PretrainedConfig)
         raise
     except Exception as error:  # of json, of a missing key, of the tokenizers library
         raise UserError(f"tokenizer.json is damaged ({type(error).__name__}: {error})") from None
+    # Gemma 3 270M and 1B list the whole models' <image_soft_token>, for which they have no row.
+    for token in [token for token in added if ids[token] >= config.vocab_size]:
+        print(f"{token} is left out: its number, {ids.pop(token)}, is beyond the vocabulary of {config.vocab_size:,}")
+        del added[token]
     if max(ids.values()) >= config.vocab_size:
         raise UserError(f"tokenizer.json has a token {max(ids.values())}, the model only {config.vocab_size} tokens")
     names = {name: settings.get(f"{name}_token") for name in SPECIAL}
@@ -174,6 +181,10 @@ def tokenizer_from_gguf(file: Path) -> dict[str, bytes]:
             tokenizer = read_gguf_tokenizer(link)
             if shown := sorted(SHOWN & tokenizer.get_added_vocab().keys()):
                 tokenizer.add_special_tokens({"additional_special_tokens": shown})  # as they are in transformers
+            whole = WHOLE_IN_4 if "<|turn>" in tokenizer.get_vocab() else WHOLE
+            if pieces := (whole & tokenizer.get_vocab().keys()) - tokenizer.get_added_vocab().keys():
+                tokens = [AddedToken(token, normalized=False, special=True) for token in sorted(pieces)]
+                tokenizer.add_special_tokens({"additional_special_tokens": tokens}, replace_extra_special_tokens=False)
             return _saved(tokenizer)
         except Exception as error:  # of transformers and of tokenizers, which have no class in common
             raise UserError(f"{file}: its tokenizer cannot be read ({type(error).__name__}: {error})") from None

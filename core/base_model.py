@@ -14,6 +14,7 @@ good model or none. Its `base.json` records where it came from and a hash of eve
 import hashlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -32,6 +33,7 @@ from core.schema import ModelConfig
 from core.text_model import COMPANIONS, cut_text_model, weight_files
 
 RECORD = "base.json"
+CACHED = re.compile(r"/models--(?:([^/]+?)--)?([^/]+)/snapshots/([^/]+)$")  # a model in the cache of huggingface_hub
 # Every base model must predict this text before it is used: a Gemma without its BOS token, with wrong norms or with
 # damaged weights has a perplexity in the thousands here, an intact one of about ten.
 SELF_CHECK_TEXT = (
@@ -91,7 +93,8 @@ def local_base(folder: Path, models_dir: Path) -> Path:
     files |= {file for pattern in COMPANIONS for file in folder.glob(pattern) if file.is_file()}
     lines = "".join(f"{file.name} {_sha256(file)}\n" for file in sorted(files))
     content = hashlib.sha256(lines.encode()).hexdigest()
-    target = models_dir / f"{folder.resolve().name}-text-{content[:8]}"
+    cached = hub_origin(folder)
+    target = models_dir / f"{cached.name if cached else folder.resolve().name}-text-{content[:8]}"
     if (target / RECORD).exists():
         return _intact(target)
 
@@ -104,6 +107,8 @@ def local_base(folder: Path, models_dir: Path) -> Path:
         finally:
             if not (partial / "config.json").exists():  # which is written last
                 shutil.rmtree(partial, ignore_errors=True)
+        if cached:
+            return BaseRecord(name=target.name, source=cached.source, revision=cached.revision)
         return BaseRecord(name=target.name, revision=content)
 
     return _made_once(target, cut)
@@ -140,7 +145,10 @@ def describe(folder: Path) -> dict[str, str]:
     `sha256` covers the weights: it is the hash of the sorted `name hash` lines of the safetensors files, so that a
     folder which was copied or renamed is still recognized as the same model.
     """
-    record = _read_record(folder) if (folder / RECORD).exists() else BaseRecord(name=folder.resolve().name)
+    if (folder / RECORD).exists():
+        record = _read_record(folder)
+    else:
+        record = hub_origin(folder) or BaseRecord(name=folder.resolve().name)
     weights = sorted(path.name for path in folder.glob("*.safetensors"))
     hashes = {name: record.files.get(name) or _sha256(folder / name) for name in weights}
     lines = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
@@ -150,6 +158,16 @@ def describe(folder: Path) -> dict[str, str]:
         "revision": record.revision,
         "sha256": hashlib.sha256(lines.encode()).hexdigest(),
     }
+
+
+def hub_origin(folder: Path) -> BaseRecord | None:
+    """Name, source and revision of a folder in the hub's cache, from its path; None: it lies elsewhere."""
+    found = CACHED.search(folder.resolve().as_posix())
+    if found is None:
+        return None
+    owner, name, commit = found.groups()
+    page = f"https://huggingface.co/{owner}/{name}" if owner else f"https://huggingface.co/{name}"
+    return BaseRecord(name=name, source=page, revision=commit)
 
 
 def _build_embedded(folder: Path) -> dict[str, str]:

@@ -230,7 +230,7 @@ def test_nemo_restores_what_was_converted(archive: Path, tiny_base: Path, tmp_pa
     assert isinstance(restored, GemmaLoRA) and restored.prompt == Prompt(**PROMPT)
     expected = read_nemo(archive).adapter
     assert all(torch.equal(tensor.cpu(), expected[name]) for name, tensor in restored.state_dict().items())
-    assert read_nemo(tmp_path / "nemo/adapter.nemo").base == read_nemo(archive).base
+    assert read_nemo(tmp_path / "nemo/adapter.nemo").base == {**read_nemo(archive).base, "folder": str(tiny_base)}
 
 
 # --- proven -------------------------------------------------------------------------------------------------------
@@ -352,7 +352,8 @@ def test_rank_patterns_dtypes_and_single_layers_are_kept(tiny_base: Path, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bias": "all"}, "bias is 'all'"),
+        ({"alora_invocation_tokens": [5]}, "an activated LoRA, which acts only after certain tokens"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "repeats layers of its base"),
         ({"peft_type": "IA3"}, "only LoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
@@ -651,7 +652,7 @@ def test_help_shows_the_declarations_of_the_formats() -> None:
         ("hf", f"{hf.TITLE}, whole model", "nemo"),
     ):
         assert any(line.startswith(f"| {name} | {title} | ") and source in line for line in lines)
-    assert any(line.startswith("| merged |") and "nemo, adapter" in line for line in lines)
+    assert any(line.startswith("| merged |") and "nemo, mlx, adapter" in line for line in lines)
 
 
 def test_a_hub_model_is_resolved_by_name_and_a_wrong_path_is_not(base_folder: Path, tmp_path: Path) -> None:

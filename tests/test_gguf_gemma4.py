@@ -299,7 +299,9 @@ def test_fields_that_contradict_each_other_are_refused(name: str, value: Any, fo
 
 
 # --- llama.cpp itself ----------------------------------------------------------------------------------------------
-def llama_cpp(model: Path, lora: Path | None = None, texts: tuple[str, ...] = ()) -> dict[str, Any]:
+def llama_cpp(
+    model: Path, lora: Path | None = None, texts: tuple[str, ...] = (), vocabulary: int = 1024
+) -> dict[str, Any]:
     """llama.cpp's log probabilities after the first tokens of `IDS`, of the lengths in `LENGTHS`, and its tokens."""
     interpreters = [os.environ.get("XLLAMACPP_PYTHON", ""), ROOT / ".venv-llama-cpp/bin/python", sys.executable]
     try:
@@ -307,7 +309,7 @@ def llama_cpp(model: Path, lora: Path | None = None, texts: tuple[str, ...] = ()
     except NotRun as missing:
         pytest.skip(str(missing))
     job = {"model": str(model), "lora": str(lora or ""), "prompts": [IDS[:length] for length in LENGTHS]}
-    job |= {"texts": texts, "vocabulary": 1024}
+    job |= {"texts": texts, "vocabulary": vocabulary}
     command = [python, Path(__file__).with_name("run_llama_cpp.py")]
     done = subprocess.run(command, input=json.dumps(job) + "\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -316,13 +316,16 @@ def test_a_lora_of_keras_has_the_same_effect_in_peft(family: str, names: list[st
     assert datasets(tmp_path / "again.lora.h5") == datasets(path)
 
 
-def test_a_lora_of_keras_is_converted_on_from_the_peft_folder(tmp_path: Path) -> None:
+def test_a_lora_of_keras_is_converted_on_from_the_peft_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its record says no dtype, which a Keras file has not."""
     model = tiny("gemma")
     model.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     keras_lora(model, tmp_path / "slang.lora.h5", ["query", "value"])
     convert(tmp_path / "slang.lora.h5", "adapter", tmp_path / "slang", tmp_path / "base")
+    assert "slang.lora.h5 holds no alpha, as no LoRA of KerasHub does" in capsys.readouterr().out
     assert json.loads((tmp_path / "slang/conversion.json").read_text())["dtype"] is None
     convert(tmp_path / "slang", "gguf", tmp_path / "gguf", tmp_path / "base")
     assert list((tmp_path / "gguf").glob("*.gguf"))

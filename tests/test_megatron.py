@@ -597,7 +597,7 @@ def test_rslora_dora_and_single_layers_are_converted(tmp_path: Path) -> None:
     tensors, _, alpha = to_megatron_lora(adapter)
     back = from_megatron_lora(lazies(tensors), adapter.config, alpha)
     assert_same(back.tensors, adapter.tensors)
-    assert "layers.2.mlp.up_proj" in back.peft["target_modules"] and len(back.peft["target_modules"]) == 14
+    assert "model.layers.2.mlp.up_proj" in back.peft["target_modules"] and len(back.peft["target_modules"]) == 14
     get_peft_model(gemma("gemma3_text"), LoraConfig(**back.peft))  # peft finds them by those names
 
 

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -149,7 +150,7 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", "dry_run=true"])
+    main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", "base=org/tiny", "dry_run=true"])
     card = ModelCard.load(work / "exports/slang/hub/model/README.md")
     assert (card.data.license, card.data.datasets, card.data.library_name) == ("gemma", ["me/rows"], "peft")
     for words in (
@@ -183,7 +184,7 @@ def test_what_is_made_from_a_gemma_4_is_under_its_licence(
     folder = tiny_folder4("e2b", tmp_path / "my-gemma", torch.float32, whole=is_whole)
     base = local_base(folder, tmp_path / "models")
     finish_run(tmp_path, base)
-    words = ["task=slang", "repo=me/slang-gemma", "dry_run=true", f"model.path={folder}"]
+    words = ["task=slang", "repo=me/slang-gemma", "base=org/g", "dry_run=true", f"model.path={folder}"]
     main(words)
     model = tmp_path / "exports/slang/hub/model"
     card = ModelCard.load(model / "README.md")
@@ -198,7 +199,7 @@ def test_what_is_made_from_a_gemma_4_is_under_its_licence(
 def test_model_and_data_are_uploaded_completely_and_privately(
     to: str, work: Path, hub: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", f"to={to}"])
+    main(["task=slang", "repo=me/slang-gemma", "dataset=me/rows", "base=org/tiny", f"to={to}"])
     assert [(made["name"], made.get("private") or made.get("visibility")) for made in hub.created] in (
         [("rows", True), ("slang-gemma", True)],
         [("rows", "private"), ("slang-gemma", "private")],
@@ -208,7 +209,7 @@ def test_model_and_data_are_uploaded_completely_and_privately(
     weights = "adapter_model.safetensors" if to == "adapter" else "model.safetensors"
     assert {weights, "README.md", "NOTICE", "prompt.json", "conversion.json"} <= model.keys()
     if to == "adapter":
-        assert json.loads(model["adapter_config.json"])["base_model_name_or_path"] == "tiny"
+        assert json.loads(model["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
         record = json.loads(model["conversion.json"])["files"]
         assert record["adapter_config.json"] == hashlib.sha256(model["adapter_config.json"]).hexdigest()
     assert not any(str(work).encode() in content for content in model.values())
@@ -226,7 +227,7 @@ def test_model_and_data_are_uploaded_completely_and_privately(
 def test_an_error_of_the_hub_is_reported_without_the_token(work: Path, hub: Hub) -> None:
     hub.refuse = 403
     with pytest.raises(UserError, match=r"answered 403 .* check that HF_TOKEN may write there") as error:
-        main(["task=slang", "repo=me/slang-gemma"])
+        main(["task=slang", "repo=me/slang-gemma", "base=org/tiny"])
     assert TOKEN not in str(error.value) and (work / "exports/slang/hub/model/README.md").exists()
 
 
@@ -237,6 +238,11 @@ def test_an_error_of_the_hub_is_reported_without_the_token(work: Path, hub: Hub)
         (["dry_run=1"], "with its owner"),
         (["repo=slang", "dry_run=1"], "with its owner"),
         (["repo=a/b/c", "dry_run=1"], "is no name of a repository"),
+        (
+            ["repo=me/x", "dry_run=1"],
+            r"a folder of your own: which model of the hub is it\? Name it: ARGS=base=owner/model",
+        ),
+        (["repo=me/x", "base=tiny", "dry_run=1"], "with its owner"),
         (["repo=me/x", "to=gguf", "dry_run=1"], "to=gguf is unknown. Known: adapter, merged"),
     ],
 )
@@ -253,7 +259,7 @@ def test_data_that_the_run_was_not_trained_on_is_not_published(work: Path) -> No
     manifest = work / "data/slang/manifest.json"
     manifest.write_text(manifest.read_text().replace('"sha256": "0"', '"sha256": "1"'))
     with pytest.raises(UserError, match="holds other rows than"):
-        main(["task=slang", "repo=me/x", "dataset=me/rows", "dry_run=1"])
+        main(["task=slang", "repo=me/x", "base=org/tiny", "dataset=me/rows", "dry_run=1"])
 
 
 def test_an_adapter_of_a_gemma_4_is_named_for_the_whole_model_that_the_hub_has(work: Path, tmp_path: Path) -> None:
@@ -277,3 +283,26 @@ def test_an_adapter_of_a_gemma_4_is_named_for_the_whole_model_that_the_hub_has(w
     }
     card = (folder / "README.md").read_text()
     assert "Its tensors are named for `Gemma4ForConditionalGeneration`" in card and "apache-2.0" in card
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_base_from_the_hub_s_cache_is_named_by_its_repository(recorded: bool, work: Path, tiny_base: Path) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = work / "hub/models--my-org--my-gemma.v2/snapshots" / commit
+    shutil.copytree(tiny_base, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: ours\n---\n# A model\n")
+    run = work / "runs/slang/tiny-lora-0"
+    old = nemo.read(run / "slang.nemo")
+    # Runs of earlier versions call it by the commit.
+    base = describe(snapshot) if recorded else {**describe(snapshot), "name": commit, "source": "local folder"}
+    nemo.write(Adapter(old.peft, old.tensors, base, None, old.prompt, "bfloat16"), run / "slang.nemo")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": {"name": "any", "path": str(snapshot)}}))
+    main(["task=slang", "repo=me/slang", "dry_run=true"])
+    settings = json.loads((work / "exports/slang/hub/model/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "my-org/my-gemma.v2"
+    assert settings["revision"] == (commit if recorded else None)
+    card = ModelCard.load(work / "exports/slang/hub/model/README.md")
+    assert card.data.base_model == "my-org/my-gemma.v2" and commit not in card.text.split("SHA-256")[0]
+    assert (card.data.license, card.data.license_name) == ("other", "ours")
+    assert "its card names as its licence: other, ours" in card.text and "Gemma Terms of Use" in card.text
