@@ -191,7 +191,7 @@ def test_equivalent_systems_get_the_same_tokens_and_reach_the_same_loss(
 def test_a_conversion_that_takes_too_long_is_stopped() -> None:
     assert measured(["sleep", "600"], 0.05) is None
     took = measured([sys.executable, "-c", "x = bytearray(50 << 20)"], 600)
-    assert took and 0.04 < took[2] < 1
+    assert took and took[2] > 0.04  # GiB; Linux counts what this process held when it started the other, too
 
 
 def test_a_share_that_is_not_used_is_for_the_others() -> None:

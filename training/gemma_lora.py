@@ -104,10 +104,8 @@ class GemmaLoRA(ModelPT):
         )
         dtype, quantization = getattr(torch, cfg.dtype), settings.get("quantization")
         divided = trainer and isinstance(trainer.strategy, AdapterParallel) and trainer.strategy.kind != "ddp"
-        if quantization or divided or not can_store(folder, dtype, device):
-            base = load_base(folder, dtype, quantization, device)
-        else:
-            base = load_stored(folder)
+        stored = not quantization and not divided and can_store(folder, dtype, device)
+        base = load_stored(folder) if stored else load_base(folder, dtype, quantization, device)
         if cfg.get("table_in_main_memory") and device.type != "cpu":
             keep_in_main_memory(base)
         base.config.use_cache = False
@@ -117,7 +115,8 @@ class GemmaLoRA(ModelPT):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` sets eval mode, which Lightning keeps
         fuse_layers(self.model)
-        fuse_stored_layers(self.model)
+        if stored:
+            fuse_stored_layers(self.model)
         if trainer:
             use_packed_attention(base)
             round_experts(base)
