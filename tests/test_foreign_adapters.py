@@ -129,6 +129,7 @@ def test_patterns_of_an_adapter_of_the_whole_model_are_looked_up_under_its_names
         torch.testing.assert_close(said_after(to, source, base, tmp_path), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_reading_that_loses_the_patterns_does_not_pass_the_proof(
     whole: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +166,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "kind"), EVERY)
 def test_every_set_of_layers_ranks_and_alphas_survives_every_format_and_its_folder(
     to: str, kind: str, base: Path, tmp_path: Path
