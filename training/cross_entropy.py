@@ -3,7 +3,7 @@
 Gemma's vocabulary of 262,144 makes the logits the largest tensor of a step: a sample of 512 tokens has half a gigabyte
 of them in float32. Here the vocabulary is processed in blocks that stay in the processor's cache, with the running
 maximum and sum of FlashAttention (Dao et al., 2022, algorithm 1) in place of a second pass. The gradient of the hidden
-states is computed in the same pass: the weights are frozen, so nothing else is needed.
+states, where it is wanted, is computed in the same pass: the weights are frozen, so nothing else is needed.
 """
 
 import torch
@@ -35,9 +35,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, softca
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:  # type: ignore[no-untyped-def]
-        count = hidden.shape[0]
+        count, with_gradient = hidden.shape[0], ctx.needs_input_grad[0]
         if weight.dtype != hidden.dtype:
-            losses, gradient = _stored(hidden.contiguous(), weight, targets, softcap)
+            losses, gradient = _stored(hidden.contiguous(), weight, targets, softcap, with_gradient)
             ctx.save_for_backward(gradient)
             return losses
         hidden = F.pad(hidden, (0, 0, 0, -count % ROUND))
@@ -68,6 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     softcap or 0.0,
                     *logits.shape,
                 )
+                if not with_gradient:
+                    continue
                 torch.mm(logits, block, out=part)
                 kernels.add_rescaled(mean_weight.data_ptr(), part.data_ptr(), factor.data_ptr(), *part.shape)
                 continue
@@ -81,14 +83,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.sub(logits, new_maximum, out=probability).exp_()
             rescale = torch.exp(maximum - new_maximum)
             total.mul_(rescale).add_(probability.sum(-1, keepdim=True))
+            maximum = new_maximum
+            if not with_gradient:
+                continue
             if slope is not None:
                 probability.mul_(slope)
             mean_weight.mul_(rescale).add_(torch.mm(rounded.copy_(probability), block, out=part))
-            maximum = new_maximum
         if kernels and softcap:  # they keep the maximum before the capping
             maximum = torch.tanh(maximum / softcap) * softcap
         losses, gradient = _finished(hidden, weight[targets], mean_weight, maximum, total, softcap)
-        ctx.save_for_backward(gradient[:count])
+        ctx.save_for_backward(gradient[:count] if with_gradient else None)
         return losses[:count]
 
     @staticmethod
@@ -97,19 +101,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype)[:, None], None, None, None
 
 
-def _stored(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _stored(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Losses and gradient, of one call of the kernels: `hidden` in float32, `weight` in bfloat16."""
     tokens, features = hidden.shape
     maximum, total = hidden.new_full((tokens, 1), float("-inf")), hidden.new_zeros(tokens, 1)
     mean_weight = torch.zeros_like(hidden)
     c_kernels.library(hidden.dtype).vocabulary_forward(
-        *(part.data_ptr() for part in (mean_weight, maximum, total, hidden, weight)),
+        mean_weight.data_ptr() if with_gradient else None,
+        *(part.data_ptr() for part in (maximum, total, hidden, weight)),
         softcap or 0.0,
         *(tokens, features, len(weight)),
     )
     if softcap:
         maximum = torch.tanh(maximum / softcap) * softcap
-    return _finished(hidden, weight[targets], mean_weight, maximum, total, softcap)
+    losses, gradient = _finished(hidden, weight[targets], mean_weight, maximum, total, softcap)
+    return losses, gradient if with_gradient else None
 
 
 def _finished(

@@ -1,5 +1,6 @@
 /* What a LoRA step computes between its matrix products, each chain of small operations in one pass over memory.
-See kernels.py. One layer, and the output layer; torch multiplies where it says so:
+See kernels.py. One layer, and the output layer; in bfloat16, torch multiplies where it says so; in float32,
+kernels_linear.h does where the matrices are stored in bfloat16:
 
     hidden ─▶ norm ─▶ [q k v: torch] ─▶ rope (after q_norm, k_norm) ─▶ attention ─▶ [o: torch] ─▶ norm ─▶ + ─▶ hidden
     hidden ─▶ norm ─▶ [gate up: torch] ─▶ gelu(gate) · up ─▶ [down: torch] ─▶ norm ─▶ + ─▶ hidden

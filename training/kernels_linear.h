@@ -191,57 +191,65 @@ void lora_backward(float *grad_x, float *grad_a, float *grad_b, float *grad_low,
     lora_gradient(grad_b, low, grad, rows, out, rank, width);
 }
 
+/* TOKEN_GROUP tokens, of which `some` are there, and `count` words; see vocabulary_forward. `columns` and `rows` are the panels
+of the words' wᵀ and w. */
+static void add_words(float *mean, float *maximum, float *total, const float *x_panels, const float *columns, const float *rows,
+                      float cap, int some, int depth, int count) {
+    float *logits = scratch(SCORES, (size_t)TOKEN_GROUP * WORD_BLOCK * sizeof(float));
+    float *weights = scratch(PROBABILITIES, (size_t)TOKEN_GROUP * WORD_BLOCK * sizeof(float));
+    for (int k = 0; k < depth; k += SLICE)
+        for (int column = 0; column < count; column += COLUMNS)
+            for (int row = 0; row < TOKEN_GROUP; row += ROWS)
+                product_tile(logits + (size_t)row * count + column, count, x_panels + (size_t)row * depth + (size_t)k * ROWS,
+                             columns + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k), k > 0);
+    for (int row = 0; row < some; row++) {
+        float rescale = soften(logits + (size_t)row * count, &maximum[row], &total[row], cap, count);
+        for (int i = 0; mean && i < depth; i += LANES) {
+            float *to = mean + (size_t)row * depth + i;
+            store_f32(to, load_f32(to) * rescale);
+        }
+    }
+    if (!mean) return;
+    for (int row = 0; row < TOKEN_GROUP; row += ROWS)
+        pack_rows(weights + (size_t)row * count, logits + (size_t)row * count, count, some - row, count);
+    for (int k = 0; k < count; k += SLICE)
+        for (int column = 0; column < depth; column += COLUMNS)
+            for (int row = 0; row < some; row += ROWS)
+                edge_tile(mean + (size_t)row * depth + column, depth, weights + (size_t)row * count + (size_t)k * ROWS,
+                          rows + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k), 1, some - row);
+}
+
 /* The output layer, its softmax and the gradient of its input in one pass over the vocabulary: of each token t, maximum[t]
 and total[t] with log Σ exp(logit) = maximum + log(total), and mean[t] = Σ slope · exp(logit − maximum) · w: [tokens][depth].
 logit = x wᵀ, or cap · tanh(x wᵀ / cap) with its slope; maximum is that of x wᵀ. w [words][depth]; maximum is -inf at first,
-total and mean 0. words and depth are multiples of 32. See cross_entropy.py. */
+total and mean 0; mean may be NULL. words and depth are multiples of 32. See cross_entropy.py. */
 void vocabulary_forward(float *mean, float *maximum, float *total, const float *x, const bf16 *w, float cap, int tokens,
                         int depth, int words) {
     int panels = round_up(tokens, TOKEN_GROUP) / ROWS, groups = round_up(tokens, TOKEN_GROUP) / TOKEN_GROUP;
     size_t block = (size_t)WORD_BLOCK * depth;
     float *x_panels = shared_scratch(0, (size_t)panels * ROWS * depth);
-    float *columns[2], *rows[2]; /* the panels of this block and of the next: wᵀ for the logits, w for the mean */
+    float *columns[2], *rows[2]; /* of the words at work, and of the next */
     for (int i = 0; i < 2; i++) columns[i] = shared_scratch(1, 4 * block) + i * 2 * block, rows[i] = columns[i] + block;
 #pragma omp parallel
-    for (int begin = -WORD_BLOCK; begin < words; begin += WORD_BLOCK) {
-        int first = begin < 0, next = begin + WORD_BLOCK, buffer = next / WORD_BLOCK % 2, count = least(WORD_BLOCK, words - begin);
-        int coming = next < words ? least(WORD_BLOCK, words - next) : 0, packs = coming ? (coming + depth) / COLUMNS : 0;
+    for (int begin = -WORD_BLOCK; begin < words; begin += WORD_BLOCK) { /* before the first: packs alone */
+        int next = begin + WORD_BLOCK, odd = next / WORD_BLOCK % 2, coming = next < words ? least(WORD_BLOCK, words - next) : 0;
+        int computes = begin < 0 ? panels : groups, packs = coming / COLUMNS;
 #pragma omp for schedule(dynamic)
-        for (int task = 0; task < (first ? panels : groups) + packs; task++) {
-            int pack = task - (first ? panels : groups);
-            if (coming && pack >= coming / COLUMNS) {
-                int column = (pack - coming / COLUMNS) * COLUMNS;
-                pack_columns(rows[buffer] + (size_t)column * coming, w + (size_t)next * depth, column, coming, depth, 0);
-            } else if (pack >= 0) {
-                pack_columns(columns[buffer] + (size_t)pack * COLUMNS * depth, w, next + pack * COLUMNS, depth, words, 1);
-            } else if (first) {
-                int row = task * ROWS, some = tokens - row;
-                pack_rows(x_panels + (size_t)task * ROWS * depth, x + (size_t)row * depth, depth, some, depth);
+        for (int task = 0; task < computes + packs + (mean && coming ? depth / COLUMNS : 0); task++) {
+            if (task >= computes + packs) {
+                int column = (task - computes - packs) * COLUMNS;
+                pack_columns(rows[odd] + (size_t)column * coming, w + (size_t)next * depth, column, coming, depth, 0);
+            } else if (task >= computes) {
+                int word = (task - computes) * COLUMNS;
+                pack_columns(columns[odd] + (size_t)word * depth, w, next + word, depth, words, 1);
+            } else if (begin < 0) {
+                int row = task * ROWS;
+                pack_rows(x_panels + (size_t)row * depth, x + (size_t)row * depth, depth, tokens - row, depth);
             } else {
-                int token = task * TOKEN_GROUP, some = least(TOKEN_GROUP, tokens - token);
-                float *logits = scratch(SCORES, (size_t)TOKEN_GROUP * WORD_BLOCK * 4);
-                float *weights = scratch(PROBABILITIES, (size_t)TOKEN_GROUP * WORD_BLOCK * 4);
-                for (int k = 0; k < depth; k += SLICE)
-                    for (int column = 0; column < count; column += COLUMNS)
-                        for (int row = 0; row < TOKEN_GROUP; row += ROWS)
-                            product_tile(logits + (size_t)row * WORD_BLOCK + column, WORD_BLOCK,
-                                 x_panels + (size_t)(token + row) * depth + (size_t)k * ROWS,
-                                 columns[!buffer] + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k),
-                                 k > 0);
-                for (int row = 0; row < some; row++) {
-                    float rescale = soften(logits + (size_t)row * WORD_BLOCK, &maximum[token + row], &total[token + row], cap, count);
-                    float *to = mean + (size_t)(token + row) * depth;
-                    for (int i = 0; i < depth; i += LANES) store_f32(to + i, load_f32(to + i) * rescale);
-                }
-                for (int row = 0; row < TOKEN_GROUP; row += ROWS)
-                    pack_rows(weights + (size_t)row * count, logits + (size_t)row * WORD_BLOCK, WORD_BLOCK, some - row, count);
-                for (int k = 0; k < count; k += SLICE)
-                    for (int column = 0; column < depth; column += COLUMNS)
-                        for (int row = 0; row < some; row += ROWS)
-                            edge_tile(mean + (size_t)(token + row) * depth + column, depth,
-                                      weights + (size_t)row * count + (size_t)k * ROWS,
-                                      rows[!buffer] + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k),
-                                      1, some - row);
+                int token = task * TOKEN_GROUP;
+                add_words(mean ? mean + (size_t)token * depth : NULL, maximum + token, total + token,
+                          x_panels + (size_t)token * depth, columns[!odd], rows[!odd], cap, least(TOKEN_GROUP, tokens - token),
+                          depth, least(WORD_BLOCK, words - begin));
             }
         }
     }
