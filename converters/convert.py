@@ -55,8 +55,8 @@ def convert(
     is_ours = target.is_dir() and ((target / "conversion.json").exists() or not any(target.iterdir()))
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
-    for read in filter(None, (source, base)):
-        if target.exists() and target.resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
+    for read in (source, base):
+        if read and target.exists() and target.resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
             raise UserError(f"{target} would be replaced, and {read} is read from there; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
     let_waiting_threads_sleep()

@@ -139,7 +139,7 @@ def read(path: Path) -> Checkpoint | Adapter:
 
 def _parts(path: Path) -> list[Path]:
     """The files of the model that `path` is, or is a part of, in order."""
-    if not (part := PART.search(path.stem)):
+    if not (part := PART.search(path.stem)) or not int(part[2]):
         return [path]
     name = path.stem.removesuffix(part[0])
     found = [path.with_name(f"{name}-{number:05d}-of-{part[2]}.gguf") for number in range(1, int(part[2]) + 1)]

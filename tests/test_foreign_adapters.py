@@ -306,6 +306,19 @@ def test_folders_of_trainings_and_of_other_tools_are_named_for_what_they_are(bas
         convert(tmp_path / "nemo", "adapter", tmp_path / "adapter", base)
 
 
+def test_a_tensor_under_two_names_and_an_endless_alpha_are_refused(base: Path, tmp_path: Path) -> None:
+    trained(text_model(base), tmp_path / "theirs", target_modules=["q_proj"])
+    file, config = (tmp_path / "theirs" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors, settings = load_file(file), json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "lora_alpha": 10**400}))
+    with pytest.raises(UserError, match=r"must be given and positive, and at most 65,536"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo", base)
+    config.write_text(json.dumps(settings))
+    save_file(tensors | {name.removeprefix("base_model.model."): 2 * value for name, value in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"holds tensors of one layer under several names"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo", base)
+
+
 def test_adapters_that_peft_keeps_under_names_are_named(base: Path, tmp_path: Path) -> None:
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
     get_peft_model(text_model(base), settings, adapter_name="french").save_pretrained(tmp_path / "theirs")
