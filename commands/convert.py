@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field
 
 from converters.convert import convert, table
-from converters.formats import FORMATS, MERGED
+from converters.formats import FILES, FORMATS, MERGED, name_of
 from core.arguments import HELP, Arguments, parse
 from core.errors import run
 
@@ -43,7 +43,9 @@ def main(argv: list[str]) -> None:
     if set(HELP) & set(argv):
         print(table())
     options = parse(Options, argv)
-    target = options.out or Path("exports") / Path(options.source).stem / options.to
+    name = Path(name_of(options.source))  # of which gemma-1.1-2b-it has no suffix
+    name = Path(name.stem) if name.suffix in FILES else name
+    target = options.out or Path("exports") / name / options.to
     convert(options.source, options.to, target, options.base, options.dtype, options.whole)
 
 

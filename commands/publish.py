@@ -282,7 +282,9 @@ def name_base(folder: Path, base: str) -> None:
     from converters.hf import write_json
 
     file, record = folder / "adapter_config.json", Conversion.read(folder / "conversion.json")
-    write_json(file, {**read_json(file), "base_model_name_or_path": base})
+    values = read_json(file)
+    revision = values["revision"] if values["base_model_name_or_path"] == base else None  # of another repository
+    write_json(file, {**values, "base_model_name_or_path": base, "revision": revision})
     record.files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     record.write(folder / "conversion.json")
 

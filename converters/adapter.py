@@ -122,6 +122,8 @@ def read(path: Path) -> Adapter:
     given = _without_towers(given, path)
     modules = {_module(peft_name(name)): _module(name) for name in given}
     tensors = {peft_name(name): tensor for name, tensor in given.items()}
+    if len(tensors) < len(given):
+        raise UserError(f"{path} holds tensors of one layer under several names; save the adapter again, with peft")
     base: Any = base_named(settings.get("base_model_name_or_path"), settings.get("revision"))
     dtype = quantization = None
     if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
@@ -264,8 +266,8 @@ def lora_settings(
                 raise UserError(f"{where}: {key} has {name[:60]!r}; a layer's name or a simple pattern was expected")
             if not 0 < value <= 65_536:
                 raise UserError(f"{where}: {key} has {value} for {name[:60]!r}; a positive number was expected")
-    if not 0 < peft.get("r", 0) <= 65_536 or not abs(peft.get("lora_alpha", 0)) > 0:
-        raise UserError(f"{where}: r and lora_alpha must be given and positive")
+    if not 0 < peft.get("r", 0) <= 65_536 or not 0 < abs(peft.get("lora_alpha", 0)) <= 65_536:
+        raise UserError(f"{where}: r and lora_alpha must be given and positive, and at most 65,536")
     for name in tensors:
         if not LORA_TENSOR.fullmatch(name):
             raise UserError(

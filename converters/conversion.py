@@ -17,7 +17,7 @@ import yaml
 from converters import hf
 from converters.adapter import lora_settings, name_targets
 from converters.checkpoint import Adapter, Checkpoint
-from converters.formats import MERGED, PART, detect, model_in, module_of
+from converters.formats import MERGED, PART, detect, model_in, module_of, name_of
 from converters.merge_lora import check_base, check_fit, lora_updates, merge
 from converters.prove import MERGED_LIMITS, compare_beside, place_in_peft, prove, same_bits
 from converters.validation import check_shapes, validated
@@ -97,7 +97,7 @@ def write_proven(
             content = merge(base, source, path)
             content.tensors = validated(content.tensors, path)
         suffix = module.WRITES[kind]
-        stem = PART.sub("", path.stem.removesuffix(".lora")) if path.is_file() else Path(source_name).name
+        stem = PART.sub("", path.stem.removesuffix(".lora")) if path.is_file() else name_of(source_name)
         place = folder / f"{stem}{suffix}" if suffix else folder
         with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)

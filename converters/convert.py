@@ -42,7 +42,7 @@ def convert(
     Args:
         source: a file or folder of any format, or a model name on the hub.
         to: one of formats.FORMATS, or "merged": an adapter merged into its base, as a Hugging Face folder.
-        target: must not exist, or be the target of an earlier conversion.
+        target: must not exist, or be the target of an earlier conversion, of which `source` and `base` are no part.
         base: of an adapter, unless the adapter names it: a Hugging Face folder, or a name on the hub.
         dtype: one of the format's DTYPES.
         whole: whether an adapter is named for, or merged into, the whole model that sees and hears, rather than its
@@ -55,6 +55,9 @@ def convert(
     is_ours = target.is_dir() and ((target / "conversion.json").exists() or not any(target.iterdir()))
     if target.exists() and not is_ours:
         raise UserError(f"{target} exists and was not made by this command; name another with out=FOLDER")
+    for read in (source, base):
+        if read and target.exists() and target.resolve() in (Path(read).resolve(), *Path(read).resolve().parents):
+            raise UserError(f"{target} would be replaced, and {read} is read from there; name another with out=FOLDER")
     print(f"Converting {source} to {target} and comparing both sides", flush=True)
     let_waiting_threads_sleep()
     with Progress("Loading transformers and peft", None), loading():

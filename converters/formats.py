@@ -45,6 +45,12 @@ def module_of(name: str) -> ModuleType:
     return import_module(f"converters.{name}")
 
 
+def name_of(source: Path | str) -> str:
+    """The last part of a source's path or name, also where it is given as `.` or `..`."""
+    path = Path(source)
+    return path.name if path.name.strip(".") else path.resolve().name
+
+
 def model_in(path: Path) -> Path:
     """`path`, or the model file in a folder that is no model itself: one that `convert` wrote, or a run's.
 
@@ -66,6 +72,14 @@ def model_in(path: Path) -> Path:
             f"{path} is a training's output folder with {len(checkpoints)} checkpoints, "
             f"{', '.join(folder.name for folder in checkpoints[:3])}{' …' * (len(checkpoints) > 3)}; name one of them, "
             f"such as the last, {last}"
+        )
+    # Adapters that peft keeps under names, the formats that one model was converted to, snapshots in the hub's cache.
+    within = [folder for pattern in ("*", "snapshots/*") for folder in sorted(path.glob(pattern)) if folder.is_dir()]
+    models = [str(folder) for folder in within if any(module_of(name).recognizes(folder) for name in FORMATS)]
+    if models:
+        raise UserError(
+            f"{path} is no model itself, but holds some: {', '.join(models[:5])}{' …' * (len(models) > 5)}. Name one "
+            f"of them"
         )
     for pattern, what in FOREIGN.items():
         if any(path.glob(pattern)):

@@ -22,6 +22,7 @@ The prompt and the origin, for which llama.cpp has no field, are stored as JSON 
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -85,6 +86,7 @@ FILE_TYPES = {
     GGMLQuantizationType.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
 PROMPT, ORIGIN = "gemma_nemo.prompt", "gemma_nemo.origin"
+BLOCK = re.compile(r"^blk\.(0|[1-9]\d{0,3})\.")
 CHUNK = 1 << 24  # values converted at a time
 
 
@@ -137,7 +139,7 @@ def read(path: Path) -> Checkpoint | Adapter:
 
 def _parts(path: Path) -> list[Path]:
     """The files of the model that `path` is, or is a part of, in order."""
-    if not (part := PART.search(path.stem)):
+    if not (part := PART.search(path.stem)) or not int(part[2]):
         return [path]
     name = path.stem.removesuffix(part[0])
     found = [path.with_name(f"{name}-{number:05d}-of-{part[2]}.gguf") for number in range(1, int(part[2]) + 1)]
@@ -227,12 +229,14 @@ def _read_adapter(file: Path, header: GGUFReader, fields: Mapping[str, Any], fam
             f"converted; use it in llama.cpp, or train a plain LoRA"
         )
     stored = {tensor.name: tensor for tensor in header.tensors}
-    blocks = [int(name.split(".")[1]) for name in stored if name.startswith("blk.")]
-    hugging_face = {llama: name for name, llama in _names(family, min(max(blocks, default=0), len(stored)) + 1).items()}
+    hugging_face = {llama: name for name, llama in _names(family, 1).items()}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored.items():
         weight, _, factor = name.rpartition(".lora_")
+        # Any layer may be the only one that is adapted: its names are those of the first, with another number.
+        weight, number = BLOCK.sub("blk.0.", weight), BLOCK.match(weight)
         layer = hugging_face.get(weight, "").removesuffix(".weight")
+        layer = layer.replace(".0.", f".{number[1]}.", 1) if number else layer
         if not layer or factor not in ("a", "b") or len(tensor.shape) != (3 if ".experts." in layer else 2):
             raise UserError(f"{file}: {name} is no LoRA of a {family}'s layer")
         if tensor.tensor_type not in PLAIN:

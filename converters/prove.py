@@ -38,6 +38,8 @@ PROBES = (
     "def area(radius):\n    return",
     "¿Qué vas a hacer este fin de semana?",
 )
+# Of a dtype's size: NaN and -0 are compared as bits, and any strides do, such as those of a factor of rank 1.
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 MAX_TOKENS = 24  # of a probe: logits over 262,144 tokens are 1 MB each
 
 
@@ -170,9 +172,8 @@ def same_bits(one: LazyTensor, other: LazyTensor) -> bool:
 def _same_bits(left: Tensor, right: Tensor) -> bool:
     # A format with fewer dtypes may hold the same value in a wider one.
     right = right if left.dtype == right.dtype else right.to(left.dtype)
-    return left.shape == right.shape and torch.equal(
-        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
-    )
+    bits = INTEGERS[left.dtype.itemsize]
+    return left.shape == right.shape and torch.equal(left.view(bits), right.view(bits))
 
 
 def compare_beside(whole: Path, written: Path, text: Collection[str]) -> int:

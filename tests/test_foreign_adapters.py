@@ -19,6 +19,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
+from commands.convert import main
 from converters import adapter as adapter_folder
 from converters.convert import convert
 from core.errors import UserError
@@ -152,12 +153,16 @@ LAYER_SETS: dict[str, dict[str, Any]] = {
     "alphas": {"alpha_pattern": {"v_proj": 3, "layers.0.mlp.down_proj": 5}},
     "one pattern within another": {"alpha_pattern": {"v_proj": 3, "layers.0.self_attn.v_proj": 5}},
     "ranks of rsLoRA": {"use_rslora": True, "rank_pattern": {"v_proj": 2}},
+    "a late layer's values alone": {"target_modules": ["layers.5.self_attn.v_proj"]},
+    "rank 1": {"r": 1},
 }
 QUICK = {
     ("nemo", "a pattern of layers"),
     ("gguf", "alphas"),
     ("nemo2", "ranks"),
     ("keras", "one pattern within another"),
+    ("gguf", "a late layer's values alone"),
+    ("keras", "rank 1"),
 }
 EVERY = [
     pytest.param(to, kind, marks=[] if (to, kind) in QUICK else pytest.mark.slow)
@@ -299,6 +304,47 @@ def test_folders_of_trainings_and_of_other_tools_are_named_for_what_they_are(bas
     shutil.copyfile(tmp_path / "nemo/checkpoint-100.nemo", tmp_path / "nemo/other.nemo")
     with pytest.raises(UserError, match=r"holds 2 models: checkpoint-100\.nemo, other\.nemo\. Name one"):
         convert(tmp_path / "nemo", "adapter", tmp_path / "adapter", base)
+
+
+def test_a_tensor_under_two_names_and_an_endless_alpha_are_refused(base: Path, tmp_path: Path) -> None:
+    trained(text_model(base), tmp_path / "theirs", target_modules=["q_proj"])
+    file, config = (tmp_path / "theirs" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors, settings = load_file(file), json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "lora_alpha": 10**400}))
+    with pytest.raises(UserError, match=r"must be given and positive, and at most 65,536"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo", base)
+    config.write_text(json.dumps(settings))
+    save_file(tensors | {name.removeprefix("base_model.model."): 2 * value for name, value in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"holds tensors of one layer under several names"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo", base)
+
+
+def test_adapters_that_peft_keeps_under_names_are_named(base: Path, tmp_path: Path) -> None:
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    get_peft_model(text_model(base), settings, adapter_name="french").save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match=r"theirs is no model itself, but holds some: \S+/theirs/french\. Name one of"):
+        convert(tmp_path / "theirs", "nemo", tmp_path / "nemo", base)
+    snapshot = tmp_path / "models--my-org--gemma/snapshots/0123"
+    shutil.copytree(base, snapshot)
+    with pytest.raises(UserError, match=r"holds some: \S+/models--my-org--gemma/snapshots/0123\. Name one of them"):
+        convert(snapshot.parent.parent, "nemo", tmp_path / "nemo")
+
+
+def test_a_target_is_named_for_its_source_and_never_takes_its_place(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(text_model(base), tmp_path / "adapter-1.1", target_modules=["q_proj"])
+    monkeypatch.chdir(tmp_path)
+    main(["source=adapter-1.1", "to=adapter", f"base={base}"])
+    own = tmp_path / "exports/adapter-1.1/adapter"
+    before = (own / "adapter_model.safetensors").read_bytes()
+    for source, given, target in ((own, base, own), (own, base, own.parent), (tmp_path / "adapter-1.1", own, own)):
+        with pytest.raises(UserError, match=r"(would be replaced, and .* is read from there|was not made by this)"):
+            convert(source, "merged", target, given)
+    assert (own / "adapter_model.safetensors").read_bytes() == before
+    monkeypatch.chdir(own)
+    main(["source=.", "to=nemo", f"base={base}", f"out={tmp_path / 'nemo'}"])
+    assert [file.name for file in (tmp_path / "nemo").glob("*.nemo")] == ["adapter.nemo"]
 
 
 def test_an_adapter_that_names_no_base_takes_the_one_that_is_given(

@@ -84,6 +84,11 @@ def test_several_files_in_a_folder_are_named(file: Path, tmp_path: Path) -> None
         convert(tmp_path, "hf", tmp_path / "hf")
 
 
+def test_a_name_that_only_looks_like_that_of_a_part_is_read_as_a_whole_file(file: Path, tmp_path: Path) -> None:
+    shutil.copyfile(file, tmp_path / "model-00001-of-00000.gguf")
+    assert gguf.read(tmp_path / "model-00001-of-00000.gguf").tensors.keys() == gguf.read(file).tensors.keys()
+
+
 def test_an_activated_lora_is_refused(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "alora.gguf", "gemma2")
     writer.add_type("adapter")

@@ -306,3 +306,6 @@ def test_a_base_from_the_hub_s_cache_is_named_by_its_repository(recorded: bool, 
     assert card.data.base_model == "my-org/my-gemma.v2" and commit not in card.text.split("SHA-256")[0]
     assert (card.data.license, card.data.license_name) == ("other", "ours")
     assert "its card names as its licence: other, ours" in card.text and "Gemma Terms of Use" in card.text
+    main(["task=slang", "repo=me/slang", "base=org/same-elsewhere", "dry_run=true"])
+    settings = json.loads((work / "exports/slang/hub/model/adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/same-elsewhere", None)
