@@ -418,6 +418,27 @@ def test_make_new_task_knows_such_a_column(tmp_path: Path) -> None:
         assert (profile.columns[0].holds, kind.base) == ("dialogues", "chat"), form
 
 
+@needs_task("chat")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("systemInstruction", {"role": "system", "parts": [{"text": "Be brief."}]}),
+        ("system_instruction", {"parts": [{"text": "Be brief."}]}),
+        ("system", [{"text": "Be brief."}]),
+        ("system_prompt", "Be brief."),
+    ],
+)
+def test_make_new_task_knows_a_system_text_in_parts(tmp_path: Path, name: str, value: object) -> None:
+    """`make data` puts it before the first turn; to call the column not used would be false."""
+    from data_prep.profile_table import profile_table
+    from data_prep.sources import LocalFile
+    from data_prep.table_kind import kind_of
+
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({name: value, "messages": row}) for row in made_up(20)))
+    kind = kind_of(profile_table(LocalFile(tmp_path / "a.jsonl")), "a.jsonl", "")
+    assert {field: column.header for field, column in kind.columns.items()} == {"messages": "messages", "system": name}
+
+
 @pytest.mark.slow
 @needs_task("chat")
 @pytest.mark.parametrize("name", [name for name in READ if name not in ("turns", "pairs")])

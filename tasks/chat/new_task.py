@@ -3,10 +3,11 @@
 import re
 
 from data_prep.profile_table import Column, TableProfile, called
-from data_prep.table_kind import ANSWERS, MORE, QUESTIONS, SYSTEM, TableKind, text_columns
+from data_prep.table_kind import ANSWERS, MORE, QUESTIONS, VALUES, TableKind, text_columns
 
 HEADERS = ("messages", "conversations", "conversation", "dialogue", "dialog", "contents", "chosen")  # best first
 BESIDE = ("history", "rejected")  # dialogues that are not the one to learn from
+SYSTEM = ("system", "systeminstruction")  # a text, or Gemini's object with parts of text
 
 
 def claim(profile: TableProfile, general: TableKind | None, file_name: str, title: str) -> TableKind | None:
@@ -27,7 +28,8 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
         about = f"Questions and answers, with the turns before them in '{earlier[0].header}'."
     else:
         return None
-    if system := called(SYSTEM, text_columns(profile)):
+    told = [column for column in profile.columns if column.filled and column.holds not in VALUES]
+    if system := called(SYSTEM, told):
         columns["system"] = system[0]
     if rejected := called(("rejected",), profile.columns):
         about += f" '{rejected[0].header}' is not used, as nothing here learns by comparison."
@@ -37,7 +39,7 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
 def _dialogues(profile: TableProfile) -> dict[str, Column]:
     """The column of dialogues, and where it ends with the user that of the answer; either may be plain text."""
     spoken = [column for column in profile.columns if column.holds == "dialogues" or _is_script(column)]
-    spoken = [column for column in spoken if not called(BESIDE, [column])]
+    spoken = [column for column in spoken if not called(BESIDE + SYSTEM, [column])]
     answers = called(ANSWERS, [*spoken, *text_columns(profile)])[:1]
     if whole := called(HEADERS, spoken) or [column for column in spoken if column not in answers]:
         begins = "prompt" in whole[0].words or "input" in whole[0].words
