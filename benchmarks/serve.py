@@ -32,7 +32,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python
+from benchmarks.worker import ROOT, NotRun, Shares, Worker, find_python, leave_out
 
 RANK = 8  # of a random adapter, and what it adapts
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -396,7 +396,7 @@ def measure(given: Any, scratch: Path, keep: Callable[[dict[str, Any]], None]) -
                     ready = running[name].receive(left)["ready"]
                 systems[name] = {"versions": ready, "arrivals": {n: [] for n in streams if n <= SYSTEMS[name][3]}}
             except NotRun as reason:
-                _leave_out(name, reason, systems, running, shares)
+                leave_out(name, reason, False, systems, running, shares)
         for round_ in range(rounds + 1):
             for n in streams:
                 start = round_ * sum(streams) + sum(one for one in streams if one < n)
@@ -414,7 +414,8 @@ def measure(given: Any, scratch: Path, keep: Callable[[dict[str, Any]], None]) -
                         if round_:
                             systems[name]["arrivals"][n].append(arrivals)
                     except NotRun as reason:
-                        _leave_out(name, reason, systems, running, shares)
+                        has_rounds = any(systems[name]["arrivals"].values())
+                        leave_out(name, reason, has_rounds, systems, running, shares)
             if round_:
                 keep(result())
     finally:
@@ -440,20 +441,6 @@ def left_out(systems: dict[str, Any], rounds: int) -> list[str]:
             lacks = ", ".join(f"{missing} with {n} at once" for n, missing in lacking.items())
             found.append(f"{name}: of {rounds} rounds {lacks}{system.get('stopped', '')}")
     return found
-
-
-def _leave_out(
-    name: str, reason: NotRun, systems: dict[str, Any], running: dict[str, ServingWorker], shares: Shares
-) -> None:
-    if isinstance(reason, TooLong) and any(systems.get(name, {}).get("arrivals", {}).values()):
-        print(f"  {name}: stopped: {reason}", flush=True)
-        systems[name]["stopped"] = f" (it {reason})"
-    else:
-        print(f"  {name}: not run: {reason}", flush=True)
-        systems[name] = {"not_run": str(reason)}
-    shares.out.add(name)
-    if worker := running.pop(name, None):
-        worker.stop()
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

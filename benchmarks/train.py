@@ -26,7 +26,7 @@ from pydantic import Field
 
 from benchmarks import figures
 from benchmarks.systems import SYSTEMS
-from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python
+from benchmarks.worker import ROOT, NotRun, Shares, TooLong, Worker, find_python, leave_out
 from core.arguments import Arguments
 from core.base_model import describe, ensure_base_model
 from core.configuration import load_config, plain
@@ -316,7 +316,7 @@ def run_rounds(
                 with shares.used_by(name) as left:
                     found[name] = {"versions": running[name].receive(left)["ready"], "rounds": []}
             except NotRun as reason:
-                _leave_out(name, reason, found, running, shares)
+                leave_out(name, reason, False, found, running, shares)
         for round_ in range(len(steps)):
             for name, worker in list(running.items()):
                 done = found[name]["rounds"]
@@ -335,7 +335,7 @@ def run_rounds(
                     if round_ == len(steps) - 1:
                         found[name] |= {"peak_gib": worker.receive(60)["peak_gib"]}
                 except NotRun as reason:
-                    _leave_out(name, reason, found, running, shares)
+                    leave_out(name, reason, len(found[name]["rounds"]) > 1, found, running, shares)
             if round_:
                 after_round(_rates(jobs, found, len(steps)))
     finally:
@@ -391,20 +391,6 @@ def start_worker(name: str, job: Any, scratch: Path) -> Worker:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": visible}
     return Worker([python, "-m", "benchmarks.systems", name, str(file)], scratch / f"{name}.log", environment)
-
-
-def _leave_out(
-    name: str, reason: NotRun, found: dict[str, dict[str, Any]], running: dict[str, Worker], shares: Shares
-) -> None:
-    if isinstance(reason, TooLong) and len(found.get(name, {}).get("rounds", ())) > 1:
-        print(f"  {name}: stopped: {reason}", flush=True)
-        found[name]["stopped"] = f" (it {reason})"
-    else:
-        print(f"  {name}: not run: {reason}", flush=True)
-        found[name] = {"not_run": str(reason)}
-    shares.out.add(name)
-    if worker := running.pop(name, None):
-        worker.stop()
 
 
 class Evaluator:

@@ -148,3 +148,23 @@ class Shares:
             yield self.left(name)
         finally:
             self.used[name] += time.monotonic() - began
+
+
+def leave_out(
+    name: str,
+    reason: NotRun,
+    has_rounds: bool,
+    systems: dict[str, dict[str, Any]],
+    running: dict[str, Any],
+    shares: Shares,
+) -> None:
+    """Stop a system, and write into `systems` why; what it has measured stays if `has_rounds` of it can be shown."""
+    if isinstance(reason, TooLong) and has_rounds:
+        print(f"  {name}: stopped: {reason}", flush=True)
+        systems[name]["stopped"] = f" (it {reason})"
+    else:
+        print(f"  {name}: not run: {reason}", flush=True)
+        systems[name] = {"not_run": str(reason)}
+    shares.out.add(name)
+    if worker := running.pop(name, None):
+        worker.stop()

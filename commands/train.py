@@ -11,6 +11,7 @@ with code 3 where held-out perplexity fell by less.
 """
 
 import errno
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,6 +111,10 @@ def train(
 ) -> None:
     """Fill `run_folder`; each file appears whole or not at all."""
     print("Loading NeMo (some seconds)", flush=True)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch loads OpenMP: a thread that waits for others looks again for some microseconds, then sleeps.
+        # By default it would burn the processor that the other threads, or other programs, need to get on.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     with Progress("Loading NeMo", None), loading():
         quiet_libraries()
         import torch

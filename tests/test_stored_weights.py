@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from core.load_model import load_base
 from training.fused_layers import fuse_layers
 from training.kernels import library
-from training.stored_weights import can_store, fuse_stored_layers, load_stored
+from training.stored_weights import can_store, load_stored
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(not library(torch.float32), reason="no C compiler is installed")
@@ -50,7 +50,6 @@ def test_it_computes_what_the_base_in_float32_computes(family: str, tmp_path: Pa
     plain = adapted(load_base(folder, torch.float32, None, CPU))
     stored = adapted(load_stored(folder))
     fuse_layers(stored)
-    fuse_stored_layers(stored)
     in_bfloat16 = [name for name, part in stored.named_parameters() if part.dtype == torch.bfloat16]
     assert any("embed_tokens" in name for name in in_bfloat16) and any("down_proj" in name for name in in_bfloat16)
     found, exact = loss_and_gradients(stored), loss_and_gradients(plain)
@@ -66,7 +65,6 @@ def test_layers_that_only_peft_computes_multiply_by_stored_matrices_too(tmp_path
     plain, stored = (
         adapted(base, dropout=0.5).eval() for base in (load_base(folder, torch.float32, None, CPU), load_stored(folder))
     )
-    fuse_stored_layers(stored)
     for one, other in zip(loss_and_gradients(stored), loss_and_gradients(plain), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5 * other.abs().max().item())
 

@@ -18,7 +18,7 @@ from training.cross_entropy import linear_cross_entropy
 from training.fused_layers import _GatedGelu, _RMSNorm, _Rope, fuse_layers
 from training.packed_attention import packed_attention, use_packed_attention
 from training.packing import pack
-from training.stored_weights import _StoredLinear
+from training.stored_weights import StoredLinear
 
 BEGINNING = list(range(10, 50))
 ROWS = sorted(
@@ -152,7 +152,7 @@ def test_a_matrix_stored_in_bfloat16_and_its_lora(rows: int, ins: int, outs: int
     parts = [torch.randn(rows, ins), *([torch.randn(rank, ins), torch.randn(outs, rank)] if rank else [])]
 
     def fast(x: Tensor, *lora: Tensor) -> Tensor:
-        return _StoredLinear.apply(x, weight, *(lora or (None, None)), 0.7)
+        return StoredLinear.apply(x, weight, *(lora or (None, None)), 0.7)
 
     def plain(x: Tensor, *lora: Tensor) -> Tensor:
         return x @ weight.double().T + (0.7 * (x @ lora[0].T) @ lora[1].T if lora else 0)

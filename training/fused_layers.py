@@ -18,6 +18,7 @@ from transformers.activations import GELUTanh
 
 from training.kernels import kernels_for
 from training.packed_attention import packed_attention
+from training.stored_weights import StoredLinear
 
 # What transformers' classes compute, by their exact names. A class that is not named here, such as those of Gemma 3n
 # with its sparse MLP, may compute something else under a name of the same kind: it keeps its own code.
@@ -82,7 +83,9 @@ def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) 
         return type(self).forward(self, x, *args, **kwargs)
     lora_a, lora_b = self.lora_A["default"].weight, self.lora_B["default"].weight
     rows = x.reshape(-1, x.shape[-1])
-    y = _LoraLinear.apply(rows, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
+    weight: Tensor = self.base_layer.weight
+    multiply = _LoraLinear if weight.dtype == rows.dtype else StoredLinear
+    y = multiply.apply(rows, weight, lora_a, lora_b, self.scaling["default"])
     return y.view(*x.shape[:-1], -1)
 
 

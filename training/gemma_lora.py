@@ -30,7 +30,7 @@ from training.experts import round_experts
 from training.fused_layers import fuse_layers
 from training.packed_attention import use_packed_attention
 from training.qlora import fuse_qlora_layers
-from training.stored_weights import can_store, fuse_stored_layers, load_stored
+from training.stored_weights import can_store, load_stored
 
 # NeMo restores only classes of allowed packages.
 nemo_classes.ALLOWED_TARGET_PREFIXES.append("training.gemma_lora.")
@@ -115,8 +115,6 @@ class GemmaLoRA(ModelPT):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # `from_pretrained` sets eval mode, which Lightning keeps
         fuse_layers(self.model)
-        if stored:
-            fuse_stored_layers(self.model)
         if trainer:
             use_packed_attention(base)
             round_experts(base)

@@ -10,7 +10,7 @@
 
 /* Memory of each thread that stays allocated: fresh pages would cost as much as a product. */
 enum { QUERIES, KEYS, VALUES, GRADS, KEY_COLUMNS, VALUE_COLUMNS, KEY_ROWS, VALUE_ROWS, QUERY_PANELS, GRAD_PANELS, SCORES,
-       GRAD_SCORES, PRODUCT, SLOPES, PROBABILITIES, GRAD_LOGITS, TRANSPOSED, BUFFERS };
+       GRAD_SCORES, PRODUCT, SLOPES, PROBABILITIES, GRAD_LOGITS, TRANSPOSED, ROW_PANELS, COLUMN_PANELS, BUFFERS };
 
 static void *scratch(int which, size_t bytes) {
     static _Thread_local struct { void *memory; size_t bytes; } buffer[BUFFERS];

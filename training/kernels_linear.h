@@ -31,18 +31,6 @@ enum {
 static inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
 static inline int least(int a, int b) { return a < b ? a : b; }
 
-/* Memory of the process that stays allocated, for one call at a time. */
-static float *shared_scratch(int which, size_t numbers) {
-    static struct { float *memory; size_t numbers; } buffer[4];
-    if (buffer[which].numbers < numbers) {
-        free(buffer[which].memory);
-        buffer[which].numbers = (numbers + 1023) / 1024 * 1024;
-        buffer[which].memory = aligned_alloc(4096, buffer[which].numbers * sizeof(float));
-        if (!buffer[which].memory) abort();
-    }
-    return buffer[which].memory;
-}
-
 /* to [ROWS][COLUMNS] = or += a · b: a [depth][ROWS], b [depth] rows that are `b_stride` apart. */
 static inline __attribute__((always_inline)) void product_tile(float *to, size_t stride, const float *a, const float *b,
                                                        size_t b_stride, int depth, int add) {
@@ -113,7 +101,8 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
     int whole = depth + rank, panels = round_up(rows, ROWS) / ROWS;
     int together = round_up(least(columns, TOGETHER / whole + BLOCK_COLUMNS - 1), BLOCK_COLUMNS);
     size_t panel = (size_t)whole * ROWS;
-    float *x_panels = shared_scratch(0, panels * panel), *w_panels = shared_scratch(1, (size_t)whole * together);
+    float *x_panels = scratch(ROW_PANELS, panels * panel * sizeof(float));
+    float *w_panels = scratch(COLUMN_PANELS, (size_t)whole * together * sizeof(float));
 #pragma omp parallel
     for (int begin = 0; begin < (y ? columns : 1); begin += together) {
         int end = least(begin + together, columns), packs = begin ? 0 : panels, down = round_up(rows, BLOCK_ROWS) / BLOCK_ROWS;
@@ -227,9 +216,12 @@ void vocabulary_forward(float *mean, float *maximum, float *total, const float *
                         int depth, int words) {
     int panels = round_up(tokens, TOKEN_GROUP) / ROWS, groups = round_up(tokens, TOKEN_GROUP) / TOKEN_GROUP;
     size_t block = (size_t)WORD_BLOCK * depth;
-    float *x_panels = shared_scratch(0, (size_t)panels * ROWS * depth);
+    float *x_panels = scratch(ROW_PANELS, (size_t)panels * ROWS * depth * sizeof(float));
     float *columns[2], *rows[2]; /* of the words at work, and of the next */
-    for (int i = 0; i < 2; i++) columns[i] = shared_scratch(1, 4 * block) + i * 2 * block, rows[i] = columns[i] + block;
+    for (int i = 0; i < 2; i++) {
+        columns[i] = (float *)scratch(COLUMN_PANELS, 4 * block * sizeof(float)) + i * 2 * block;
+        rows[i] = columns[i] + block;
+    }
 #pragma omp parallel
     for (int begin = -WORD_BLOCK; begin < words; begin += WORD_BLOCK) { /* before the first: packs alone */
         int next = begin + WORD_BLOCK, odd = next / WORD_BLOCK % 2, coming = next < words ? least(WORD_BLOCK, words - next) : 0;

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Linear as LoraLinear
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.load_model import load_base
 from training import kernels
-from training.fused_layers import is_plain_lora
 
 # Embeddings by the exact names of their classes: rows of a table, times `scalar_embed_scale` where they have one.
 _EMBEDDINGS = {
@@ -67,14 +65,6 @@ def load_stored(folder: Path) -> PreTrainedModel:
     return base
 
 
-def fuse_stored_layers(model: nn.Module) -> None:
-    """Have plain LoRA layers on stored matrices compute both at once, in place. Run after `fuse_layers`."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, LoraLinear) and _is_stored(module.base_layer) and is_plain_lora(module):
-            module.forward = MethodType(_lora_forward, module)
-
-
 def _is_stored(module: Any) -> bool:
     if isinstance(module, nn.Embedding):
         known = type(module).__name__ in _EMBEDDINGS
@@ -89,19 +79,10 @@ def _rows(self: Any, ids: Tensor) -> Tensor:
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
-    return _StoredLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, None, None, 0.0).view(*x.shape[:-1], -1)
+    return StoredLinear.apply(x.reshape(-1, x.shape[-1]), self.weight, None, None, 0.0).view(*x.shape[:-1], -1)
 
 
-def _lora_forward(self: LoraLinear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    if self.disable_adapters or self.merged:
-        return type(self).forward(self, x, *args, **kwargs)
-    lora_a, lora_b = self.lora_A["default"].weight, self.lora_B["default"].weight
-    rows = x.reshape(-1, x.shape[-1])
-    y = _StoredLinear.apply(rows, self.base_layer.weight, lora_a, lora_b, self.scaling["default"])
-    return y.view(*x.shape[:-1], -1)
-
-
-class _StoredLinear(torch.autograd.Function):
+class StoredLinear(torch.autograd.Function):
     """y = x Wᵀ + scale · (x Aᵀ) Bᵀ with x [rows, in], W [out, in] in bfloat16, A [r, in] and B [out, r], or neither."""
 
     @staticmethod
