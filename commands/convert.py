@@ -33,6 +33,7 @@ class Options(Arguments):
         None, description="an adapter's base: folder, or name on the hub; without it models/<its name>"
     )
     dtype: str | None = Field(None, description="how weights are stored, where the format leaves a choice")
+    shards: int | None = Field(None, ge=1, le=1000, description="files to divide the weights among, of to=megatron")
     whole: bool | None = Field(
         None,
         description="an adapter for the whole model, with image and sound, or its text alone; without it as the base",
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     name = Path(name_of(options.source))  # of which gemma-1.1-2b-it has no suffix
     name = Path(name.stem) if name.suffix in FILES else name
     target = options.out or Path("exports") / name / options.to
-    convert(options.source, options.to, target, options.base, options.dtype, options.whole)
+    convert(options.source, options.to, target, options.base, options.dtype, options.whole, options.shards)
 
 
 if __name__ == "__main__":

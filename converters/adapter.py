@@ -42,6 +42,7 @@ from core.files import read_json
 from core.gemma_config import is_gemma4
 
 TITLE = "PEFT adapter folder"
+TRIED = "peft 0.21.2"
 READS = {Adapter}
 WRITES = {Adapter: ""}
 
@@ -124,14 +125,9 @@ def read(path: Path) -> Adapter:
     tensors = {peft_name(name): tensor for name, tensor in given.items()}
     if len(tensors) < len(given):
         raise UserError(f"{path} holds tensors of one layer under several names; save the adapter again, with peft")
-    base: Any = base_named(settings.get("base_model_name_or_path"), settings.get("revision"))
-    dtype = quantization = None
-    if (path / RECORD).exists():  # of an export of this project, which also has the base's hash
-        record = read_json(path / RECORD)
-        base, dtype, quantization = (record.get(key) for key in ("base", "dtype", "quantization"))
-        known = isinstance(base, dict) and isinstance(dtype, str | None)  # an adapter from KerasHub has no dtype
-        if not known or not all(isinstance(text, str) for text in base.values()):
-            raise UserError(f"{path / RECORD} is damaged; delete it to read the adapter as one of another tool")
+    base, dtype, quantization = recorded(path)
+    if not (path / RECORD).exists():
+        base = base_named(settings.get("base_model_name_or_path"), settings.get("revision"))
     return Adapter(
         lora_settings(settings, tensors, path / CONFIG, modules),
         tensors,
@@ -139,7 +135,7 @@ def read(path: Path) -> Adapter:
         None,
         read_prompt(path),
         dtype,
-        quantization if isinstance(quantization, dict) else None,
+        quantization,
         as_stored=(settings, given),
     )
 
@@ -187,6 +183,19 @@ def _without_towers(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]
     if towers:
         print(f"{path} has {len(towers)} tensors without effect, for {', '.join(sorted({*towers.values()}))}: left out")
     return {name: tensor for name, tensor in tensors.items() if name not in towers}
+
+
+def recorded(path: Path) -> tuple[dict[str, str], str | None, dict[str, Any] | None]:
+    """The base with its hash, the dtype and the quantization of training, if `path` is an export of this project."""
+    if not (path / RECORD).exists():
+        return {}, None, None
+    record: dict[str, Any] = read_json(path / RECORD)
+    base: Any = record.get("base")
+    dtype, quantization = record.get("dtype"), record.get("quantization")
+    known = isinstance(base, dict) and isinstance(dtype, str | None)  # an adapter from KerasHub has no dtype
+    if not known or not all(isinstance(text, str) for text in base.values()):
+        raise UserError(f"{path / RECORD} is damaged; delete it to read the adapter as one of another tool")
+    return base, dtype, quantization if isinstance(quantization, dict) else None
 
 
 def base_named(name: Any, revision: Any) -> dict[str, str]:

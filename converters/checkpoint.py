@@ -4,7 +4,8 @@ Each format is a module of this folder that reads into these classes and writes 
 converted to any target. Tensors are read on demand, one at a time: no model is ever completely in memory.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,18 @@ class LazyTensor:
 def in_memory(tensor: Tensor) -> LazyTensor:
     """A tensor that is already in memory, as a `LazyTensor`."""
     return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def read_ahead(tensors: Iterable[LazyTensor]) -> Iterator[Tensor]:
+    """The values of `tensors` in turn; the next one is read while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as beside:
+        coming: Future[Tensor] | None = None
+        for lazy in tensors:
+            before, coming = coming, beside.submit(lazy.read)
+            if before:
+                yield before.result()
+        if coming:
+            yield coming.result()
 
 
 @dataclass

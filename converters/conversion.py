@@ -43,6 +43,7 @@ def write_proven(
     base_name: Path | str | None,
     dtype: str | None,
     whole: bool | None,
+    shards: int | None,
 ) -> Proof:
     """Create `folder` with the converted model, the licence notice and `conversion.json`.
 
@@ -80,6 +81,9 @@ def write_proven(
     if dtype and dtype not in getattr(module, "DTYPES", ()):
         known = ", ".join(getattr(module, "DTYPES", ())) or "none, it keeps those of the source"
         raise UserError(f"dtype={dtype} is unknown to {to}. Known: {known}")
+    if shards and not getattr(module, "SHARDS", False):
+        raise UserError(f"shards={shards} is for to=megatron; {to} decides itself how many files a model has")
+    choices = {name: value for name, value in (("dtype", dtype), ("shards", shards)) if value}
 
     model = source if isinstance(source, Checkpoint) else base
     assert model
@@ -101,7 +105,7 @@ def write_proven(
         place = folder / f"{stem}{suffix}" if suffix else folder
         with disk_errors(folder):
             place.parent.mkdir(parents=True, exist_ok=True)
-            module.write(content, place, *([dtype] if dtype else []))
+            module.write(content, place, **choices)
             write_notices(licence_name(model.config, path), folder)
             if content.prompt:
                 content.prompt.save(folder)

@@ -15,16 +15,17 @@ def table() -> str:
     from converters.checkpoint import Adapter, Checkpoint
 
     modules = {name: module_of(name) for name in FORMATS}
-    lines = ["| to | is | from |", "|---|---|---|"]
+    lines = ["| to | is | from | tried with |", "|---|---|---|---|"]
     for name, module in modules.items():
         for kind, word in ((Checkpoint, "whole model"), (Adapter, "adapter")):
             if kind in module.WRITES:
                 sources = ", ".join(
                     other for other, theirs in modules.items() if kind in theirs.READS and other != name
                 )
-                lines.append(f"| {name} | {module.TITLE}, {word} | {sources} |")
+                lines.append(f"| {name} | {module.TITLE}, {word} | {sources} | {module.TRIED} |")
     adapters = ", ".join(name for name, module in modules.items() if Adapter in module.READS)
-    return "\n".join([*lines, f"| {MERGED} | Hugging Face folder, adapter folded into its base | {adapters} |"])
+    merged = f"| {MERGED} | Hugging Face folder, adapter folded into its base | {adapters} | {modules['hf'].TRIED} |"
+    return "\n".join([*lines, merged])
 
 
 def convert(
@@ -34,6 +35,7 @@ def convert(
     base: Path | str | None = None,
     dtype: str | None = None,
     whole: bool | None = None,
+    shards: int | None = None,
 ) -> None:
     """Convert `source` to the folder `target`, and prove that the target is equivalent.
 
@@ -47,6 +49,7 @@ def convert(
         dtype: one of the format's DTYPES.
         whole: whether an adapter is named for, or merged into, the whole model that sees and hears, rather than its
             text model; None: as the base of a Gemma 4 is.
+        shards: the number of files that the weights are divided among, where the format has any number.
 
     Raises:
         UserError: an unreadable source, a format that cannot hold it, a missing or wrong base, a target in the way, a
@@ -67,7 +70,7 @@ def convert(
     partial = beside(target, "partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        proof = write_proven(partial, source, to, base, dtype, whole)
+        proof = write_proven(partial, source, to, base, dtype, whole, shards)
         with disk_errors(partial):
             commit(partial, target)
     finally:

@@ -11,29 +11,30 @@ are read and written shard by shard.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import json
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from converters.byte_ranges import ByteRange, parsing
-from converters.checkpoint import LazyTensor
-from converters.torch_file import read_tensors
+from converters.checkpoint import LazyTensor, read_ahead
+from converters.torch_file import read_tensors, write_tensor
 from core.errors import UserError
 
-CONFIG, COMMON, INDEX, DATA = "metadata.json", "common.pt", ".metadata", "__0_0.distcp"
+CONFIG, COMMON, INDEX, DATA = "metadata.json", "common.pt", ".metadata", "__{}_0.distcp"
 LAYERS = re.compile(r"(.*\bdecoder\.layers\.)(\d+\.)?(.+)")
 MOST_LAYERS = 1000
 ZARR_DTYPES = {"bfloat16": torch.bfloat16, "<f2": torch.float16, "<f4": torch.float32, "<f8": torch.float64}
@@ -78,22 +79,37 @@ def read_distributed(parts: Mapping[str, ByteRange], name: str) -> dict[str, Laz
     return found
 
 
+Box = tuple[tuple[int, int], ...]  # first index and the one after the last, in each dimension
 ShardedTensor = tuple[str, tuple[int, ...], torch.dtype, list[Shard]]
 
 
 def _torch_dist(parts: Mapping[str, ByteRange]) -> Iterator[ShardedTensor]:
+    """
+    Raises:
+        UserError: damaged. One bit may make an index name the place of another shard of the same shape, which no
+            comparison of what is read with what is written would show.
+    """
     index, places = read_index(parts[INDEX]), collections.defaultdict(list)
     with parsing(parts[INDEX].name):
+        taken = set()
         for item, place in index.storage_data.items():
+            if item.offset is None:  # no tensor
+                continue
+            if (at := (place.relative_path, place.offset)) in taken:
+                raise UserError(f"{parts[INDEX].name} is damaged: a part of {item.fqn} has the place of another")
+            taken.add(at)
             places[item.fqn].append((item.offset, place))
         for key, entry in index.state_dict_metadata.items():
             if isinstance(entry, metadata.TensorStorageMetadata):
+                shape, dtype = tuple(entry.size), entry.properties.dtype
+                if not isinstance(key, str) or not all(type(length) is int and length >= 0 for length in shape):
+                    raise ValueError(f"{key} has the shape {shape}")
                 sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in entry.chunks}
                 shards = [
-                    Shard(tuple(start), _slice(parts, place, sizes[tuple(start)], entry.properties.dtype, key))
+                    Shard(tuple(start), _slice(parts, place, sizes[tuple(start)], dtype, key))
                     for start, place in places[key]
                 ]
-                yield key, tuple(entry.size), entry.properties.dtype, shards
+                yield key, shape, dtype, shards
 
 
 # The classes in the index of a distributed checkpoint, all of them plain records. Megatron adds its ranks' save plans.
@@ -139,7 +155,21 @@ ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+# Python's own, as C's cannot be told what BUILD may change: it would set attributes of the classes themselves, also of
+# PurePosixPath, which all paths of this process have. And there the number of a memo may reserve any amount of memory.
+Unpickler: Any = pickle._Unpickler
+
+
+class _MetadataUnpickler(Unpickler):
+    dispatch: ClassVar[dict[int, Any]] = dict(Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        if type(self.stack[-2]) not in RECORDS:
+            raise UserError("it changes what is no record of its own: not one to trust")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise UserError(f"it asks for {module}.{name}, which no checkpoint's index needs: not one to trust")
@@ -217,57 +247,118 @@ def _read_layer(layer: int, shape: tuple[int, ...], shards: Iterable[Shard], dty
 def _read_box(
     start: tuple[int, ...], shape: tuple[int, ...], shards: Iterable[Shard], dtype: torch.dtype, name: str
 ) -> Tensor:
-    """The box of `shape` at `start`, assembled from the shards that overlap it."""
-    box, out, filled = list(zip(start, shape, strict=True)), None, 0
+    """The box of `shape` at `start`, assembled from the shards that overlap it.
+
+    Raises:
+        UserError: they do not cover it, or one another.
+    """
+    end = tuple(first + length for first, length in zip(start, shape, strict=True))
+    found: list[tuple[Shard, Box]] = []
     for shard in shards:
-        overlap = [
-            (max(a, p), min(a + n, p + size))
-            for (a, n), p, size in zip(box, shard.start, shard.content.shape, strict=True)
-        ]
+        own = [(first, first + length) for first, length in zip(shard.start, shard.content.shape, strict=True)]
+        overlap = tuple((max(a, p), min(b, q)) for a, b, (p, q) in zip(start, end, own, strict=True))
         if any(first >= last for first, last in overlap):
             continue
+        if any(all(p < b and a < q for (a, b), (p, q) in zip(overlap, box, strict=True)) for _, box in found):
+            raise UserError(f"{name} is damaged: shards of it overlap")
+        found.append((shard, overlap))
+    if sum(math.prod(last - first for first, last in box) for _, box in found) != math.prod(shape):
+        raise UserError(f"{name} is not whole: shards of it are missing")
+    out = None
+    for shard, overlap in found:
         source = tuple(slice(first - p, last - p) for (first, last), p in zip(overlap, shard.start, strict=True))
-        target = tuple(slice(first - a, last - a) for (first, last), a in zip(overlap, start, strict=True))
         content = shard.content.read()[source]
         if content.shape == shape:
             return content  # most often it is one shard: no second copy in memory
         out = torch.empty(shape, dtype=dtype) if out is None else out
-        out[target] = content
-        filled += content.numel()
-    if out is None or filled != out.numel():
-        raise UserError(f"{name} is not whole: shards of it are missing")
-    return out
+        out[tuple(slice(first - a, last - a) for (first, last), a in zip(overlap, start, strict=True))] = content
+    return torch.empty(shape, dtype=dtype) if out is None else out
 
 
-def write_distributed(tensors: Mapping[str, LazyTensor], open_file: OpenFile) -> None:
-    """Write `tensors`, with all layers numbered from 0, as torch_dist; each layer is a shard.
+@dataclass(frozen=True)
+class Piece:
+    """What is written of the tensor `key`: all of it, or one of the `count` that are stacked along a first dimension,
+    such as its layers."""
+
+    key: str
+    content: LazyTensor
+    index: int | None = None
+    count: int = 0
+
+
+def stack_layers(tensors: Mapping[str, LazyTensor]) -> list[Piece]:
+    """`tensors`, with all layers numbered from 0, as a checkpoint has them: one tensor over the layers."""
+    found = {name: match for name in tensors if (match := LAYERS.fullmatch(name)) and match[2]}
+    counts = collections.Counter(match[1] + match[3] for match in found.values())
+    pieces = []
+    for name, lazy in tensors.items():
+        match = found.get(name)
+        key = match[1] + match[3] if match else name
+        pieces.append(Piece(key, lazy, int(match[2][:-1]) if match else None, counts[key]))
+    return pieces
+
+
+def write_distributed(
+    pieces: Sequence[Piece],
+    open_file: OpenFile,
+    files: int = 1,
+    objects: Iterable[str] = (),
+    common: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `pieces` as torch_dist.
 
     Args:
-        open_file: opens a new file of the given name for writing.
+        open_file: opens a new file of the given name for writing, one at a time.
+        files: among how many the bytes are divided evenly, a tensor at its rows where need be.
+        objects: names of what is no tensor; each is written as None, in the first file.
+        common: what common.pt holds: numbers and words.
     """
-    entries: dict[str, metadata.TensorStorageMetadata] = {}
-    places: dict[metadata.MetadataIndex, Any] = {}
-    layers = 1 + max([int(match[2][:-1]) for key in tensors if (match := LAYERS.fullmatch(key)) and match[2]] + [-1])
-    with open_file(DATA) as file:
-        for name, lazy in tensors.items():
-            match = LAYERS.fullmatch(name)
-            key = f"{match[1]}{match[3]}" if match else name
-            start = (int(match[2][:-1]), *[0] * len(lazy.shape)) if match else (0,) * len(lazy.shape)
-            tensor = lazy.read().reshape((1, *lazy.shape) if match else lazy.shape)
-            offset = file.tell()
-            # torch.save writes a slice with the whole storage that it is a view of.
-            torch.save(tensor if tensor.untyped_storage().nbytes() == lazy.nbytes else tensor.clone(), file)
-            size = torch.Size((layers, *lazy.shape) if match else lazy.shape)
-            properties = metadata.TensorProperties(dtype=lazy.dtype)
-            entry = entries.setdefault(key, metadata.TensorStorageMetadata(properties, size, []))
-            index = metadata.MetadataIndex(key, start, len(entry.chunks))
-            entry.chunks.append(metadata.ChunkStorageMetadata(torch.Size(start), tensor.shape))
-            places[index] = filesystem._StorageInfo(DATA, offset, file.tell() - offset)
-    index_of_all = metadata.Metadata(dict(entries), {key: (key,) for key in entries}, places, metadata.StorageMeta())
+    index = metadata.Metadata({}, {name: (name,) for name in objects}, {}, metadata.StorageMeta())
+    share = math.ceil(sum(piece.content.nbytes for piece in pieces) / files)
+    with contextlib.ExitStack() as opened:
+        number, name, file = 0, DATA.format(0), opened.enter_context(open_file(DATA.format(0)))
+        for key in index.planner_data:  # all of them are one place
+            if file.tell() == 0:
+                torch.save([None], file)
+            index.state_dict_metadata[key] = metadata.BytesStorageMetadata()
+            index.storage_data[metadata.MetadataIndex(key)] = filesystem._StorageInfo(name, 0, file.tell())
+        for piece, tensor in zip(pieces, read_ahead(piece.content for piece in pieces), strict=True):
+            row = 0
+            while row < len(tensor):
+                if file.tell() >= share and number + 1 < files:
+                    opened.close()
+                    number, name = number + 1, DATA.format(number + 1)
+                    file = opened.enter_context(open_file(name))
+                begin, rest = file.tell(), tensor[row:]
+                if number + 1 < files:
+                    rest = rest[: max(1, (share - begin) // rest[0].nbytes)]
+                write_tensor(rest if piece.index is None else rest[None], file)
+                _note(index, piece, row, rest, filesystem._StorageInfo(name, begin, file.tell() - begin))
+                row += len(rest)
     with open_file(INDEX) as file:
-        file.write(pickle.dumps(index_of_all))
+        file.write(pickle.dumps(index))
     with open_file(COMMON) as file:
-        torch.save({}, file)
+        torch.save(dict(common or {}), file)
     with open_file(CONFIG) as file:
         backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         file.write(json.dumps({**backend, "common_backend": "torch", "common_backend_version": 1}).encode())
+
+
+def _note(index: metadata.Metadata, piece: Piece, row: int, part: Tensor, place: filesystem._StorageInfo) -> None:
+    """Note in `index` that `place` has the rows of `piece` from `row` on, which are `part`."""
+    stack = () if piece.index is None else (piece.index,)
+    whole = torch.Size((piece.count, *piece.content.shape) if stack else piece.content.shape)
+    start = torch.Size((*stack, row, *[0] * (part.dim() - 1)))
+    size = torch.Size((1, *part.shape) if stack else part.shape)
+    entry = index.state_dict_metadata.setdefault(
+        piece.key, metadata.TensorStorageMetadata(metadata.TensorProperties(dtype=part.dtype), whole, [])
+    )
+    assert isinstance(entry, metadata.TensorStorageMetadata)
+    if entry.properties.dtype != part.dtype:
+        raise UserError(
+            f"{piece.key} is one tensor of all layers in this format, and some are {entry.properties.dtype}, others "
+            f"{part.dtype}. Save the model in one dtype first"
+        )
+    index.planner_data[piece.key] = (piece.key,)
+    index.storage_data[metadata.MetadataIndex(piece.key, start, len(entry.chunks))] = place
+    entry.chunks.append(metadata.ChunkStorageMetadata(start, size))

@@ -1,6 +1,7 @@
 """The registry of formats. Each is a module of this folder, which has
 
     TITLE = "…"                                   description for the table of --help
+    TRIED = "peft 0.21.2"                         with which versions of outside tools what it writes was tried
     READS = {Checkpoint, Adapter}                 what it can be read as
     WRITES = {Checkpoint: "", Adapter: ".gguf"}   what it can store, and the suffix of such a file; "" is a folder
     recognizes(path) -> bool                      whether `path` looks like one; reads little, never raises
@@ -10,6 +11,7 @@
 and, where they apply,
 
     DTYPES = ("bf16", "q8_0")                     values of `write(content, target, dtype)`, the default first
+    SHARDS = True                                 `write(content, target, shards=n)` divides the weights among n files
     TOLERANCE = {"mean_kl_divergence": 0.005}     how much the target may differ from the source. Without it,
                                                   every tensor must be identical, bit by bit
 
@@ -24,7 +26,7 @@ from types import ModuleType
 from core.errors import UserError
 
 # In the order of detection. Imported on demand: some need packages of their own.
-FORMATS = ("nemo", "hf", "mlx", "adapter", "gguf", "nemo1", "nemo2", "keras", "google")
+FORMATS = ("nemo", "hf", "mlx", "adapter", "gguf", "nemo1", "nemo2", "megatron", "keras", "google")
 FILES = {".nemo", ".gguf", ".h5", ".ckpt"}  # suffixes of models that are one file
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # ends the name, without suffix, of a part of a divided GGUF
 # What other tools leave in a folder → what it is, and what to do with it.

@@ -64,6 +64,7 @@ from core.progress import Progress
 from core.prompt import Prompt
 
 TITLE = "GGUF file of llama.cpp: a model, or a LoRA adapter"
+TRIED = "gguf 0.19.0, llama.cpp in xllamacpp 2026.10.11549"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: ".gguf", Adapter: ".gguf"}
 DTYPES = ("source", "f32", "f16", "bf16", "q8_0")

@@ -50,6 +50,7 @@ from core.prompt import PROMPT_FILE, Prompt
 from core.text_model import BORROWED, INDEX, text_name
 
 TITLE = "Hugging Face folder"
+TRIED = "transformers 5.23.0"
 READS = {Checkpoint}
 WRITES = {Checkpoint: ""}
 

@@ -41,6 +41,7 @@ from core.layer_shapes import layer_shapes
 from core.progress import Progress
 
 TITLE = "KerasHub preset or .weights.h5; LoRA of KerasHub (.lora.h5)"
+TRIED = "keras-hub 0.32.0"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: "", Adapter: ".lora.h5"}
 

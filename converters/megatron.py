@@ -1,309 +1,294 @@
-"""Megatron's layout of a Gemma, as NeMo 1 and NeMo 2 keep it, and Hugging Face's.
+"""Megatron-Bridge's checkpoints of a Gemma, or of a LoRA for one: a run folder, or one iteration of it.
 
-h is the hidden size, f the intermediate size, n query heads of size d in g groups that share a key and a value head.
+    latest_train_state.pt               the last iteration: {"step": tensor, …}
+    latest_checkpointed_iteration.txt   the same for Megatron-LM
+    iter_0000000/run_config.yaml        `model`: the provider's class (`_target_`) and its fields; `tokenizer`, `peft`
+    iter_0000000/train_state.pt
+    iter_0000000/metadata.json, .metadata, common.pt, __0_0.distcp …   a distributed checkpoint (distributed.py)
+    iter_0000000/tokenizer/             Hugging Face's files; of ours config.json too
 
-| Megatron: `decoder.layers.N.…` | shape | Hugging Face: `model.layers.N.…` |
-|---|---|---|
-| `self_attention.linear_qkv.weight` | [g·(n/g + 2)·d, h] | `self_attn.q_proj`, `k_proj`, `v_proj` |
-| `self_attention.linear_proj.weight` | [h, n·d] | `self_attn.o_proj` |
-| `mlp.linear_fc1.weight` | [2f, h] | `mlp.gate_proj`, then `mlp.up_proj` |
-| `mlp.linear_fc2.weight` | [h, f] | `mlp.down_proj` |
-| `self_attention.linear_qkv.layer_norm_weight` | [h] | `input_layernorm` |
-| `mlp.linear_fc1.layer_norm_weight` | [h] | `post_attention_layernorm`; of Gemma 2 and 3 `pre_feedforward_layernorm` |
-| `self_attention.linear_proj.post_layernorm.weight` | [h] | `post_attention_layernorm`, Gemma 2 and 3 |
-| `mlp.linear_fc2.post_layernorm.weight` | [h] | `post_feedforward_layernorm`, Gemma 2 and 3 |
-| `self_attention.q_layernorm.weight`, `k_layernorm` | [d] | `self_attn.q_norm`, `k_norm`, Gemma 3 |
+Classes are only named, never imported: nothing that a run_config.yaml describes is instantiated. common.pt is not read.
 
-`linear_qkv` has for each group its n/g queries, its key and its value, each of d rows. There are also
-`embedding.word_embeddings.weight` [vocabulary, h], `decoder.final_layernorm.weight` [h]. The output layer is the
-embedding and is not stored. Both sides keep the embedding unscaled (√h is applied when it is looked up) and a norm as
-the w of 1 + w; NeMo 1 may keep 1 + w itself (`layernorm_zero_centered_gamma` false): 1 is taken off in float32 and
-rounded once. Megatron may pad the vocabulary to a multiple; the rows that are no token are cut off.
-
-Tensor parallel rank r of t holds the r-th part of rows of `linear_qkv` (whole groups) and of the embedding, of columns
-of `linear_proj` and `linear_fc2`, and of `linear_fc1` the r-th part of gate's rows on top of the r-th part of up's.
-
-The names and the order are those of NeMo 2.7.3, `nemo/collections/llm/gpt/model/gemma{,2,3}.py`, and of NeMo 1's
-`scripts/checkpoint_converters/convert_gemma{,2}_hf_to_nemo.py`.
+Written for 0.6.2, whose own loading wants an entry `…._extra_state` of each module that has one, Transformer Engine's
+state of FP8 training; it throws away what it finds there. Each is written as None. What no version needs is left out:
+optimizer, scheduler and states of random generators.
 """
 
+import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
-from converters.byte_ranges import parsing
-from converters.checkpoint import LazyTensor
+from converters import megatron_gemma4, megatron_layout
+from converters.adapter import base_named, recorded
+from converters.byte_ranges import ByteRange, files_below, members, parsing, whole_file
+from converters.checkpoint import Adapter, Checkpoint, LazyTensor
+from converters.distributed import COMMON, CONFIG, INDEX, Piece, read_distributed, stack_layers, write_distributed
+from converters.megatron_adapter import adapter_tensors, holds_adapter, read_adapter
+from converters.megatron_config import json_file, read_prompt
+from converters.megatron_run_config import config_from, family_of, provider_of, run_config
+from converters.torch_file import read_tensors
 from core.errors import UserError
+from core.gemma_config import layer_types
+from core.prompt import PROMPT_FILE
 
-FAMILIES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
-QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
-EMBEDDING = "embedding.word_embeddings.weight"
-PROJ, FC2 = "self_attention.linear_proj", "mlp.linear_fc2"
-# Megatron's linear layers → those of Hugging Face that they join, in their order.
-JOINED = {
-    QKV: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    PROJ: ("self_attn.o_proj",),
-    FC1: ("mlp.gate_proj", "mlp.up_proj"),
-    FC2: ("mlp.down_proj",),
-}
-# Not weights: Transformer Engine's state of FP8 training.
-IGNORED = ("_extra_state",)
+TITLE = "Megatron-Bridge run folder (torch_dist)"
+TRIED = "megatron-core 0.19.2 and 0.16.1, maps of megatron-bridge 0.6.2"
+READS = {Checkpoint, Adapter}
+WRITES = {Checkpoint: "", Adapter: ""}
+SHARDS = True
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of a Gemma that determine its layout."""
-
-    family: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    groups: int
-    head: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Sizes":
-        """
-        Args:
-            config: transformers' `config.json`.
-
-        Raises:
-            UserError: of another family than Gemma 1, 2, 3 text, or with sizes that do not fit together.
-        """
-        text = full_config(config)
-        sizes = cls(
-            text.model_type,
-            text.num_hidden_layers,
-            text.hidden_size,
-            text.intermediate_size,
-            text.num_attention_heads,
-            text.num_key_value_heads,
-            text.head_dim,
-            text.vocab_size,
-        )
-        numbers = list(vars(sizes).values())[1:]
-        if not all(isinstance(number, int) and 0 < number < 1 << 32 for number in numbers):
-            raise UserError(f"the model's configuration has sizes that no model has: {sizes}")
-        if sizes.heads % sizes.groups:
-            raise UserError(f"{sizes.heads} query heads cannot share {sizes.groups} key and value heads evenly")
-        return sizes
-
-    def linear(self) -> dict[str, tuple[int, int]]:
-        """Hugging Face's linear layers → [out, in]."""
-        h, f, q, kv = self.hidden, self.intermediate, self.heads * self.head, self.groups * self.head
-        return {
-            "self_attn.q_proj": (q, h),
-            "self_attn.k_proj": (kv, h),
-            "self_attn.v_proj": (kv, h),
-            "self_attn.o_proj": (h, q),
-            "mlp.gate_proj": (f, h),
-            "mlp.up_proj": (f, h),
-            "mlp.down_proj": (h, f),
-        }
+RUN_CONFIG, STATE, TOKENIZER = "run_config.yaml", "train_state.pt", "tokenizer"
+LATEST_STATE, LATEST = f"latest_{STATE}", "latest_checkpointed_iteration.txt"
+LEGACY = "mp_rank_*/model_optim_rng.pt"
+WRITTEN = "iter_0000000"
+# Megatron-Bridge's TrainState, of no step.
+COUNTS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+FLAGS = ("do_train", "do_valid", "do_test")
+CONTENT = {"checkpoint_version": 3.0, "iteration": 0, "content_metadata": {"singleton_local_shards": False}}
+WITHOUT = (  # of Gemma 3 and 4 that also see and hear, what is no part of the text model
+    "vision_tower.",
+    "vision_model.",
+    "embed_vision.",
+    "multi_modal_projector.",
+    "audio_tower.",
+    "embed_audio.",
+)
+# What `singleton_local_shards` keeps on its own: gate (w) and up (v) of a linear_fc1, and an expert.
+GATE_OR_UP = re.compile(r"(.+\.linear_fc1\.weight)_([wv])")
+EXPERT = re.compile(r"(.+\.experts\.experts\.)(\d+)\.(.+)")
+# Modules that have a state: of Transformer Engine, of which versions differ in norms; of Megatron's own linear layers.
+STATEFUL = re.compile(r"(.*(?:linear_(?:qkv|proj|fc1|fc2)|_?layernorm|per_layer_model_proj))\.weight")
 
 
-def full_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """`config` with all defaults, from any version of transformers.
+def recognizes(path: Path) -> bool:
+    if _is_iteration(path) or (path / LATEST).is_file() or (path / LATEST_STATE).is_file():
+        return True
+    return any(_is_iteration(folder) for folder in path.glob("iter_*"))
+
+
+def _is_iteration(path: Path) -> bool:
+    """Whether `path` is one, also of Megatron-LM or of Megatron FSDP, which are refused when they are read."""
+    if (path / RUN_CONFIG).is_file() or any(path.glob(LEGACY)):
+        return True
+    return (path / CONFIG).is_file() and ((path / INDEX).is_file() or (path / COMMON).is_file())
+
+
+def iteration_in(path: Path) -> Path:
+    """The folder of the iteration that `path` is, or that the run folder `path` names as its last.
 
     Raises:
-        UserError: of another family.
+        UserError: none is named, or the one that is named is missing.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
+    if _is_iteration(path):
+        return path
+    there = sorted(folder.name for folder in path.glob("iter_*") if folder.is_dir())
+    if (path / LATEST_STATE).is_file():
+        step = read_tensors(whole_file(path / LATEST_STATE)).get("step")
+        if step is None or step.shape or step.dtype != torch.int64:
+            raise UserError(f"{path / LATEST_STATE} does not say which iteration is the last; name one of {there}")
+        named = f"iter_{step.read().item():07d}"
+    elif (path / LATEST).is_file():
+        with parsing(f"{path / LATEST}"):
+            text = (path / LATEST).read_text(encoding="utf-8").strip()
+            named = text if text == "release" else f"iter_{int(text):07d}"
+    elif len(there) == 1:
+        named = there[0]
+    else:
+        raise UserError(f"{path} does not say which iteration is the last; name one: {', '.join(there)}")
+    if not (path / named).is_dir():
+        raise UserError(f"{path} says that {named} is its last iteration, and holds {', '.join(there) or 'none'}")
+    return path / named
+
+
+def read(path: Path) -> Checkpoint | Adapter:
+    """
+    Raises:
+        UserError: damaged, incomplete or hostile; a model of another kind, or in another of Megatron's formats.
+    """
+    folder = iteration_in(path)
+    run, parts = read_run_config(folder), members(folder)
+    tensors = text_model(read_distributed(parts, f"{folder}"), folder)
+    tokenizer = files_below(parts, TOKENIZER)
+    config = read_config(run, tokenizer, tensors, folder)
+    if config["model_type"] in megatron_gemma4.FAMILIES:
+        tensors = megatron_gemma4.number_layers(tensors, layer_types(config))
+    if holds_adapter(tensors):
+        adapter = read_adapter(tensors, parts, run, config, f"{folder / RUN_CONFIG}")
+        adapter.base = recorded(path)[0] or base_named(run["model"].get("hf_model_id"), None)
+        adapter.prompt = read_prompt(tokenizer.get(PROMPT_FILE))
+        return adapter
+    if config["model_type"] in megatron_gemma4.FAMILIES:
+        found = megatron_gemma4.from_megatron(tensors, config)
+    else:
+        found = megatron_layout.from_megatron(tensors, config)
+    names = [name for name in tokenizer if name not in ("config.json", PROMPT_FILE) and "/" not in name]
+    files: dict[str, bytes | Path] = {name: folder / TOKENIZER / name for name in names}
+    origin = {"name": f"{run['model']['hf_model_id']}"} if run["model"].get("hf_model_id") else {}
+    return Checkpoint(config, found, files, read_prompt(tokenizer.get(PROMPT_FILE)), origin)
+
+
+def read_config(
+    run: Mapping[str, Any], tokenizer: Mapping[str, ByteRange], tensors: Mapping[str, LazyTensor], folder: Path
+) -> dict[str, Any]:
+    """`config.json` of the model that the run_config.yaml `run` describes: the one beside its tokenizer if they agree.
+
+    Raises:
+        UserError: it is of another model, or a field is missing or wrong.
+    """
+    where = f"{folder / RUN_CONFIG}"
+    try:
+        family = family_of(f"{run['model'].get('_target_') or run['model'].get('_builder_')}")
+    except UserError as error:
+        raise UserError(f"{where} is of {error}") from None
+    with parsing(where):
+        size = run["model"].get("vocab_size") or megatron_layout.embedding_rows(tensors)
+        config = config_from(family, {**run["model"], "vocab_size": size})
+    kept = json_file(tokenizer, "config.json")
+    try:
+        with parsing("config.json"):
+            return kept if kept and provider_of(kept) == provider_of(config) else config
+    except UserError:  # it is of something else
+        return config
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: there is none, as in a folder of Megatron-LM, or it is damaged.
+    """
+    if any(folder.glob(LEGACY)):
         raise UserError(
-            f"NeMo's Megatron layout is known here for Gemma 1, 2 and 3, not for a {str(family)[:40]!r}; to=nemo, "
-            f"adapter, merged, hf and gguf hold that"
+            f"{folder} is of Megatron-LM's legacy format, one pickle for each GPU, which are not read. Have "
+            f"Megatron-LM write torch_dist (--ckpt-convert-format torch_dist), then load that in Megatron-Bridge, "
+            f"load_megatron_model, and save it with save_megatron_model"
         )
-    with parsing("the model's configuration"):
-        return AutoConfig.for_model(**config)
+    if not (folder / RUN_CONFIG).is_file():
+        raise UserError(
+            f"{folder} has no {RUN_CONFIG}: it is a checkpoint of Megatron-LM, or a part of another, and does not say "
+            f"which Gemma it is. Load it in Megatron-Bridge, load_megatron_model, and save it with save_megatron_model"
+        )
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder} has no {CONFIG}: it was saved by Megatron FSDP (fsdp_dtensor), or is not whole. Load it in "
+            f"Megatron-Bridge and save it as torch_dist"
+        )
+    with parsing(f"{folder / RUN_CONFIG}"):
+        run = yaml.safe_load(whole_file(folder / RUN_CONFIG).read())
+        if not isinstance(run["model"], dict):
+            raise ValueError("it has no model")
+    return dict(run)
 
 
-def layout(sizes: Sizes) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Megatron's name → the Hugging Face tensors that it holds → their shapes."""
-    linear, norm = sizes.linear(), (sizes.hidden,)
-    layer: dict[str, dict[str, tuple[int, ...]]] = {
-        f"{name}.weight": {f"{part}.weight": linear[part] for part in parts} for name, parts in JOINED.items()
-    }
-    layer[f"{QKV}.layer_norm_weight"] = {"input_layernorm.weight": norm}
-    layer[f"{FC1}.layer_norm_weight"] = {"post_attention_layernorm.weight": norm}
-    if sizes.family != "gemma":
-        layer[f"{FC1}.layer_norm_weight"] = {"pre_feedforward_layernorm.weight": norm}
-        layer[f"{PROJ}.post_layernorm.weight"] = {"post_attention_layernorm.weight": norm}
-        layer[f"{FC2}.post_layernorm.weight"] = {"post_feedforward_layernorm.weight": norm}
-    if sizes.family == "gemma3_text":
-        for part in "qk":
-            layer[f"self_attention.{part}_layernorm.weight"] = {f"self_attn.{part}_norm.weight": (sizes.head,)}
-    embedding = {"model.embed_tokens.weight": (sizes.vocabulary, sizes.hidden)}
-    found: dict[str, dict[str, tuple[int, ...]]] = {EMBEDDING: {**embedding}}
-    for number in range(sizes.layers):
-        for name, parts in layer.items():
-            found[f"decoder.layers.{number}.{name}"] = {f"model.layers.{number}.{p}": s for p, s in parts.items()}
-    return {**found, "decoder.final_layernorm.weight": {"model.norm.weight": norm}}
+def text_model(tensors: Mapping[str, LazyTensor], folder: Path) -> dict[str, LazyTensor]:
+    """The weights of the text model, without the prefixes of wrappers and without what an optimizer keeps."""
+    found, beside = {}, 0
+    for name, lazy in tensors.items():
+        short = re.sub(r"^((model|module)\.)+", "", name)
+        beside += short.startswith(WITHOUT)
+        short = short.removeprefix("language_model.")
+        if short.startswith(("decoder.", "embedding.", "output_layer.", "per_layer_")) and "_extra_state" not in short:
+            found[short] = lazy
+    if beside:
+        print(f"{folder} has {beside} tensors of parts that see or hear, which are no part of the text model: left out")
+    return join_singles(found)
 
 
-def join_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """[n·d, …], [g·d, …], [g·d, …] → [g·(n/g + 2)·d, …]: for each group its queries, its key, its value."""
-    return torch.cat([part.unflatten(0, (groups, -1)) for part in (q, k, v)], dim=1).flatten(0, 1)
-
-
-def split_qkv(qkv: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `join_qkv`."""
-    rows = [sizes.heads // sizes.groups * sizes.head, sizes.head, sizes.head]
-    q, k, v = qkv.unflatten(0, (sizes.groups, -1)).split(rows, dim=1)
-    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-
-
-def join(parts: Sequence[Tensor], sizes: Sizes) -> Tensor:
-    """Megatron's tensor of the Hugging Face tensors `parts`, in the order of `layout`."""
-    if len(parts) == 3:
-        return join_qkv(parts[0], parts[1], parts[2], sizes.groups)
-    return torch.cat(list(parts)) if len(parts) == 2 else parts[0]
-
-
-def split(joined: Tensor, count: int, sizes: Sizes) -> tuple[Tensor, ...]:
-    """The inverse of `join`, of `count` parts."""
-    return split_qkv(joined, sizes) if count == 3 else joined.chunk(count)
-
-
-def to_megatron(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> dict[str, LazyTensor]:
-    """Hugging Face's tensors under Megatron's names and in its shapes, norms as the w of 1 + w, nothing padded.
+def join_singles(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """`tensors` with gate and up, and all experts of a layer, as one tensor again where Megatron was told to keep each
+    on its own (`singleton_local_shards`).
 
     Raises:
-        UserError: a tensor that is missing, too many, or of another shape than `config` says.
+        UserError: some of what belongs together is missing, or has another shape or dtype.
     """
-    sizes = Sizes.of(config)
-    found = {}
-    for name, shapes in layout(sizes).items():
-        parts = [_checked(tensors, part, shape) for part, shape in shapes.items()]
-        if len({part.dtype for part in parts}) > 1:
-            raise UserError(f"{', '.join(shapes)} have different dtypes, so that Megatron cannot join them")
-        rows = sum(shape[0] for shape in shapes.values())
-        read = partial(lambda parts: join([part.read() for part in parts], sizes), parts)
-        found[name] = LazyTensor((rows, *parts[0].shape[1:]), parts[0].dtype, read)
-    _refuse_others(tensors, {part for shapes in layout(sizes).values() for part in shapes})
+    found = {name: lazy for name, lazy in tensors.items() if not GATE_OR_UP.fullmatch(name)}
+    for name, gate in tensors.items():
+        match = GATE_OR_UP.fullmatch(name)
+        if match and match[2] == "w":
+            parts = _alike([gate, tensors.get(f"{match[1]}_v")], match[1])
+            shape = (2 * gate.shape[0], *gate.shape[1:])
+            found[match[1]] = LazyTensor(shape, gate.dtype, partial(_read_all, parts, shape))
+    experts: dict[str, dict[int, LazyTensor]] = defaultdict(dict)
+    for name in list(found):
+        if match := EXPERT.fullmatch(name):
+            experts[match[1] + match[3]][int(match[2])] = found.pop(name)
+    for name, numbered in experts.items():
+        parts = _alike([numbered.get(number) for number in range(len(numbered))], name)
+        shape = (len(parts), *parts[0].shape)
+        found[name] = LazyTensor(shape, parts[0].dtype, partial(_read_all, parts, shape))
     return found
 
 
-def from_megatron(
-    tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], zero_centered: bool = True
-) -> dict[str, LazyTensor]:
-    """Megatron's tensors under Hugging Face's names and in its shapes.
+def _alike(parts: Sequence[LazyTensor | None], name: str) -> list[LazyTensor]:
+    there = [part for part in parts if part is not None]
+    if len(there) < len(parts) or len({(part.shape, part.dtype) for part in there}) > 1:
+        raise UserError(f"the parts of {name} are not whole: one is missing or unlike the others")
+    return there
 
+
+def _read_all(parts: Sequence[LazyTensor], shape: tuple[int, ...]) -> Tensor:
+    out = torch.empty((len(parts), *parts[0].shape), dtype=parts[0].dtype)
+    for number, part in enumerate(parts):
+        out[number] = part.read()
+    return out.view(shape)
+
+
+def write(content: Checkpoint | Adapter, target: Path, shards: int = 1) -> None:
+    """
     Args:
-        zero_centered: norms are kept as the w of 1 + w, not as 1 + w.
+        shards: the number of files that the weights are divided among.
 
     Raises:
-        UserError: as `to_megatron`.
+        UserError: a model that Megatron has no place for.
     """
-    sizes = Sizes.of(config)
-    tensors = {
-        strip_wrappers(name): lazy
-        for name, lazy in tensors.items()
-        if strip_wrappers(name) and not name.endswith(IGNORED)
-    }
-    found = {}
-
-    @lru_cache(maxsize=1)  # q, k and v are read one after another: the tensor that they share is read once
-    def parts_of(name: str, count: int) -> tuple[Tensor, ...]:
-        return split(tensors[name].read(), count, sizes)
-
-    def read(name: str, number: int, of: int, rows: int) -> Tensor:
-        if of > 1:
-            return parts_of(name, of)[number]
-        tensor = tensors[name].read()
-        if "norm" in name and not zero_centered:
-            return (tensor.float() - 1).to(tensor.dtype)
-        return tensor[:rows]
-
-    for name, shapes in layout(sizes).items():
-        rows, first = sum(shape[0] for shape in shapes.values()), next(iter(shapes.values()))
-        lazy = _checked(tensors, name, (rows, *first[1:]), padded=name.startswith("embedding."))
-        for number, (part, shape) in enumerate(shapes.items()):
-            found[part] = LazyTensor(shape, lazy.dtype, partial(read, name, number, len(shapes), shape[0]))
-    _refuse_others(tensors, set(layout(sizes)))
-    return found
+    folder, files, config = target / WRITTEN, dict[str, bytes | Path](), content.config or {}
+    is_4 = config["model_type"] in megatron_gemma4.FAMILIES
+    if isinstance(content, Adapter):
+        weights, settings = adapter_tensors(content)
+        run = run_config(config, getattr(torch, content.dtype or "bfloat16"), content.base) | {"peft": settings}
+    else:
+        weights = (megatron_gemma4 if is_4 else megatron_layout).to_megatron(content.tensors, config)
+        run, files = run_config(config, weights[megatron_layout.EMBEDDING].dtype, content.origin), dict(content.files)
+    pieces = megatron_gemma4.pieces(weights, config) if is_4 else stack_layers(weights)
+    of_modules = [] if isinstance(content, Adapter) else states(pieces)  # which an iteration of adapters does not have
+    (folder / TOKENIZER).mkdir(parents=True)
+    write_distributed(pieces, lambda name: (folder / name).open("wb"), shards, of_modules, CONTENT)
+    files["config.json"] = json.dumps(config, indent=2).encode()
+    for name, data in files.items():
+        (folder / TOKENIZER / name).write_bytes(data.read_bytes() if isinstance(data, Path) else data)
+    if content.prompt:
+        content.prompt.save(folder / TOKENIZER)
+    write_run(target, run)
 
 
-def strip_wrappers(name: str) -> str:
-    """`name` without the prefixes of wrappers; "" for what is not a weight, such as an optimizer's state."""
-    name = re.sub(r"^((model|module)\.)+", "", name)
-    return name if name.startswith(("decoder.", "embedding.", "output_layer.")) else ""
+def states(pieces: Iterable[Piece]) -> Iterator[str]:
+    """The names of the states of the modules whose weights `pieces` are."""
+    for piece in pieces:
+        match = STATEFUL.fullmatch(piece.key)
+        if match is None:
+            continue
+        at = [(piece.index, piece.count)] if piece.index is not None else []
+        experts = range(piece.content.shape[0]) if ".experts." in piece.key else [None]
+        for expert in experts:
+            grid = [*at, *([(expert, len(experts))] if expert is not None else [])] or [(0, 1)]
+            shard = "_".join(".".join(f"{pair[n]}" for pair in grid) for n in (0, 1))
+            yield f"{match[1]}._extra_state/shard_{shard}"
+            if match[1].endswith(".linear_qkv"):
+                yield f"{match[1].removesuffix('linear_qkv')}core_attention._extra_state/shard_{shard}"
 
 
-def embedding_rows(tensors: Mapping[str, LazyTensor]) -> int | None:
-    """Rows of the embedding, padding included, or None if there is none."""
-    return next((lazy.shape[0] for name, lazy in tensors.items() if strip_wrappers(name) == EMBEDDING), None)
-
-
-def merge_ranks(ranks: Sequence[Mapping[str, LazyTensor]]) -> dict[str, LazyTensor]:
-    """Merge the tensors of all tensor parallel ranks, in order; also LoRA tensors with NeMo 2's names.
-
-    Raises:
-        UserError: ranks that do not hold the same names.
-    """
-    if any(set(rank) != set(ranks[0]) for rank in ranks):
-        odd = sorted(set(ranks[0]).symmetric_difference(*ranks[1:]))
-        raise UserError(f"the tensor parallel parts do not hold the same tensors; {odd[0]} is not in all of them")
-    if len(ranks) == 1:
-        return dict(ranks[0])
-    return {name: _merged(name, [rank[name] for rank in ranks]) for name in ranks[0]}
-
-
-def _merged(name: str, parts: Sequence[LazyTensor]) -> LazyTensor:
-    dimension = _parallel_dimension(name)
-    if dimension is None:
-
-        def same() -> Tensor:
-            first, *others = [part.read() for part in parts]
-            if not all(torch.equal(first, other) for other in others):
-                raise UserError(f"{name} should be the same on all tensor parallel ranks and is not: a damaged part")
-            return first
-
-        return LazyTensor(parts[0].shape, parts[0].dtype, same)
-    if len({(*part.shape, part.dtype) for part in parts}) > 1 or not parts[0].shape[dimension:]:
-        raise UserError(f"{name} has different shapes or dtypes on different tensor parallel ranks")
-    shape = list(parts[0].shape)
-    shape[dimension] *= len(parts)
-
-    def read() -> Tensor:
-        if FC1 in name and not name.endswith("linear_in.weight") and "adapter_" not in name:
-            halves = [part.read().chunk(2) for part in parts]
-            return torch.cat([half[n] for n in (0, 1) for half in halves])
-        return torch.cat([part.read() for part in parts], dim=dimension)
-
-    return LazyTensor(tuple(shape), parts[0].dtype, read)
-
-
-def _parallel_dimension(name: str) -> int | None:
-    """The dimension along which Megatron divides a tensor among tensor parallel ranks, or None."""
-    if "norm" in name:
-        return None
-    row_parallel = PROJ in name or FC2 in name
-    if ".adapter." in name:  # of a layer divided by columns, linear_in is divided as the layer is; else by its rank
-        if "magnitude" in name and row_parallel:
-            return None
-        return 1 if row_parallel and name.endswith("linear_in.weight") else 0
-    return 1 if row_parallel else 0
-
-
-def _checked(tensors: Mapping[str, LazyTensor], name: str, shape: tuple[int, ...], padded: bool = False) -> LazyTensor:
-    if name not in tensors:
-        raise UserError(f"the model has no {name}, which its configuration asks for")
-    found = tuple(tensors[name].shape)
-    if found != shape and not (padded and found[1:] == shape[1:] and found[0] > shape[0]):
-        raise UserError(f"{name} has shape {list(found)}; by the model's configuration it should be {list(shape)}")
-    return tensors[name]
-
-
-def _refuse_others(tensors: Mapping[str, LazyTensor], known_names: set[str]) -> None:
-    others = sorted(set(tensors) - known_names)
-    if others:
-        raise UserError(f"the model has {others[0]}, which no Gemma of its family has ({len(others)} such tensors)")
+def write_run(target: Path, run: Mapping[str, Any]) -> None:
+    """Make `target` a run folder, whose only iteration has its weights already: how it was run, and which it is."""
+    state = {name: torch.tensor(0) for name in COUNTS} | {name: torch.tensor(False) for name in FLAGS}
+    state["floating_point_operations_so_far"] = torch.tensor(0.0)
+    for place in (target / WRITTEN / STATE, target / LATEST_STATE):
+        torch.save(state, place)
+    (target / LATEST).write_text("0")
+    (target / WRITTEN / RUN_CONFIG).write_text(yaml.safe_dump(run, sort_keys=False))

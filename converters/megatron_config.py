@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.byte_ranges import ByteRange, parsing
-from converters.megatron import FAMILIES, full_config
+from converters.distributed import MOST_LAYERS
+from converters.megatron_layout import FAMILIES, full_config
 from core.errors import UserError
 from core.prompt import Prompt
 
@@ -70,6 +71,18 @@ def nemo_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def layer_count(fields: Mapping[str, Any]) -> int:
+    """`num_layers`, before lists of that length are made.
+
+    Raises:
+        ValueError: no Gemma has so many.
+    """
+    count = fields["num_layers"]
+    if type(count) is not int or not 0 < count <= MOST_LAYERS:
+        raise ValueError(f"num_layers is {str(count)[:40]}")
+    return count
+
+
 def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `nemo_fields`: `config.json` under names that transformers 4 and 5 both read."""
     config: dict[str, Any] = {
@@ -89,7 +102,7 @@ def hf_config(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         "intermediate_size": fields["ffn_hidden_size"],
         "max_position_embeddings": fields["seq_length"],
         "num_attention_heads": fields["num_attention_heads"],
-        "num_hidden_layers": fields["num_layers"],
+        "num_hidden_layers": layer_count(fields),
         "num_key_value_heads": fields.get("num_query_groups") or fields["num_attention_heads"],
         "rms_norm_eps": fields["layernorm_epsilon"],
     }
@@ -132,16 +145,18 @@ def config_of(
         files: of its tokenizer, from which the vocabulary size may be read.
         rows: of its embedding, which may be padded; None if it has none.
     """
-    kept = _json(files, "config.json")
-    size = fields.get("vocab_size") or kept.get("vocab_size") or _vocabulary(_json(files, "tokenizer.json")) or rows
+    kept = json_file(files, "config.json")
+    size = fields.get("vocab_size") or kept.get("vocab_size") or _vocabulary(json_file(files, "tokenizer.json")) or rows
     config = hf_config(family, {**fields, "vocab_size": size})
     try:
-        return kept if kept and nemo_fields(kept) == nemo_fields(config) else config
+        with parsing("config.json"):
+            return kept if kept and nemo_fields(kept) == nemo_fields(config) else config
     except UserError:  # it is of something else
         return config
 
 
-def _json(files: Mapping[str, ByteRange], name: str) -> dict[str, Any]:
+def json_file(files: Mapping[str, ByteRange], name: str) -> dict[str, Any]:
+    """The content of the JSON file `name` among `files`; empty if it is not there."""
     if name not in files:
         return {}
     with parsing(files[name].name):

@@ -27,6 +27,7 @@ from core.configuration import escaped, unescaped
 from core.errors import UserError
 
 TITLE = ".nemo of this project"
+TRIED = "nemo-toolkit 3.0.0"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: ".nemo", Adapter: ".nemo"}
 

@@ -28,15 +28,17 @@ import yaml
 
 from converters.byte_ranges import ByteRange, files_below, members, parsing
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
-from converters.distributed import read_distributed, write_distributed
-from converters.megatron import embedding_rows, from_megatron, merge_ranks, to_megatron
+from converters.distributed import read_distributed, stack_layers, write_distributed
 from converters.megatron_config import config_of, nemo_fields, read_prompt
-from converters.megatron_lora import from_megatron_lora, to_megatron_lora
+from converters.megatron_layout import embedding_rows, from_megatron, merge_ranks, to_megatron
+from converters.megatron_lora import from_megatron_lora
+from converters.megatron_lora_writer import to_megatron_lora
 from converters.torch_file import read_tensors
 from core.errors import UserError
 from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 1 .nemo (Megatron layout)"
+TRIED = "layout of NeMo 1's own converters, read and not run"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: ".nemo", Adapter: ".nemo"}
 
@@ -254,7 +256,7 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
             with _member(tar, f"{WEIGHTS}.ckpt") as file:
                 torch.save(named, file)
         else:
-            write_distributed(weights, lambda name: _member(tar, f"{WEIGHTS}/{name}"))
+            write_distributed(stack_layers(weights), lambda name: _member(tar, f"{WEIGHTS}/{name}"))
 
 
 def _model_config(

@@ -25,14 +25,16 @@ import yaml
 
 from converters.byte_ranges import files_below, members, parsing
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
-from converters.distributed import read_distributed, write_distributed
-from converters.megatron import embedding_rows, from_megatron, to_megatron
+from converters.distributed import read_distributed, stack_layers, write_distributed
 from converters.megatron_config import config_of, nemo_fields, read_prompt
-from converters.megatron_lora import from_megatron_lora, to_megatron_lora
+from converters.megatron_layout import embedding_rows, from_megatron, to_megatron
+from converters.megatron_lora import from_megatron_lora, in_order
+from converters.megatron_lora_writer import to_megatron_lora
 from core.errors import UserError
 from core.prompt import PROMPT_FILE
 
 TITLE = "NeMo 2 checkpoint folder (Megatron layout)"
+TRIED = "layout of NeMo 2.7.3, read and not run"
 READS = {Checkpoint, Adapter}
 WRITES = {Checkpoint: "", Adapter: ""}
 
@@ -88,9 +90,11 @@ def read(path: Path) -> Checkpoint | Adapter:
             raise UserError(f"{path / MODEL} does not describe its LoRA: it has no model_transform with an alpha")
         with parsing(f"{path / MODEL}"):
             alpha, dropout = float(transform["alpha"]), float(transform.get("dropout") or 0.0)
+            ranks = int(fields.get("tensor_model_parallel_size") or 1)
             base = json.loads(parts[f"weights/{ADAPTER}"].read()) if f"weights/{ADAPTER}" in parts else {}
             origin = base.get("base") or {}
         adapters = {name: lazy for name, lazy in tensors.items() if ".adapter." in name}
+        adapters = in_order(adapters, files_below(parts, "weights"), ranks)
         adapter = from_megatron_lora(adapters, config, alpha, dropout)
         adapter.base, adapter.prompt, adapter.dtype = origin, prompt, _dtype(fields)
         return adapter
@@ -123,7 +127,8 @@ def write(content: Checkpoint | Adapter, target: Path) -> None:
     (target / "weights").mkdir(parents=True)
     (target / TOKENIZER).mkdir(parents=True)
     write_distributed(
-        {f"module.{name}": lazy for name, lazy in weights.items()}, lambda name: (target / "weights" / name).open("wb")
+        stack_layers({f"module.{name}": lazy for name, lazy in weights.items()}),
+        lambda name: (target / "weights" / name).open("wb"),
     )
     if isinstance(content, Adapter):
         record = {"model_ckpt_path": content.base.get("name", ""), "base": content.base}

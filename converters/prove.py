@@ -6,6 +6,7 @@ what they predict is compared. An adapter is run on its base, by peft.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,8 +73,14 @@ def prove(
         unexpected = differing if tolerance is None else []
     if unexpected:
         raise UserError(f"the conversion is not faithful: {unexpected[0]} has other values than in the source")
-    probes = _probes(source, target, base)
-    expected, found = _run(source, base, probes), _run(target, base, probes)
+    probes = probe_texts(source, target, base)
+    expected = _run(source, base, probes)
+    if not expected.isfinite().all():
+        raise UserError(
+            "the source itself computes logits that are not finite, so that nothing can be proven of its conversion: "
+            "its weights are too large, or damaged"
+        )
+    found = _run(target, base, probes)
     proof = Proof(
         tensors=names,
         tensors_with_the_same_bits=names - len(differing),
@@ -166,7 +173,10 @@ def _leave_out_zeros(source: Checkpoint | Adapter, target: Checkpoint | Adapter)
 
 
 def same_bits(one: LazyTensor, other: LazyTensor) -> bool:
-    return _same_bits(one.read(), other.read())
+    with ThreadPoolExecutor(1) as beside:
+        left = beside.submit(one.read)
+        right = other.read()
+        return _same_bits(left.result(), right)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
@@ -249,7 +259,7 @@ def _rescaled(source: Checkpoint | Adapter, target: Checkpoint | Adapter) -> dic
 # --- prompts for both sides ----------------------------------------------------------------------------------
 
 
-def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
+def probe_texts(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
     """Token ids of `PROBES` and of the training prompt; random ones if no side has a tokenizer.
 
     Raises:
@@ -258,7 +268,7 @@ def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
     prompt = next((side.prompt for side in sides if side and side.prompt), None)
     whole = [side for side in sides if isinstance(side, Checkpoint)]
     texts = [*([prompt.wrap(prompt.write_instruction())] if prompt else []), *PROBES]
-    found = [ids for side in whole if (ids := _tokens(side, texts))]
+    found = [_tokens(content, texts) for content in dict.fromkeys(map(_tokenizer, whole)) if content]
     if any(ids != found[0] for ids in found):
         raise UserError(
             "the conversion is not faithful: the tokenizer of the target makes other tokens of the same text"
@@ -272,12 +282,17 @@ def _probes(*sides: Checkpoint | Adapter | None) -> list[Tensor]:
     return list(drawn)
 
 
-def _tokens(side: Checkpoint, texts: Sequence[str]) -> list[list[int]] | None:
+def _tokenizer(side: Checkpoint) -> bytes | None:
+    """tokenizer.json: most often the same one on both sides, and a second to parse."""
     file = side.files.get("tokenizer.json")
-    if file is None:
-        return None
     try:
-        content = file.read_bytes() if isinstance(file, Path) else file
+        return file.read_bytes() if isinstance(file, Path) else file
+    except OSError as error:
+        raise UserError(f"tokenizer.json cannot be read ({error}). Copy or download it again") from None
+
+
+def _tokens(content: bytes, texts: Sequence[str]) -> list[list[int]]:
+    try:
         tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"tokenizer.json is damaged ({error}). Copy or download it again") from None

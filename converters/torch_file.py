@@ -12,12 +12,13 @@ import re
 import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -96,7 +97,7 @@ def _lazy(tensor: Tensor, records: Mapping[int, tuple[int, int]], byte_range: By
     def read() -> Tensor:
         values = torch.empty(size, dtype=torch.uint8)
         with parsing(where), byte_range.part(offset, size).open() as file:
-            if file.readinto(values.numpy().data) != size or zlib.crc32(values.numpy().data) != crc:
+            if file.readinto(values.numpy().data) != size or isal_zlib.crc32(values.numpy().data) != crc:
                 raise UserError(f"{where} has damaged bytes. Copy or download the file again")
             return values.view(tensor.dtype).as_strided(shape, stride, start)
 
@@ -129,7 +130,7 @@ def write_tensors(
             for name in sorted(places, key=places.__getitem__):
                 _copy(source, file, begin + places[name] - file.tell())
                 content = as_bytes(tensors[name].read())
-                checksums[places[name]] = zlib.crc32(content)
+                checksums[places[name]] = isal_zlib.crc32(content)
                 source.seek(file.write(content), os.SEEK_CUR)
             _copy(source, file, begin + size - file.tell())
             end = file.tell()
@@ -137,6 +138,36 @@ def write_tensors(
                 file.seek(begin + place)
                 file.write(struct.pack("<I", value))
             file.seek(end)
+
+
+def write_tensor(tensor: Tensor, file: BinaryIO) -> None:
+    """Write what `torch.save` writes for `tensor` at the current position of `file`.
+
+    What is around the values is made once for each shape.
+    """
+    head, tail, places = _around(tuple(tensor.shape), tensor.dtype)
+    content, end = as_bytes(tensor), bytearray(tail)
+    for place in places:
+        struct.pack_into("<I", end, place, isal_zlib.crc32(content))
+    file.writelines([head, content, end])
+
+
+@lru_cache(maxsize=256)
+def _around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes, list[int]]:
+    """What `torch.save` writes before and after the values of such a tensor; where its checksum is in the latter."""
+    with FakeTensorMode():
+        empty = torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        layout = Path(folder) / "archive.pt"  # sparse
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(empty, layout)
+        begin = torch.load(layout, map_location="meta", weights_only=True).untyped_storage()._checkpoint_offset
+        end = begin + empty.nbytes
+        with layout.open("rb") as source:
+            head = source.read(begin)
+            source.seek(end)
+            tail = source.read()
+            return head, tail, [place - end for place, _ in _checksum_places(source, {begin: 0})]
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:

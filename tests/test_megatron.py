@@ -30,8 +30,9 @@ from converters import nemo1, nemo2
 from converters.byte_ranges import members
 from converters.checkpoint import Adapter, Checkpoint, LazyTensor
 from converters.distributed import read_distributed
-from converters.megatron import to_megatron
-from converters.megatron_lora import from_megatron_lora, to_megatron_lora
+from converters.megatron_layout import to_megatron
+from converters.megatron_lora import from_megatron_lora
+from converters.megatron_lora_writer import to_megatron_lora
 from core.errors import UserError
 from core.prompt import Prompt
 
