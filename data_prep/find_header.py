@@ -5,7 +5,9 @@
     Customer;;Agent;                           names of groups over ...
     Name;Question;Name;Answer                  ... the names of columns: "Customer Question", "Agent Answer"
 
-What is read otherwise than as a header in the first line is said in the table's notes.
+A first line that is like the rows below it, as it has a number over numbers, a question over questions or a label that
+occurs below, is a row: the columns are then called "column 1", "column 2" and so on. What is read otherwise than as a
+header in the first line is said in the table's notes.
 """
 
 import csv
@@ -24,6 +26,14 @@ _ABOUT_COLUMN = re.compile(
     r"\([^(){}]{1,30}\)|\[[^\[\]{}'\"]{1,30}\]|<[^<>]{1,30}>|(text|string|str|int|integer|float|number|varchar)(\(\d+\))?",
     re.IGNORECASE,
 )
+_VALUE = re.compile(r"[-+]?[\d.,]+ ?%?|\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}\S*|https?://\S+|[\w.+-]+@[\w-]+\.[\w.-]+")
+_SENTENCE = re.compile(r"(\S+\s+){3,}\S+[.!]\W*$")  # a header may be a question, and seldom ends with a full stop
+# A header of a survey is a question, too, but then what stands below it are answers.
+_QUESTION = re.compile(
+    r".*\S\s*[?？؟]\W*$|(what|whats|who|whose|which|when|where|why|how|is|are|do|does|did|can|could|should|will)\b(\s+\S+){2,}$",
+    re.IGNORECASE | re.DOTALL,
+)
+_YEAR = re.compile(r"(19|20)\d\d")
 _IMPORT_ID = re.compile(r'\{"ImportId":.*\}')
 
 
@@ -33,7 +43,7 @@ class Header(NamedTuple):
     Attributes:
         names: of the columns; "" for one without.
         above: lines before it.
-        records: it takes, 1 or 2; a line below it that describes the columns is counted, too.
+        records: it takes, 1 or 2, 0 where there is none; a line below it that describes the columns is counted, too.
         notes: what was read otherwise than as a header in the first line, in words.
     """
 
@@ -61,8 +71,12 @@ def find_header(
         for place, taken, names, d in tried
         if (count := found_in(names)) is not None
     ]
+    without = [d for d, records in tables.items() if found_in(_numbered(records[0][1])) is not None]
     if fitting:
         place, taken, *_, names, delimiter = min(fitting, key=lambda one: one[:4])
+    elif without:
+        delimiter = max(without, key=lambda d: len(tables[d][0][1]))
+        place, taken, names = 0, 0, _numbered(tables[delimiter][0][1])
     else:
         # The delimiter of which the most rows have as many cells as the header; of those, that of the longest header.
         ranked = {d: _by_form(records) for d, records in tables.items()}
@@ -72,10 +86,14 @@ def find_header(
     notes = list[str]()
     if above := [cell for _, cells in records[:place] for cell in cells if cell]:
         notes.append(f"left out above its header: {_shown(above)}")
+    if not taken:
+        notes.append(f"its first line is a row, not a header; its columns are called {_shown(names)}")
     if taken == 2:
         notes.append(f"two header lines are read as one: {_shown(_named(names))}")
-    below = [cells for _, cells in records[place + taken : place + taken + 2]]
+    below = [cells for _, cells in records[place + taken : place + taken + 2]] if taken else []
     about = max((n for n, cells in enumerate(below, 1) if _describes(cells, names, n)), default=0)
+    if taken == 1 and not about and _is_second_header([cells for _, cells in records[place:]]):
+        about = 1
     if about:
         taken += about
         notes.append(f"left out below its header: {_shown(_named(below[0]))}")
@@ -119,8 +137,56 @@ def _by_form(records: Sequence[tuple[int, list[str]]]) -> tuple[int, int, list[s
             return place, 2, _joined(cells, records[place + 1][1])
         is_title = len(_named(cells)) <= min(2, usual / 2) and bool(cells[0])
         if not is_title:
+            if place == 0 and _is_row([cells for _, cells in records]):
+                return 0, 0, _numbered(cells)
             return place, 1, cells
     return 0, 1, records[0][1]
+
+
+def _numbered(cells: Sequence[str]) -> list[str]:
+    return [f"column {number}" for number in range(1, len(cells) + 1)]
+
+
+def _is_row(records: Sequence[Sequence[str]]) -> bool:
+    """Whether the first record is like those below it, rather than the names of their columns."""
+    first, rows = records[0], records[1:]
+    if len(rows) < 3:
+        return False
+    like = 0
+    for place, cell in enumerate(first):
+        below = [cells[place] for cells in rows if place < len(cells) and cells[place]]
+        values = sum(bool(_VALUE.fullmatch(text)) for text in below) >= 0.8 * len(below) > 0
+        if bool(_VALUE.fullmatch(cell)) != values and cell and below:
+            if values or cell.isdigit():
+                return False  # a name over numbers, or a number, as pandas numbers columns, over text
+        elif values and not (_YEAR.fullmatch(cell) and not all(map(_YEAR.fullmatch, below))):
+            like += 1  # but a year may be the name of a column of numbers
+        is_label = len(set(below)) <= len(below) / 2 and all(_is_name(text) for text in below)
+        like += is_label and cell in below
+        for form in (_SENTENCE, _QUESTION):
+            like += bool(form.match(cell)) and _most(form, below)
+    return like > 0
+
+
+def are_questions(cells: Sequence[str]) -> bool:
+    """Whether most of the cells are questions, with or without their mark."""
+    return _most(_QUESTION, cells)
+
+
+def _most(form: re.Pattern[str], cells: Sequence[str]) -> bool:
+    return sum(bool(form.match(cell)) for cell in cells) > len(cells) / 2
+
+
+def _is_second_header(records: Sequence[Sequence[str]]) -> bool:
+    """Whether the second record names the columns again: it has a name over numbers, too."""
+    first, second, rows = records[0], records[1] if len(records) > 1 else [], records[2:]
+    if len(rows) < 3 or len(_named(second)) < len(_named(first)) or not all(_is_name(cell) for cell in second):
+        return False
+    for place, cells in enumerate(zip(first, second, strict=False)):
+        below = [row[place] for row in rows if place < len(row)]
+        if all(map(_VALUE.fullmatch, below)) and not any(map(_VALUE.fullmatch, cells)) and all(cells):
+            return True
+    return False
 
 
 def _agreement(records: Sequence[tuple[int, list[str]]], header: tuple[int, int, list[str]]) -> float:
@@ -138,9 +204,11 @@ def _is_grouped(records: Sequence[tuple[int, list[str]]]) -> bool:
     upper, lower = records[0][1], records[1][1]
     gap = any(cell and not after for cell, after in pairwise(upper)) or len(upper) < len(lower)
     repeated = len(set(upper)) < len(upper)
-    if not (upper[0] and (gap or repeated) and len(_named(upper)) > 1 and len(_named(lower)) == len(lower) > 2):
+    # SurveyMonkey's second line has names only where a question has several columns, or an open answer.
+    whole = all(over or under for over, under in zip_longest(upper, lower, fillvalue=""))
+    if not (upper[0] and (gap or repeated) and len(_named(upper)) > 1 and whole and len(lower) > 2 and any(lower)):
         return False
-    if len(lower) < len(upper) or not all(_is_name(cell) for cell in lower):
+    if len(lower) < len(upper) or not all(_is_name(cell) for cell in _named(lower)):
         return False
     rows = [cells for _, cells in records[2:]]
     return bool(rows) and all(any(not _is_name(cell) for cell in cells) for cells in rows)

@@ -1,4 +1,4 @@
-"""Finds near-duplicate rows among millions: MinHash proposes candidates, RapidFuzz decides.
+"""Which rows are near-duplicates of each other, decided letter by letter by RapidFuzz.
 
 A row is *near* another when a model trained on one has in effect seen the other:
 
@@ -11,16 +11,12 @@ missing out". Texts are compared without case and punctuation. Where several fie
 instruction and its input, those that are equal in both rows are left out of the comparison: one long instruction for
 all rows does not make them near.
 
-Comparing every row with every held-out row would take days for a million rows. MinHash (Broder 1997) turns a text into
-numbers, each of which two texts share with a probability equal to the overlap (Jaccard) of their four-letter shingles;
-`ROWS` of these numbers form a band, and only texts that share a band are compared letter by letter. This is
-datasketch's method in numpy, for a batch of texts at once: 6 instead of 130 microseconds per 100 letters, and 200 bytes
-per text where its sets of Python objects take several thousand.
+Comparing every row with every other one would take days for a million rows: minhash.py and candidates.py propose which
+texts to compare.
 """
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -29,21 +25,9 @@ from rapidfuzz import fuzz, process
 
 SAME_TEXT = 90  # of 100, RapidFuzz's `ratio`: two or three letters in a short line, a word in a long one
 SAME_KEY = 80  # LOL and LOLZ have 86, bussin and bussing 92, FOMO and JOMO 75
-PIECE = 4  # letters of a shingle; three match by chance too often, five leave short texts with nothing in common
-# Texts whose shingles overlap by 75 % (one word in ten replaced) share a band with probability 99.5 %, by 65 % with
-# 91 %, by 5 % with one in 160,000: 1 - (1 - overlap^ROWS)^BANDS.
-BANDS, ROWS = 20, 5
-# Of those, only texts that agree in ENOUGH of the first MARKS numbers of all bands are compared: at 65 % overlap all
-# but one in 3,000, at 10 % one in 100,000.
-MARKS, ENOUGH = 2, 16
-LOOK_UP, COMPARE = 16, 8  # limits of texts per band and rows per row: a phrase shared by thousands must not cost a day
-PORTION = 1 << 16  # letters at a time, which fit the processor's cache
 SHORT = 24  # letters: a definition of one or two words
 _NO_WORD = re.compile(r"[\W_]+")
 _NO_WORD_ASCII = {sign: " " for sign in range(128) if not chr(sign).isalnum()}
-_MULTIPLIERS = np.random.default_rng(1997).integers(1 << 32, size=BANDS * ROWS, dtype=np.uint32) | np.uint32(1)
-_MIX = [np.uint32(n) for n in (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)]
-_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
 
 class Wording(NamedTuple):
@@ -61,11 +45,16 @@ class Wording(NamedTuple):
     def of(cls, cells: Sequence[str], key: str, rest: Sequence[int], asked: Sequence[int] = ()) -> "Wording":
         """`cells` are in the order of the task's columns; `asked` are the indices of the key, `rest` those of other
         required columns."""
-        said = _comparable(" ".join([cells[place] for place in rest]))
+        bare = [_bare(cell) for cell in cells]
+
+        def joined(places: Sequence[int]) -> str:
+            words = " ".join([bare[place] for place in places if bare[place]])
+            return words or " ".join([cells[place] for place in places]).casefold()
+
         if len(asked) < 2:
-            return cls(_comparable(" ".join(cells)), key, said)
-        others = " ".join(cell for place, cell in enumerate(cells) if place not in asked)
-        return cls(_comparable(others), key, said, tuple(_comparable(cells[place]) for place in asked))
+            return cls(joined(range(len(cells))), key, joined(rest))
+        others = [place for place in range(len(cells)) if place not in asked]
+        return cls(joined(others), key, joined(rest), tuple(joined([place]) for place in asked))
 
     def texts(self) -> list[str]:
         """The texts that candidates are found by."""
@@ -101,104 +90,12 @@ def _without_equals(one: Wording, other: Wording) -> tuple[Wording, Wording]:
     return rest(one), rest(other)
 
 
-def _comparable(text: str) -> str:
-    """Without case and punctuation: `"Bussin', fr!"` → `"bussin fr"`."""
+def comparable(text: str) -> str:
+    """Without case and punctuation: `"Bussin', fr!"` → `"bussin fr"`; a text of punctuation alone is as it was."""
+    return _bare(text) or text.casefold()
+
+
+def _bare(text: str) -> str:
     low = text.casefold()
     bare = low.translate(_NO_WORD_ASCII) if low.isascii() else _NO_WORD.sub(" ", low)  # five times as fast
-    return " ".join(bare.split()) or low
-
-
-class Candidates:
-    """A MinHash index of texts that proposes those that may be near a new one. Each belongs to a row, its owner."""
-
-    def __init__(self) -> None:
-        # The hash of a band and the index of the text share 64 bits, so that one sorted array indexes a whole band.
-        # The first array of each list is sorted; those after it were added since.
-        self._bands: list[list[NDArray[np.uint64]]] = [[np.empty(0, np.uint64)] for _ in range(BANDS)]
-        self._marks = [np.empty((0, BANDS * MARKS), np.uint8)]
-        self._owners = [np.empty(0, np.int64)]
-        self._size = 0
-
-    def add(self, texts: Sequence[str], owners: Sequence[int]) -> None:
-        """Add `texts` of the rows `owners`; a row may have several texts."""
-        bands, marks = _minhash(texts)
-        places = np.arange(self._size, self._size + len(texts), dtype=np.uint64)
-        for band, hashes in zip(self._bands, bands, strict=True):
-            band.append((hashes << _HALF) | places)
-        self._marks.append(marks)
-        self._owners.append(np.array(owners, np.int64))
-        self._size += len(texts)
-        if self._size > 65_536 + 1.25 * len(self._owners[0]):
-            self._put_in_order()  # thousands of small arrays would fragment the memory
-
-    def of(self, texts: Sequence[str], askers: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs to compare, as arrays of askers' and of owners' rows: for each asker the owners that share most."""
-        self._put_in_order()
-        bands, marks = _minhash(texts)
-        text, place = self._sharing_a_band(bands)
-        parts = [slice(first, first + 100_000) for first in range(0, len(text), 100_000)]
-        alike = [np.count_nonzero(marks[text[part]] == self._marks[0][place[part]], axis=1) for part in parts]
-        agree = np.concatenate([np.empty(0, np.int64), *alike])
-        asker, owner = np.array(askers, np.int64)[text], self._owners[0][place]
-        best = np.lexsort((owner, -agree, asker))
-        best = best[agree[best] >= ENOUGH]
-        asker, owner = asker[best], owner[best]
-        first_ones = np.arange(len(best)) - np.searchsorted(asker, asker) < COMPARE
-        return asker[first_ones], owner[first_ones]
-
-    def _sharing_a_band(self, bands: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Each pair once: the index of a text asked about, and the index of one that was added."""
-        pairs = [np.empty(0, np.uint64)]
-        for (index,), hashes in zip(self._bands, bands, strict=True):
-            text = np.argsort(hashes)  # neighbours are looked up near each other in memory
-            start = np.searchsorted(index, hashes[text] << _HALF)
-            text, start = text[start < len(index)], start[start < len(index)]
-            there = index[start] >> _HALF == hashes[text]
-            text, start = text[there], start[there]
-            count = np.searchsorted(index, (hashes[text] + np.uint64(1)) << _HALF) - start
-            count = np.minimum(count, LOOK_UP)
-            nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-            places = index[np.repeat(start, count) + nth] & _LOW
-            pairs.append((np.repeat(text, count).astype(np.uint64) << _HALF) | places)
-        pair = np.unique(np.concatenate(pairs))
-        return (pair >> _HALF).astype(np.int64), (pair & _LOW).astype(np.int64)
-
-    def _put_in_order(self) -> None:
-        if len(self._owners) > 1:
-            for band in self._bands:
-                band[:] = [np.concatenate(band)]
-                band[0].sort()
-            self._marks = [np.concatenate(self._marks)]
-            self._owners = [np.concatenate(self._owners)]
-
-
-def _minhash(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Hashes `(BANDS, texts)`, below 2^32 - 1, equal for candidates; and marks `(texts, BANDS * MARKS)`."""
-    letters = np.cumsum([len(text) for text in texts])
-    cuts = [0, *(np.flatnonzero(np.diff(letters // PORTION)) + 1).tolist(), len(texts)]
-    portions = [_minhash_portion(texts[first:end]) for first, end in pairwise(cuts)]
-    return np.concatenate([bands for bands, _ in portions], axis=1), np.concatenate([marks for _, marks in portions])
-
-
-def _minhash_portion(texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    blank = "\0" * (PIECE - 1)  # separates the texts, so that no shingle spans two and the shortest text has one
-    letters = np.frombuffer((blank + blank.join(texts) + blank).encode("utf-32-le"), np.uint32)
-    starts = np.cumsum([0] + [len(text) + len(blank) for text in texts[:-1]])
-    length = len(letters) - PIECE + 1
-    pieces = np.zeros(length, np.uint32)
-    for place, mix in enumerate(_MIX):
-        pieces += letters[place : place + length] * mix
-    pieces ^= pieces >> np.uint32(15)
-    pieces *= _MIX[1]
-    pieces ^= pieces >> np.uint32(13)
-    hashed = np.empty_like(pieces)
-    smallest = np.empty((BANDS * ROWS, len(texts)), np.uint32)
-    for number, multiplier in enumerate(_MULTIPLIERS):
-        np.multiply(pieces, multiplier, out=hashed)  # a permutation of all 32-bit numbers, as the multiplier is odd
-        np.minimum.reduceat(hashed, starts, out=smallest[number])
-    numbers = smallest.reshape(BANDS, ROWS, len(texts))
-    bands = np.zeros((BANDS, len(texts)), np.uint64)
-    for row in range(ROWS):
-        bands = (bands + numbers[:, row]) * np.uint64(0x9E3779B97F4A7C15)
-    marks = (numbers[:, :MARKS].reshape(BANDS * MARKS, len(texts)) * _MIX[0]) >> np.uint32(24)
-    return np.minimum(bands >> _HALF, _LOW - np.uint64(1)), np.ascontiguousarray(marks.T.astype(np.uint8))
+    return " ".join(bare.split())

@@ -13,17 +13,24 @@ name and the user's title. The `TableKind` that it returns may name a template b
 """
 
 import json
+import math
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.text import Text
 
 from core import configuration
 from core.configuration import escaped, load_config, names
 from core.errors import UserError
 from core.files import write_whole
 from core.tasks import folders
+from data_prep.prepare import prepare
 from data_prep.profile_table import ABOUT, TableProfile, called, field_of, profile_table, show_profile
 from data_prep.read_cells import key_of_fields
 from data_prep.show_rows import plain_console
@@ -34,18 +41,26 @@ from data_prep.task import Task
 
 FEWEST = 10  # rows, so that some can be held out
 FEW = 200  # rows; of fewer, a tenth is too little to measure with
+PREVIEWED = 3  # rows
+# Steps of 16 rows by which few labels were told apart; after six, one was named for every text.
+STEPS, BATCH, MOST_EPOCHS = 36, 16, 20
 KEYWORDS = ("yes", "no", "on", "off", "true", "false", "null", "nan", "inf")  # of YAML, which are not read as text
 
 
-def new_task(name: str, source_text: str, title: str = "") -> Path:
+def new_task(
+    name: str, source_text: str, title: str = "", asked: str = "", answer: str = "", preview: bool = False
+) -> Path:
     """Write `nemo_configs/task/<name>.yaml` for a table, and print its profile and what was decided.
 
     Args:
         source_text: as `SOURCE`, see `sources.py`.
         title: what the rows are about, for tasks that ask for it, such as the film that was reviewed.
+        asked, answer: headers of the columns that are asked and answered; "" to go by what the table looks like.
+        preview: show rows as they would be, and write nothing.
 
     Raises:
-        UserError: the name is invalid or taken, or the source cannot be read or holds nothing to learn.
+        UserError: the name is invalid or taken, the source cannot be read or holds nothing to learn, or it is not clear
+            what is asked.
     """
     file = configuration.CONFIG_DIR / "task" / f"{name}.yaml"
     if not name:
@@ -63,25 +78,65 @@ def new_task(name: str, source_text: str, title: str = "") -> Path:
     if profile.rows < FEWEST:
         rows = f"{profile.rows} row{'s' * (profile.rows != 1)}"
         raise UserError(f"{source} has {rows}; at least {FEWEST} are needed for training and evaluation")
-    kind = kind_of(profile, Path(source.name).name.partition(":")[0], title)  # of hf:OWNER/NAME:train the NAME
+    file_name = Path(source.name).name.partition(":")[0]  # of hf:OWNER/NAME:train the NAME
+    kind = kind_of(profile, file_name, title, asked, answer)
     if isinstance(source, HubTable):
         source = source.pinned()
-    write_whole(file, _write(kind, profile, name, str(source)))
+    text = _write(kind, profile, name, str(source))
+    _tell(kind, profile, file.name, console)
+    if preview:
+        _preview(text, name)
+        console.print("\nNothing was written; the same command without PREVIEW writes the task.", soft_wrap=True)
+        return file
+    write_whole(file, text)
     try:
         Task.of(load_config([f"task={name}"]))
     except BaseException:
         file.unlink()
         raise
-    unused = [column for column in profile.columns if column not in kind.columns.values() and column.filled]
-    if unused:
-        named = ", ".join(f"{column.header} ({column.holds})" for column in unused)
-        console.print(f"Columns not used: {named}\n", soft_wrap=True)
     console.print(
-        f"{kind.about}\n\nWrote nemo_configs/task/{file.name}; its comments say what may be changed. Next, "
-        f"look at the rows:\n\n  make data TASK={name}",
-        soft_wrap=True,
+        f"\nWrote nemo_configs/task/{file.name}. Next, look at the rows:\n\n  make data TASK={name}", soft_wrap=True
     )
     return file
+
+
+def _tell(kind: TableKind, profile: TableProfile, file: str, console: Console) -> None:
+    """Print what was guessed, why, and how to change it, in five lines."""
+
+    def named(fields: Iterable[str]) -> str:
+        return ", ".join(f"'{kind.columns[field].header}'" for field in fields)
+
+    learned = [field for field in kind.columns if field not in kind.given]
+    unused = [column for column in profile.columns if column not in kind.columns.values() and column.filled]
+    lines = {
+        "Guessed": kind.about,
+        "Because": kind.why or f"the columns are called so: {named(kind.columns)}",
+        "Columns": f"given {named(kind.given) or 'none'}; learned {named(learned)}",
+        "Not used": ", ".join(f"{column.header} ({column.holds})" for column in unused) or "none",
+        "Change it": f"in nemo_configs/task/{file}, whose comments say how; or name two columns: ASKED=… ANSWER=…",
+    }
+    for title, says in lines.items():
+        console.print(Text.assemble((f"{title:11}", "bold"), " ".join(says.split())), soft_wrap=True)
+
+
+def _preview(text: str, name: str) -> None:
+    """Prepare the table in a folder that is then removed, and show rows as the model would read them.
+
+    Raises:
+        UserError: as `prepare`.
+    """
+    with TemporaryDirectory() as folder:
+        # A home of tasks outside this repository, see core/tasks.py.
+        (Path(folder) / "tasks").mkdir()
+        task_file = Path(folder) / "nemo_configs" / "task" / f"{name}.yaml"
+        task_file.parent.mkdir(parents=True)
+        task_file.write_text(text, encoding="utf-8")
+        sys.path.append(folder)
+        try:
+            config = load_config([f"task={name}", f"data_dir={folder}/data"])
+            prepare(config, None, PREVIEWED)
+        finally:
+            sys.path.remove(folder)
 
 
 def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> str:
@@ -117,6 +172,8 @@ def _write(kind: TableKind, profile: TableProfile, name: str, source: str) -> st
         "max_chars": round(characters + 500, -3) if characters > 4000 else 4000,
         "max_length": min(1 << tokens.bit_length(), 4096) if tokens > 512 else 512,
         "examples": {field: kind.columns[field].cells[held_out] for field in kind.given},
+        "is_labels": False,
+        "epochs": min(math.ceil(STEPS * BATCH / (len(places) * (1 - sum(shares)))), MOST_EPOCHS),
         **kind.values,
     }
     template = Environment(

@@ -12,29 +12,32 @@ import hashlib
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 from core import artifacts
-from core.artifacts import Manifest, Split
+from core.artifacts import Alike, Manifest, Split
 from core.configuration import plain
 from core.errors import UserError
 from core.progress import Progress
 from core.schema import Config
-from core.tasks import part_of
-from data_prep.clean_text import is_explicit
 from data_prep.data_folder import MANIFEST, building, read_manifest
-from data_prep.read_cells import CellReader
-from data_prep.read_table import Table
-from data_prep.row_store import BATCH, Drop, RowStore, StoredRow, Unusable
+from data_prep.read_rows import Reading, read, read_by_parts
+from data_prep.row_store import Drop, RowStore, StoredRow
 from data_prep.show_rows import EXAMPLES, show
-from data_prep.sources import LocalFile, Source, find_source, open_source
-from data_prep.split import hash_of, seed_that_fills
+from data_prep.sources import HubTable, LocalFile, Source, find_source
+from data_prep.split import seed_that_fills
 from data_prep.task import Task
+from data_prep.work_folder import WorkFolder, remove_work, work_folder
+from data_prep.workers import advance
 from data_prep.write_splits import SplitWriter
 
-FORMAT = 5  # raise it when the same source would give other rows: existing folders are then rebuilt
+FORMAT = 6  # raise it when the same source would give other rows or files: existing folders are then rebuilt
 DATABASE = "rows.sqlite"
+LARGE = 64 << 20  # bytes of a source from which on all cores are used, which takes a second to begin
 
 
 def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = None) -> Path:
@@ -54,7 +57,8 @@ def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = 
     """
     task, source = Task.of(config), find_source(config.task.data.source)
     folder = Path(config.data_dir)
-    if isinstance(source, LocalFile) and source.path.absolute().is_relative_to(folder.absolute()):
+    local = not isinstance(source, HubTable)
+    if local and any(path.absolute().is_relative_to(folder.absolute()) for path in source.files):
         raise UserError(f"the source {source} lies in {folder}, which is replaced; move it elsewhere")
     try:
         hashes = {
@@ -71,125 +75,92 @@ def prepare(config: Config, tokenizer_file: Path | None, examples: int | None = 
                 if examples is not None:
                     show(folder, task.prompt, examples)
                 return folder
-            manifest = _fill(partial, task, source, tokenizer_file, fingerprint)
+            manifest = _fill(partial, task, source, tokenizer_file, fingerprint, folder)
             manifest.tokenizer_sha256 = hashes["tokenizer"]
             manifest.write(partial / MANIFEST)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"cannot prepare {folder}: {error}") from None
+    remove_work(folder)
     show(folder, task.prompt, EXAMPLES if examples is None else examples)
     return folder
 
 
-def _fill(partial: Path, task: Task, source: Source, tokenizer_file: Path | None, fingerprint: str) -> Manifest:
+def _fill(
+    partial: Path, task: Task, source: Source, tokenizer_file: Path | None, fingerprint: str, folder: Path
+) -> Manifest:
     """Write all files but the manifest into `partial`. Returns the manifest, without the tokenizer's hash."""
-    # Imported here for numpy and RapidFuzz, which a folder that is up to date does not need.
-    from data_prep.same_rows import merge_repeated, part_near_duplicates
-
-    table = open_source(source, task.data.columns, [*task.data.required, *task.filters])
-    store = RowStore(partial / DATABASE)
-    try:
-        reader = _reader(task, tokenizer_file)
-        read, repaired = _read(table, task, source, reader, store)
-        store.index()
-        merged = merge_repeated(task, store, read)
-        part_near_duplicates(task, store)
-        if task.data.train_rows is not None:
-            beyond = f"beyond train_rows: {task.data.train_rows}"
-            for batch in store.beyond(*task.split["training"], task.data.train_rows):
-                store.drop([Drop(entry.row, beyond, entry.key) for entry in batch])
-        _check_sizes(task, source, store)
-        splits = _write(partial, task, store, tokenizer_file)
-        dropped = store.drop_counts()
-    finally:
-        table.close()
-        store.close()
-    (partial / DATABASE).unlink()
+    is_large = sum(file.stat().st_size for file in source.files if file.is_file()) >= LARGE
+    with work_folder(folder, fingerprint) if is_large else nullcontext() as at_work:
+        path = at_work.store if at_work else partial / DATABASE
+        kept = at_work.gathered() if at_work else None
+        if not kept:
+            path.unlink(missing_ok=True)
+        store = RowStore(path, is_made=bool(kept))
+        try:
+            if kept:
+                print(f"The rows of {source} were gathered before", flush=True)
+                reading, alike = Reading(**kept["reading"]), Alike(**kept["alike"])
+            else:
+                reading, alike = _gather(task, source, tokenizer_file, store, at_work)
+            _check_sizes(task, source, store, alike)
+            splits, carried = _write(partial, task, store, tokenizer_file, at_work)
+            dropped = store.drop_counts()
+        finally:
+            store.close()
+    if not at_work:
+        path.unlink()
     return Manifest(
         task=task.name,
         fingerprint=fingerprint,
         source=artifacts.Source(
             **source.record(),
-            form=table.form,
-            encoding=table.encoding or None,
-            columns=table.columns,
-            unused=table.unused,
-            notes=table.notes,
+            form=reading.form,
+            encoding=reading.encoding or None,
+            columns=reading.columns,
+            unused=reading.unused,
+            notes=reading.remarks,
         ),
-        rows_in=read,
+        rows_in=reading.rows,
         rows_out=sum(split.rows if split.source_rows is None else split.source_rows for split in splits.values()),
         dropped=dropped,
-        merged=merged,
-        repaired=repaired,
-        notes=getattr(reader, "notes", {}),
+        merged=alike.repeats + alike.joined,
+        alike=alike,
+        repaired=reading.repaired,
+        notes=reading.notes,
         splits=splits,
+        carried=carried,
         seed=task.seed,
     )
 
 
-# --- read and clean -------------------------------------------------------------------------------------------
+def _gather(
+    task: Task, source: Source, tokenizer_file: Path | None, store: RowStore, at_work: WorkFolder | None
+) -> tuple[Reading, Alike]:
+    """Read, merge and group all rows in `store`."""
+    # Imported here for numpy and RapidFuzz, which a folder that is up to date does not need.
+    from data_prep.near_groups import group_near_duplicates
+    from data_prep.same_rows import merge_repeated
 
-
-# Raw cells → the key, cleaned cells, and how many of them were repaired.
-RowReader = Callable[[list[str]], tuple[str, list[str], int]]
-
-
-def _reader(task: Task, tokenizer_file: Path | None) -> RowReader:
-    """The reader of the task's module, or that of any table."""
-    module = part_of(task.data.module, "rows", "task.data.module") if task.data.module else None
-    made = getattr(module, "Reader", None)
-    return made(task, tokenizer_file) if made else CellReader(task)
-
-
-def _read(table: Table, task: Task, source: Source, reader: RowReader, store: RowStore) -> tuple[int, int]:
-    """Put every row into `store`, cleaned or dropped. Returns the number of rows read and of cells repaired."""
-    fields = list(task.data.columns)
-    required = [fields.index(field) for field in task.data.required]
-    number = repaired = 0
-    entries: list[tuple[int, StoredRow]] = []
-    drops: list[Drop] = []
-    with Progress(f"Reading {source.name}", sum(file.stat().st_size for file in source.files)) as progress:
-        for number, line, raw, problem in table.rows:
-            if raw is None:
-                drops.append(Drop(number, problem, line=line))
-            else:
-                try:
-                    key, cells, changed = reader(raw)
-                    repaired += changed
-                    if reason := _unusable(task, cells, fields, required):
-                        drops.append(Drop(number, reason, key[:100]))
-                    else:
-                        entries.append((hash_of(key, task.seed), StoredRow(number, key, cells)))
-                except Unusable as why:
-                    reason, detail = why.args
-                    drops.append(Drop(number, reason, line=line, detail=detail))
-            if number % BATCH == 0:
-                store.add(entries)
-                store.drop(drops)
-                entries, drops = [], []
-                progress.at(table.bytes_read())
-        store.add(entries)
-        store.drop(drops)
-    return number, repaired
-
-
-def _unusable(task: Task, cells: list[str], fields: list[str], required: list[int]) -> str:
-    for place in required:
-        if not cells[place]:
-            return f"no {fields[place]}"
-    for field, rule in task.filters.items():
-        if reason := rule.refuses(cells[fields.index(field)]):
-            return f"{field} {reason}"
-    if sum(map(len, cells)) > task.data.max_chars:
-        return f"longer than {task.data.max_chars} characters"
-    if task.data.drop_explicit and is_explicit(" ".join(cells)):
-        return "explicit term"
-    return ""
+    if at_work:
+        reading = read_by_parts(task, source, tokenizer_file, store, at_work)
+    else:
+        reading = read(task, source, tokenizer_file, store)
+    store.index()
+    alike = merge_repeated(task, store, reading.rows)
+    group_near_duplicates(task, store, alike, at_work)
+    if task.data.train_rows is not None:
+        beyond = f"beyond train_rows: {task.data.train_rows}"
+        for batch in store.beyond(*task.split["training"], task.data.train_rows):
+            store.drop([Drop(entry.row, beyond, entry.key) for entry in batch])
+    if at_work:
+        at_work.keep(store, {"reading": asdict(reading), "alike": alike.to_dict()})
+    return reading, alike
 
 
 # --- write ----------------------------------------------------------------------------------------------------
 
 
-def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
+def _check_sizes(task: Task, source: Source, store: RowStore, alike: Alike) -> None:
     """Raises UserError if a split is empty, and says what would fill it."""
     rows = {split: store.count(*ends) for split, ends in task.split.items()}
     usable, empty = sum(rows.values()), [split for split, count in rows.items() if count == 0]
@@ -200,11 +171,18 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
         if first := next((drop for drop in store.drops() if drop.detail), None):
             why += f"\nThe first, line {first.line}: {first.in_words()}"
         raise UserError(f"{source} has no {'usable row:' + why if why else 'row below its header'}")
+    if 2 * alike.largest_group > usable:
+        raise UserError(
+            f"{alike.largest_group} of the {usable} usable rows of {source} are one group of near-duplicates, which "
+            f"stays in one split, and the {' and '.join(empty)} split got none.{why}\n"
+            "A model that has learned some of them has in effect seen the others, so that nothing would be left to "
+            "measure it with. Add rows of other kinds"
+        )
     shares = [end - first for first, end in task.split.values()]
     needed = math.ceil(math.log(100) * sum(shares) / min(shares))  # leaves the smallest split empty in one of 100 cases
     seed = None
     if usable <= 1000:
-        all_of_them = store.batches(0, max(end for _, end in task.split.values()))
+        all_of_them = store.batches(*task.all_hashes)
         seed = seed_that_fills([entry.key for batch in all_of_them for entry in batch], task.split)
     raise UserError(
         f"too few rows: {usable} of {source} can be used, and the {' and '.join(empty)} split got none.{why}\n"
@@ -214,12 +192,31 @@ def _check_sizes(task: Task, source: Source, store: RowStore) -> None:
     )
 
 
-def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None) -> dict[str, Split]:
-    """Write the split files and `dropped.jsonl`. Returns the manifest's part on each split."""
+def _write(
+    partial: Path, task: Task, store: RowStore, tokenizer_file: Path | None, at_work: WorkFolder | None
+) -> tuple[dict[str, Split], list[str]]:
+    """Write the split files, `dropped.jsonl` and the module's own. Returns the manifest's part on each split, and which
+    files runs carry."""
     writer = SplitWriter(task, tokenizer_file)
+    fields = {split: list(task.data.columns) for split in task.split}
+    fields["training"] = task.data.train_fields or fields["training"]
+    if at_work and writer.is_row_by_row:
+        splits = _write_by_parts(partial, task, store, writer, fields, at_work)
+    else:
+        splits = _write_here(partial, task, store, writer, fields)
+    with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
+        for drop in store.drops():
+            known = {name: value for name, value in drop._asdict().items() if value is not None}
+            file.write(json.dumps(known, ensure_ascii=False) + "\n")
+    return splits, writer.finish(partial)
+
+
+def _write_here(
+    partial: Path, task: Task, store: RowStore, writer: SplitWriter, fields: dict[str, list[str]]
+) -> dict[str, Split]:
     splits: dict[str, Split] = {}
     done = 0
-    with Progress("Writing", store.count(0, max(end for _, end in task.split.values()))) as progress:
+    with Progress("Writing", store.count(*task.all_hashes)) as progress:
 
         def batches(split: str) -> Iterator[list[StoredRow]]:
             nonlocal done
@@ -228,16 +225,54 @@ def _write(partial: Path, task: Task, store: RowStore, tokenizer_file: Path | No
                 done += len(batch)
                 progress.at(done)
 
-        fields = dict.fromkeys(task.split, task.data.columns) | {
-            "training": task.data.train_fields or task.data.columns
-        }
         from_all = writer.begin(partial, {split: (batches(split), fields[split]) for split in task.split})
         for split in task.split:
             splits[split] = writer.write(partial / f"{split}.jsonl", batches(split), fields[split])
             if from_all:
                 splits[split].source_rows = store.count(*task.split[split])
-    with (partial / "dropped.jsonl").open("w", encoding="utf-8") as file:
-        for drop in store.drops():
-            known = {name: value for name, value in drop._asdict().items() if value is not None}
-            file.write(json.dumps(known, ensure_ascii=False) + "\n")
     return splits
+
+
+class Range(NamedTuple):
+    """Rows to write: those numbered above the one, up to the other; the files of all splits begin with `file`."""
+
+    task: Task
+    store: Path
+    fields: dict[str, list[str]]
+    above: int
+    last: int
+    file: Path
+
+
+def _write_by_parts(
+    partial: Path, task: Task, store: RowStore, writer: SplitWriter, fields: dict[str, list[str]], at_work: WorkFolder
+) -> dict[str, Split]:
+    ranges = [
+        Range(task, at_work.store, fields, above, last, partial / f"part-{above}")
+        for above, last in at_work.ranges(store.last_row())
+    ]
+    with Progress("Writing", store.count(*task.all_hashes)) as progress:
+        for _ in at_work.workers.map(write_range, ranges, progress):
+            pass
+    return {
+        split: writer.join(partial / f"{split}.jsonl", [rows.file.with_suffix(f".{split}") for rows in ranges])
+        for split in task.split
+    }
+
+
+def write_range(rows: Range) -> None:
+    """Write a file for each split, with the rows of it that are in the range."""
+    store, writer = RowStore(rows.store, is_made=True), SplitWriter(rows.task, None)
+
+    def batches(split: str) -> Iterator[list[StoredRow]]:
+        for batch in store.batches(*rows.task.split[split], rows.above, rows.last):
+            yield batch
+            advance(len(batch))
+
+    try:
+        for split in rows.task.split:
+            with rows.file.with_suffix(f".{split}").open("wb") as file:
+                for lines in writer.lines(split, batches(split), rows.fields[split]):
+                    file.write(lines)
+    finally:
+        store.close()

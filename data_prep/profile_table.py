@@ -1,10 +1,12 @@
 """Profiles a table that nobody has described yet: its format, and how full, varied and long each column is."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -12,14 +14,32 @@ from rich.text import Text
 
 from core.progress import Progress
 from data_prep.clean_text import clean_lines, is_json
+from data_prep.read_passages import SUFFIXES, is_text
 from data_prep.read_table import NotText, plain_header
 from data_prep.sources import Source, open_source
 from data_prep.task import RESERVED
+from data_prep.text_encoding import SAMPLE
+from data_prep.unpack import inner_name, open_unpacked
 
 ROWS = 20_000  # profiled: enough for every figure here, and done in seconds
 FEW = 30  # distinct values at most, of a column of labels
 # Words in the headers of columns that identify or locate a row rather than describe it.
-ABOUT = {"id", "ids", "uid", "uuid", "index", "no", "nr", "url", "link", "date", "time", "timestamp", "unnamed"}
+ABOUT = {
+    *("id", "ids", "uid", "uuid", "guid", "index", "no", "nr", "sku", "code", "unnamed", "url", "link", "date", "time"),
+    *("timestamp", "datetime", "created", "updated", "email", "mail", "phone", "address", "street", "zip", "postcode"),
+}
+_MONTH = r"(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_CLOCK = r"([ ,T]+(at )?\d{1,2}[:.]\d\d\S*( ?[ap]\.?m\.?)?( \S{1,6})?)?"
+_DATE = (
+    r"(?i)((mon|tue|wed|thu|fri|sat|sun)[a-z]*,? )?(\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}|"
+    rf"\d{{1,2}}\w{{0,2}}[ -]{_MONTH}[ ,-]+\d{{2,4}}|{_MONTH} (\d{{1,2}}\w{{0,2}},? )?\d{{4}}){_CLOCK}$"
+)
+_ADDRESS = (
+    r"(?i)([a-z][a-z0-9+.-]*://\S+|www\.\S+|[\w.+-]+@[\w-]+\.[\w.-]+|@\w+|(\d+\w?,? [\w.' -]+|[\w.' -]+ \d+\w?)(,.*)?)$"
+)
+_STREET = r"(?i).*\b(street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|dr|court|ct|square|way|rue|\w+straße)\b"
+# A hash, or one token with a digit in it, such as ORD-2024-17 and img_0042.png.
+_ID = r"([0-9a-f-]{32,64}|(?=\S*\d)[A-Za-z]{0,8}[-_#:/.]?[\w.-]{1,24})$"
 # JSON or Python of messages, in an object of their own or not.
 _DIALOGUE = (
     r"""(?s)(\{\s*"\w+"\s*: )?(array\( ?)?[\[(]\s*\{.*?['"](role|from|author|speaker|human|input|type)['"]\s*:"""
@@ -59,8 +79,9 @@ class Column:
 
     @cached_property
     def holds(self) -> str:
-        """One of nothing, dialogues, numbers, signs (no letters: dates, emoji), ids (or links, dates), labels, text,
-        JSON; and of values that are no text lists, objects, true or false, values (of several kinds, or bytes)."""
+        """One of nothing, dialogues, numbers, signs (no letters, such as emoji), dates, addresses (of the web, mail or
+        post), ids, labels, text, JSON; and of values that are no text lists, objects, true or false, values (of several
+        kinds, or bytes)."""
         if not self.filled:
             return "nothing"
 
@@ -77,9 +98,14 @@ class Column:
             return "JSON"
         if most(r"[-+]?[\d.,]+( ?%)?$"):
             return "numbers"
+        if most(_DATE):
+            return "dates"
         if most(r"[\W\d_]*$"):
             return "signs"
-        if ABOUT & set(self.words) or most(r"(https?://\S+|[0-9a-f-]{32,36}|\d{4}-\d\d-\d\d\S*)$"):
+        if most(_ADDRESS) and (most(r"\S+$") or most(_STREET)):
+            return "addresses"
+        is_named_so = ABOUT & set(self.words) and len(self.words) < 4 and self.mean_length < 60
+        if is_named_so or (most(_ID) and self.different > 0.9 * len(self.filled)):
             return "ids"
         return "labels" if self.different <= min(FEW, len(self.filled) / 5) else "text"
 
@@ -115,14 +141,17 @@ def called(wanted: Sequence[str], columns: Iterable[Column]) -> list[Column]:
 
 
 def field_of(column: Column) -> str:
-    """The name of a column in templates: `Sample Question` → `sample_question`."""
+    """The name of a column in templates: `Sample Question` → `sample_question`, `🙂` → `slightly_smiling_face`."""
     name = plain_header(column.header).replace(" ", "_")
+    if not re.fullmatch(r"\w+", name):
+        said = " ".join(unicodedata.name(sign, "") for sign in name).lower()
+        name = "_".join(re.findall("[a-z]+", said)) or "column"
     return f"the_{name}" if name in RESERVED or name[0].isdigit() else name
 
 
 def profile_table(source: Source) -> TableProfile:
     """Raises UserError: see `open_table`."""
-    table = open_source(source, None, ())
+    table = open_source(source, None, (), "text" if _is_text(source.files[0]) else "")
     rows, unreadable, is_whole = list[list[str]](), Counter[str](), True
     values = [0] * len(table.columns)
     try:
@@ -146,6 +175,16 @@ def profile_table(source: Source) -> TableProfile:
         for place, header in enumerate(table.columns.values())
     ]
     return TableProfile(table.form, table.encoding, table.notes, columns, len(rows), unreadable, is_whole)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a file is plain text, of which passages are rows."""
+    suffix = Path(inner_name(path)).suffix.lower() if path.is_file() else ""
+    if suffix not in SUFFIXES:
+        return False
+    with open_unpacked(path) as file:
+        lines = file.read(SAMPLE).decode(errors="replace").splitlines()
+    return suffix != ".txt" or is_text(lines)
 
 
 def show_profile(profile: TableProfile, source: Source, console: Console) -> None:

@@ -49,6 +49,8 @@ def is_document(first: str, rest: TextIO, suffix: str) -> bool:
         suffix: of its name, in small letters.
     """
     first = first.strip("\ufeff\x00 \t\r\n")
+    if first.startswith("{") and first.endswith("},"):
+        first = first[:-1]  # a line that was cut out of a list
     if first.startswith("["):
         return suffix in SUFFIXES or bool(_LIST.match(first))
     if not first.startswith("{") or not (suffix in SUFFIXES or re.match(r'\{\s*("|$)', first)):

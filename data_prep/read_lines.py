@@ -18,6 +18,7 @@ from data_prep.read_python import read_python
 MAX_LINE = 1_000_000  # characters; a longer line is not a row, and must not fill the memory
 OPEN_QUOTE = "a quote that is never closed"
 STRAY_QUOTE = "quotes out of place"
+_DECODER = json.JSONDecoder(strict=False)
 TOO_LONG = "a line or cell too long to read"
 
 
@@ -143,10 +144,12 @@ def json_objects(lines: NumberedLines, path: Path) -> Iterator[tuple[int, dict[s
         for line in lines:
             lines.begin()
             text = line.strip("\ufeff\x00 \t\r\n")
+            if text.startswith("{") and text.endswith("},"):
+                text = text[:-1]  # cut out of a list
             if not text:
                 continue
             try:
-                item = json.loads(text, strict=False)
+                item = _DECODER.decode(text)
             except (ValueError, RecursionError):  # ValueError also where a number has 5,000 digits
                 item = _printed(text)
             if not isinstance(item, dict):

@@ -1,28 +1,35 @@
 """Reads one file as a table: detects its format, maps its columns, and says what is wrong with a row.
 
 A file is CSV, TSV (comma, semicolon, tab or bar), JSON Lines or other JSON (read_json.py), in any common encoding and
-packed or not (unpack.py), or Parquet. It is streamed, so its size does not matter. A line that cannot be read loses
-only that row, with a reason; a file that is not a table raises a `UserError` that says what was found instead.
+packed or not (unpack.py), Parquet or Arrow; or, for a task that learns plain text, a text (read_passages.py). It is
+streamed, so its size does not matter. A line that cannot be read loses only that row, with a reason; a file that is not
+a table raises a `UserError` that says what was found instead.
 """
 
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
 from data_prep.clean_text import clean
 from data_prep.find_header import LINES, SEPARATOR, find_header
+from data_prep.formula_cells import read_cell
 from data_prep.read_json import SUFFIXES, Knows, document_rows, is_document
 from data_prep.read_lines import MAX_LINE, NumberedLines, csv_records, json_objects
+from data_prep.read_passages import SUFFIXES as PLAIN_TEXT
+from data_prep.read_passages import passages
 from data_prep.text_encoding import encoding_of
 from data_prep.unpack import inner_name, open_unpacked, packing_of
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch, Schema
 
 TOO_MANY = "more cells than columns"
 FORMS = {",": "CSV", ";": "CSV with semicolons", "\t": "TSV", "|": "CSV with bars"}  # by delimiter
@@ -79,13 +86,15 @@ class Table:
     close: Callable[[], None]
 
 
-def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
+def open_table(path: Path, names: Names, required: Sequence[str], plain_text: str = "") -> Table:
     """Open `path`, detect its format from its contents, and map its columns.
 
     Args:
         names: accepted headers of each field, best first; case, spaces and underscores do not matter.
             None makes a field of every column.
         required: the fields that the source must have.
+        plain_text: the field that passages of a file of plain text are read into (read_passages.py); with "" it is
+            read as a table, too.
 
     Raises:
         UserError: no such file, not a text file, empty, no header that the task knows, a header that occurs twice, a
@@ -93,6 +102,8 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     """
     if path.is_file() and _begins_with(path, b"PAR1"):
         return _open_parquet(path, names, required)
+    if path.is_file() and (_begins_with(path, b"ARROW1") or _begins_with(path, b"\xff\xff\xff\xff")):
+        return _open_arrow(path, names, required)
     encoding, errors = encoding_of(path)
     notes = list[str]()
 
@@ -100,6 +111,11 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
         return TextIOWrapper(open_unpacked(path), encoding, errors, newline="")
 
     suffix = Path(inner_name(path)).suffix.lower()
+    if plain_text and suffix in PLAIN_TEXT:
+        file = text()
+        return _opened(
+            path, file, "plain text", encoding, Columns({}, {plain_text: "passages"}, []), notes, _text_rows(file)
+        )
     with text() as file:
         is_json = is_document(next(filter(str.strip, iter(lambda: file.readline(MAX_LINE), "")), ""), file, suffix)
     file = text()
@@ -117,10 +133,21 @@ def open_table(path: Path, names: Names, required: Sequence[str]) -> Table:
     except BaseException:
         file.close()
         raise
+    return _opened(path, file, form, encoding, columns, notes, rows)
+
+
+def _opened(
+    path: Path, file: TextIOWrapper, form: str, encoding: str, columns: "Columns", notes: list[str], rows: Iterator[Row]
+) -> Table:
     if packing := packing_of(path):
         form = f"{form} in {packing.name}"
     read = lambda: os.lseek(file.fileno(), 0, os.SEEK_CUR)  # noqa: E731
     return Table(form, encoding, columns.headers, columns.unused, notes, rows, read, file.close)
+
+
+def _text_rows(file: TextIOWrapper) -> Iterator[Row]:
+    for number, (line, text, problem) in enumerate(passages(NumberedLines(file)), 1):
+        yield Row(number, line, None if problem else [text], problem)
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:
@@ -132,8 +159,9 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def plain_header(header: str) -> str:
-    """`" Example_Sentence\\ufeff"` → `"example sentence"`."""
-    return re.sub(r"[\W_]+", " ", header.replace("\x00", "")).strip().casefold()
+    """`" Example_Sentence\\ufeff"` → `"example sentence"`; a header of signs alone, such as 🙂, stays as it is."""
+    text = header.replace("\x00", "").strip("\ufeff ")
+    return re.sub(r"[\W_]+", " ", text).strip().casefold() or text.replace("\ufe0f", "")
 
 
 class Columns(NamedTuple):
@@ -250,7 +278,7 @@ def _fit(records: Iterator[tuple[int, list[str], str]], width: int, places: list
         if problem:
             yield Row(number, line, None, problem)
         else:
-            yield Row(number, line, [cells[place] if place >= 0 else "" for place in places], "")
+            yield Row(number, line, [read_cell(cells[place]) if place >= 0 else "" for place in places], "")
 
 
 # --- JSON Lines and Parquet -------------------------------------------------------------------------------------
@@ -273,6 +301,21 @@ def _headers_of(item: Mapping[str, object]) -> Iterator[str]:
             yield key
 
 
+def _open_arrow(path: Path, names: Names, required: Sequence[str]) -> Table:
+    """An Arrow file as `datasets` saves one: a stream, or the format with a footer, which is a stream in between."""
+    import pyarrow
+    from pyarrow import ipc
+
+    file = pyarrow.OSFile(str(path))
+    try:
+        file.seek(8 if _begins_with(path, b"ARROW1") else 0)
+        stream = ipc.open_stream(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        file.close()
+        raise UserError(f"{path} is an Arrow file that cannot be read: {_first_line(error)}") from None
+    return _arrow_table(path, "Arrow", stream.schema, lambda columns: stream, names, required, file.tell, file.close)
+
+
 def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -281,21 +324,47 @@ def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
         file = ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is a Parquet file that cannot be read: {_first_line(error)}") from None
+    share = path.stat().st_size / max(file.metadata.num_rows, 1)
+    read = 0
+
+    def batches(columns: list[str]) -> Iterator["RecordBatch"]:
+        nonlocal read
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            yield batch
+            read += len(batch)
+
+    return _arrow_table(
+        path, "Parquet", file.schema_arrow, batches, names, required, lambda: round(read * share), file.close
+    )
+
+
+def _arrow_table(
+    path: Path,
+    form: str,
+    schema: "Schema",
+    batches: Callable[[list[str]], Iterable["RecordBatch"]],
+    names: Names,
+    required: Sequence[str],
+    bytes_read: Callable[[], int],
+    close: Callable[[], None],
+) -> Table:
+    """Args: batches: the rows, given the top columns that are wanted of them."""
+    import pyarrow
+
     tops = list[str]()  # the column that each header is, or is a part of
     headers = list[str]()
-    for field in file.schema_arrow:
+    for field in schema:
         struct = field.type if pyarrow.types.is_struct(field.type) else ()
         found = list(_headers_of({field.name: {inner.name: None for inner in struct}}))
         headers += found
         tops += [field.name] * len(found)
-    read = 0
 
     def items() -> Iterator[tuple[int, Mapping[str, object]]]:
-        nonlocal read
+        read = 0
         wanted = list(dict.fromkeys(tops[place] for place in columns.places.values()))
         try:
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                for item in batch.to_pylist():
+            for batch in batches(wanted):
+                for item in batch.select(wanted).to_pylist():
                     read += 1
                     yield read, item
         except (pyarrow.ArrowException, OSError) as error:
@@ -304,11 +373,10 @@ def _open_parquet(path: Path, names: Names, required: Sequence[str]) -> Table:
     try:
         columns = _columns(headers, path, names, required)
     except BaseException:
-        file.close()
+        close()
         raise
     rows = _keyed_rows(items(), columns, headers, names)
-    share = path.stat().st_size / max(file.metadata.num_rows, 1)
-    return Table("Parquet", "", columns.headers, columns.unused, [], rows, lambda: round(read * share), file.close)
+    return Table(form, "", columns.headers, columns.unused, [], rows, bytes_read, close)
 
 
 def _first_line(error: Exception) -> str:
@@ -334,6 +402,8 @@ def _value(item: Mapping[str, object], header: str) -> object:
 
 def _text_of(value: object) -> str:
     """A cell's text, `NotText` for a value that has none."""
+    if type(value) is str:
+        return value
     if isinstance(value, (list, dict, bool, bytes)):
         try:
             return NotText(json.dumps(value, ensure_ascii=False)) if value or value is False else ""

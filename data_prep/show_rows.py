@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from core.artifacts import Manifest, Split
+from core.artifacts import Alike, Manifest, Split
 from core.prompt import EOS, Prompt
 from data_prep.data_folder import read_manifest
 from data_prep.row_store import Drop
@@ -74,18 +74,33 @@ def _splits(splits: dict[str, Split]) -> Table:
 
 def _left_out(folder: Path, manifest: Manifest) -> Iterator[tuple[int, str]]:
     """`(count, what)` of rows that were changed or left out, after an empty line."""
-    if manifest.repaired or manifest.merged or manifest.dropped:
+    alike = list(_alike(manifest.alike))
+    if manifest.repaired or manifest.merged or manifest.dropped or alike:
         yield 0, ""
     if manifest.repaired:
         yield manifest.repaired, "cells repaired (encoding, quotes, control characters)"
-    if manifest.merged:
-        yield manifest.merged, "rows merged into an earlier one that says the same"
+    yield from alike
     yield from ((count, note) for note, count in manifest.notes.items() if count)
     if dropped := manifest.dropped:
         yield sum(dropped.values()), f"rows dropped, listed in {folder / 'dropped.jsonl'}:"
         first = _first_details(folder)
         for reason, count in dropped.items():
             yield count, f"  {reason}" + (f", such as {first[reason]}" if reason in first else "")
+
+
+def _alike(alike: Alike | None) -> Iterator[tuple[int, str]]:
+    if not alike:
+        return
+    for count, what in (
+        (alike.repeats, "rows merged into an earlier one that says the same"),
+        (alike.joined, "rows joined to an earlier one of their key, with their meanings"),
+        (alike.meanings, "rows kept beside an earlier one of their key, with another meaning"),
+        (alike.variants, "rows kept beside an earlier one of their key and meaning, with other cells or wording"),
+        (alike.grouped_rows, f"rows in {alike.groups:,} groups of one key or near-duplicates; each is in one split"),
+        (alike.formula_rows or 0, "rows of one formula, told apart by the words that most of them do not share"),
+    ):
+        if count:
+            yield count, what
 
 
 def _first_details(folder: Path) -> dict[str, str]:

@@ -1,9 +1,10 @@
-"""Where a table comes from: a file on this machine, or a dataset on the Hugging Face hub.
+"""Where a table comes from: a file on this machine, many of them, or a dataset on the Hugging Face hub.
 
     SOURCE=reviews.csv
+    SOURCE=reviews/, SOURCE='reviews/part-*.parquet'       (find_files.py)
     SOURCE=hf:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]
 
-The parts of the second form are the arguments of `datasets.load_dataset(OWNER/NAME, CONFIG, revision=…, split=…)`; the
+The parts of the last form are the arguments of `datasets.load_dataset(OWNER/NAME, CONFIG, revision=…, split=…)`; the
 split is `train` unless named. `datasets` determines the files of a split and huggingface_hub downloads them, resumably,
 into its cache, from which they are read like local files. The revision is resolved to a commit first, which is
 recorded. Code in a repository is never run.
@@ -11,16 +12,21 @@ recorded. Code in a repository is never run.
 
 import hashlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.machine import cores
 from core.progress import Progress
+from data_prep.find_files import files_of, is_pattern
 from data_prep.read_table import Names, Row, Table, open_table
 
 _HUB = re.compile(
@@ -54,6 +60,54 @@ class LocalFile:
     def record(self) -> dict[str, Any]:
         """Its part of the manifest."""
         return {"name": self.name, "sha256": self.version, "bytes": self.path.stat().st_size}
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """The files of a folder or a pattern on this machine, read as one table."""
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the pattern from its first part that is one: what stays when all is moved."""
+        parts = Path(self.text).expanduser().resolve().parts
+        magic = next((place for place, part in enumerate(parts) if has_magic(part)), len(parts) - 1)
+        return str(Path(*parts[magic:]))
+
+    @cached_property
+    def version(self) -> str:
+        """A hash of the names and the contents of all files."""
+        lines = (f"{digest}  {name}\n" for digest, name in zip(_hash_each(self.files), self._names, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @cached_property
+    def _found(self) -> tuple[list[Path], int]:
+        return files_of(self.text)
+
+    @property
+    def files(self) -> list[Path]:
+        return self._found[0]
+
+    @property
+    def _names(self) -> list[str]:
+        """The files' paths from the folder that all of them are in."""
+        above = os.path.commonpath([file.parent for file in self.files])
+        return [str(file.relative_to(above)) for file in self.files]
+
+    @property
+    def notes(self) -> list[str]:
+        """What of it was left out, in words."""
+        empty = self._found[1]
+        return [f"{empty} empty file{'s' * (empty > 1)} left out"] if empty else []
+
+    def record(self) -> dict[str, Any]:
+        """Its part of the manifest; `sha256` is of the lines that sha256sum would write of the files."""
+        size = sum(file.stat().st_size for file in self.files)
+        return {"name": self.name, "files": self._names, "sha256": self.version, "bytes": size}
 
 
 @dataclass(frozen=True)
@@ -170,7 +224,7 @@ class HubTable:
         raise error
 
 
-Source = LocalFile | HubTable
+Source = LocalFile | LocalFiles | HubTable
 
 
 def find_source(text: str) -> Source:
@@ -179,8 +233,10 @@ def find_source(text: str) -> Source:
     Raises:
         UserError: the text begins with `hf:` but does not follow the form above.
     """
+    if address := re.match(r"(?i)([a-z][a-z0-9+.-]+)://", text):
+        raise _is_address(text, address[1].lower())
     if not text.startswith("hf:"):
-        return LocalFile(Path(text).expanduser())
+        return LocalFiles(text) if is_pattern(text) else LocalFile(Path(text).expanduser())
     named = _HUB.fullmatch(text)
     if named is None:
         raise UserError(
@@ -190,10 +246,24 @@ def find_source(text: str) -> Source:
     return HubTable(named["repository"], named["config"] or "", named["revision"] or "", named["split"] or "train")
 
 
-def open_source(source: Source, names: Names, required: Sequence[str]) -> Table:
+def _is_address(text: str, scheme: str) -> UserError:
+    """What to do about a SOURCE that is an address: nothing is fetched from one, but for data sets of the hub."""
+    if named := re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)", text):
+        return UserError(f"{text} is an address; a data set of the Hugging Face hub is named SOURCE=hf:{named[1]}")
+    if "docs.google.com" in text or "kaggle.com" in text:
+        return UserError(f"{text} is a page, not a table. Download it there as CSV, and name the file as SOURCE")
+    if scheme == "file":
+        return UserError(f"{text} is an address; name the file itself: SOURCE={text.partition('://')[2]}")
+    fetch = {"s3": f"aws s3 cp '{text}' .", "gs": f"gcloud storage cp '{text}' ."}.get(scheme, f"curl -LO '{text}'")
+    return UserError(
+        f"{text} is an address, and SOURCE a file, a folder or hf:OWNER/NAME. Download it, then name the file: {fetch}"
+    )
+
+
+def open_source(source: Source, names: Names, required: Sequence[str], plain_text: str = "") -> Table:
     """Like `open_table`, with all files of a source read as one."""
     first, *others = source.files
-    table = open_table(first, names, required)
+    table = open_table(first, names, required, plain_text)
     if not others:
         return table
     done, current = 0, table
@@ -205,12 +275,26 @@ def open_source(source: Source, names: Names, required: Sequence[str]) -> Table:
             if file is not first:
                 done += current.bytes_read()
                 current.close()
-                current = open_table(file, names or {field: [field] for field in table.columns}, required)
+                current = open_table(file, names or {field: [field] for field in table.columns}, required, plain_text)
             for row in current.rows:
                 number += 1
                 yield row._replace(number=number)
 
     return replace(table, rows=rows(), bytes_read=lambda: done + current.bytes_read(), close=lambda: current.close())
+
+
+def _hash_each(files: Sequence[Path]) -> list[str]:
+    """The sha256 of each file, by all cores: hashlib lets other threads run."""
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        progress.advance(path.stat().st_size)
+        return found
+
+    size = sum(file.stat().st_size for file in files)
+    with Progress(f"Hashing {len(files)} files", size) as progress, ThreadPoolExecutor(cores()) as threads:
+        return list(threads.map(digest, files))
 
 
 def _hash(files: Sequence[Path]) -> str:

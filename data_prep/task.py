@@ -67,6 +67,11 @@ class Task:
     seed: int
 
     @property
+    def all_hashes(self) -> tuple[int, int]:
+        """`[first, past the last)` of the hashes of all splits."""
+        return min(first for first, _ in self.split.values()), max(end for _, end in self.split.values())
+
+    @property
     def meaning(self) -> list[int]:
         """The places, among the columns, of what is required beside the key: what a row says about it."""
         said = set(self.data.required) - set(self.data.key)

@@ -1,5 +1,6 @@
 """A table of rows becomes training data: what is read, repaired, merged, split and left out, and what goes wrong."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import PATIENCE, typed, until
 from rapidfuzz import fuzz, process
@@ -24,11 +27,12 @@ from core.configuration import load_config, plain, write_config
 from core.errors import UserError
 from core.prompt import Prompt
 from core.schema import Config, DataConfig
+from data_prep.candidates import REACH, Candidates, Signatures
 from data_prep.clean_text import clean, clean_lines, is_explicit, key_of
-from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Candidates, Wording, are_near
+from data_prep.minhash import BANDS, minhash
+from data_prep.near_duplicates import SAME_KEY, SAME_TEXT, Wording, are_near
 from data_prep.prepare import prepare
 from data_prep.read_table import NotText, Row, open_table
-from data_prep.same_rows import NEAR
 from data_prep.show_rows import show
 from data_prep.split import hash_of, ranges
 from data_prep.task import Task
@@ -227,6 +231,15 @@ def test_json_lines(tmp_path: Path) -> None:
     assert (rows[2].line, rows[2].problem) == (4, "")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "txt"])
+def test_lines_of_json_that_end_in_commas_are_rows(tmp_path: Path, suffix: str) -> None:
+    lines = [json.dumps({"term": f"t{n}", "meaning": "a, {b},"}) for n in range(3)]
+    (tmp_path / f"a.{suffix}").write_text(",\n".join(lines) + ",\n")
+    assert [row.cells for row in read_rows(tmp_path / f"a.{suffix}")] == [
+        [f"t{n}", "a, {b},", "", ""] for n in range(3)
+    ]
+
+
 def headed(text: str, names: dict[str, list[str]] | None, folder: Path) -> tuple[dict[str, str], list[Any], list[str]]:
     (folder / "a.csv").write_text(text, newline="")
     table = open_table(folder / "a.csv", names, list(names or ()))
@@ -236,8 +249,8 @@ def headed(text: str, names: dict[str, list[str]] | None, folder: Path) -> tuple
 
 
 TWO = {"question": ["question"], "answer": ["answer"]}
-ROWS_BELOW = "Why, so?;Because, so;7\nHow?;Thus it is;8\n"
-BELOW = [["Why, so?", "Because, so"], ["How?", "Thus it is"]]
+ROWS_BELOW = "Why, so?;Because, so;7\nHow?;Thus it is;8\nWhen?;Now;9\n"
+BELOW = [["Why, so?", "Because, so"], ["How?", "Thus it is"], ["When?", "Now"]]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +262,10 @@ BELOW = [["Why, so?", "Because, so"], ["How?", "Thus it is"]]
         ("Customer;Agent;\nquestion;answer;n\n", "left out above its header: 'Customer', 'Agent'"),
         ("question;answer;n\n(text);(text);(int)\n", "left out below its header: '(text)', '(text)', '(int)'"),
         ("question;answer;n\nquestion;answer;n\n", "left out below its header: 'question', 'answer', 'n'"),
+        (
+            "question;answer;n\nWhat is asked;What is said;How often\n",
+            "left out below its header: 'What is asked', 'What is said', 'How often'",
+        ),
         (
             'question;answer;n\nAsk;Reply;No\n"{""ImportId"":""a""}";"{""ImportId"":""b""}";"{""ImportId"":""c""}"\n',
             "left out below its header: 'Ask', 'Reply', 'No'",
@@ -275,6 +292,9 @@ def test_two_header_lines_are_one(tmp_path: Path) -> None:
     [
         (",question,answer\n0,Why?,So.\n1,How?,Thus.\n", ["question", "answer"], 2),
         ("name,,city\nBob,x,Paris\nAl,y,Rome\n", ["name", "city"], 2),
+        ("country,2019,2020\nPeru,1,2\nChile,3,4\nCuba,5,6\n", ["country", "2019", "2020"], 3),
+        ("0,1\nGood one,x\nBad one,y\nNo one,z\n", ["0", "1"], 3),
+        ("q,I like it here a lot.\nAnn,yes\nBob,no\nEve,no\n", ["q", "I like it here a lot."], 3),
         ("poem\nRoses are red\nViolets, blue\nand so on\n", ["poem"], 3),
         ("review\nfine,,,\ngood,,,\n", ["review"], 2),
         ("Title\nPart one\nPart two\n", ["Title"], 2),
@@ -308,6 +328,43 @@ def test_a_usual_header_is_the_first_line(tmp_path: Path, text: str, headers: li
 def test_a_cell_is_cleaned(cell: str, text: str, repaired: bool) -> None:
     assert clean(cell) == (text, repaired)
     assert clean(text) == (text, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("Отличный сериал, смотрел всю ночь.", "cp1251"),
+        ("Плохо. Скучно и затянуто, актёры играют ужасно.", "cp1251"),
+        ("Отличный сериал, смотрел всю ночь.", "koi8-r"),
+        ("Πολύ καλή σειρά, μου άρεσε πάρα πολύ", "cp1253"),
+        ("סדרה מצוינת, נהניתי מאוד", "cp1255"),
+        ("최고의 드라마, 강력 추천!", "cp949"),
+        ("这部电视剧非常好看, 推荐大家观看", "gb18030"),
+        ("這部電視劇非常好看", "big5"),
+        ("とても面白かったです", "shift_jis"),
+        ("とても面白かったです", "euc_jp"),
+    ],
+)
+def test_text_of_another_script_that_was_read_as_latin_is_read_again(text: str, encoding: str) -> None:
+    for read_as in ("latin-1", "cp1252"):
+        written = text.encode(encoding)
+        with contextlib.suppress(UnicodeDecodeError):  # five bytes are nothing in cp1252
+            assert clean(written.decode(read_as)) == (text, True)
+    assert clean(text) == (text, False)
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ("It¡¯s ¡°great¡±, don¡¦t miss it", "It's \"great\", don't miss it"),
+        ("¡Qué película! ¡¡¡ÓRALE!!! Ñandú ñoño", "¡Qué película! ¡¡¡ÓRALE!!! Ñandú ñoño"),
+        ("Þór fór út á ís í gær, ÄÖÜäöüß éèêëàâ", "Þór fór út á ís í gær, ÄÖÜäöüß éèêëàâ"),
+        ("éèêëàâîïôùûçáíóú", "éèêëàâîïôùûçáíóú"),  # nothing that any encoding explains
+        ("Äà", "Äà"),  # "Да" in cp1251, perhaps
+    ],
+)
+def test_what_other_encodings_explain_without_a_doubt_is_repaired_and_nothing_else(cell: str, text: str) -> None:
+    assert clean(cell)[0] == text
 
 
 @pytest.mark.parametrize(
@@ -360,6 +417,8 @@ def test_terms_that_differ_in_their_signs_alone_stay_apart() -> None:
         "C#",
         "9/11",
         "911",
+        "is -15 odd",
+        "is 15 odd",
         "<3",
         "3",
         "w/",
@@ -494,85 +553,155 @@ def near_pairs(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> list
     return [(some[one]["slang"], others[other]["slang"]) for one, other in zip(*near.nonzero(), strict=True)]
 
 
-def test_held_out_wins_over_planted_near_duplicates(make: Callable[..., Path]) -> None:
-    cut = ranges(0.1, 0.1)
+def test_near_duplicates_are_kept_and_share_a_split(make: Callable[..., Path]) -> None:
     rows = made_up(600)
-    planted = []
-    for term, *rest in rows:
-        first, end = cut["training"]
-        twin = next((t for t in (f"{term}{x}" for x in "szxqy") if first <= hash_of(t, 0) < end), None)
-        if twin and not first <= hash_of(term, 0) < end:
-            planted.append([twin, rest[0], f"an example of its own about {twin} {rest[2][::-1]}", ""])
-    assert len(planted) > 80
+    planted = [[f"{term}s", rest[0], f"its own example {rest[2][::-1]}", ""] for term, *rest in rows[:200]]
     folder = make([*rows, *planted])
-    dropped = {drop["row"]: drop for drop in drops_of(folder) if drop["reason"] == NEAR}
-    assert set(dropped) == set(range(601, 601 + len(planted)))
-    assert all(planted[row - 601][0].startswith(rows[drop["of"] - 1][0]) for row, drop in dropped.items())
+    where = {row["row"]: split for split, found in read_all(folder).items() for row in found}
+    assert len(where) == 800 and all(where[n] == where[600 + n] for n in range(1, 201))
+    manifest = manifest_of(folder)
+    assert (manifest["dropped"], manifest["merged"]) == ({}, 0)
+    found = manifest["alike"]
+    assert (found["groups"], found["grouped_rows"], found["largest_group"]) == (200, 400, 2)
+    alone = ranges(0.1, 0.1)
+    keys = [row[0] for row in [*rows, *planted]]
+    elsewhere = [n for n, key in enumerate(keys, 1) if not alone[where[n]][0] <= hash_of(key, 0) < alone[where[n]][1]]
+    assert found["moved"] == len(elsewhere) > 0
+    assert 50 < manifest["splits"]["test"]["rows"] < 110, "groups leave the splits their sizes"
+
+
+def test_a_group_too_large_to_hold_out_is_trained_on_and_others_are_held_out(make: Callable[..., Path]) -> None:
+    text = made_up(1)[0]
+    alike = [[f"{text[0]}{number}", *text[1:]] for number in range(40)]
+    folder = make([*alike, *made_up(60, seed=1)], "split.validation=0.2", "split.test=0.2")
+    splits = read_all(folder)
+    assert {row["row"] for row in splits["training"]} > set(range(1, 41))
+    assert all(14 <= len(splits[name]) <= 26 for name in ("validation", "test"))
+    assert sum(map(len, splits.values())) == 100
+
+
+def test_rows_of_one_formula_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    long = (
+        "Please tell me, as briefly as you can, what it costs to send a parcel from here to the city of {}, thank you!"
+    )
+    cities = [row[0] for row in made_up(100)]
+    rows = [{"instruction": long.format(city), "input": "", "output": f"To {city} it is {n % 7}."}
+            for n, city in enumerate(cities)]  # fmt: skip
+    rows += [row | {"instruction": row["instruction"].replace(", thank you", "")} for row in rows[:20]]
+    folder = asking(tmp_path, rows)
+    manifest, where = manifest_of(folder), {}
+    for split, found in read_all(folder).items():
+        where |= {row["row"]: split for row in found}
+    assert len(where) == 120 and manifest["alike"]["formula_rows"] == 120
+    assert all(where[100 + n] == where[n] for n in range(1, 21)), "the same city is in one split"
+    assert all(18 <= manifest["splits"][name]["rows"] <= 30 for name in ("validation", "test"))
+
+
+def test_a_table_of_one_group_is_refused(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "a b c", "input": "", "output": f"one two three four five six {n} seven"} for n in range(50)
+    ]
+    with pytest.raises(UserError, match=r"50 of the 50 usable rows of .* are one group of near-duplicates"):
+        asking(tmp_path, rows)
 
 
 @pytest.mark.parametrize("name", ["all_slangs.csv", "genz_slang.csv"])
 def test_no_row_of_a_real_table_is_near_one_in_another_split(tmp_path: Path, name: str) -> None:
     splits = read_all(prepare(config_for(tmp_path / "data", real(name)), None))
     rows = [row["row"] for found in splits.values() for row in found]
-    keys = [key_of(row["slang"]) for found in splits.values() for row in found]
-    assert len(set(rows)) == len(rows) and len(set(keys)) == len(keys)
+    keys = [{key_of(row["slang"]) for row in found} for found in splits.values()]
+    assert len(set(rows)) == len(rows)
+    assert sum(len(of_split) for of_split in keys) == len(set().union(*keys)), "the rows of a key are in one split"
     held_out = splits["validation"] + splits["test"]
     assert near_pairs(held_out, held_out), "the rule finds at least each row itself"
     assert not near_pairs(splits["training"], held_out)
     assert not near_pairs(splits["validation"], splits["test"])
 
 
-def test_candidates_are_found_among_many() -> None:
+def signatures(texts: list[str], first: int) -> Signatures:
+    bands, marks = minhash(texts)
+    return Signatures(bands, marks, np.arange(first, first + len(texts)))
+
+
+def test_candidates_are_found_among_many(tmp_path: Path) -> None:
     texts = [" ".join(row) for row in made_up(20_000, seed=3)]
     changed = []
     for text in texts[:500]:
         words = text.split()
         words[7] = "other"
         changed.append(" ".join(words))
-    index = Candidates()
-    index.add(texts[:10_000], range(10_000))
-    index.add(texts[10_000:], range(10_000, 20_000))
-    asker, owner = index.of(changed, range(500))
-    assert set(asker[asker == owner]) == set(range(500))
-    assert len(asker) < 600, "little else should have to be compared"
+    with closing(Candidates(tmp_path)) as index:
+        index.add(signatures(texts, 0))
+        index.add(signatures(changed, 20_000))
+        found = {pair for one, other in index.pairs() for pair in zip(one.tolist(), other.tolist(), strict=True)}
+    assert found >= {(number, 20_000 + number) for number in range(500)}
+    assert len(found) < 600, "little else should have to be compared"
 
 
-def test_a_phrase_that_all_rows_share_does_not_slow_the_search() -> None:
+def test_a_phrase_that_all_rows_share_does_not_slow_the_search(tmp_path: Path) -> None:
     texts = [f"used when someone is very very happy about a thing {number}" for number in range(20_000)]
-    index = Candidates()
-    index.add(texts, range(20_000))
-    started = time.process_time()
-    asker, _ = index.of(texts[:2000], range(2000))
-    assert len(asker) <= 2000 * 8
-    assert time.process_time() - started < 5
+    with closing(Candidates(tmp_path)) as index:
+        index.add(signatures(texts, 0))
+        found = [len(one) for one, _ in index.pairs()]
+    assert max(found) > 0 and sum(found) <= BANDS * REACH * 20_000
 
 
-def test_repeated_terms_are_merged(make: Callable[..., Path]) -> None:
+def rows_of_key(folder: Path, term: str) -> list[tuple[int, str, str, str]]:
+    return [
+        (row["row"], *(row[name] for name in ("description", "example", "context")))
+        for found in read_all(folder).values()
+        for row in found
+        if key_of(row["slang"]) == key_of(term)
+    ]
+
+
+def test_only_true_repeats_are_merged(make: Callable[..., Path]) -> None:
     rows = made_up(60)
     term, meaning, example, context = rows[0]
-    folder = make(
-        [
-            [term, meaning, "", context],
-            *rows[1:],
-            [term.upper() + ".", meaning.upper(), example, "not this one"],
-            [term, "something else entirely", "an example of that", ""],
-            [f" {term} ", meaning, "too late", ""],
-        ]
-    )
-    kept = [row for found in read_all(folder).values() for row in found if key_of(row["slang"]) == key_of(term)]
-    assert [(row["row"], row["slang"], row["example"], row["context"]) for row in kept] == [(1, term, example, context)]
+    others = [
+        [term.upper() + ".", meaning.upper(), example, ""],
+        [term, "something else entirely", "an example of that", ""],
+        [term, f"{meaning}.", example, "another scene"],
+        [f" {term} ", meaning.capitalize() + ".", "", context],
+        [term, "$5", "", ""],
+        [term, "€5", "", ""],
+        [term, "us", "", ""],
+        [term, "US", "", ""],
+        [term, "Us", "", ""],
+    ]
+    folder = make([[term, meaning, "", context], *rows[1:], *others])
+    assert rows_of_key(folder, term) == [
+        (1, meaning, example, context),
+        (62, "something else entirely", "an example of that", ""),
+        (63, f"{meaning}.", example, "another scene"),
+        (65, "$5", "", ""),
+        (66, "€5", "", ""),
+        (67, "us", "", ""),
+        (68, "US", "", ""),
+    ]
     manifest = manifest_of(folder)
-    assert manifest["merged"] == 2
-    assert manifest["dropped"]["repeated slang, another description"] == 1
-    assert {"row": 62, "reason": "repeated slang, another description", "key": term, "of": 1} in drops_of(folder)
+    assert (manifest["merged"], manifest["dropped"]) == (3, {})
+    found = manifest["alike"]
+    assert [found[name] for name in ("repeats", "meanings", "variants", "joined")] == [3, 5, 1, 0]
+    assert account(manifest) == (69, 69)
 
 
-def test_a_term_that_thousands_of_rows_repeat_is_one_row(make: Callable[..., Path]) -> None:
+def test_homonyms_can_be_one_row_with_all_meanings(make: Callable[..., Path]) -> None:
     rows = made_up(60)
-    folder = make([*rows, *([rows[0][0], rows[0][1] if i % 2 else f"meaning {i}", "", ""] for i in range(10_000))])
+    others = [["W", "The letter", "", "spelling"], ["w", "a win", "", ""], ["W", "Watt", "60 W", ""]]
+    folder = make([*rows, ["W", "A win.", "", ""], *others], "same_key=joined")
+    assert rows_of_key(folder, "W") == [(61, "A win; The letter; Watt", "", "")]
+    found = manifest_of(folder)["alike"]
+    assert [found[name] for name in ("repeats", "meanings", "variants", "joined")] == [1, 0, 0, 2]
+    assert account(manifest_of(folder)) == (64, 64)
+
+
+def test_a_term_that_thousands_of_rows_repeat(make: Callable[..., Path]) -> None:
+    rows = made_up(60)
+    folder = make([*rows, *([rows[0][0], rows[0][1] if i % 2 else f"{i} {i} {i} {i}", "", ""] for i in range(10_000))])
     manifest = manifest_of(folder)
-    assert manifest["merged"] == 5000
-    assert manifest["dropped"] == {"repeated slang, another description": 5000}
+    assert (manifest["merged"], manifest["dropped"]) == (5000, {})
+    assert manifest["alike"]["meanings"] == 5000 and len(rows_of_key(folder, rows[0][0])) == 5001
     assert account(manifest) == (10_060, 10_060)
 
 
@@ -599,8 +728,8 @@ def test_the_same_instruction_with_another_input_is_another_row(tmp_path: Path) 
             enumerate([" ".join(row[1:2]), *row] for row in made_up(60))]  # fmt: skip
     rows[0] = rows[0] | {"instruction": "Tell a joke.", "input": ""}
     manifest = manifest_of(asking(tmp_path, [*rows, rows[5], rows[6] | {"output": "bored"}]))
-    assert (manifest["rows_in"], manifest["rows_out"], manifest["merged"]) == (62, 60, 1)
-    assert manifest["dropped"] == {"repeated instruction and input, another output": 1}
+    assert (manifest["rows_in"], manifest["rows_out"], manifest["merged"]) == (62, 61, 1)
+    assert (manifest["dropped"], manifest["alike"]["meanings"]) == ({}, 1)
 
 
 def test_a_near_input_to_the_same_instruction_is_not_in_two_splits(tmp_path: Path) -> None:
@@ -609,10 +738,7 @@ def test_a_near_input_to_the_same_instruction_is_not_in_two_splits(tmp_path: Pat
     near = [row | {"input": row["input"] + " so"} for row in rows]
     folder = asking(tmp_path, rows + near)
     where = {row["row"]: split for split, found in read_all(folder).items() for row in found}
-    held = [n for n in range(1, 81) if where.get(n) in ("validation", "test")]
-    assert len(held) > 10
-    assert all(where.get(80 + n, where[n]) == where[n] or where[n] == "validation" for n in held)
-    assert manifest_of(folder)["dropped"] == {NEAR: 160 - len(where)}
+    assert len(where) == 160 and all(where[n] == where[80 + n] for n in range(1, 81))
 
 
 def test_values_that_are_no_text_cost_no_row_unless_they_are_needed(tmp_path: Path) -> None:
@@ -758,7 +884,7 @@ def test_filters_leave_rows_out_by_number_and_by_pattern(tmp_path: Path) -> None
     rows = [[*row[:2], str(number % 7), "en" if number % 2 else "de"] for number, row in enumerate(made_up(140))]
     rows[1][2], rows[3][2] = "many", ""
     source = write_csv(tmp_path / "a.csv", rows)
-    options = ("columns.example=[example]", "filters.example='>=2.5'", "filters.context=en|fr")
+    options = ("columns.example=[example]", "filters.example=>=2.5", "filters.context=en|fr")  # needs no quotes
     folder = prepare(config_for(tmp_path / "data", source, *options), None)
     kept = [row for found in read_all(folder).values() for row in found]
     assert kept and {row["context"] for row in kept} == {"en"} and {row["example"] for row in kept} == {*"3456"}
@@ -1032,7 +1158,7 @@ def start(config: Config, folder: Path) -> subprocess.Popen[str]:
 ROW = "slang,description\nW,win\n"
 BAD = {
     "no such file": (None, "no such file: "),
-    "a folder": ("folder", "is a folder; name a CSV, TSV, JSONL or Parquet file in it"),
+    "a folder": ("folder", "is a folder without a file of rows"),
     "empty": (b"", "is empty"),
     "blank": (b"\xef\xbb\xbf \r\n\r\n\t\n", "is empty"),
     "header only": (b"slang,description\n", "has no row below its header"),

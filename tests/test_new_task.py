@@ -124,27 +124,110 @@ def test_texts_and_labels(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     assert row["output"] == row["category"]
 
 
-def test_one_column_of_text(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
-    rows = made_up(60, 12)
-    new_task("poems", str(write(tmp_path / "a.csv", ["Poem"], rows)))
-    row = rows_of("poems")
-    assert row["input"] == "Write a new poem." and [row["output"]] in rows
+@pytest.mark.parametrize(
+    ("header", "labels"),
+    [
+        ("label", [0, 1, 2]),
+        ("is_spam", ["true", "false"]),
+        ("mood", ["🙂", "🙁"]),
+        ("Intent", [f"do {n}" for n in range(25)]),
+    ],
+)
+def test_labels_are_numbers_and_words(
+    tmp_path: Path, rows_of: Callable[..., Any], capsys: pytest.CaptureFixture[str], header: str, labels: list[Any]
+) -> None:
+    rows = [[n, text, labels[n % len(labels)]] for n, (text,) in enumerate(made_up(100, 9))]
+    new_task("labels", str(write(tmp_path / "a.csv", ["id", "text", header], rows)))
+    row = rows_of("labels")
+    assert row["input"].endswith(f"?\n{row['text']}") and row["output"] == str(rows[row["row"] - 1][2])
+    said = capsys.readouterr().out
+    share = len(range(0, 100, len(labels)))
+    assert f"{len(labels)} labels, {labels[0]} {share}%" in said, "the balance of the classes is said"
+    settings = load_config(["task=labels"]).task
+    assert (settings.generate.temperature, settings.evaluate.held_out) == (0, 200)
+    assert settings.train.epochs > load_config(["task=slang"]).task.train.epochs, "60 rows are few"
+
+
+def test_text_alone_is_a_corpus(tmp_path: Path) -> None:
+    source = write(tmp_path / "corpus.csv", ["text"], made_up(60, 12))
+    if "text" in command_line.names("task"):
+        new_task("mine", str(source))
+        assert task_of("mine").data.module == "text"
+    else:
+        with pytest.raises(UserError, match=r"'text' is the only column of text .* it is a corpus"):
+            new_task("mine", str(source))
 
 
 def test_any_two_columns(tmp_path: Path, rows_of: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
-    new_task(
-        "recipes",
-        str(
-            write(
-                tmp_path / "a.csv",
-                ["no", "Dish (name)", "How to"],
-                [[f"id-{n}", *row] for n, row in enumerate(made_up(60, 2, 9))],
-            )
-        ),
-    )
+    header = ["no", "Dish (name)", "How to", "mail", "When", "Where"]
+    rows = [
+        [f"id-{n}", *row, f"a{n}@b.org", f"March {n % 28 + 1}, 2021", f"{n} Oak Street, Springfield"]
+        for n, row in enumerate(made_up(60, 2, 9))
+    ]
+    new_task("recipes", str(write(tmp_path / "a.csv", header, rows)))
     row = rows_of("recipes")
     assert (row["input"], row["output"]) == (row["dish_name"], row["how_to"])
-    assert "'Dish (name)' is taken as the question, 'How to' as the answer" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    told = next(number for number, line in enumerate(lines) if line.startswith("Guessed"))
+    assert [line[:11].strip() for line in lines[told : told + 5]] == [
+        "Guessed",
+        "Because",
+        "Columns",
+        "Not used",
+        "Change it",
+    ]
+    assert lines[told].endswith("'Dish (name)' is asked, and 'How to' answered.")
+    assert lines[told + 3].endswith("no (ids), mail (addresses), When (dates), Where (addresses)")
+
+
+def test_of_three_columns_the_user_says_which(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
+    source = str(write(tmp_path / "a.csv", ["One", "Two", "Three"], made_up(60, 4, 5, 6)))
+    with pytest.raises(UserError, match=r"'One', 'Two', 'Three' all hold text. Say it: ASKED='One' ANSWER='Two'"):
+        new_task("mine", source)
+    with pytest.raises(UserError, match=r"there is no column 'four'. The columns are 'One', 'Two', 'Three'"):
+        new_task("mine", source, asked="four", answer="One")
+    with pytest.raises(UserError, match="name two columns"):
+        new_task("mine", source, asked="One")
+    new_task("mine", source, asked="three", answer="One")
+    row = rows_of("mine")
+    assert (row["input"], row["output"]) == (row["three"], row["one"])
+
+
+def test_a_survey_is_answered(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
+    header = ["Timestamp", "How old are you?", "What did you like most?", "What should we improve?"]
+    rows = [["2024/03/01 10:22:11 AM", ("18-25", "26-40")[n % 2], *row] for n, row in enumerate(made_up(60, 6, 7))]
+    new_task("survey", str(write(tmp_path / "a.csv", header, rows)))
+    row = rows_of("survey")
+    age, liked, improve = rows[row["row"] - 1][1:]
+    assert row["input"] == f"How old are you? {age}\nWhat did you like most?\nWhat should we improve?"
+    assert row["output"] == f"What did you like most? {liked}\nWhat should we improve? {improve}"
+
+
+def test_headers_of_emoji_are_columns(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
+    rows = made_up(60, 4, 9)
+    new_task("emoji", str(write(tmp_path / "a.csv", ["🙂", "❤️"], rows)))
+    row = rows_of("emoji")
+    assert (row["slightly_smiling_face"], row["heavy_black_heart"]) == (row["input"], row["output"])
+    assert [row["input"], row["output"]] in rows
+
+
+@needs_task("squid_game")
+def test_a_file_called_reviews_is_no_review_of_anything_without_more(tmp_path: Path) -> None:
+    source = write(tmp_path / "corpus.csv", ["text", "stars"], film_reviews(40))
+    with pytest.raises(UserError, match=r"holds reviews. Say what they are of"):
+        new_task("mine", str(source))
+
+
+def test_a_preview_shows_three_rows_and_writes_nothing(
+    tmp_path: Path, configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "a.csv", TABLE, made_up(40, 3, 5))
+    before = sorted(path for path in tmp_path.rglob("*") if "pycache" not in str(path))
+    main(["name=mine", f"source={source}", "preview=true"])
+    said = capsys.readouterr().out
+    assert said.count("    <bos>Instruction:") == said.count("Example ") == 3
+    assert "Guessed    Questions and answers." in said and "Nothing was written" in said
+    assert sorted(path for path in tmp_path.rglob("*") if "pycache" not in str(path)) == before
 
 
 def test_few_things_asked_again_and_again_do_not_make_the_rows_one(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
@@ -175,6 +258,7 @@ def test_reviews_of_another_film(
 
 
 @needs_task("squid_game")
+@pytest.mark.slow
 def test_reviews_of_another_film_become_rows(tmp_path: Path, rows_of: Callable[..., Any]) -> None:
     new_task("dune", str(write(tmp_path / "dune_reviews.csv", ["Review Text", "Rating"], film_reviews(60))))
     row = rows_of("dune")
@@ -267,7 +351,7 @@ KINDS: dict[str, tuple[Given, Expected, str]] = {
     "no text": (
         lambda n, a, b, c: {"question": a, "answer": b, "tags": [c], "meta": {"n": n}, "verified": True, "score": 0.5},
         lambda n, a, b, c: (a, b),
-        "Columns not used: tags (lists), meta (objects), verified (true or false), score (numbers)",
+        "Not used   tags (lists), meta (objects), verified (true or false), score (numbers)",
     ),
     "dates": (
         lambda n, a, b, c: {"question": a, "answer": f"2024-01-{n % 28 + 1:02d}"},
@@ -302,11 +386,34 @@ def test_unwanted_answers_are_filtered(tmp_path: Path) -> None:
     assert (manifest["rows_out"], manifest["dropped"]) == (40, {"label does not match true": 40})
 
 
-def test_a_table_of_labels_without_names_of_columns_is_refused(tmp_path: Path) -> None:
-    lines = [f"{('ham', 'spam')[n % 2]}\t{text}\n" for n, (text,) in enumerate(made_up(60, 9))]
-    (tmp_path / "a.tsv").write_text("".join(lines))
-    with pytest.raises(UserError, match="the first line is a row, not the names of columns: 'ham'"):
-        new_task("spam", str(tmp_path / "a.tsv"))
+@pytest.mark.parametrize(
+    ("line", "asked"),
+    [
+        ("{label}\t{text}\n", "Which label fits this text: ham, spam?\n{text}"),
+        ("{number}\t{text}\n", "Which label fits this text: 0, 1?\n{text}"),
+        ("{text}?\tThe answer is {text}.\n", "{text}?"),
+        ("{text}?\t{word}\n", "{text}?"),
+        ("how is {text}\t{word}\n", "how is {text}"),
+        ("{word}\tWhat is {text}?\n", "What is {text}?"),
+    ],
+)
+def test_a_table_without_a_header_is_seen(
+    tmp_path: Path, rows_of: Callable[..., Any], capsys: pytest.CaptureFixture[str], line: str, asked: str
+) -> None:
+    rows = [
+        {"label": ("ham", "spam")[n % 2], "number": n % 2, "text": text, "word": text.split()[-1]}
+        for n, (text,) in enumerate(made_up(60, 9))
+    ]
+    (tmp_path / "a.tsv").write_text("".join(line.format(**row) for row in rows))
+    new_task("spam", str(tmp_path / "a.tsv"))
+    assert (
+        "its first line is a row, not a header; its columns are called 'column 1', 'column 2'"
+        in capsys.readouterr().out
+    )
+    row = rows_of("spam")
+    assert row["input"] == asked.format(**rows[row["row"] - 1])
+    manifest = json.loads((tmp_path / "data" / "spam" / "manifest.json").read_text())
+    assert manifest["rows_in"] == manifest["rows_out"] == 60
 
 
 # --- what is written ------------------------------------------------------------------------------------------
@@ -399,8 +506,13 @@ def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: p
         ("", "a.csv", "the new task needs a name, such as NAME=films"),
         ("films", "", "the new task needs a table, such as SOURCE=reviews.csv"),
         ("films", "/no/such.csv", "no such file: /no/such.csv"),
-        ("films", "/", "/ is a folder; name a CSV, TSV, JSONL or Parquet file in it"),
+        ("films", "/proc/self/fdinfo", "/proc/self/fdinfo is a folder without a file of rows"),
         ("films", "hf:films", "Write hf:OWNER/NAME"),
+        ("films", "https://example.org/a.csv", "Download it, then name the file: curl -LO 'https://example.org/a.csv'"),
+        ("films", "https://huggingface.co/datasets/me/films/tree/main", "is named SOURCE=hf:me/films"),
+        ("films", "https://docs.google.com/spreadsheets/d/1", "is a page, not a table. Download it there as CSV"),
+        ("films", "s3://bucket/a.parquet", "aws s3 cp 's3://bucket/a.parquet' ."),
+        ("films", "file:///a.csv", "name the file itself: SOURCE=/a.csv"),
     ],
 )
 def test_what_cannot_be_is_said_in_words(configs: Path, name: str, source: str, message: str) -> None:
