@@ -12,11 +12,12 @@ pytest.importorskip("tasks.reviews.metrics")
 from tasks.reviews import metrics as reviews_metrics
 
 KNOWLEDGE = {
+    "title": "Some Film",
     "reviews": 40,
     "aspects": [
-        {"name": "acting", "mentions": 12, "favourable": 9, "unfavourable": 1, "both": 0},
-        {"name": "ending", "mentions": 8, "favourable": 1, "unfavourable": 2, "both": 1},
-        {"name": "music", "mentions": 0, "favourable": 0, "unfavourable": 0, "both": 0},
+        {"name": "acting", "words": ["acting"], "mentions": 12, "favourable": 9, "unfavourable": 1, "both": 0},
+        {"name": "ending", "words": ["ending"], "mentions": 8, "favourable": 1, "unfavourable": 2, "both": 1},
+        {"name": "music", "words": ["music"], "mentions": 0, "favourable": 0, "unfavourable": 0, "both": 0},
     ],
 }
 
@@ -26,7 +27,6 @@ def reviews(tmp_path: Path, tiny_base: Path) -> Evidence:
     rows = [{"input": "?", "output": 'Nine like the acting: "the cast is a joy to watch".'}]
     found = evidence_of(tmp_path, tiny_base, rows)
     (tmp_path / "knowledge.json").write_text(json.dumps(KNOWLEDGE))
-    found.data["reviews"] = {"title": "Some Film", "aspects": {}}
     return found
 
 
@@ -42,6 +42,7 @@ def test_what_no_review_says_is_without_support(reviews: Evidence) -> None:
     assert reviews_metrics.unsupported(lines, reviews) == [0, 2, 0, 0]
 
 
+@pytest.mark.slow
 def test_aspects_and_judgements_are_held_against_the_reviews(reviews: Evidence) -> None:
     texts = "The acting is wonderful, but the ending is terrible.", "Awful acting. Great music!", "It is a series."
     assert reviews_metrics.aspects_named(said(*texts), reviews) == [2, 1, 0]

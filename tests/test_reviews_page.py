@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from website import Site, needs_serving
+from tiny_serving import needs_serving
+from website import Site
 
 pytest.importorskip("tasks.reviews.page")
-from serving.web.page import task_config
 from tasks.reviews.evidence import ReviewIndex
 
 pytest_plugins = ("website",)
@@ -17,7 +17,7 @@ pytestmark = needs_serving
 
 
 def test_the_reviews_behind_an_answer_are_those_that_name_its_aspect(house: Path) -> None:
-    reviews = ReviewIndex(house / "data/squid_game", task_config("squid_game")["data"]["reviews"])
+    reviews = ReviewIndex(house / "data/squid_game")
     real = reviews.knowledge["aspects"][0]["praise"][0]
     found = reviews.behind("What about the acting?", f"One says: “{real['quote']}” Another: “I made this one up.”")
     acting = next(aspect for aspect in reviews.knowledge["aspects"] if aspect["name"] == "acting")

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, HTTPException, Request
 from pydantic import BaseModel, StringConstraints
 
-from serving.web.page import task_config
 from tasks.reviews.aspect_words import AspectWords
 
 QUOTE = re.compile(r'["“]([^"“”\n]{4,})["”]')
@@ -25,17 +24,17 @@ Text = Annotated[str, StringConstraints(max_length=8000)]
 
 
 class ReviewIndex:
-    """The reviews of a film, by aspect and by quote.
+    """The reviews, by aspect and by quote.
 
     Args:
         folder: data/<task>, with knowledge.json and the splits.
-        film: `task.data.reviews` of the task: title and aspects.
     """
 
-    def __init__(self, folder: Path, film: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.knowledge: dict[str, Any] = json.loads((folder / "knowledge.json").read_text(encoding="utf-8"))
-        self._words = AspectWords(film["title"], film.get("aspects") or {})
         self._aspects = {aspect["name"]: aspect for aspect in self.knowledge["aspects"]}
+        words = {name: aspect["words"] for name, aspect in self._aspects.items()}
+        self._words = AspectWords(self.knowledge["title"], words)
         self._behind: dict[str, set[int]] = {}  # aspect → the reviews that rows about it are based on
         self._said_in: dict[str, set[int]] = {}  # words of a quote → the reviews it may be from
         for row in _rows(folder):
@@ -98,14 +97,14 @@ def reviews_of(data: Path, task: str) -> ReviewIndex | None:
     """The reviews that `make data` prepared for `task`, reread when they change; None if they are not there."""
     file = data / task / "knowledge.json"
     try:
-        return _read(file, file.stat().st_mtime_ns, task)
+        return _read(file, file.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError):
         return None
 
 
 @lru_cache(maxsize=8)
-def _read(file: Path, made: int, task: str) -> ReviewIndex:
-    return ReviewIndex(file.parent, task_config(task)["data"]["reviews"])
+def _read(file: Path, made: int) -> ReviewIndex:
+    return ReviewIndex(file.parent)
 
 
 class EvidenceRequest(BaseModel):

@@ -1,134 +1,21 @@
-"""Extracts what reviewers say: which aspects they praise and criticise, how often, and in which words.
+"""Counts what a set of reviews says: which aspects they praise and criticise, how often, and in which words.
 
-Every count is of reviews and every quote is an excerpt from one, so every statement based on it can be checked. A
-review is cut into sentences and these into clauses, so that "great acting but an awful ending" praises one thing and
-criticises another. Words decide which aspect a clause is about (film_words.yaml and the task), and VADER (Hutto and
-Gilbert, 2014; with additions for film reviews) its sentiment. VADER knows English only: of reviews in other languages
-just the rating is used. All data comes with the installed packages, and the same reviews give the same result.
+Every count is of reviews and every quote is an excerpt from one, so every statement based on it can be checked.
 """
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import yaml
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
-from sentencex import segment
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer, TfidfVectorizer
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from data_prep.clean_text import is_explicit
-from tasks.reviews.aspect_words import FILM_WORDS, AspectWords
+from tasks.reviews.find_aspects import Subject
+from tasks.reviews.languages import LANGUAGES, UNKNOWN, names_of
+from tasks.reviews.read_reviews import Opinion, Review
 
-OPINION = 0.2  # VADER score, from -1 to 1, from which a clause is an opinion: one good word has 0.4, a weak one less
-STRONG = 2 * OPINION  # an unambiguous opinion, preferred for quotes
-SHARING = 4  # words at most in a part that shares the judgement of another: "The story, the acting and ..."
-TONE = -0.15, 0.15  # mean score of a review's sentences: negative up to the first, positive from the second
-RATING = 0.5, 0.7  # the same for ratings
-SURE = 0.5  # probability of a language; below it, a review with a word that VADER knows counts as English
-QUOTE = range(4, 31)  # words in a quote: fewer say nothing, more are too long to read
 REPRESENTATIVE, PHRASES = 30, 12
-LANGUAGES = {
-    "en": "English",
-    "es": "Spanish",
-    "pt": "Portuguese",
-    "fr": "French",
-    "de": "German",
-    "it": "Italian",
-    "nl": "Dutch",
-    "sv": "Swedish",
-    "da": "Danish",
-    "no": "Norwegian",
-    "fi": "Finnish",
-    "pl": "Polish",
-    "cs": "Czech",
-    "hu": "Hungarian",
-    "ro": "Romanian",
-    "el": "Greek",
-    "tr": "Turkish",
-    "ru": "Russian",
-    "uk": "Ukrainian",
-    "ar": "Arabic",
-    "he": "Hebrew",
-    "fa": "Persian",
-    "hi": "Hindi",
-    "bn": "Bengali",
-    "ur": "Urdu",
-    "id": "Indonesian",
-    "tl": "Tagalog",
-    "vi": "Vietnamese",
-    "th": "Thai",
-    "ko": "Korean",
-    "ja": "Japanese",
-    "zh": "Chinese",
-}
-UNKNOWN = "unknown"
-
-# Where the sentiment of a sentence may change: both sides are scored separately.
-_TURN = re.compile(
-    r",?\s+(?=(?:but|however|although|though|yet|whereas|while|despite|except|unfortunately|sadly|until)\b)"
-    r"|[;:]\s+|\s+[-–—]+\s+|…\s*|\.{2,}\s*",
-    re.IGNORECASE,
-)
-_PART = re.compile(r",\s+|\s+(?=and\b)", re.IGNORECASE)
-_UNSPACED = re.compile(r"(?<=[a-z)][.!?])(?=[A-Z][a-z])")  # "Great story.A lot to enjoy."
-_JOINT = re.compile(
-    r"^(?:but|and|or|so|yet|however|although|though|whereas|while|except|until)\b,?\s*|[\s,]+$", re.IGNORECASE
-)
-_WORD = re.compile(r"[^\W\d_]+(?:['-][^\W\d_]+)*")
-
-
-class Opinion(NamedTuple):
-    """What a review says about an aspect in one place.
-
-    Attributes:
-        review: its row number in the source.
-        score: from -1 to 1, never 0.
-        quote: the excerpt that says so, verbatim; "" if it does not read well on its own.
-    """
-
-    review: int
-    aspect: str
-    score: float
-    quote: str
-
-
-@dataclass(frozen=True)
-class Review:
-    """A review and what was extracted from it.
-
-    Attributes:
-        row: its number in the source.
-        language: an ISO 639-1 code of `LANGUAGES`, or `UNKNOWN`.
-        tone: how positive its words are, from -1 to 1; None if none is judgemental, or it is not English.
-        rating: from 0 to 1, None without one.
-        mentions: the aspects that it names, with or without an opinion.
-        sentences: sentences that can be quoted.
-        judgements: those of them with an unambiguous opinion.
-    """
-
-    row: int
-    text: str
-    language: str
-    tone: float | None
-    rating: float | None = None
-    mentions: frozenset[str] = frozenset()
-    opinions: tuple[Opinion, ...] = ()
-    sentences: tuple[str, ...] = ()
-    judgements: tuple[str, ...] = ()
-
-    @property
-    def verdict(self) -> str | None:
-        """positive, mixed or negative: by the rating if there is one, else by the words; None without either."""
-        value, (low, high) = (self.tone, TONE) if self.rating is None else (self.rating, RATING)
-        if value is None:
-            return None
-        return "positive" if value >= high else "negative" if value <= low else "mixed"
 
 
 @dataclass
@@ -156,116 +43,6 @@ class Aspect:
         return sorted([*self.favourable, *self.unfavourable, *self.both])
 
 
-# --- one review -----------------------------------------------------------------------------------------------
-
-
-class ReviewReader:
-    """Reads reviews of the film `title`, with the usual aspects and those of the task.
-
-    Args:
-        aspects: name → words, which add to or replace those of film_words.yaml; an empty list removes an aspect.
-    """
-
-    def __init__(self, title: str, aspects: Mapping[str, Sequence[str]]) -> None:
-        self._words = AspectWords(title, aspects)
-        self.aspects = self._words.names
-        known = yaml.safe_load(FILM_WORDS.read_text(encoding="utf-8"))
-        self._phrases = [(re.compile(rf"\b(?:{text})", re.I), word) for text, word in known["words"]["phrases"].items()]
-        self._vader = SentimentIntensityAnalyzer()
-        for word in known["words"]["neutral"]:
-            self._vader.lexicon.pop(word, None)
-        self._vader.lexicon.update(known["words"]["rated"])
-
-    def read(self, row: int, text: str, rating: float | None = None, headline: str = "") -> Review:
-        """Args: `text` and `headline` as cleaned by clean_text; `rating` from 0 to 1."""
-        language = self._language(text)
-        if language != "en":
-            return Review(row, text, language, None, rating)
-        sentences = _sentences(text)
-        scores = [self.score(sentence) for sentence in sentences]
-        tones = [tone for tone in [*scores, self.score(headline)] if tone]
-        mentions = frozenset(self._words.find(text))
-        opinions = tuple(opinion for sentence in sentences for opinion in self._opinions(row, sentence))
-        quotable = [
-            (sentence, score) for sentence, score in zip(sentences, scores, strict=True) if _reads_well(sentence)
-        ]
-        strong = tuple(sentence for sentence, score in quotable if abs(score) >= STRONG)
-        tone = sum(tones) / len(tones) if tones else None
-        return Review(
-            row, text, language, tone, rating, mentions, opinions, tuple(sentence for sentence, _ in quotable), strong
-        )
-
-    def score(self, text: str) -> float:
-        """How positive an English text is, from -1 to 1."""
-        text = self._words.without_title(text)
-        for phrase, word in self._phrases:
-            text = phrase.sub(f" {word} ", text)
-        return float(self._vader.polarity_scores(text)["compound"])
-
-    def _language(self, text: str) -> str:
-        words = _WORD.findall(text.casefold())
-        if not words:
-            return UNKNOWN
-        language, probability = _identifier().classify(text)
-        if probability < SURE:
-            # Names and slang mislead the detector in short texts: "Craptacular" is not Romanian.
-            known = language == "en" or any(word in self._vader.lexicon or word in self._words for word in words)
-            return "en" if known else UNKNOWN
-        return str(language)
-
-    def _opinions(self, row: int, sentence: str) -> list[Opinion]:
-        found: dict[tuple[str, bool], Opinion] = {}
-        clauses = [(clause, _cut(clause, _PART)) for clause in _cut(sentence, _TURN)]
-        scored = [[self.score(part) for part in parts] for _, parts in clauses]
-        for (clause, parts), scores in zip(clauses, scored, strict=True):
-            for place, part in enumerate(parts):
-                named = self._words.find(part)
-                # "The story, the acting and the music are great": a short part without an opinion takes the next.
-                near = [*scores[place:], *reversed(scores[:place])] if len(part.split()) <= SHARING else [scores[place]]
-                score = next((score for score in near if score), 0.0)
-                if not named or abs(score) < OPINION:
-                    continue
-                # The quote must take one side only: the whole sentence if it does, else the clause.
-                around = ((sentence, chain(*scored)), (clause, scores))
-                one_sided = [_JOINT.sub("", text) for text, tones in around if all(tone * score >= 0 for tone in tones)]
-                quote = next(filter(_reads_well, one_sided), "")
-                for name in named:
-                    found.setdefault((name, score > 0), Opinion(row, name, score, quote))
-        return list(found.values())
-
-
-@cache
-def _identifier() -> LanguageIdentifier:
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(list(LANGUAGES))
-    return identifier
-
-
-def _sentences(text: str) -> list[str]:
-    return [part.strip() for sentence in segment("en", text) for part in _UNSPACED.split(sentence) if part.strip()]
-
-
-def _cut(text: str, where: re.Pattern[str]) -> list[str]:
-    cuts = [(0, 0), *(match.span() for match in where.finditer(text)), (len(text), len(text))]
-    return [text[end:start] for (_, end), (start, _) in pairwise(cuts) if text[end:start].strip()]
-
-
-def _reads_well(text: str) -> bool:
-    """Whether a text can be quoted on its own: long enough, not all capitals, not cut off, without explicit terms."""
-    words = _WORD.findall(text)
-    return (
-        len(words) in QUOTE
-        and not text.isupper()
-        and text.count('"') % 2 == 0
-        and text.count("(") == text.count(")")
-        and "http" not in text
-        and not is_explicit(text)
-    )
-
-
-# --- many reviews ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Knowledge:
     """What a set of reviews says as a whole.
@@ -291,7 +68,7 @@ class Knowledge:
             for name in sorted(review.mentions):
                 by_name.setdefault(name, Aspect(name)).mentions.append(review.row)
             for opinion in review.opinions:
-                aspect, good = by_name[opinion.aspect], opinion.score > 0
+                aspect, good = by_name[opinion.aspect], opinion.is_praise
                 sides[opinion.aspect].add(good)
                 if opinion.quote:
                     (aspect.praise if good else aspect.criticism).append(opinion)
@@ -302,7 +79,7 @@ class Knowledge:
                 )
         for aspect in by_name.values():
             for opinions in (aspect.praise, aspect.criticism):
-                opinions.sort(key=lambda opinion: (-abs(opinion.score), opinion.review))
+                opinions.sort(key=lambda opinion: (-opinion.certainty, opinion.review))
         aspects = sorted(by_name.values(), key=lambda aspect: (-len(aspect.judged), -len(aspect.mentions), aspect.name))
         return cls(list(reviews), aspects, _representative(reviews), _phrases(reviews, title), scale)
 
@@ -417,7 +194,21 @@ def _phrases(reviews: Sequence[Review], title: str) -> list[tuple[str, list[int]
     return chosen
 
 
-def languages_of(reviews: Iterable[Review]) -> str:
-    """`"Spanish 40, French 2"`, for messages."""
-    found = Counter(LANGUAGES.get(review.language, UNKNOWN) for review in reviews)
-    return ", ".join(f"{name} {count}" for name, count in found.most_common())
+def told(reviews: Sequence[Review], subject: Subject) -> list[str]:
+    """Sentences about what was read and what was not, for whoever prepares the reviews."""
+    english = [review for review in reviews if review.language == "en"]
+    covered = [review for review in english if review.mentions]
+    lines = []
+    if others := [review.language for review in reviews if review.language != "en"]:
+        lines.append(f"Left out, as only English is read (ratings count): {names_of(others)} of {len(reviews)}")
+    if subject.new:
+        lines.append(f"Aspects found in the reviews: {', '.join(subject.new)}")
+    if 2 * len(covered) < len(english):
+        lines.append(
+            f"Only {len(covered)} of {len(english)} reviews name an aspect of the {subject.kind} that is known. Name "
+            f"more in task.data.reviews.aspects, such as {{ service: [service, staff] }}"
+        )
+        if subject.uncovered:
+            words = ", ".join(f"{word} {count}" for word, count in subject.uncovered.items())
+            lines.append(f"Frequent words that no aspect covers: {words}")
+    return lines

@@ -13,9 +13,9 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 
 
 def aspects_named(generations: Generations, evidence: Evidence) -> Scores:
-    """How many aspects of the film, such as acting or pacing, the answer names that the reviews speak of too.
+    """How many aspects, such as acting or service, the answer names that the reviews speak of too.
 
-    By the words of tasks/reviews/film_words.yaml and `task.data.reviews.aspects`; an aspect counts once.
+    By the words that the reviews were read with (knowledge.json); an aspect counts once.
     """
     known = {aspect["name"] for aspect in _knowledge(evidence).get("aspects", []) if aspect["mentions"]}
     return [float(len(known & review.mentions)) for review in _understood(generations, evidence)]
@@ -38,7 +38,7 @@ def agreement(generations: Generations, evidence: Evidence) -> Scores:
 
     scores: Scores = []
     for review in _understood(generations, evidence):
-        judged = {(opinion.aspect, opinion.score > 0) for opinion in review.opinions}
+        judged = {(opinion.aspect, opinion.is_praise) for opinion in review.opinions}
         shares = [found for name, good in sorted(judged) if (found := share(name, good)) is not None]
         scores.append(sum(shares) / len(shares) if shares else None)
     return scores
@@ -74,11 +74,13 @@ def _knowledge(evidence: Evidence) -> dict[str, Any]:
 
 def _understood(generations: Generations, evidence: Evidence) -> list[Any]:
     """Each answer read as a review is."""
-    from tasks.reviews.knowledge import ReviewReader
+    from tasks.reviews.aspect_words import AspectWords
+    from tasks.reviews.opinions import Opinions
+    from tasks.reviews.read_reviews import RawReview, ReviewReader
 
-    film = evidence.data["reviews"]
-    reader = ReviewReader(film["title"], film.get("aspects") or {})
-    return [reader.read(0, line.text) for line in generations]
+    known = _knowledge(evidence)
+    words = AspectWords(known.get("title", ""), {one["name"]: one["words"] for one in known.get("aspects", [])})
+    return ReviewReader(words, Opinions().read).read([RawReview(0, line.text) for line in generations])
 
 
 def _texts(tree: Any) -> list[str]:

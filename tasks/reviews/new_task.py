@@ -1,4 +1,4 @@
-"""`make new-task` for a table of reviews: a chatbot that answers from what the reviews of a film say."""
+"""`make new-task` for a table of reviews: a chatbot that answers from what the reviews say."""
 
 from pathlib import Path
 
@@ -11,8 +11,9 @@ from data_prep.table_kind import RATINGS, TableKind, text_columns
 REVIEWS = ("review", "reviews", "comment", "comments", "feedback", "opinion", "text", "content", "body")
 HEADLINES = ("title", "headline", "summary")
 CERTAIN = {"review", "reviews", "comment", "comments", "feedback", "opinion"}
+FORMS = ("survey", "form", "responses", "export", "results", "corpus", "texts", "file", "table", "sheet1")
 # Words of a file's name that are not the title of what its reviews are of.
-NOT_A_TITLE = {*REVIEWS, *RATINGS, "ratings", "imdb", "data", "dataset", "all", "clean", "cleaned", "raw"}
+NOT_A_TITLE = {*REVIEWS, *RATINGS, "ratings", "imdb", "data", "dataset", "all", "clean", "cleaned", "raw", *FORMS}
 
 
 def claim(profile: TableProfile, general: TableKind | None, file_name: str, title: str) -> TableKind | None:
@@ -40,13 +41,26 @@ def claim(profile: TableProfile, general: TableKind | None, file_name: str, titl
     for name, wanted, holds in (("rating", RATINGS, ("numbers", "labels")), ("title", HEADLINES, ("text", "labels"))):
         if found := [column for column in called(wanted, others) if column.holds in holds]:
             columns[name] = found[0]
+    # Imported here, as most tables hold no reviews.
+    from data_prep.clean_text import clean
+    from tasks.reviews.find_aspects import Subject
+    from tasks.reviews.knowledge import told
+    from tasks.reviews.options import Options
+    from tasks.reviews.read_reviews import RawReview, ReviewReader
+
+    name = title or guess
+    texts_of_reviews = [clean(cell)[0] for cell in columns["review"].filled]
+    reviews = [RawReview(row, text) for row, text in enumerate(texts_of_reviews)]
+    subject = Subject.of(texts_of_reviews, Options(title=name, kind="", aspects={}))
+    read = ReviewReader(subject.words, None).read(reviews)
+    about += "\n" + "\n".join(told(read, subject))
     return TableKind(
-        about,
+        about.strip(),
         columns,
         key=["review"],
         required=["review"],
         template="reviews/new_task.yaml.j2",
-        values={"title": title or guess, "max_chars": 10_000},
+        values={"title": name, "max_chars": 10_000, "subject": subject},
     )
 
 
@@ -54,4 +68,5 @@ def _has_reviews(profile: TableProfile, texts: list[Column]) -> bool:
     longest = max(texts, key=lambda column: column.mean_length)
     if CERTAIN & set(longest.words):
         return True
-    return bool(called(REVIEWS, texts)) and (len(texts) == 1 or bool(called(RATINGS, profile.columns)))
+    # A column of text alone is a corpus, whatever the file is called.
+    return bool(called(REVIEWS, texts)) and bool(called(RATINGS, profile.columns))

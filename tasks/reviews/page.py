@@ -1,4 +1,4 @@
-"""The page of reviews: questions about a film, each answer beside the reviews that it can be checked against."""
+"""The page of reviews: questions, each answer beside the reviews that it can be checked against."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Makes a chatbot's rows from reviews of a film: questions in many wordings, answered with what the reviews say.
+"""Makes a chatbot's rows from reviews: questions in many wordings, answered with what the reviews say.
 
 The answers of a split are based on the reviews of that split alone, and some wordings (review_questions.yaml) occur in
 the test split only. So the test has reviews and questions that the model never saw. Every row names its `kind`, its
@@ -8,9 +8,9 @@ the splits, `knowledge.json` holds everything found in all reviews, and `aspects
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from core.errors import UserError
-from core.progress import Progress
 from data_prep.clean_text import key_of
 from data_prep.split import seed_that_fills
 from data_prep.task import Task
 from tasks.reviews.aspect_chart import draw
-from tasks.reviews.knowledge import Aspect, Knowledge, Review, ReviewReader, languages_of
+from tasks.reviews.find_aspects import Subject
+from tasks.reviews.knowledge import Aspect, Knowledge, told
+from tasks.reviews.languages import names_of
+from tasks.reviews.opinions import Opinions
+from tasks.reviews.read_reviews import RawReview, Review, ReviewReader
 from tasks.reviews.review_answers import AnswerWriter, ReviewAnswer
 
 WORDS = 180  # in an answer at most
@@ -45,28 +48,35 @@ def make_rows(
     """
     about = task.data.options
     if about is None or not about.title.strip():
-        raise UserError('task.data.module=reviews needs the film\'s title: task.data.reviews={title: "My Film"}')
+        raise UserError('task.data.module=reviews needs to know of what: task.data.reviews={title: "My Film"}')
     found = {split: list(rows) for split, rows in sources.items()}
-    reader = ReviewReader(about.title, about.aspects)
     ratings, scale = _read_ratings([row for rows in found.values() for row in rows], task)
-    reviews: dict[str, list[Review]] = {split: [] for split in found}
-    done = 0
-    with Progress("Reading the reviews", sum(map(len, found.values()))) as progress:
-        for split, rows in found.items():
-            for row in rows:
-                review, title = (" ".join(row.get(name, "").split()) for name in ("review", "title"))
-                reviews[split].append(reader.read(row["row"], review, ratings.get(row["row"]), title))
-                done += 1
-                progress.at(done)
-    _check(reviews, task)
+    raw: dict[str, list[RawReview]] = {split: [] for split in found}
+    for split, rows in found.items():
+        for row in rows:
+            review, headline = (" ".join(row.get(name, "").split()) for name in ("review", "title"))
+            raw[split].append(RawReview(row["row"], review, ratings.get(row["row"]), headline))
+    subject = Subject.of([review.text for some in raw.values() for review in some], about)
+    _check(_read(raw, ReviewReader(subject.words, None)), task)  # before minutes are spent on what they say
+    reviews = _read(raw, ReviewReader(subject.words, Opinions().read))
+    for line in told([review for some in reviews.values() for review in some], subject):
+        print(line)
     split_of = {review.row: split for split, some in reviews.items() for review in some}
     everything = Knowledge.of([review for some in reviews.values() for review in some], about.title, scale)
-    text = json.dumps({"title": about.title, **everything.as_json(split_of)}, indent=2, ensure_ascii=False) + "\n"
+    known = {"title": about.title, "kind": subject.kind, **everything.as_json(split_of), "things": subject.uncovered}
+    for aspect in known["aspects"]:
+        aspect["words"] = subject.words.aspects[aspect["name"]]
+    text = json.dumps(known, indent=2, ensure_ascii=False) + "\n"
     (folder / "knowledge.json").write_text(text, encoding="utf-8")
     draw(folder / "aspects.svg", about.title, everything.aspects)
     return {
-        split: _rows(Knowledge.of(some, about.title, scale), reader, split, task) for split, some in reviews.items()
+        split: _rows(Knowledge.of(some, about.title, scale), subject, split, task) for split, some in reviews.items()
     }
+
+
+def _read(raw: Mapping[str, Sequence[RawReview]], reader: ReviewReader) -> dict[str, list[Review]]:
+    read = iter(reader.read([review for some in raw.values() for review in some]))
+    return {split: list(islice(read, len(some))) for split, some in raw.items()}
 
 
 def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
@@ -76,10 +86,11 @@ def _check(reviews: Mapping[str, list[Review]], task: Task) -> None:
     all_of_them = [review for some in reviews.values() for review in some]
     speaking = [review for review in all_of_them if review.sentences]
     seed = seed_that_fills([key_of(review.text) for review in speaking], task.split)
+    languages = names_of(review.language for review in all_of_them)
     raise UserError(
         f"{task.data.source}: no review in the {' and '.join(silent)} split says something in English, in a sentence "
         f"of four words or more; {len(speaking)} of {len(all_of_them)} do in all. Languages: "
-        f"{languages_of(all_of_them)}.\nAdd or translate reviews, or name the column that holds them in "
+        f"{languages}.\nAdd or translate reviews, or name the column that holds them in "
         "task.data.columns.review"
         + (f", or deal these another way: task.data.split.seed={seed}" if seed is not None else "")
     )
@@ -120,18 +131,20 @@ class PlannedQuestion(NamedTuple):
     names: dict[str, str]
 
 
-def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) -> Iterator[dict[str, Any]]:
+def _rows(knowledge: Knowledge, subject: Subject, split: str, task: Task) -> Iterator[dict[str, Any]]:
     about = task.data.options
-    answers = AnswerWriter(knowledge, about.kind, Random(f"{task.seed} {split}"))  # a text seeds alike on every machine
+    chance = Random(f"{task.seed} {split}")  # a text seeds alike on every machine
+    answers = AnswerWriter(knowledge, subject.kind, subject.domain.people, chance)
+    filled = {"title": about.title, "noun": subject.kind, "people": subject.domain.people}
     given: set[str] = set()
     for kind, wordings, answer, names in _questions(
-        knowledge, reader, answers, "test" if split == "test" else "learned"
+        knowledge, subject, answers, "test" if split == "test" else "learned"
     ):
         made = (answer() for _ in range(TRIES))
         new = (said for said in made if said and said.text not in given and 0 < len(said.text.split()) <= WORDS)
         if said := next(new, None):
             given.add(said.text)
-            question = next(wordings).format(title=about.title, noun=about.kind, **names)
+            question = next(wordings).format(**filled, **names)
             yield {
                 "input": question,
                 "output": said.text,
@@ -142,9 +155,7 @@ def _rows(knowledge: Knowledge, reader: ReviewReader, split: str, task: Task) ->
             }
 
 
-def _questions(
-    knowledge: Knowledge, reader: ReviewReader, answers: AnswerWriter, part: str
-) -> Iterator[PlannedQuestion]:
+def _questions(knowledge: Knowledge, subject: Subject, answers: AnswerWriter, part: str) -> Iterator[PlannedQuestion]:
     """Each question as often as there is evidence for another answer; `part` is a key of review_questions.yaml."""
     known = yaml.safe_load((Path(__file__).parent / "review_questions.yaml").read_text(encoding="utf-8"))
     of_the_whole = {
@@ -177,11 +188,11 @@ def _questions(
             for _ in range(_how_many(evidence(aspect), PER_ASPECT_ROW, MOST_OF_ASPECT)):
                 yield PlannedQuestion(kind, asked, partial(answer, aspect), {"aspect": aspect.name})
     for kind, wordings in known["of_a_subject"].items():
-        asked, mentioned = cycle(wordings[part]), {aspect.name for aspect in knowledge.aspects}
-        unnamed = [f"the {name}" for name in reader.aspects if name not in mentioned]
-        for subject in [*_not_mentioned(known["subjects"][part], knowledge), *unnamed]:
+        asked = cycle(wordings[part])
+        subjects = known["subjects"].get(subject.domain.name, known["subjects"]["anything"])
+        for thing in _not_mentioned(subjects[part], knowledge):
             for _ in range(SILENT):
-                yield PlannedQuestion(kind, asked, partial(answers.silence, subject), {"subject": subject})
+                yield PlannedQuestion(kind, asked, partial(answers.silence, thing), {"subject": thing})
         for question in _not_mentioned(known["elsewhere"][part], knowledge):
             yield PlannedQuestion(kind, iter([question]), partial(answers.silence, "it"), {})
 
