@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from markupsafe import Markup
@@ -60,10 +61,11 @@ def behind(finished: Run, best: Run) -> str:
     return f"{value:+.3f}" + ("" if low is None else f" ({low:+.3f} to {high:+.3f})")
 
 
-def answers(finished: Run) -> dict[str, str]:
-    """Metric → what the fine-tuned model reached in `make report`; {} for a run without."""
+def answers(finished: Run, side: Literal["before", "after"] = "after") -> dict[str, str]:
+    """Metric → what the fine-tuned model, or the base model ("before"), reached in `make report`; {} for a run without
+    it."""
     metrics = finished.metrics.metrics if finished.metrics else []
-    return {metric.title: _with_range(metric.after, metric.unit) for metric in metrics}
+    return {one.title: f"{_with_range(getattr(one, side), one.unit)}, {one.questions} questions" for one in metrics}
 
 
 def _with_range(estimate: Estimate, unit: str) -> str:

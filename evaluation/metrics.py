@@ -22,7 +22,7 @@ from core.artifacts import Generation, MetricResult
 from core.files import Lines, read_lines
 from core.prompt import Prompt
 from core.tasks import part_of
-from evaluation.intervals import estimates
+from evaluation.intervals import estimates, share_estimates
 
 Generations = Sequence[Generation]
 Scores = list[float | None]
@@ -93,10 +93,9 @@ def measure(
         if one.side == "after" and one.reference is not None
     ]
     answers = [*generations, *known]
-    more = part_of(task, "metrics", "task.evaluate.metrics").METRICS if task else []
     scores: dict[str, dict[str, float]] = {one.id: {} for one in generations}
     found = []
-    for metric in [*METRICS, *more]:
+    for metric in metrics_of(task):
         name = metric.score.__name__
         values = metric.score(answers, evidence)
         sums: dict[str, dict[str, tuple[float, int]]] = {"before": {}, "after": {}, "reference": {}}
@@ -109,6 +108,7 @@ def measure(
             continue
         before, after = (np.array([sums[side][question] for question in both]) for side in ("before", "after"))
         own = np.array(list(sums["reference"].values()))
+        change = share_estimates if metric.unit == "yes/no" else estimates
         found.append(
             MetricResult(
                 name=name,
@@ -117,7 +117,7 @@ def measure(
                 unit=metric.unit,
                 explanation=metric.explanation,
                 questions=len(both),
-                **estimates(before, after).to_dict(),
+                **change(before, after).to_dict(),
                 reference=float(own[:, 0].sum() / own[:, 1].sum()) if len(own) else None,
             )
         )
@@ -125,6 +125,15 @@ def measure(
             if value is not None and not metric.together:
                 scores[one.id][name] = value
     return found, scores
+
+
+def metrics_of(task: str | None) -> list[Metric]:
+    """Those of every task, and those of the folder that `task.evaluate.metrics` names.
+
+    Raises:
+        UserError: there is no such folder, or it has no metrics.
+    """
+    return [*METRICS, *(part_of(task, "metrics", "task.evaluate.metrics").METRICS if task else [])]
 
 
 # --- metrics of every task ------------------------------------------------------------------------------------
@@ -179,11 +188,10 @@ def well_formed(generations: Generations, evidence: Evidence) -> Scores:
     Each label of `task.prompt.response` begins a line, with text behind it, see `Prompt.read_response`. Tasks with
     fewer than two labels have no form to keep.
     """
-    labels = {name for name, label in evidence.prompt.labels().items() if label}
-    if len(labels) < 2:
+    prompt = evidence.prompt
+    if sum(map(bool, prompt.labels().values())) < 2:
         return [None] * len(generations)
-    read = (evidence.prompt.read_response(one.text) for one in generations)
-    return [float(all(fields.get(label) for label in labels)) for fields in read]
+    return [float(prompt.has_all_parts(prompt.read_response(one.text))) for one in generations]
 
 
 def distinct_2(generations: Generations, evidence: Evidence) -> Scores:

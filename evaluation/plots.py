@@ -141,7 +141,8 @@ def _shares(metrics: Sequence[MetricResult]) -> Markup:
         return Markup("")
     axes = _axes(0.75 + 0.42 * len(shares))
     for place, metric in enumerate(shares):
-        axes.text(0, place - 0.3, metric.title, transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
+        title = f"{metric.title} ({metric.questions} questions)"
+        axes.text(0, place - 0.3, title, transform=axes.get_yaxis_transform(), color=COLOURS["muted"])
         for (value, low, high), colour, offset in ((metric.before, "grey", -0.06), (metric.after, "blue", 0.06)):
             if low is not None and high is not None:
                 axes.plot([low, high], [place + offset] * 2, color=COLOURS[colour], lw=1.6, alpha=0.5)

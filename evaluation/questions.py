@@ -11,8 +11,10 @@ from core.configuration import plain
 from core.errors import UserError
 from core.prompt import Prompt
 from core.schema import Config
-from core.tasks import part_of
 from data_prep.task import Task
+from evaluation.metrics import metrics_of
+
+BEGUN = 60  # words of a held-out text that the model is given, and of its own continuation that is compared
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ def check(config: Config) -> dict[str, Any]:
     """`task.evaluate` as a dictionary.
 
     Raises:
-        UserError: there are no metrics of that name, the prompt is broken, or a question does not fit it.
+        UserError: there are no metrics of that name, or none that `min_scores` asks for; the prompt is broken; or a
+            question does not fit it.
     """
     settings = plain(config.task.evaluate)
-    if settings["metrics"] is not None:
-        part_of(settings["metrics"], "metrics", "task.evaluate.metrics")
+    known = [metric.score.__name__ for metric in metrics_of(settings["metrics"])]
+    if unknown := [name for name in settings["min_scores"] if name not in known]:
+        raise UserError(
+            f"task.evaluate.min_scores: there is no metric {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
+        )
     listed_questions(settings["questions"], Task.of(config).prompt)
     return settings
 
@@ -87,11 +93,22 @@ def held_out_questions(file: Path, count: int, prompt: Prompt) -> list[Question]
             *history, last = example["messages"]
             asked = _dialogue(name, history, prompt)
             questions.append(Question(name, asked.asked, asked.text_in, {}, last["content"], number))
+        elif "input" not in example:
+            begun, rest = _begun(example["text"])
+            if begun:
+                questions.append(Question(name, begun, prompt.wrap(begun), {known[0]: begun}, rest, number))
         else:
             fields = {field: example[field] for field in known if isinstance(example.get(field), str)}
             text_in = prompt.wrap(example["input"])
             questions.append(Question(name, example["input"], text_in, fields, example["output"], number))
     return questions
+
+
+def _begun(text: str) -> tuple[str, str]:
+    """The first half of a plain text, `BEGUN` words at most, to be continued; and as many words of what follows."""
+    words = re.findall(r"\s*\S+", text)
+    half = min(len(words) // 2, BEGUN)
+    return "".join(words[:half]), "".join(words[half : half + BEGUN])
 
 
 def _spread(file: Path, count: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -24,7 +24,7 @@ import yaml
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup, escape
 
-from core.artifacts import Estimate, Generation, Measurement, MetricResult, Metrics
+from core.artifacts import Estimate, Generation, Labels, Measurement, MetricResult, Metrics
 from core.configuration import plain
 from core.errors import UserError
 from core.files import write_whole
@@ -33,6 +33,7 @@ from core.run_folder import Run, base_of, median
 from core.schema import Config
 from evaluation.gate import gain
 from evaluation.intervals import held_out
+from evaluation.labels import measure_labels
 from evaluation.metrics import Evidence, measure
 from evaluation.plots import SHARES, draw
 from evaluation.questions import check, held_out_questions, listed_questions
@@ -50,13 +51,14 @@ def evaluate(finished: Run, config: Config) -> None:
     from evaluation import generations, judge
 
     settings, prompt = check(config), Prompt(**finished.config["task"]["prompt"])
-    data_folder, base_folder = finished.data_folder(config.data_dir), base_of(finished, config)
+    data_folder, base_folder = finished.data_folder(config), base_of(finished, config)
     questions = listed_questions(settings["questions"], prompt)
     questions += held_out_questions(data_folder / "test.jsonl", settings["held_out"], prompt)
     if not questions:
         raise UserError("nothing to ask: task.evaluate.questions is empty and task.evaluate.held_out is 0")
     answers = generations.generate(finished, config, questions)
-    metrics, scores = measure(answers, Evidence(data_folder, base_folder, finished.config), settings["metrics"])
+    evidence = Evidence(data_folder, base_folder, finished.config)
+    metrics, scores = measure(answers, evidence, settings["metrics"])
     Metrics(
         sampling=plain(config.task.generate),
         settings=settings,
@@ -64,6 +66,7 @@ def evaluate(finished: Run, config: Config) -> None:
         metrics=metrics,
         scores=scores,
         judge=judge.judge(finished.folder, config, answers),
+        labels=measure_labels(answers, evidence),
     ).write(finished.folder / "metrics.json")
 
 
@@ -84,6 +87,8 @@ def write(run_folder: Path) -> Path:
             "change": -gain(shown.evaluation),
             "held_out": intervals,
             "metrics": shown.metrics,
+            "label_table": _label_rows(shown.metrics.labels) if shown.metrics and shown.metrics.labels else [],
+            "confused": _confused(shown.metrics.labels) if shown.metrics and shown.metrics.labels else [],
             "table": [_row(metric) for metric in shown.metrics.metrics] if shown.metrics else [],
             "conversations": _conversations(shown),
             "manifest": shown.manifest,
@@ -273,6 +278,25 @@ def _row(metric: MetricResult) -> Row:
     )
 
 
+def _label_rows(labels: Labels) -> list[Row]:
+    """Accuracy and F1 as rows of a table."""
+    found = {"Accuracy": labels.accuracy, "F1, mean over labels": labels.f1}
+    return [
+        _row(
+            MetricResult(name=title, title=title, better="higher", unit="%", questions=labels.questions, **dict(change))
+        )
+        for title, change in found.items()
+    ]
+
+
+def _confused(labels: Labels) -> list[tuple[int, str, str]]:
+    """`(rows, true label, named label)` of the fine-tuned model's mistakes, the most frequent first."""
+    names = [label.label for label in labels.labels] + ["no label"]
+    counts = enumerate(labels.confusion_after)
+    wrong = [(count, names[t], names[n]) for t, row in counts for n, count in enumerate(row) if count and n != t]
+    return sorted(wrong, key=lambda one: (-one[0], *one[1:]))
+
+
 def cell(estimate: Estimate, unit: str, signed: bool = False) -> Cell:
     value, low, high = ("" if it is None else in_units(it, unit, signed) for it in estimate)
     low, high = (text.removesuffix(" points").removesuffix(f" {unit}") for text in (low, high))
@@ -306,8 +330,8 @@ def show(metrics: Metrics) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("metric", "base model", "fine-tuned", "difference", "reference answers")
-    for row in map(_row, metrics.metrics):
+    table = Table("metric", "questions", "base model", "fine-tuned", "difference", "reference answers")
+    for row in [*(_label_rows(metrics.labels) if metrics.labels else []), *map(_row, metrics.metrics)]:
         cells = [f"{it.value}\n[dim]{it.range}[/]" for it in (row.before, row.after, row.difference)]
-        table.add_row(row.title, *cells, row.reference)
+        table.add_row(row.title, str(row.questions), *cells, row.reference)
     Console().print(table)

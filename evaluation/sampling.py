@@ -62,8 +62,10 @@ def sample(
     answers = output[:, tokens.input_ids.shape[1] :]
     ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).any(1).tolist()
     said = tokenizer.batch_decode(answers, skip_special_tokens=not prompt.has_gemma4_turns)
+    # A continuation may begin with the space between two words.
+    trimmed = str.rstrip if prompt.continues_text else str.strip
     return [
-        Answer(prompt.read_answer(asked, text).text.strip(), over)
+        Answer(trimmed(prompt.read_answer(asked, text).text), over)
         for asked, text, over in zip(texts, said, ended, strict=True)
     ]
 

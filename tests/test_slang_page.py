@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
-from website import PAYLOADS, Site, expect, needs_serving
+from tiny_serving import needs_serving
+from website import PAYLOADS, Site, expect
 
-from core.configuration import load_config
+from core.configuration import load_config, plain
+from data_prep.formula_cells import plain_cell, spreadsheet_cell
 from data_prep.prepare import prepare
+from data_prep.read_table import open_table
+from serving.client import Adapter
+from serving.client.prompt import Prompt
+from serving.web.settings import Settings
 
 pytest.importorskip("tasks.slang.page")
 from tasks.slang.dictionary import COLUMNS, FILE_NAME, Dictionary, DictionaryEntry, csv_of
+from tasks.slang.novelty import FILE
+from tasks.slang.page import answered
 
 pytest_plugins = ("website",)
 pytestmark = needs_serving
@@ -99,6 +108,30 @@ def test_a_link_cannot_bring_markup_or_settings_that_do_not_exist(site: Site, op
     assert page.title() == "Slang · Own Gemma"
 
 
+def test_below_an_answer_stands_whether_its_term_is_new(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "slang" / "a-run"
+    run.mkdir(parents=True)
+    (run / FILE).write_text("bussin\n")
+    settings = Settings(runs=tmp_path / "runs", storage=tmp_path / "web")
+    prompt = Prompt(**plain(load_config(["task=slang"]).task.prompt))
+    asked = {**prompt.fields, "context": "You missed the last bus home."}
+
+    def not_new(term: str, run: str = "a-run") -> str | None:
+        adapter = Adapter("slang", "Slang", prompt, {}, False, "", "context", run)
+        return answered(settings, adapter, asked, {"slang": term, "description": "Style."})["not_new"]
+
+    assert [not_new(term) for term in ("quizpad", "Bussin'", "bus home", "ramen")] == [
+        "",
+        "known slang",
+        "words of the question",
+        "already a word",
+    ]
+    for elsewhere in ("another-run", "../slang/../../secret", ""):
+        assert not_new("quizpad", elsewhere) is None
+    adapter = Adapter("slang", "Slang", prompt, {}, False, "", "context", "a-run")
+    assert answered(settings, adapter, asked, {"slang": "quizpad"}) == {"keep": None, "not_new": None}
+
+
 def test_only_what_the_model_said_can_be_kept(site: Site) -> None:
     signed = token(site, WORD)
     forged = ("A" if signed[0] != "A" else "B") + signed[1:]
@@ -116,6 +149,8 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
     """The loop: what visitors kept is what data preparation reads, cell by cell."""
     with (ROOT / "tasks/slang/slang.csv").open(encoding="utf-8", newline="") as file:
         kept = [DictionaryEntry(*(row[name] for name in COLUMNS)) for row in islice(csv.DictReader(file), 60)]
+    for place, hostile in enumerate(("-maxxing", "'=cap", "@me, not you", "+1 energy")):
+        kept[place] = replace(kept[place], slang=hostile)
     store = Dictionary(tmp_path / "d.sqlite3")
     for entry in kept:
         store.keep("a", entry, 0)
@@ -144,9 +179,22 @@ def test_exported_words_become_training_rows(tmp_path: Path) -> None:
 
 
 def test_a_formula_in_the_csv_is_text_to_a_spreadsheet() -> None:
-    assert csv_of([DictionaryEntry('=HYPERLINK("http://evil")', "+1", "-", "@a")]).splitlines()[1] == (
-        '"\'=HYPERLINK(""http://evil"")",\'+1,\'-,\'@a'
-    )
+    cells = csv_of([DictionaryEntry('=HYPERLINK("http://evil")', "+1", "-", "@a")], spreadsheet_cell)
+    assert cells.splitlines()[1] == '"\'=HYPERLINK(""http://evil"")",\'+1,\'-,\'@a'
+    assert "'" not in csv_of([DictionaryEntry("-maxxing", "=1", "+1", "@a")], plain_cell)
+
+
+@pytest.mark.parametrize("as_cell", [plain_cell, spreadsheet_cell])
+def test_hostile_terms_come_back_from_the_csv_as_they_were(as_cell: Callable[[str], str], tmp_path: Path) -> None:
+    terms = [
+        *(before + sign + rest for before in ("", "'", "''", '"') for sign in "=+-@\t\r" for rest in ("maxxing", "")),
+        *("'tis", "'", "''", "it's -giving", "-in'", "'-in'", "a,b;c|d", '"""', "-two\nlines", "=1\r\n+1", "’-x"),
+    ]
+    file = tmp_path / "kept.csv"
+    file.write_text(csv_of([DictionaryEntry(term, "m", term, "") for term in terms], as_cell), encoding="utf-8")
+    table = open_table(file, {"slang": ["slang"], "example": ["example"]}, ["slang"])
+    assert [row.cells for row in table.rows] == [[term, term] for term in terms]
+    table.close()
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", ""), ("PUT", "/1"), ("DELETE", "/1")])

@@ -212,6 +212,9 @@ class Reader:
         return Tokenizer.from_file(str(self._tokenizer_file))
 
 
+ROW_BY_ROW = True
+
+
 def split_rows(rows: Iterable[Mapping[str, Any]], split: str, task: Task) -> Iterator[dict[str, Any]]:
     """The rows of a split, from what `Reader` stored for each dialogue."""
     for row in rows:

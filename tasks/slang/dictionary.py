@@ -15,7 +15,7 @@ import json
 import secrets
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
 from functools import cache
@@ -28,6 +28,7 @@ from fastapi import Path as InPath
 from pydantic import BaseModel, Field
 
 from core.files import write_whole
+from data_prep.formula_cells import plain_cell, spreadsheet_cell
 from serving.web.guard import cookie_of
 from serving.web.settings import Settings
 
@@ -42,7 +43,6 @@ create table if not exists entry (
     thumb integer not null default 0, unique (visitor, slang, description, example, context));
 create table if not exists key (signs blob not null);
 """
-_RISKY = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes a cell that begins with one of these for a formula
 router = APIRouter()
 
 
@@ -140,12 +140,12 @@ class Dictionary:
             return [DictionaryEntry(*row) for row in found]
 
 
-def csv_of(entries: Iterable[DictionaryEntry]) -> str:
-    """The entries as CSV. Cells that a spreadsheet would run as formulas are prefixed with an apostrophe."""
+def csv_of(entries: Iterable[DictionaryEntry], as_cell: Callable[[str], str]) -> str:
+    """The entries as CSV, each text by one of the two forms of data_prep/formula_cells.py."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    writer.writerows([f"'{cell}" if cell.startswith(_RISKY) else cell for cell in astuple(entry)] for entry in entries)
+    writer.writerows(map(as_cell, astuple(entry)) for entry in entries)
     return text.getvalue()
 
 
@@ -225,7 +225,7 @@ def remove(store: Store, number: Number, who: Visitor) -> None:
 @router.get("/dictionary.csv")
 def export(store: Store, who: Visitor) -> Response:
     headers = {"content-disposition": 'attachment; filename="my_slang.csv"', "x-robots-tag": "noindex"}
-    return Response(csv_of(store.rows(who)), media_type="text/csv; charset=utf-8", headers=headers)
+    return Response(csv_of(store.rows(who), spreadsheet_cell), media_type="text/csv; charset=utf-8", headers=headers)
 
 
 def main() -> None:
@@ -233,7 +233,7 @@ def main() -> None:
     if len(sys.argv) not in (2, 3) or not Path(database := (sys.argv[2:] or [default])[0]).is_file():
         sys.exit("usage: python -m tasks.slang.dictionary OUT.csv [DICTIONARY]: writes what visitors kept")
     entries = Dictionary(Path(database)).rows()
-    write_whole(Path(sys.argv[1]), csv_of(entries))
+    write_whole(Path(sys.argv[1]), csv_of(entries, plain_cell))
     print(f"{sys.argv[1]}: {len(entries)} rows. Train on them: make train TASK=slang SOURCE={sys.argv[1]}")
 
 

@@ -2,27 +2,32 @@
 
 import numpy as np
 
-from data_prep.clean_text import key_of
-from data_prep.near_duplicates import SAME_KEY
+from core.artifacts import Generation
+from core.errors import UserError
 from evaluation.metrics import Evidence, Generations, Metric, Scores
+from tasks.slang.novelty import Novelty
 
 
 def new_term(generations: Generations, evidence: Evidence) -> Scores:
-    """Answers whose term is none of the training rows' and not a spelling of one. Answers without a term have none.
+    """Answers with a definition and a term of one to four words that is new: neither known slang, which the terms of
+    all rows and their spellings are, nor words of the question, an English word or a common phrase.
 
-    Terms are compared as data preparation does: by `key_of`, without case, spaces and punctuation, and near from
-    RapidFuzz's ratio of `SAME_KEY` on (LOL and LOLZ have 86, bussin and bussing 92).
+    See `tasks/slang/novelty.py`. A common word in a new sense does not count, as no list can tell it. The examples' own
+    answers are known and have no score.
     """
-    from rapidfuzz import fuzz, process
+    try:
+        novelty = Novelty.read(evidence.folder)
+    except FileNotFoundError:
+        raise UserError(
+            f"{evidence.folder} has no list of known slang, as an older version prepared it. Prepare the same rows "
+            "again: make data TASK=slang SOURCE=…"
+        ) from None
 
-    learned = {key_of(row["slang"]) for row in evidence.training if row.get("slang")}
+    def is_new(line: Generation) -> bool:
+        entry = evidence.prompt.read_response(line.text)
+        return bool(entry.get("description")) and not novelty.why_not(entry.get("slang", ""), line.asked)
 
-    def is_new(term: str) -> bool:
-        key = key_of(term)
-        return bool(key) and process.extractOne(key, learned, scorer=fuzz.ratio, score_cutoff=SAME_KEY) is None
-
-    terms = (evidence.prompt.read_response(line.text).get("slang", "") for line in generations)
-    return [float(is_new(term)) for term in terms]
+    return [None if line.side == "reference" else float(is_new(line)) for line in generations]
 
 
 def fits_scene(generations: Generations, evidence: Evidence) -> Scores:

@@ -1,8 +1,10 @@
 """Words slang rows for the prompt: complete sentences, and no request for an example that the row does not have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from core.prompt import Prompt
+from tasks.slang.novelty import write_known
 
 # The prompt's default condition asks for an example, too; rows without one would teach the model to leave it out.
 NO_EXAMPLE = "You should suggest new slang and its definition."
@@ -25,6 +27,11 @@ def row_fields(fields: Mapping[str, str], prompt: Prompt) -> dict[str, str]:
         "context": _ended(fields["context"]),
     }
     return written if fields["example"] else {**written, "condition": NO_EXAMPLE}
+
+
+def finish(folder: Path, splits: Sequence[str]) -> list[str]:
+    """Write the list of known slang, by which new terms are told from others wherever the adapter goes."""
+    return [write_known(folder, splits)]
 
 
 def _ended(text: str) -> str:

@@ -1,8 +1,8 @@
-// The slang page: a scene goes in, a dictionary entry streams out; roll again, share, keep.
+// The slang page: a scene goes in, a few dictionary entries stream out; choose one, roll again, share, keep.
 import { $, Answering, copy, json, newSeed, onStatus, Refused, scrollTo, toast } from "../site.js";
 
 const form = $("ask"), dial = $("creativity"), words = $("creativity-word");
-const PARTS = ["slang", "description", "example"];
+const PARTS = ["slang", "description", "example"], CHOICES = 3;
 let last = null; // the question on the page, its answer, and what was kept of it
 let run = "", sharedRun = "";
 
@@ -22,6 +22,7 @@ const questionOf = (seed) => ({
   seed,
   temperature: Number(dial.value),
   compare: form.compare.checked,
+  choices: CHOICES,
 });
 
 form.addEventListener("submit", (event) => { event.preventDefault(); ask(questionOf(newSeed())); });
@@ -37,7 +38,7 @@ $("scene")?.addEventListener("click", () => {
 // --- the answer ---
 
 async function ask(question) {
-  last = { question, text: { after: "", before: "" }, fields: {}, keep: null, id: null, thumb: 0 };
+  last = { question, text: { after: "", before: "" }, fields: {}, choices: new Map(), keep: null, id: null, thumb: 0 };
   const mine = last;
   $("before").hidden = !question.compare;
   document.querySelector(".workbench").classList.toggle("compare", question.compare);
@@ -45,36 +46,93 @@ async function ask(question) {
   $("facts").textContent = "";
   for (const side of ["after", "before"]) show(side, "", null), $(side).setAttribute("aria-busy", "true");
   if (innerWidth < 800) scrollTo($("after"), "start");
+  const current = (does) => (side, data) => { if (mine === last) does(side, data); };
   const ended = await answering.ask(question, {
-    part(side, data) {
-      if (mine !== last) return;
+    part: current((side, data) => {
+      if (data.choice != null) return growChoice(data);
       mine.text[side] += data.text;
       if (side === "after") mine.fields = data.fields ?? {};
       show(side, mine.text[side], data.fields);
-    },
-    done(side, data) {
-      if (mine !== last || side !== "after") return;
+    }),
+    choice: current((side, data) => Object.assign(mine.choices.get(data.choice), data, { complete: true })),
+    dropped: current((side, data) => {
+      mine.choices.get(data.choice).element.remove();
+      mine.choices.delete(data.choice);
+    }),
+    done: current((side, data) => {
+      if (side !== "after") return;
+      if (data.asked) return offer(data);
       mine.keep = data.keep;
-      $("facts").textContent = `${data.tokens} tokens · seed ${question.seed}`;
-    },
+      sayFacts(`${data.tokens} tokens`, data.not_new);
+    }),
   });
   if (mine !== last) return;
   for (const side of ["after", "before"]) {
     $(side).setAttribute("aria-busy", "false");
-    if (!mine.text[side]) show(side, ended === "done" ? "(nothing)" : "", null);
+    if (!mine.text[side] && !$(`${side}-text`).childElementCount) show(side, ended === "done" ? "(nothing)" : "", null);
   }
-  $("tools").hidden = !mine.text.after;
-  $("keep").hidden = !mine.keep;
-  document.querySelectorAll("#tools .thumb").forEach((button) => (button.hidden = !mine.keep));
+  for (const { element, complete } of mine.choices.values()) element.querySelector("button").hidden = !complete;
+  showTools();
+  if (ended === "done") $("announce").textContent = mine.fields.slang ? `Done: ${mine.fields.slang}.`
+    : mine.choices.size ? `Done: choose among ${[...mine.choices.values()].map((one) => one.fields.slang).join(", ")}.` : "No new word came of it.";
+}
+
+function showTools() {
+  $("tools").hidden = !$("after-text").childElementCount;
+  $("copy").hidden = $("share").hidden = !last.text.after;
+  $("keep").hidden = !last.keep;
+  document.querySelectorAll("#tools .thumb").forEach((button) => (button.hidden = !last.keep));
   showKept();
-  if (ended === "done" && mine.fields.slang) $("announce").textContent = `Done: ${mine.fields.slang}.`;
+}
+
+function sayFacts(made, notNew) {
+  const novelty = notNew == null ? "" : notNew ? ` · not new: ${notNew}` : " · a new term";
+  $("facts").textContent = `${made} · seed ${last.question.seed}${novelty}`;
+}
+
+// --- several answers, of which one is kept ---
+
+function growChoice({ choice, fields, text }) {
+  const one = last.choices.get(choice) ?? { element: $("choice").content.cloneNode(true).firstElementChild, text: "" };
+  if (!last.choices.has(choice)) {
+    last.choices.set(choice, one);
+    one.element.querySelector("button").addEventListener("click", () => { // the choice is a vote
+      pick(one);
+      keep(1);
+      $("keep").focus(); // the button that was pressed is gone
+    });
+    $("after-text").append(one.element);
+  }
+  one.fields = fields;
+  one.text += text;
+  one.element.querySelector(".parts").replaceChildren(...paragraphs(fields));
+}
+
+function offer({ asked, dropped }) {
+  const why = Object.entries(dropped).map(([reason, count]) => `${count} ${reason}`).join(", ");
+  $("facts").textContent = `${asked} coined${why && `; left out: ${why}`}`;
+  const left = [...last.choices.values()];
+  if (left.length === 1) pick(left[0]);
+  else if (!left.length) $("after-text").replaceChildren(paragraph("empty", "No new word came of it. Roll again, or say more about the scene."));
+}
+
+// The chosen answer takes the place of all: what can be done with it is what can be done with one that was asked for alone.
+function pick(one) {
+  const { fields, text, keep, seed, not_new } = one;
+  Object.assign(last, { fields, keep, question: { ...last.question, seed, choices: 1 } });
+  last.text.after = text;
+  show("after", text, fields);
+  sayFacts(last.choices.size > 1 ? `chosen of ${last.choices.size}` : $("facts").textContent, not_new);
+  showTools();
 }
 
 function show(side, text, fields) {
-  const box = $(`${side}-text`), parts = PARTS.filter((name) => fields?.[name]);
-  box.replaceChildren(...(parts.length ? parts.map((name) => paragraph(name === "slang" ? "term" : name, fields[name]))
-    : text ? [paragraph("raw", text)] : []));
+  const parts = paragraphs(fields);
+  $(`${side}-text`).replaceChildren(...(parts.length ? parts : text ? [paragraph("raw", text)] : []));
 }
+
+const paragraphs = (fields) => PARTS.filter((name) => fields?.[name])
+  .map((name) => paragraph(name === "slang" ? "term" : name, fields[name]));
 
 function paragraph(kind, text) {
   const element = document.createElement("p");
@@ -119,7 +177,7 @@ function openLink() {
   form.compare.checked = shared.has("compare");
   sharedRun = shared.get("run") ?? "";
   sayCreativity();
-  ask(questionOf(Number(shared.get("seed")) % 2 ** 31));
+  ask({ ...questionOf(Number(shared.get("seed")) % 2 ** 31), choices: 1 }); // the very answer that was shared
 }
 addEventListener("hashchange", openLink);
 onStatus((status) => {
