@@ -36,13 +36,34 @@ from benchmarks.worker import ROOT, NotRun, Shares, Worker, find_python, leave_o
 
 RANK = 8  # of a random adapter, and what it adapts
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# A list that is longer than any answer, with strings, a choice and a number in each entry.
+TERMS = {
+    "type": "array",
+    "minItems": 1000,
+    "items": {
+        "type": "object",
+        "properties": {
+            "slang": {"type": "string"},
+            "kind": {"enum": ["noun", "verb", "adjective"]},
+            "uses": {"type": "integer"},
+            "description": {"type": "string"},
+        },
+        "required": ["slang", "kind", "uses", "description"],
+        "additionalProperties": False,
+    },
+}
 # When each token of a request arrived, in seconds since the requests were sent.
 Arrivals = list[float]
 Serve = Callable[[list[str]], list[Arrivals]]
 
 
 # --- systems, each in a process of its own -------------------------------------------------------------------------
-def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "bfloat16") -> Serve:
+def ours(
+    job: dict[str, Any],
+    names: tuple[str, ...] = ("one",),
+    dtype: str = "bfloat16",
+    schema: dict[str, Any] | None = None,
+) -> Serve:
     """The engine behind its socket, with prefix caching, as in serving."""
     folder = Path(tempfile.mkdtemp(dir=job["scratch"]))
     for name in names:  # the same weights under another name are another adapter
@@ -61,6 +82,8 @@ def ours(job: dict[str, Any], names: tuple[str, ...] = ("one",), dtype: str = "b
     line.connect(str(folder / "s"))
     messages = line.makefile("rb")
     sampling = {"temperature": 0, "max_tokens": job["tokens"], "ignore_eos": True}
+    if schema:
+        sampling["structured_outputs"] = {"json": schema}
 
     def serve(prompts: list[str]) -> list[Arrivals]:
         arrivals: list[Arrivals] = [[] for _ in prompts]
@@ -232,12 +255,13 @@ def vllm(job: dict[str, Any]) -> Serve:
     return serve
 
 
-# ours-mixed: three adapters in turn; ours-int8, llama.cpp-q8: 8-bit weights; transformers: one request after another;
-# transformers-batch: all in one padded batch. Each: its function, the package that it needs, the virtual environment
-# that may have it, and the most concurrent requests that it is measured with.
+# ours-mixed: three adapters in turn; ours-structured: JSON of `TERMS`; ours-int8, llama.cpp-q8: 8-bit weights;
+# transformers: one request after another; transformers-batch: all in one padded batch. Each: its function, the package
+# that it needs, the virtual environment that may have it, and the most concurrent requests that it is measured with.
 SYSTEMS: dict[str, tuple[Callable[[dict[str, Any]], Serve], str, str, int]] = {
     "ours": (ours, "tokenizers", ".venv-serve", 1 << 20),
     "ours-mixed": (lambda job: ours(job, ("one", "two", "three")), "tokenizers", ".venv-serve", 1 << 20),
+    "ours-structured": (lambda job: ours(job, schema=TERMS), "tokenizers", ".venv-serve", 1 << 20),
     "ours-int8": (lambda job: ours(job, dtype="int8"), "tokenizers", ".venv-serve", 1 << 20),
     # sequential: the same speed with 32 requests as with 8, but takes minutes
     "transformers": (transformers, "peft", ".venv", 8),
@@ -474,7 +498,7 @@ def options() -> Any:
 
 
 def main(argv: list[str]) -> None:
-    from benchmarks.figures import partial_file, refresh, result_file
+    from benchmarks.figures import partial_file, publish, result_file
     from benchmarks.table import serving_table
     from core.arguments import parse
     from core.errors import UserError
@@ -508,8 +532,7 @@ def main(argv: list[str]) -> None:
             raise
     keep(result)
     assert file
-    partial_file(file).replace(file)
-    print("\n".join(serving_table(result)), f"\nwritten: {file}, {', '.join(refresh())}")
+    print("\n".join(serving_table(result)), f"\n{publish(file)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from serving.repository import put_adapter, remove_adapter, write_repository, wr
 from serving.state import State
 
 FOLDER = Path("exports/serve")
+DEFAULT_MODEL = "gemma-3-270m"
 SAMPLING = {"max_new_tokens": "max_tokens"}  # transformers' name: vLLM's
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_penalty")
 
@@ -33,7 +34,9 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "repetition_p
 class Options(Arguments):
     tasks: list[str] = Field([], description="those to serve; each needs a finished run")
     default: str | None = Field(None, description="a task to serve where none is named, if it has a finished run")
-    model: str = Field("gemma-3-270m", description="the base that is served where there is no run")
+    model: str | None = Field(
+        None, description="the base: of the runs, or served alone where there is none, then gemma-3-270m by default"
+    )
     engine: Literal["embedded", "vllm"] = Field("embedded", description="what generates")
     folder: Path = Field(FOLDER, description="what Triton will serve")
 
@@ -43,10 +46,11 @@ def main(argv: list[str]) -> None:
     prepare(options.tasks, options.default, options.model, options.engine, options.folder)
 
 
-def prepare(tasks: list[str], default: str | None, model: str, engine: str, folder: Path) -> None:
+def prepare(tasks: list[str], default: str | None, model: str | None, engine: str, folder: Path) -> None:
     """
     Raises:
-        UserError: a named task without a finished run, tasks of several bases, a server that serves another base.
+        UserError: a named task without a finished run, tasks of several bases or of another one than `model`, a server
+            that serves another base.
     """
     runs = [newest(task) for task in tasks] or [found for found in [newest_or_none(default)] if found]
     bases = {found.task: base_of(found, load_config([f"task={found.task}"])).resolve() for found in runs}
@@ -56,7 +60,14 @@ def prepare(tasks: list[str], default: str | None, model: str, engine: str, fold
             f"all tasks that are served together share one base, but these are {listed}. Train one of "
             f"them again, MODEL=…, or serve them one after the other"
         )
-    base = next(iter(bases.values()), None) or ensure_base_model(load_config([f"model={model}"]).model).resolve()
+    for found in runs:
+        if model and (name := found.config["model"]["name"]) != model:
+            raise UserError(
+                f"the newest run of {found.task} is on {name}, not on MODEL={model}. Leave MODEL out to serve it, or "
+                f"train on that base: make train TASK={found.task} MODEL={model}"
+            )
+    wanted = load_config([f"model={model or DEFAULT_MODEL}"]).model
+    base = next(iter(bases.values()), None) or ensure_base_model(wanted).resolve()
     is_running = State(folder / "state").is_taken()
     if is_running and engine == "vllm":
         raise UserError(f"a server is running from {folder}; stop it first, its repository would be written anew")

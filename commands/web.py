@@ -30,6 +30,7 @@ from serving.web.app import create_app
 from serving.web.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+CONNECTIONS = 500  # at once
 DRAIN = 30  # seconds that `make serve` has to end
 
 
@@ -49,6 +50,8 @@ class Options(Arguments):
 def main(argv: list[str]) -> None:
     given = parse(Options, argv)
     import uvicorn
+
+    from serving.http_connections import KEEP_ALIVE_SECONDS, LimitedConnection
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
@@ -87,7 +90,9 @@ def main(argv: list[str]) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=500,
+        http=LimitedConnection,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         proxy_headers=bool(given.proxy),
         forwarded_allow_ips=given.proxy,
         timeout_graceful_shutdown=3,

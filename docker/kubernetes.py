@@ -9,7 +9,7 @@ one that has ended, which then resumes from the last checkpoint.
 
 Environment variables: NODES, GPUS_PER_NODE, OVERLAY (a folder of docker/kubernetes/overlays), NAMESPACE, IMAGE, JOB
 (indexed, trainjob or pytorchjob, the last two Kubeflow's), TASKS (to serve), TRAIN_IMAGE (which prepares the adapters
-for serving), DRY_RUN=1 (only print the manifests).
+for serving), EXPOSE=grpc (Triton's gRPC beside the gateway), DRY_RUN=1 (only print the manifests).
 """
 
 from __future__ import annotations  # the host's Python may be older than the project's
@@ -229,6 +229,13 @@ def make_cluster(namespace: str, overlay: str) -> int:
     given = {"serve": setting("IMAGE", tag("serve", variant)), "train": setting("TRAIN_IMAGE", tag("train", variant))}
     layer: dict[str, Any] = {"namespace": namespace, "resources": [MANIFESTS / "overlays" / overlay]}
     layer["images"] = [image(kind, name) for kind, name in given.items()]
+    if exposed := setting("EXPOSE"):
+        component = MANIFESTS / "overlays" / overlay / exposed
+        if exposed != "grpc" or not component.is_dir():
+            raise UserError(
+                f"EXPOSE={exposed} is unknown for OVERLAY={overlay}. Known: grpc, of the overlays cpu and gpu"
+            )
+        layer["components"] = [component]
     if tasks := setting("TASKS").replace(",", " ").split():
         served = "/spec/template/spec/initContainers/0/args/3"  # python -m commands.prepare_serving default=slang ...
         change = [{"op": "replace", "path": served, "value": f"tasks={','.join(tasks)}"}]

@@ -22,7 +22,7 @@ from errors import UserError, run
 from image import ROOT, VARIANTS, Engine, build, find_engine, tag, variant
 
 PATIENCE = 1800.0  # seconds: a base may have to be downloaded first, and vLLM loads it for minutes
-PORTS = {"GATEWAY_PORT": 9000, "HTTP_PORT": 8000, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
+PORTS = {"GATEWAY_PORT": 9000, "GRPC_PORT": 8001, "WEB_PORT": 8080, "PROMETHEUS_PORT": 9090, "GRAFANA_PORT": 3000}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,7 +54,11 @@ def main(arguments: Sequence[str]) -> None:
     if not up(compose, served):
         raise UserError("the containers did not start: see above")
     wait(engine, compose, served)
-    about = {"GATEWAY_PORT": "the OpenAI-compatible gateway, /v1", "HTTP_PORT": "Triton", "WEB_PORT": "the website"}
+    about = {
+        "GATEWAY_PORT": "the gateway: OpenAI's /v1, Triton's /v2",
+        "GRPC_PORT": "Triton's gRPC",
+        "WEB_PORT": "the website",
+    }
     if "monitoring" in profiles:
         if up(compose, ["monitoring"]):
             about |= {"PROMETHEUS_PORT": "Prometheus", "GRAFANA_PORT": "Grafana"}
@@ -63,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
                 "Prometheus and Grafana did not start: see above. PROMETHEUS_IMAGE and GRAFANA_IMAGE name other images"
             )
     for name, what in about.items():
-        print(f"  http://127.0.0.1:{port(name)}  {what}")
+        print(f"  {'' if name == 'GRPC_PORT' else 'http://'}127.0.0.1:{port(name)}  {what}")
     print("To stop it: make down")
 
 

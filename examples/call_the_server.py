@@ -4,7 +4,7 @@
     pip install . openai                  # the client brings neither PyTorch nor Triton
     python examples/call_the_server.py
 
-For a server elsewhere, give the two addresses: call_the_server.py HOST:8001 http://HOST:9000/v1
+For a server elsewhere, give the two addresses: call_the_server.py http://HOST:9000 http://HOST:9000/v1
 """
 
 import sys
@@ -14,9 +14,9 @@ from openai import OpenAI
 
 SCENE = "You missed the last bus home and it starts to rain."
 
-grpc_address, openai_address = sys.argv[1:] or ("127.0.0.1:8001", "http://127.0.0.1:9000/v1")
+triton_address, openai_address = sys.argv[1:] or ("127.0.0.1:8001", "http://127.0.0.1:9000/v1")
 
-with Client(grpc_address) as client:
+with Client(triton_address) as client:
     print("Adapters:", ", ".join(adapter.name for adapter in client.adapters()))
 
     # The server knows the prompt that the adapter was trained with; its fields are keyword arguments.

@@ -3,24 +3,22 @@
 The model is an adapter's name, or `gemma` for the base model alone. `/v1/chat/completions` uses the prompt that the
 adapter was trained with (`Adapter.write_dialogue`); for a task without turns, such as slang, the last message fills the
 prompt's main field, or several fields as a JSON object: {"context": "…", "condition": "…"}. `/v1/completions` continues
-a text as it is. Parameters that are left out take the task's values. Beside OpenAI's parameters, these of vLLM are
-accepted: top_k, min_p, repetition_penalty, min_tokens, ignore_eos. An unsupported parameter that would change the
-answer is refused by name; other unknown keys are ignored, as clients send many of them.
+a text as it is. Parameters that are left out take the task's values. docs/parameters.md says which parameters of OpenAI
+and of vLLM have an effect, which have none here, and which are refused by name; unknown names are refused too.
 
 A Gemma 4 thinks where it is told to as vLLM is, {"chat_template_kwargs": {"enable_thinking": true}}, into
 `reasoning_content`, and may ask for `tools` to be called. For other models the former is ignored, the latter refused.
 """
 
 import json
-import math
-import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from serving.choices import Answers, ChoicePart, Choices
 from serving.client import (
     BASE,
     Adapter,
@@ -28,101 +26,14 @@ from serving.client import (
     AnswerPart,
     AsyncClient,
     AsyncStream,
-    Busy,
-    DeadlineExceeded,
-    InvalidRequest,
-    ServingError,
     ToolCall,
-    TooLong,
-    Unavailable,
-    UnknownAdapter,
 )
+from serving.openai_errors import ApiError, named_parameter
+from serving.openai_parameters import IGNORED, REFUSED, SAMPLING, as_sent, is_harmless, structured_outputs, unknown
 from serving.protocol import STOP
 
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "max_tokens",
-    "min_tokens",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "ignore_eos",
-)
-# Unsupported parameters that would change the answer, each with the values that are harmless.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),
-    "function_call": ("none", "auto"),
-    "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "echo": (False,),
-    "modalities": (["text"],),
-    "audio": (),
-    "prompt_embeds": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "use_beam_search": (False,),
-}
-
-
-class ApiError(Exception):
-    """A request that is answered by an error in OpenAI's format.
-
-    Args:
-        status: the HTTP status.
-        code, param: as OpenAI has them.
-        retry_after: seconds for the header of that name; 0: none.
-    """
-
-    def __init__(
-        self, status: int, message: str, code: str | None = None, param: str | None = None, retry_after: float = 0
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
-
-    @classmethod
-    def of(cls, error: ServingError) -> "ApiError":
-        """The error to answer with where the client of Triton raised `error`, without details of the server."""
-        match error:
-            case UnknownAdapter():
-                return cls(404, str(error), "model_not_found", "model")
-            case TooLong():
-                return cls(400, str(error), "context_length_exceeded")
-            case InvalidRequest():
-                return cls(400, str(error), param=_named(str(error)))
-            case Busy():
-                return cls(429, "too many requests are waiting; try again shortly", "busy", retry_after=1)
-            case Unavailable():
-                return cls(503, "the model is being started; try again shortly", "unavailable", retry_after=2)
-            case DeadlineExceeded():
-                return cls(504, "the answer took too long; ask for fewer tokens, or try again later", "deadline")
-        return cls(500, "the server failed at this request; its log has the details", "internal")
-
-    def body(self) -> dict[str, Any]:
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def headers(self) -> dict[str, str]:
-        """Those of HTTP, and `x-should-retry: false`, which OpenAI's clients obey, where asking again cannot help: the
-        request is wrong, was given all the time that there is for one, or has to wait for longer than they do."""
-        headers = {"retry-after": str(math.ceil(self.retry_after))} if self.retry_after else {}
-        if self.status not in (429, 500, 503) or self.retry_after > 60:
-            headers["x-should-retry"] = "false"
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+MAX_CHOICES = 16  # answers to one request
+SEEDS = 1 << 63
 
 
 class StreamOptions(BaseModel):
@@ -156,6 +67,21 @@ class Completion(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
+    # The server checks these.
+    skip_special_tokens: Any = None
+    stop_token_ids: Any = None
+    include_stop_str_in_output: Any = None
+    logit_bias: Any = None
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    structured_outputs: Any = None
+    response_format: Any = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+    @model_validator(mode="after")
+    def _one_structure(self) -> Self:
+        self.structured_outputs = structured_outputs(self.response_format, self.structured_outputs)
+        return self
 
     @classmethod
     def read(cls, body: bytes) -> Self:
@@ -172,11 +98,13 @@ class Completion(BaseModel):
             text = wrong["msg"].removeprefix("Value error, ")
             if wrong["type"] == "json_invalid":
                 raise ApiError(400, f"the body is not JSON in UTF-8: {text.removeprefix('Invalid JSON: ')}") from None
-            raise ApiError(400, f"{where}: {text}" if where else text, param=where or None) from None
-        for name, harmless in REFUSED.items():
-            value = (form.model_extra or {}).get(name)
-            if value is not None and value not in harmless:
+            raise ApiError(400, f"{where}: {text}" if where else text, param=where or named_parameter(text)) from None
+        for name, value in (form.model_extra or {}).items():
+            if value is None or name in IGNORED or is_harmless(name, value):
+                continue
+            if name in REFUSED:
                 raise ApiError(400, f"{name} is not supported; leave it out", "unsupported_parameter", name)
+            raise ApiError(400, unknown(name, cls.model_fields), "unknown_parameter", name[:60])
         return form
 
     @property
@@ -185,7 +113,15 @@ class Completion(BaseModel):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        return {name: value for name in SAMPLING if (value := getattr(self, name)) not in (None, [])}
+        given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
+        # An empty structure is not none, and is refused.
+        return {name: value for name, value in given.items() if value not in ([], {}) or name == "structured_outputs"}
+
+    def named_as_sent(self, error: ApiError) -> ApiError:
+        """`error`, with this request's names of what became the parameters that the server speaks of."""
+        error.message = as_sent(error.message, self.model_dump(include={"response_format", "max_completion_tokens"}))
+        error.param = named_parameter(error.message) if error.param in SAMPLING else error.param
+        return error
 
     @property
     def wants_usage(self) -> bool:
@@ -199,17 +135,42 @@ class Completion(BaseModel):
         """
 
     def send(self, client: AsyncClient) -> AsyncStream:
-        """Send the request; the answer as it is generated."""
+        """Send the request; the answers as they are generated."""
+        streams = [
+            stream for one in self.prompts() for stream in (self.ask(client, one, given) for given in self.samplings())
+        ]
+        return Choices(streams, self.n or 1) if len(streams) > 1 else streams[0]
+
+    @property
+    def answers(self) -> int:
+        """How many it asks for."""
+        return len(self.prompts()) * (self.n or 1)
+
+    def samplings(self) -> list[dict[str, Any]]:
+        """The sampling parameters of the answers to one prompt, each with a seed of its own where one was given."""
+        samplings = [self.sampling for _ in range(self.n or 1)]
+        if self.seed is not None and 0 <= self.seed < SEEDS:  # others are none, or refused
+            for number, sampling in enumerate(samplings):
+                sampling["seed"] = (self.seed + number) % SEEDS
+        return samplings
+
+    def prompts(self) -> list[Any]:
+        """What is to be answered, each `n` times."""
+        raise NotImplementedError
+
+    def ask(self, client: AsyncClient, prompt: Any, sampling: Mapping[str, Any]) -> AsyncStream:
+        """Ask for one answer."""
         raise NotImplementedError
 
     def choice(
         self,
+        index: int,
         part: AnswerPart,
         reason: str | None,
         place: Literal["whole", "first", "part"],
         calls: Sequence[ToolCall] = (),
     ) -> dict[str, Any]:
-        """An entry of `choices`: a whole answer, or the first or a later part of one."""
+        """The entry `index` of `choices`: a whole answer, or the first or a later part of one."""
         raise NotImplementedError
 
 
@@ -249,7 +210,16 @@ class ChatCompletion(Completion):
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: Any = None
+    continue_final_message: bool | None = None
     _thinking: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_new_turn(cls, value: Any) -> Any:
+        """vLLM wants `add_generation_prompt` to be false where the last message goes on; otherwise it is refused."""
+        if isinstance(value, dict) and value.get("continue_final_message") is True:
+            return {name: one for name, one in value.items() if (name, one) != ("add_generation_prompt", False)}
+        return value
 
     @model_validator(mode="after")
     def _newest_name(self) -> Self:
@@ -261,6 +231,11 @@ class ChatCompletion(Completion):
         return [] if (self.model_extra or {}).get("tool_choice") == "none" else self.tools or []
 
     async def settle(self, client: AsyncClient) -> None:
+        if self.continue_final_message and (
+            not self.messages or self.messages[-1].role != "assistant" or self.messages[-1].tool_calls
+        ):
+            message = "continue_final_message: the last message must be a text of the assistant, to go on with"
+            raise ApiError(400, message, param="continue_final_message")
         options = self.chat_template_kwargs
         thinks = isinstance(options, dict) and bool(options.get("enable_thinking"))
         calls = bool(self.wanted_tools) or any(message.role == "tool" for message in self.messages)
@@ -269,13 +244,23 @@ class ChatCompletion(Completion):
             if calls and not prompt.has_gemma4_turns:
                 raise ApiError(400, "tools is not supported; leave it out", "unsupported_parameter", "tools")
             self._thinking = thinks and prompt.has_gemma4_turns
+        if self.structured_outputs and (self._thinking or self.wanted_tools):
+            other = "thinking" if self._thinking else "tools"
+            message = f"response_format and structured_outputs cannot be combined with {other}: the whole answer is one"
+            raise ApiError(400, message, "unsupported_parameter", "response_format")
 
-    def send(self, client: AsyncClient) -> AsyncStream:
+    def prompts(self) -> list[Any]:
         messages = [message.as_dict() for message in self.messages]
-        return client.chat(messages, self.adapter, thinking=self._thinking, tools=self.wanted_tools, **self.sampling)
+        if self.continue_final_message:
+            messages[-1]["prefix"] = True
+        return [messages]
+
+    def ask(self, client: AsyncClient, prompt: Any, sampling: Mapping[str, Any]) -> AsyncStream:
+        return client.chat(prompt, self.adapter, thinking=self._thinking, tools=self.wanted_tools, **sampling)
 
     def choice(
         self,
+        index: int,
         part: AnswerPart,
         reason: str | None,
         place: Literal["whole", "first", "part"],
@@ -290,71 +275,92 @@ class ChatCompletion(Completion):
             said["reasoning_content"] = part.thought
         if calls:
             said["tool_calls"] = [_call(*call, None if place == "whole" else n) for n, call in enumerate(calls)]
-        return {"index": 0, "message" if place == "whole" else "delta": said, "logprobs": None, "finish_reason": reason}
+        where = "message" if place == "whole" else "delta"
+        return {"index": index, where: said, "logprobs": None, "finish_reason": reason}
 
 
 class TextCompletion(Completion):
     kind, prefix = "text_completion", "cmpl-"
 
-    prompt: str
+    prompt: list[str]
+    echo: bool | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_text(cls, value: Any) -> Any:
-        found = value[0] if isinstance(value, list) and len(value) == 1 else value
-        if not isinstance(found, str):
-            raise ValueError("one text a request, and no numbers of tokens")
+    def _texts(cls, value: Any) -> Any:
+        found = [value] if isinstance(value, str) else value
+        if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
+            raise ValueError("a text or a list of texts, and no numbers of tokens")
         return found
 
-    def send(self, client: AsyncClient) -> AsyncStream:
-        return client.stream(self.prompt, self.adapter, **self.sampling)
+    @model_validator(mode="after")
+    def _few(self) -> Self:
+        if self.answers > MAX_CHOICES:
+            raise ValueError(f"prompt: {self.answers} answers are asked for; a request has at most {MAX_CHOICES}")
+        return self
+
+    def prompts(self) -> list[Any]:
+        return list(self.prompt)
+
+    def ask(self, client: AsyncClient, prompt: Any, sampling: Mapping[str, Any]) -> AsyncStream:
+        return client.stream(prompt, self.adapter, **sampling)
 
     def choice(
         self,
+        index: int,
         part: AnswerPart,
         reason: str | None,
         place: Literal["whole", "first", "part"],
         calls: Sequence[ToolCall] = (),
     ) -> dict[str, Any]:
-        return {"index": 0, "text": part.text, "logprobs": None, "finish_reason": reason}
+        before = self.prompt[index // (self.n or 1)] if self.echo and place != "part" else ""
+        return {"index": index, "text": before + part.text, "logprobs": None, "finish_reason": reason}
 
 
 class Reply:
     """The response to one request, as a whole or in chunks."""
 
     def __init__(self, form: Completion) -> None:
-        self._form = form
+        self.form = form
         self.id = f"{form.prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._begun: set[int] = set()  # answers of which a part was sent
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        text = answer.text.strip() if answer.tool_calls else answer.text
-        part = AnswerPart(text, answer.thought)
-        choice = self._form.choice(part, _reason(answer), "whole", answer.tool_calls)
-        return self._object([choice]) | {"usage": _usage(answer)}
+        choices = []
+        for index, one in enumerate(_each(answer)):
+            part = AnswerPart(one.text.strip() if one.tool_calls else one.text, one.thought)
+            choices.append(self.form.choice(index, part, _reason(one), "whole", one.tool_calls))
+        return self._object(choices) | {"usage": _usage(answer)}
 
-    def chunk(self, part: AnswerPart, *, first: bool) -> str:
-        return self._event([self._form.choice(part, None, "first" if first else "part")])
+    def chunk(self, part: AnswerPart) -> str:
+        index = part.number if isinstance(part, ChoicePart) else 0
+        place: Literal["first", "part"] = "part" if index in self._begun else "first"
+        self._begun.add(index)
+        return self._event([self.form.choice(index, part, None, place)])
 
     def last(self, answer: Answer) -> str:
-        """The end of a complete stream: calls of tools, the finish reason, the usage if it was requested, and
+        """The end of a complete stream: calls of tools, the finish reasons, the usage if it was requested, and
         `[DONE]`."""
-        nothing = AnswerPart("", "")
-        end = self._event([self._form.choice(nothing, _reason(answer), "part")])
-        if answer.tool_calls:
-            end = self._event([self._form.choice(nothing, None, "part", answer.tool_calls)]) + end
-        usage = _data(self._object([], ".chunk") | {"usage": _usage(answer)}) if self._form.wants_usage else ""
+        nothing, end = AnswerPart("", ""), ""
+        for index, one in enumerate(_each(answer)):
+            if index not in self._begun:
+                end += self._event([self.form.choice(index, nothing, None, "first")])
+            if one.tool_calls:
+                end += self._event([self.form.choice(index, nothing, None, "part", one.tool_calls)])
+            end += self._event([self.form.choice(index, nothing, _reason(one), "part")])
+        usage = _data(self._object([], ".chunk") | {"usage": _usage(answer)}) if self.form.wants_usage else ""
         return f"{end}{usage}data: [DONE]\n\n"
 
     def failure(self, error: ApiError) -> str:
         return _data(error.body())
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
-        return _data(self._object(choices, ".chunk") | ({"usage": None} if self._form.wants_usage else {}))
+        return _data(self._object(choices, ".chunk") | ({"usage": None} if self.form.wants_usage else {}))
 
     def _object(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
-        kind = self._form.kind + (suffix if self._form.kind == ChatCompletion.kind else "")
-        return {"id": self.id, "object": kind, "created": self._created, "model": self._form.model, "choices": choices}
+        kind = self.form.kind + (suffix if self.form.kind == ChatCompletion.kind else "")
+        return {"id": self.id, "object": kind, "created": self._created, "model": self.form.model, "choices": choices}
 
 
 def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
@@ -373,6 +379,10 @@ def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
         }
         for adapter in adapters
     ]
+
+
+def _each(answer: Answer) -> list[Answer]:
+    return answer.each if isinstance(answer, Answers) else [answer]
 
 
 def _reason(answer: Answer) -> str:
@@ -396,9 +406,3 @@ def _usage(answer: Answer) -> dict[str, int]:
 
 def _data(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-def _named(message: str) -> str | None:
-    """The parameter that an error message begins with; None where it begins with none."""
-    found = re.match(r"(\w+)", message)
-    return found[1] if found and found[1] in (*SAMPLING, "messages", "prompt", "tools") else None

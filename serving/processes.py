@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -54,7 +55,11 @@ class ManagedProcess:
     _kills: int = 0
 
     def start(self) -> None:
-        with self.log.open("ab") as log:
+        """
+        Raises:
+            OSError: the machine has no memory or no file descriptors for it.
+        """
+        with self._open_log() as log:
             self.popen = subprocess.Popen(
                 self.command,
                 cwd=self.folder,
@@ -67,6 +72,12 @@ class ManagedProcess:
             )
         self.is_up, self.silence, self.stillness, self.ended_for = False, 0.0, 0.0, ""
         self._kills = kills_for_memory()
+
+    def _open_log(self) -> IO[bytes]:
+        try:
+            return self.log.open("ab")
+        except OSError:  # no room for another file, or no right to write it
+            return Path(os.devnull).open("wb")
 
     @property
     def is_running(self) -> bool:
@@ -133,17 +144,25 @@ class ManagedProcess:
 
     def last_words(self) -> str:
         """The last line of its log that is not empty, at most 300 characters."""
-        if not self.log.exists():
+        try:
+            with self.log.open("rb") as log:
+                log.seek(max(0, self.log.stat().st_size - 4000))
+                lines = [line.strip() for line in log.read(4000).decode(errors="replace").splitlines()]
+        except OSError:
             return ""
-        with self.log.open("rb") as log:
-            log.seek(max(0, self.log.stat().st_size - 4000))
-            lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
         return next((line for line in reversed(lines) if line), "")[:300]
 
     def shorten_log(self) -> None:
-        """Rotate the log at `LOG_BYTES`. It is opened for appending, so its writer goes on at the new end."""
+        """Rotate the log at `LOG_BYTES`. It is opened for appending, so its writer goes on at the new end.
+
+        Without room for the copy, what it holds is dropped: that may be what fills the disk.
+        """
         if self.log.exists() and self.log.stat().st_size > LOG_BYTES:
-            shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+            older = self.log.with_suffix(".log.1")
+            try:
+                shutil.copyfile(self.log, older)
+            except OSError:
+                older.unlink(missing_ok=True)
             os.truncate(self.log, 0)
 
 

@@ -1,6 +1,6 @@
 """Triton's model repository with the adapters beside it, `exports/serve`, for the embedded engine or for vLLM.
 
-    repository/gemma/     config.pbtxt, 1/model.py and protocol.py; or, for NVIDIA's vLLM backend, 1/model.json and
+    repository/gemma/     config.pbtxt, 1/model.py and what it imports; or, for NVIDIA's vLLM backend, 1/model.json and
                           1/multi_lora.json
     repository/adapters/  config.pbtxt, 1/model.py and base.json: the catalogue of what is served
     adapters/<name>/      a PEFT folder with prompt.json and serving.json; comes and goes while the server runs
@@ -73,7 +73,10 @@ name: "adapters"
 backend: "python"
 max_batch_size: 0
 input [ { name: "name" data_type: TYPE_STRING dims: [ 1 ] } ]
-output [ { name: "catalogue" data_type: TYPE_STRING dims: [ 1 ] } ]
+output [
+  { name: "catalogue" data_type: TYPE_STRING dims: [ 1 ] },
+  { name: "engine" data_type: TYPE_STRING dims: [ 1 ] }
+]
 instance_group [ { count: 1 kind: KIND_CPU } ]
 """
 KEEPS_LOADED = 'parameters { key: "keeps_loaded" value: { string_value: "gemma" } }\n'
@@ -91,7 +94,9 @@ def write_repository(folder: Path, base: Path) -> None:
         {
             "gemma/config.pbtxt": GEMMA.format(title=title, inputs=inputs),
             "gemma/1/model.py": HERE / "triton_model.py",
-            "gemma/1/protocol.py": HERE / "protocol.py",
+            "gemma/1/serving/protocol.py": HERE / "protocol.py",
+            "gemma/1/serving/sampling_parameters.py": HERE / "sampling_parameters.py",
+            "gemma/1/record_file.py": HERE / "record_file.py",
             "adapters/config.pbtxt": CATALOGUE + KEEPS_LOADED,
             "adapters/1/model.py": HERE / "triton_catalogue.py",
             "adapters/1/base.json": json.dumps(base_entry(base), indent=2) + "\n",

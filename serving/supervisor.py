@@ -18,16 +18,13 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import logging
-import logging.handlers
 import os
+import resource
 import shutil
 import signal
-import socket
-import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +35,8 @@ from core.artifacts import ServerStatus
 from core.errors import UserError
 from serving import protocol, triton_server
 from serving.processes import LOG_BYTES, ManagedProcess, adopt_orphans, descendants, is_stopped, lives
+from serving.record_file import record_log
+from serving.server_options import ServerOptions
 from serving.state import ENGINE_SOCKET, State
 
 TICK = 0.1  # seconds
@@ -50,27 +49,10 @@ PROBE_EVERY = 10.0  # seconds without a generated token after which one is reque
 PROBE_DEADLINE = 5.0
 DRAIN = 7.0  # seconds that requests in flight have to finish after SIGTERM, of 10 in all
 LEAVE = 3.0  # seconds that a stub may take to exit after it has lost its engine; it needs one
-LAST_WORDS = 0.5  # seconds for Triton to deliver the last responses
+MOST_SAID = 20  # different errors of the supervisor's own
+LAST_WORDS = 0.8  # seconds each for the engine, Triton and the gateway to deliver the last responses
 HEARTBEATS = [f"{model}.heartbeat" for model in triton_server.MODELS]
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """What to serve, and where; `commands.serve` has the meanings.
-
-    Attributes:
-        engine: further arguments of `python -m serving.engine`.
-    """
-
-    folder: Path
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-    gateway_port: int = 9000
-    log_text: bool = False
-    engine: tuple[str, ...] = ()
 
 
 class Supervisor:
@@ -84,7 +66,10 @@ class Supervisor:
     def __init__(self, options: ServerOptions, state: State, say: Callable[[str], None]) -> None:
         self.options, self.state, self.say = options, state, say
         self.folder = state.folder.resolve()
-        self.events = _event_log(self.folder / "events.jsonl")
+        self.events = record_log("events", self.folder / "events.jsonl", LOG_BYTES, 1)
+        self.unwritten = ""  # since when, and why, status.json could not be written
+        self.is_status_due = False
+        self.said: set[str] = set()  # errors of the supervisor's own
         self.shared_memory = f"triton_gemma_{hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]}_"
         self.starts = 0  # of Triton
         self.heartbeat: dict[str, Any] = {}  # the engine's latest
@@ -94,24 +79,11 @@ class Supervisor:
         self.moved: dict[str, int] = {}  # heartbeat file of a stub: its modification time in ns
         self.is_loaded = False  # whether Triton reports the model ready
         self.ending = asyncio.Event()
-        self.here = here = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-        self.http = httpx.AsyncClient(base_url=f"http://{here}:{options.http_port}", trust_env=False)
+        self.http = httpx.AsyncClient(base_url=f"http://{options.from_here('http')}", trust_env=False)
         texts = {"SERVING_LOG_TEXT": "1" if options.log_text else "0"}
         self.engine = ManagedProcess(
             "engine",
-            [
-                sys.executable,
-                "-u",
-                "-m",
-                "serving.engine",
-                "--base",
-                str((options.folder / "base").resolve()),
-                "--adapters",
-                str((options.folder / "adapters").resolve()),
-                "--socket",
-                ENGINE_SOCKET,
-                *options.engine,
-            ],
+            options.engine_command(),
             self.folder,
             self.folder / "engine.log",
             {"PYTHONPATH": str(ROOT)},
@@ -120,24 +92,7 @@ class Supervisor:
         self.triton = ManagedProcess(
             "triton", [], self.folder, self.folder / "triton.log", triton_server.environment() | texts
         )
-        self.gateway = ManagedProcess(
-            "gateway",
-            [
-                sys.executable,
-                "-u",
-                "-m",
-                "serving.gateway",
-                "--host",
-                options.host,
-                "--port",
-                str(options.gateway_port),
-                "--triton",
-                f"{here}:{options.grpc_port}",
-            ],
-            ROOT,
-            self.folder / "gateway.log",
-            texts,
-        )
+        self.gateway = ManagedProcess("gateway", options.gateway_command(), ROOT, self.folder / "gateway.log", texts)
         self.processes = [self.engine, self.triton, self.gateway]
         self.restarts = {process.name: 0 for process in self.processes}
 
@@ -147,26 +102,32 @@ class Supervisor:
         """Start everything, keep it running, and end it on SIGTERM or SIGINT.
 
         Raises:
-            UserError: a port is taken, Triton is not installed, or a process ended before everything was up.
+            UserError: Triton is not installed, or a process ended before everything was up.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._asked_to_end)
         adopt_orphans()
-        self._check_ports()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each connection of a client needs one
         try:
             triton_server.lay_out_backend(self.folder / "backends")
         except triton_server.NoTriton as error:
             raise UserError(str(error)) from None
+        except OSError as error:
+            raise UserError(f"Triton's backend cannot be copied to {self.folder} ({error.strerror})") from None
         self._end_leftovers()
         self._write_status()
         watchers = [self._receive_heartbeats, self._ask_triton, self._ask_gateway, self._probe]
-        tasks = [asyncio.create_task(_forever(watcher)) for watcher in watchers]
+        tasks = [asyncio.create_task(self._forever(watcher)) for watcher in watchers]
         try:
             for process in self.processes:  # all at once; Triton's model waits for the engine
                 self._start(process)
             await self._until_ready()
             while not self.ending.is_set():
-                self._tick()
+                try:
+                    self._tick()
+                except Exception as error:
+                    self._survive(error)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.ending.wait(), TICK)
             await self._drain()
@@ -180,32 +141,6 @@ class Supervisor:
             self._clean_up()
             shutil.rmtree(self.folder / "backends", ignore_errors=True)
             self._note("ended")
-
-    def _check_ports(self) -> None:
-        """
-        Raises:
-            UserError: two ports are equal, or one is taken.
-        """
-        options = self.options
-        named = {
-            "http_port": options.http_port,
-            "grpc_port": options.grpc_port,
-            "metrics_port": options.metrics_port,
-            "gateway_port": options.gateway_port,
-        }
-        if len(set(named.values())) < len(named):
-            raise UserError(f"every port must be different, not {', '.join(f'{k}={v}' for k, v in named.items())}")
-        for name, port in named.items():
-            with socket.socket() as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    trial.bind((options.host, port))
-                except (OSError, OverflowError) as error:
-                    reason = getattr(error, "strerror", None) or error
-                    raise UserError(
-                        f"port {port} of {options.host} cannot be used ({reason}). Stop the program that uses it, or "
-                        f"choose another port: make serve ARGS={name}=PORT"
-                    ) from None
 
     def _end_leftovers(self) -> None:
         """Remove what an earlier server of this folder left behind when it was killed: stopped stubs and files."""
@@ -231,13 +166,11 @@ class Supervisor:
             self._clean_shared_memory()
             self.stubs, self.moved, self.starts, self.is_loaded = {}, {}, self.starts + 1, False
             self.leaving = None
-            options = self.options
-            ports = {"http": options.http_port, "grpc": options.grpc_port, "metrics": options.metrics_port}
+            listening = self.options.listening
             process.command = triton_server.command(
-                (options.folder / "repository").resolve(),
+                (self.options.folder / "repository").resolve(),
                 self.folder / "backends",
-                options.host,
-                ports,
+                {name: listening[name] for name in ("http", "grpc", "metrics")},
                 round(DRAIN + 2),
                 f"{self.shared_memory}{self.starts}_",
             )
@@ -281,11 +214,18 @@ class Supervisor:
         self._note("draining", running=running)
         for process in self.processes:
             process.ask_to_end()
-        until = time.monotonic() + DRAIN
-        while self.engine.is_running and time.monotonic() < until:
-            await asyncio.sleep(TICK)
-        self.engine.kill()  # the stub answers the clients that still wait
+        await self._ended(self.engine, DRAIN)
+        self.engine.ask_to_end()  # the second time: it tells those who still wait
+        await self._ended(self.engine, LAST_WORDS)
+        self.engine.kill()  # or the stub does
         await asyncio.sleep(LAST_WORDS)
+        await self._ended(self.gateway, LAST_WORDS)
+
+    async def _ended(self, process: ManagedProcess, seconds: float) -> None:
+        """Wait until `process` has ended, at most `seconds`."""
+        until = time.monotonic() + seconds
+        while process.is_running and time.monotonic() < until:
+            await asyncio.sleep(TICK)
 
     # --- watching -----------------------------------------------------------------------------------------------------
 
@@ -294,6 +234,7 @@ class Supervisor:
         for process in self.processes:
             if process.popen is None:
                 if time.monotonic() >= process.start_at:
+                    process.start_at = time.monotonic() + 1  # where it cannot be started: no memory, no descriptors
                     self._start(process)
                 continue
             if not process.is_running:
@@ -386,15 +327,16 @@ class Supervisor:
 
     async def _ask_gateway(self) -> None:
         await asyncio.sleep(4 * TICK)
-        asked = await self.http.get(f"http://{self.here}:{self.options.gateway_port}/metrics", timeout=1)
-        if asked.status_code == 200:
-            self.gateway.answered()
+        await self.http.get(f"http://{self.options.from_here('gateway')}/metrics", timeout=1)
+        self.gateway.answered()  # it lives, even if it refuses another connection from this address
 
     async def _probe(self) -> None:
         """Generate a token through Triton where none has been generated for a while."""
         await asyncio.sleep(1)
         for process in self.processes:
             process.shorten_log()
+        if self.is_status_due:
+            self._write_status()
         idle = time.monotonic() - self.generated_at
         before = [process.is_up and process.up_at for process in (self.engine, self.triton)]
         if idle < PROBE_EVERY or not all(before) or self.ending.is_set():
@@ -417,37 +359,55 @@ class Supervisor:
 
     # --- status and events ------------------------------------------------------------------------------------------
 
-    def _write_status(self) -> None:
+    @property
+    def status(self) -> ServerStatus:
         options = self.options
-        self.state.write(
-            ServerStatus(
-                pid=os.getpid(),
-                host=options.host,
-                http_port=options.http_port,
-                grpc_port=options.grpc_port,
-                metrics_port=options.metrics_port,
-                gateway_port=options.gateway_port,
-                base=(options.folder / "base").resolve().name,
-                restarts=self.restarts,
-            )
+        return ServerStatus(
+            pid=os.getpid(),
+            host=options.host,
+            http_port=options.http_port,
+            grpc_port=options.grpc_port,
+            metrics_port=options.metrics_port,
+            gateway_port=options.gateway_port,
+            base=(options.folder / "base").resolve().name,
+            options=dict(options.given),
+            restarts=self.restarts,
+            unwritten=self.unwritten,
         )
+
+    def _write_status(self) -> None:
+        """Write status.json. Where that fails it is said once, and tried again every second."""
+        try:
+            self.state.write(self.status)
+        except OSError as error:
+            if not self.is_status_due:
+                at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+                self.unwritten = f"{at}: {error.strerror}"
+                self.say(f"{self.folder} cannot be written ({error.strerror}). Serving goes on, and its logs have gaps")
+            self.is_status_due = True
+        else:
+            if self.is_status_due:
+                self.say(f"{self.folder} can be written again")
+            self.is_status_due = False
 
     def _note(self, event: str, **about: Any) -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.events.info(json.dumps({"time": at, "event": event, **about}, ensure_ascii=False))
 
+    async def _forever(self, watcher: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await watcher()
+            except (OSError, ValueError, httpx.HTTPError, protocol.RequestError):
+                pass  # nothing answers yet, or no longer
+            except Exception as error:
+                self._survive(error)
+            await asyncio.sleep(TICK)
 
-async def _forever(watcher: Callable[[], Awaitable[None]]) -> None:
-    while True:
-        with contextlib.suppress(OSError, ValueError, httpx.HTTPError, protocol.RequestError):
-            await watcher()
-        await asyncio.sleep(TICK)  # nothing answers yet, or no longer
-
-
-def _event_log(file: Path) -> logging.Logger:
-    handler = logging.handlers.RotatingFileHandler(file, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("events")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-    return log
+    def _survive(self, error: Exception) -> None:
+        """Say an error of the supervisor's own once. It must not end, as all that it watches would end with it."""
+        sentence = f"{type(error).__name__}: {error}"
+        if sentence not in self.said and len(self.said) < MOST_SAID:
+            self.said.add(sentence)
+            self.say(f"The supervisor failed ({sentence}) and goes on")
+            self._note("failed", error=sentence, traceback=traceback.format_exception(error))

@@ -1,9 +1,9 @@
 """`model.py` of the Triton model `gemma`: the inputs and outputs of NVIDIA's vLLM backend in front of the engine.
 
-It is copied into the model repository beside `protocol.py` and runs in Triton's Python stub, a process with neither
-torch nor weights: it forwards requests to the engine over a Unix socket and returns the engine's answers to their
-clients. So the weights stay loaded when this process dies; and when the engine dies, every waiting client gets an error
-at once.
+It is copied into the model repository, with `serving/protocol.py` beside it, and runs in Triton's Python stub, a
+process with neither torch nor weights: it forwards requests to the engine over a Unix socket and returns the engine's
+answers to their clients. So the weights stay loaded when this process dies; and when the engine dies, every waiting
+client gets an error at once.
 
 There are two threads. Triton's own calls `execute`. The other receives from the engine, answers, notices clients that
 have left, and touches `gemma.heartbeat`, by which the supervisor sees that it is alive. The working directory is the
@@ -19,8 +19,6 @@ import contextlib
 import itertools
 import json
 import locale
-import logging
-import logging.handlers
 import os
 import select
 import socket
@@ -35,7 +33,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import protocol
+from record_file import record_log
+
+from serving import protocol
 
 ENGINE = "engine.sock"
 STATUS = "status.json"  # written by the supervisor
@@ -77,7 +77,7 @@ class TritonPythonModel:
         self.writing = threading.Lock()  # guards the socket's sending side, on which a writer may have to wait
         self.ids = itertools.count(1)
         self.closing = False
-        self.log = _request_log()
+        self.log = record_log("requests", Path(LOG), LOG_BYTES, LOG_FILES)
         self.metrics = ModelMetrics(self.name)
         self.log_text = os.environ.get("SERVING_LOG_TEXT") == "1"
         # Until the engine answers, this model is loading and Triton reports "not ready".
@@ -206,7 +206,8 @@ class TritonPythonModel:
         """Touch the heartbeat file; and exit with Triton, as an orphan would keep its shared memory."""
         if os.getppid() != self.parent:
             os._exit(1)
-        Path(f"{self.name}.heartbeat").touch()
+        with contextlib.suppress(OSError):  # no room for a new file
+            Path(f"{self.name}.heartbeat").touch()
 
     def _look_for_leavers(self) -> None:
         with self.lock:
@@ -400,12 +401,3 @@ def _protect_shared_memory() -> None:
     """
     region = Path("/proc/self/cmdline").read_bytes().split(b"\0")[2].decode()
     Path("/dev/shm", region).chmod(0o600)
-
-
-def _request_log() -> logging.Logger:
-    handler = logging.handlers.RotatingFileHandler(LOG, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("requests")
-    log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
-    return log

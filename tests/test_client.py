@@ -20,11 +20,12 @@ from typing import Any
 import grpc
 import pytest
 from conftest import PATIENCE, ROOT, until
-from tiny_serving import ENDLESS, GREEDY, PROMPTS, SAMPLING, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, FILLING, GREEDY, PROMPTS, SAMPLING, Stack, free_ports, serve_tiny
 
 from serving.client import (
     BASE,
     Adapter,
+    AnswerPart,
     AsyncClient,
     Busy,
     Client,
@@ -95,6 +96,14 @@ def test_a_prompt_with_turns_gets_the_whole_dialogue_and_one_without_its_last_me
     assert adapter("slang").write_dialogue(DIALOGUE[1:]) == PROMPTS["slang"].wrap_dialogue(asked[1:])
 
 
+def test_the_beginning_of_an_answer_stands_behind_the_prompt() -> None:
+    begun = [*DIALOGUE, {"role": "assistant", "content": "Well, <eos>", "prefix": True}]
+    for name in ("chat", "slang"):
+        assert adapter(name).write_dialogue(begun) == adapter(name).write_dialogue(DIALOGUE) + "Well, < eos>"
+    with pytest.raises(InvalidRequest, match="the beginning of the answer must be a string"):
+        adapter("chat").write_dialogue([*DIALOGUE, {"role": "assistant", "prefix": True}])
+
+
 def test_a_json_object_fills_several_fields_only_in_a_prompt_without_turns() -> None:
     fields = {"context": "A. ", "condition": "B."}
     said = [{"role": "user", "content": json.dumps(fields)}]
@@ -152,6 +161,27 @@ def test_the_client_retries_for_the_given_time_where_no_server_answers(scheme: s
         assert not client.is_ready()
 
 
+def test_a_piece_that_comes_just_as_the_deadline_strikes_is_not_taken_for_the_end() -> None:
+    class Late(AsyncClient):
+        async def run(self, prepare: Any, answer: Any, show: Any) -> None:
+            task = asyncio.current_task()
+            assert task
+            task.cancel()  # as asyncio.timeout does
+            show(AnswerPart("late", ""))
+            try:
+                await asyncio.sleep(PATIENCE)
+            except asyncio.CancelledError:
+                task.uncancel()
+                raise DeadlineExceeded("too late") from None
+
+    async def ask() -> None:
+        stream = Late("127.0.0.1:1").stream("Hi")
+        assert [piece async for piece in stream] == ["late"]
+
+    with pytest.raises(DeadlineExceeded, match="too late"):
+        asyncio.run(ask())
+
+
 @pytest.mark.parametrize("address", ["", "localhost", "ftp://a:1", "http://", "a:b", "grpc://a:99999", ":8001"])
 def test_an_invalid_address_is_refused_at_once(address: str) -> None:
     with pytest.raises(InvalidRequest, match="is not a server's address: give HOST:PORT"):
@@ -189,6 +219,7 @@ def test_an_error_code_of_the_server_becomes_an_exception_class() -> None:
     assert type(error_of(vllm, "there")) is TooLong
 
 
+@pytest.mark.slow
 def test_headers_reach_a_grpc_server_and_its_refusal_is_an_invalid_request() -> None:
     seen: list[Any] = []
 
@@ -196,16 +227,22 @@ def test_headers_reach_a_grpc_server_and_its_refusal_is_an_invalid_request() -> 
         seen.extend(context.invocation_metadata())
         context.abort(grpc.StatusCode.UNAUTHENTICATED, "who are you")
 
-    server = grpc.server(ThreadPoolExecutor(2))
-    method = grpc.stream_stream_rpc_method_handler(refuse)
-    service = {"ModelStreamInfer": method}
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("inference.GRPCInferenceService", service)])
+    class Everything(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Everything()])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         headers = {"Authorization": "Bearer of good news"}
-        with Client(f"127.0.0.1:{port}", headers=headers) as client, pytest.raises(InvalidRequest, match="who are you"):
-            client.generate("Hi")
+        # The refusal may come before or after the question is sent, sooner before a long one.
+        for question in ["Hi", *["Hi" * 10_000_000] * 5]:
+            with (
+                Client(f"127.0.0.1:{port}", headers=headers) as client,
+                pytest.raises(InvalidRequest, match="who are you"),
+            ):
+                client.generate(question)
     finally:
         server.stop(None)
     assert ("authorization", "Bearer of good news") in seen
@@ -457,6 +494,19 @@ def test_a_server_that_hangs_raises_deadline_exceeded(stack: Stack, url: str, pa
 
 
 @pytest.mark.slow
+def test_deadlines_are_for_servers_that_do_not_move(stack: Stack, url: str) -> None:
+    with Client(url) as others, Client(url, first_token_deadline=0.2, token_deadline=PATIENCE) as hasty:
+        streams = [others.stream("Hi", **FILLING) for _ in range(4)]
+        until(lambda: stack.stats()["running"] == 4)
+        waiting = hasty.stream("Hi", **GREEDY)
+        until(lambda: stack.stats()["waiting"] == 1)
+        time.sleep(1)  # its deadline has passed several times
+        for stream in streams:
+            stream.cancel()
+        assert "".join(waiting) and waiting.answer.output_tokens
+
+
+@pytest.mark.slow
 def test_a_request_survives_a_restart_of_the_server_but_a_started_answer_is_not_repeated(stack: Stack) -> None:
     with Client(stack.grpc, retry_for=60, first_token_deadline=60) as client:
         expected = client.ask("slang", context="In the rain. ", **GREEDY).text
@@ -536,21 +586,35 @@ class tls_before:
     def __enter__(self) -> tuple[int, list[bytes]]:
         self._thread.start()
         listening = socket.create_server(("127.0.0.1", 0))
-        started = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._join, sock=listening, ssl=self._context), self._loop
-        )
-        started.result(PATIENCE)
+        started = asyncio.start_server(self._join, sock=listening, ssl=self._context)
+        self._server = asyncio.run_coroutine_threadsafe(started, self._loop).result(PATIENCE)
         return int(listening.getsockname()[1]), self._seen
 
     def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(PATIENCE)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        """Nothing of it is left to the garbage collector, which would run in another thread."""
+        self._server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        await asyncio.gather(
-            self._copy(reader, inner_writer, self._seen), self._copy(inner_reader, writer, []), return_exceptions=True
-        )
+        try:
+            await asyncio.gather(
+                self._copy(reader, inner_writer, self._seen),
+                self._copy(inner_reader, writer, []),
+                return_exceptions=True,
+            )
+        finally:
+            writer.close()
+            inner_writer.close()
 
     async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seen: list[bytes]) -> None:
         while data := await reader.read(1 << 16):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from conftest import PATIENCE, ROOT, until
 from safetensors.torch import load_file, save_file
 from tiny_serving import (
     ENDLESS,
+    FILLING,
     GREEDY,
     LONG,
     PROMPTS,
@@ -35,6 +37,7 @@ from tiny_serving import (
     serve_tiny,
 )
 
+from commands.serve import addresses
 from core.artifacts import ServedAdapter
 from serving.client import (
     AsyncClient,
@@ -49,6 +52,7 @@ from serving.client import (
 )
 from serving.openai_api import ApiError, ChatCompletion, TextCompletion
 from serving.repository import put_adapter, remove_adapter
+from serving.state import State
 
 HI = [{"role": "user", "content": "Hi!"}]
 
@@ -68,6 +72,17 @@ def api(stack: Stack) -> openai.OpenAI:
 def web(stack: Stack) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=stack.gateway, timeout=PATIENCE) as client:
         yield client
+
+
+def test_the_example_of_the_banner_asks_in_the_prompt_of_its_task(stack: Stack) -> None:
+    status = State(stack.folder / "state").read()
+    for name, field in (("slang", "context"), ("squid_game", "question")):
+        _, _, url, _, body = shlex.split(addresses(status, stack.folder, [name]).splitlines()[-1])
+        answered = httpx.post(url, content=body, timeout=PATIENCE).json()
+        with Client(stack.grpc) as client:
+            asked = client.ask(name, {field: PROMPTS[name].fields[field]})
+        assert answered["usage"]["prompt_tokens"] == asked.input_tokens
+    assert '"model": "gemma"' in addresses(status, stack.folder, [])
 
 
 @dataclass
@@ -184,7 +199,7 @@ def test_an_address_that_guesses_keys_is_blocked_for_a_while(tmp_path: Path) -> 
 def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
     form = ChatCompletion.read(json.dumps(chat(max_completion_tokens=7, stop="x", top_k=3, seed=1, user="me")).encode())
     assert form.sampling == {"temperature": 0, "max_tokens": 7, "stop": "x", "top_k": 3, "seed": 1}
-    assert TextCompletion.read(b'{"model": "gemma", "prompt": ["Hi"]}').prompt == "Hi"
+    assert TextCompletion.read(b'{"model": "gemma", "prompt": "Hi"}').prompt == ["Hi"]
     parts = [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     read = ChatCompletion.read(json.dumps(chat(messages=parts)).encode())
     assert read.messages[0].as_dict() == {"role": "system", "content": "a\nb"}
@@ -193,11 +208,10 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
 @pytest.mark.parametrize(
     ("others", "param", "words"),
     [
-        ({"n": 2}, "n", "n is not supported"),
+        ({"n": 17}, "n", "n: .* less than or equal to 16"),
         ({"logprobs": True}, "logprobs", "logprobs is not supported"),
         ({"tools": "weather"}, "tools", "tools: .* array"),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice is not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"temperature": "warm"}, "temperature", "temperature: .* number"),
         ({"temperature": True}, "temperature", "temperature: .* number"),
         ({"max_tokens": 1.5}, "max_tokens", "max_tokens: .* integer"),
@@ -228,9 +242,9 @@ def test_harmless_values_of_unsupported_parameters_are_accepted() -> None:
     assert ChatCompletion.read(json.dumps(chat(**harmless)).encode()).sampling == GREEDY
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [], 3, None])
-def test_a_completion_takes_a_single_text(prompt: Any) -> None:
-    with pytest.raises(ApiError, match="prompt: one text a request, and no numbers of tokens"):
+@pytest.mark.parametrize("prompt", [[1, 2], [[1], [2]], [], 3, None])
+def test_a_completion_takes_texts(prompt: Any) -> None:
+    with pytest.raises(ApiError, match="prompt: a text or a list of texts, and no numbers of tokens"):
         TextCompletion.read(json.dumps({"model": "gemma", "prompt": prompt}).encode())
 
 
@@ -322,6 +336,38 @@ def test_streams_and_whole_answers_have_the_same_text_sync_and_async(api: openai
 
 
 @pytest.mark.slow
+def test_n_answers_to_each_of_several_prompts_whole_and_in_a_stream(api: openai.OpenAI, stack: Stack) -> None:
+    drawn: dict[str, Any] = {"temperature": 1, "max_tokens": 12}
+    alone = [
+        api.completions.create(model="gemma", prompt=prompt, seed=seed, **drawn)
+        for prompt in ("Hi", "Good morning")
+        for seed in (5, 6, 7)
+    ]
+    asked: dict[str, Any] = {"model": "gemma", "prompt": ["Hi", "Good morning"], "n": 3, "seed": 5, **drawn}
+    whole = api.completions.create(**asked)
+    texts = [one.choices[0].text for one in alone]
+    assert [(one.index, one.text) for one in whole.choices] == list(enumerate(texts)) and len(set(texts)) > 2
+    assert whole.usage and alone[0].usage and alone[3].usage
+    assert whole.usage.prompt_tokens == alone[0].usage.prompt_tokens + alone[3].usage.prompt_tokens
+    assert whole.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone if one.usage)
+    streamed, reasons = [""] * 6, {}
+    for chunk in api.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+            reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+    assert streamed == texts and reasons == {one.index: one.finish_reason for one in whole.choices}
+    chats = api.chat.completions.create(model="chat", messages=HI, n=2, **drawn)  # type: ignore[arg-type]
+    assert [one.index for one in chats.choices] == [0, 1]
+    with pytest.raises(openai.BadRequestError, match="min_tokens is 9"):
+        api.completions.create(**asked, extra_body={"min_tokens": 9, "max_tokens": 3})
+    before = stack.cancelled()
+    endless = api.completions.create(model="gemma", prompt="Hi", n=2, stream=True, extra_body=ENDLESS)
+    next(iter(endless))
+    endless.close()
+    until(lambda: stack.cancelled() == before + 2)
+
+
+@pytest.mark.slow
 def test_a_seed_repeats_an_answer_and_a_stop_ends_it(api: openai.OpenAI) -> None:
     def ask(**sampling: Any) -> str:
         return str(api.completions.create(model="gemma", prompt="Once upon", max_tokens=12, **sampling).choices[0].text)
@@ -383,6 +429,7 @@ def test_the_openai_package_asks_once_where_asking_again_cannot_help(stack: Stac
 def test_server_sent_events_end_with_done(web: httpx.Client) -> None:
     response = web.post("/v1/chat/completions", json=chat(stream=True))
     assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-accel-buffering"] == "no"
     *chunks, done = events(response)
     assert done == "[DONE]" and all(json.loads(chunk)["object"] == "chat.completion.chunk" for chunk in chunks)
     assert len({json.loads(chunk)["id"] for chunk in chunks}) == 1
@@ -416,6 +463,33 @@ def test_health_generates_a_token_and_reports_failure_when_it_cannot(web: httpx.
         until(lambda: web.get("/health").status_code == 503)  # an answer may be a second old
         assert web.get("/health").json()["status"] == "failing"
     until(lambda: web.get("/health").status_code == 200)
+
+
+IMPATIENT = """
+import serving.gateway
+serving.gateway.HEALTH_DEADLINE, serving.gateway_health.HANGS_SECONDS = 0.5, 2
+serving.gateway.main()
+"""
+
+
+@pytest.mark.slow
+def test_health_tells_a_server_that_works_for_others_from_one_that_hangs(stack: Stack, tmp_path: Path) -> None:
+    def health() -> tuple[int, str]:
+        answer = httpx.get(f"{impatient.url}/health", timeout=PATIENCE)
+        return answer.status_code, answer.json()["status"]
+
+    with (
+        gateway(stack.grpc, tmp_path / "log", start=("-c", IMPATIENT)) as impatient,
+        Client(stack.grpc) as others,
+        ExitStack() as streams,
+    ):
+        for _ in range(4):
+            streams.enter_context(others.stream("Hi", **FILLING))
+        until(lambda: stack.stats()["running"] == 4)
+        assert health() == (200, "busy")
+        with stack.stopped("engine"):
+            until(lambda: health() == (503, "failing"))
+    until(lambda: stack.stats()["running"] == 0)
 
 
 @pytest.mark.slow
@@ -453,6 +527,11 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
         large = post("second", messages=[{"role": "user", "content": "x" * 6000}])
         assert large.status_code == 413 and large.json()["error"]["message"] == "the request is larger than 5,000 bytes"
         second = {"headers": {"authorization": "Bearer second"}, "timeout": PATIENCE}
+        port = int(guarded.url.rpartition(":")[2])
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer first\r\n"
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as announces:
+            announces.sendall(f"{head}Content-Length: 5001\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert announces.recv(12) == b"HTTP/1.1 413", "refused before its body is sent"
         chunked = httpx.post(url, content=iter([b"x" * 3000] * 3), **second)
         assert chunked.status_code == 413
 
@@ -462,6 +541,19 @@ def test_keys_limits_metrics_and_logs(stack: Stack, tmp_path: Path) -> None:
         assert busy and {response.json()["error"]["code"] for response in busy} == {"busy"}
         assert {response.status_code for response in together} == {200, 429}
 
+        with httpx.Client(timeout=PATIENCE) as greedy:  # one caller does not take the last place
+            first = {"headers": {"authorization": "Bearer first"}}
+            with greedy.stream("POST", url, json=chat(stream=True, **ENDLESS), **first) as held:
+                parts = held.iter_text()
+                next(parts)
+                assert post("first").json()["error"]["code"] == "busy"
+                assert post("second").status_code == 200
+            until(lambda: post("first").status_code == 200)
+            with greedy.stream("POST", url, json=chat(stream=True, n=2, **ENDLESS), **first) as held:
+                parts = held.iter_text()
+                next(parts)
+                assert post("second").json()["error"]["code"] == "busy"  # each answer has a place
+        until(lambda: "door_in_flight 0.0" in httpx.get(f"{guarded.url}/metrics", timeout=PATIENCE).text)
         counted = httpx.get(f"{guarded.url}/metrics", timeout=PATIENCE).text
         lines = guarded.lines()
     seen = {(line["model"], line["status"]) for line in lines if line["message"] == "request" and "model" in line}
@@ -521,7 +613,7 @@ def test_hundreds_of_random_bodies_are_answered_or_refused(web: httpx.Client, st
     ]
 
     def ask(number: int) -> int:
-        body: dict[str, Any] = chat(prompt="Hi", max_tokens=2)
+        body = chat(max_tokens=2) if number % 2 else {"model": "gemma", "prompt": "Hi", **GREEDY, "max_tokens": 2}
         body |= {name: dice.choice(values) for name in dice.sample(names, dice.randrange(5))}
         content = json.dumps(body).encode()
         if number % 5 == 0:
@@ -544,7 +636,7 @@ def test_an_interrupted_answer_ends_its_stream_with_an_error(api: openai.OpenAI,
     stream = api.chat.completions.create(stream=True, extra_body={"ignore_eos": True}, **chat(max_tokens=15_000))
     next(stream)
     stack.managed("engine").kill()
-    with pytest.raises(openai.APIError, match="the model is being started"):
+    with pytest.raises(openai.APIError, match="the model is being started or stopped"):
         list(stream)
 
     async def until_back() -> None:

@@ -15,7 +15,9 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import kubernetes_validate
@@ -30,7 +32,19 @@ from training.signals import EXIT_LOST, EXIT_STOPPED
 
 OVERLAYS = ("cpu", "gpu")
 JOBS = ("indexed", "trainjob", "pytorchjob")
-SETTINGS = ("NODES", "GPUS_PER_NODE", "GPUS", "OVERLAY", "NAMESPACE", "IMAGE", "TRAIN_IMAGE", "JOB", "TASKS", "DRY_RUN")
+SETTINGS = (
+    "NODES",
+    "GPUS_PER_NODE",
+    "GPUS",
+    "OVERLAY",
+    "NAMESPACE",
+    "IMAGE",
+    "TRAIN_IMAGE",
+    "JOB",
+    "TASKS",
+    "EXPOSE",
+    "DRY_RUN",
+)
 KUBEFLOW = ("TrainJob", "TrainingRuntime", "PyTorchJob")  # whose schemas are in no package
 CLUSTER = pytest.mark.skipif(
     not shutil.which("kubectl") and not shutil.which("kustomize"),
@@ -310,9 +324,55 @@ def test_a_server_is_ready_once_it_generates(clusters: dict[str, list[Document]]
         == gateway["startupProbe"]["httpGet"]
     )
     alive = containers[0]["livenessProbe"]
-    assert (
-        alive.get("httpGet", {}).get("path") == "/health" or "/v2/models/gemma/generate" in alive["exec"]["command"][2]
-    )
+    assert alive.get("httpGet", {}).get("path") == "/health" or ":9000/health" in alive["exec"]["command"][2]
+
+
+@CLUSTER
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("expose", ["", "grpc"])
+def test_only_the_gateway_is_heard_outside_a_pod_and_grpc_where_it_is_asked_for(overlay: str, expose: str) -> None:
+    documents = rendered("cluster", OVERLAY=overlay, EXPOSE=expose)
+    pod = one("Deployment", documents)["spec"]["template"]["spec"]
+    heard = {port["name"] for container in pod["containers"] for port in container.get("ports", [])}
+    assert heard == {"openai", *filter(None, [expose])}
+    assert {port["targetPort"] for port in one("Service", documents)["spec"]["ports"]} == heard
+    rules = one("NetworkPolicy", documents)["spec"]["ingress"]
+    assert [{port["port"] for port in rule["ports"]} for rule in rules] == [heard, {"openai"}]
+    words = pod["containers"][0]["args"]
+    if overlay == "cpu":
+        assert words[2:] == ["commands.serve", "host=0.0.0.0", *(["expose=grpc"] if expose else [])]
+    else:
+        last = dict(word.split("=", 1) for word in words if "-address=" in word)
+        inside = "127.0.0.1"
+        assert last.pop("--grpc-address") == ("0.0.0.0" if expose else inside)
+        assert last == {"--http-address": inside, "--metrics-address": inside}
+    for document in documents:
+        validate(document)
+    unknown = command("cluster", OVERLAY=overlay, EXPOSE="http", DRY_RUN=1)
+    assert unknown.returncode == 2 and "EXPOSE=http is unknown" in unknown.stderr
+
+
+@CLUSTER
+@pytest.mark.parametrize(("status", "body", "code"), [(200, "ok", 0), (503, "failing", 1), (503, "wrong adapters", 0)])
+def test_tritons_liveness_on_a_gpu_is_what_the_gateway_says(
+    clusters: dict[str, list[Document]], status: int, body: str, code: int
+) -> None:
+    """The probe's own program, before a gateway that says `body`; one that is not there does not end Triton."""
+    pod = one("Deployment", clusters["gpu"])["spec"]["template"]["spec"]
+    program = pod["containers"][0]["livenessProbe"]["exec"]["command"][2]
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": body}).encode())
+
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        program = program.replace(":9000", f":{server.server_port}")
+        assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE).returncode == code
+        server.shutdown()
+    assert subprocess.run([sys.executable, "-c", program], timeout=PATIENCE).returncode == 0
 
 
 @CLUSTER

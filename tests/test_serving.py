@@ -34,12 +34,13 @@ import tritonclient.grpc as grpc_client
 import yaml
 from conftest import PATIENCE, ROOT, needs_task, until
 from peft import LoraConfig, get_peft_model
-from tiny_serving import ENDLESS, LONG, SERVING_PYTHON, WINDOW, Stack, free_ports, serve_tiny
+from tiny_serving import ENDLESS, LONG, SERVING_PYTHON, WINDOW, Stack, free_ports, needs_serving, serve_tiny
 from transformers import AutoModelForCausalLM
 from tritonclient.utils import InferenceServerException
 from vllm_contract import Refused, Server, tensors
 
 from commands.prepare_serving import prepare
+from commands.serve import main as serve
 from converters import nemo
 from converters.adapter import peft_name
 from converters.checkpoint import Adapter
@@ -47,7 +48,10 @@ from core.artifacts import ServedAdapter
 from core.base_model import describe
 from core.errors import UserError
 from core.prompt import Prompt
+from serving import triton_server
+from serving.client import Client
 from serving.processes import ManagedProcess, lives
+from serving.record_file import record_log
 from serving.repository import put_adapter, remove_adapter, write_repository, write_vllm_repository
 from serving.state import State
 
@@ -193,7 +197,9 @@ def test_the_catalogue_has_each_adapters_prompt_and_sampling(server: Server, sta
         client.infer("adapters", tensors({"name": "nobody"}))
 
 
-def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_path: Path) -> None:
+def test_adapters_come_and_go_while_it_runs(
+    server: Server, stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_tiny_adapter(stack, "late", tmp_path)
     again = subprocess.run(
         [SERVING_PYTHON, "-m", "commands.serve", f"folder={stack.folder}"],
@@ -205,6 +211,12 @@ def test_adapters_come_and_go_while_it_runs(server: Server, stack: Stack, tmp_pa
     assert again.returncode == 0, again.stderr
     assert f"A server is running already (process {stack.process.pid}); it serves chat, late, slang" in again.stdout
     assert server.ask("http", "Hi", {**GREEDY, "lora_name": "late"}) != server.ask("http", "Hi", GREEDY)
+    with pytest.raises(UserError, match=r"and not with threads=7 but 1, which cannot change while it runs"):
+        serve([f"folder={stack.folder}", "max_waiting=8", "threads=7"])
+    monkeypatch.setenv("SERVING_API_KEY", "a new key")
+    with pytest.raises(UserError, match=r"and not with this SERVING_API_KEY, which cannot change while it runs") as key:
+        serve([f"folder={stack.folder}"])
+    assert "a new key" not in str(key.value)
     remove_adapter(stack.folder / "adapters" / "late")
 
     def is_gone() -> bool:
@@ -234,6 +246,8 @@ def test_a_broken_adapter_does_not_affect_the_others(server: Server, stack: Stac
     write_tiny_adapter(stack, "broken", tmp_path, b"nothing")
     try:
         until(lambda: "broken" in State(stack.folder / "state").ask_engine(PATIENCE).broken)
+        with Client(stack.grpc) as client:
+            until(lambda: [adapter.name for adapter in client.adapters()] == ["chat", "slang", "squid_game"])
         with pytest.raises(Refused, match="broken"):
             server.ask("http", "Hi", {**GREEDY, "lora_name": "broken"})
         assert server.ask("http", "Hi", {**GREEDY, "lora_name": "slang"})
@@ -386,6 +400,30 @@ def test_variables_of_vertex_ai_open_no_other_frontend(
         listening = [one.laddr for one in running.managed("triton").net_connections() if one.status == "LISTEN"]
         assert {one.port for one in listening} == {running.ports[name] for name in ("http", "grpc", "metrics")}
         assert {one.ip.removeprefix("::ffff:") for one in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+@needs_serving
+def test_a_triton_on_path_takes_the_place_of_the_wheels(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as in NVIDIA's images: one folder with the server, its Python backend and the stub of one Python."""
+    (site,) = (ROOT / ".venv-serve/lib").resolve().glob("python*/site-packages")
+    wheels, mine = site / "pytriton/tritonserver", tmp_path / "opt/tritonserver"
+    (mine / "bin").mkdir(parents=True)
+    (mine / "bin/tritonserver").symlink_to(wheels / "bin/tritonserver")
+    shutil.copytree(wheels / "backends", mine / "backends")
+    stub = wheels / "python_backend_stubs" / site.parent.name.removeprefix("python") / "triton_python_backend_stub"
+    shutil.copy(stub, mine / "backends/python")
+    monkeypatch.setenv("PATH", f"{mine / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(site / "nvidia_pytriton.libs"))
+    with serve_tiny(tiny_base, tmp_path) as running:
+        assert running.managed("triton").cmdline()[0] == str(mine / "bin/tritonserver")
+        assert Server(running.http, running.grpc).ask("http", "Hi", GREEDY)
+    laid_out = mine / "backends/python/triton_python_backend_stub"
+    laid_out.write_bytes(laid_out.read_bytes().replace(b"libpython3.", b"libpython9."))
+    with pytest.raises(triton_server.NoTriton, match=r"runs another Python than \d"):
+        triton_server.lay_out_backend(tmp_path / "backends")
 
 
 @pytest.mark.slow
@@ -572,6 +610,47 @@ def answers(server: Server, into: list[Any]) -> bool:
     return bool(into)
 
 
+@pytest.mark.slow
+def test_nothing_that_is_only_written_down_ends_serving(tiny_base: Path, tmp_path: Path) -> None:
+    """Every log is on a full disk, status.json cannot be replaced, and nobody reads what the server says."""
+    state = State(tmp_path / "serve" / "state")
+    in_the_way = state.folder / ".status.json.partial"
+    in_the_way.mkdir(parents=True)
+    for log in ("engine.log", "triton.log", "gateway.log", "events.jsonl", "requests.jsonl"):
+        (state.folder / log).symlink_to("/dev/full")
+    with serve_tiny(tiny_base, tmp_path) as stack:
+        server = Server(stack.http, stack.grpc)
+        stack.process.stdout.close()  # type: ignore[union-attr]
+        before = server.ask("http", "Hi", GREEDY)
+        assert strike(server, stack, "engine", signal.SIGKILL) == before
+        supervisor = psutil.Process(stack.process.pid)
+        limits = supervisor.rlimit(psutil.RLIMIT_NOFILE)
+        killed = victim(stack, "engine")
+        supervisor.rlimit(psutil.RLIMIT_NOFILE, (3, limits[1]))  # no descriptor for another process
+        killed.kill()
+        until(lambda: not psutil.pid_exists(killed.pid))
+        supervisor.rlimit(psutil.RLIMIT_NOFILE, limits)
+        until(lambda: answers(server, []))
+        in_the_way.rmdir()
+        until(lambda: (state.folder / "status.json").exists())
+        status = state.read()
+        assert status.restarts["engine"] == 2 and status.unwritten.endswith("Is a directory")
+
+
+def test_a_record_that_could_not_be_written_is_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "events.jsonl"
+    file.symlink_to("/dev/full")
+    log = record_log("a test", file, 1000, 1)
+    for _ in range(3):
+        log.info("lost")
+    file.unlink()
+    for number in range(2):
+        log.info(json.dumps(number))
+    assert capsys.readouterr().err == f"{file} cannot be written (No space left on device): lines are lost\n"
+    noted = {"lost_lines": 3, "reason": "No space left on device"}
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [0, noted, 1]
+
+
 def test_running_out_of_memory_is_reported_as_such(tmp_path: Path) -> None:
     memory = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**28, 2**28)); bytes(2**30)"
     process = ManagedProcess("engine", [sys.executable, "-c", memory], tmp_path, tmp_path / "log")
@@ -622,7 +701,7 @@ def leftovers(stack: Stack) -> list[str]:
 
 
 @pytest.mark.slow
-def test_sigterm_lets_requests_finish_and_leaves_nothing_behind(tiny_base: Path, tmp_path: Path) -> None:
+def test_sigterm_lets_requests_finish_tells_the_rest_and_leaves_nothing_behind(tiny_base: Path, tmp_path: Path) -> None:
     with serve_tiny(tiny_base, tmp_path) as stack:
         server = Server(stack.http, stack.grpc)
         parts = {
@@ -631,10 +710,24 @@ def test_sigterm_lets_requests_finish_and_leaves_nothing_behind(tiny_base: Path,
             )
             for protocol in ("http", "grpc")
         }
-        for stream in parts.values():
-            next(stream)
-        stack.process.terminate()
-        assert [list(stream)[-1]["finish_reason"] for stream in parts.values()] == ["length", "length"]
+        endless = server.responses("grpc", "Hi", ENDLESS, stream=True)
+        ways = [{"stream": stream, **ENDLESS, "prompt": "Hi", "model": "gemma"} for stream in (True, False)]
+        with ThreadPoolExecutor(2) as pool:
+            url = f"{stack.gateway}/v1/completions"
+            through = [pool.submit(httpx.post, url, json=way, timeout=PATIENCE) for way in ways]
+            next(endless)
+            until(lambda: stack.stats()["running"] == 3)
+            for stream in parts.values():
+                next(stream)
+            stack.process.terminate()
+            assert [list(stream)[-1]["finish_reason"] for stream in parts.values()] == ["length", "length"]
+            with pytest.raises(Refused, match="unavailable: the server was stopped before the answer was complete"):
+                list(endless)
+            cut, refused = (one.result() for one in through)
+        assert "data: [DONE]" not in cut.text and '"finish_reason":"' not in cut.text
+        for said in (cut.text, refused.text):
+            assert "the server was stopped before the answer was complete; ask again" in said
+        assert refused.status_code == 503
         assert stack.process.wait(PATIENCE) == 0
         assert leftovers(stack) == []
 
@@ -666,6 +759,7 @@ def serve_again(stack: Stack) -> Iterator[Stack]:
     process.communicate(timeout=PATIENCE)
 
 
+@needs_serving
 def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     write_repository(tmp_path, tiny_base)
     (tmp_path / "adapters").mkdir()
@@ -684,22 +778,26 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     assert "warning" not in started.stdout
 
 
-def test_listening_on_other_addresses_than_loopback_warns(tiny_base: Path, tmp_path: Path) -> None:
+@needs_serving
+def test_what_other_machines_reach_is_said(tiny_base: Path, tmp_path: Path) -> None:
     write_repository(tmp_path, tiny_base)
     (tmp_path / "adapters").mkdir()
     with socket.create_server(("0.0.0.0", 0)) as taken:  # so that nothing is started
         port = taken.getsockname()[1]
-        words = ["host=0.0.0.0", f"grpc_port={port}"]
+        words = ["host=0.0.0.0", "expose=http,grpc", f"grpc_port={port}"]
         started = subprocess.run(
             [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", *words],
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
+            env={name: value for name, value in os.environ.items() if name != "SERVING_API_KEY"},
         )
     assert started.returncode == 2
-    assert f"other machines reach Triton on ports 8000, {port} and 8002" in started.stdout
-    assert "SECURITY.md" in started.stdout
+    _, gateway, http, grpc = started.stdout.splitlines()
+    assert gateway.startswith("Other machines reach port 9000, the gateway") and "SERVING_API_KEY is not set" in gateway
+    assert "Triton's own HTTP on port 8000" in http and "critical flaws" in http and "SECURITY.md" in http
+    assert f"Triton's gRPC on port {port}, which asks for no key" in grpc
 
 
 @pytest.mark.slow
@@ -820,12 +918,13 @@ def usage(stack: Stack) -> dict[str, int]:
 
 
 @pytest.mark.slow
+@needs_serving
 def test_a_user_starts_a_server_with_the_real_base_alone(
     base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").symlink_to(base_folder.parent)
-    prepare([], "slang", "gemma-3-270m", "embedded", tmp_path / "serve")
+    prepare([], "slang", None, "embedded", tmp_path / "serve")
     assert "Train first: make train TASK=slang\nUntil then the base is served alone." in capsys.readouterr().out
     ports = dict(zip(("http", "grpc", "metrics", "gateway"), free_ports(4), strict=True))
     words = [f"{name}_port={port}" for name, port in ports.items()]
@@ -888,7 +987,7 @@ def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: 
     folder = work / "exports/serve"
     for task, prompt in PROMPTS.items():
         write_archive(work / "runs" / task / "tiny-1", task, prompt, tiny_base)
-    prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", folder)
+    prepare(["slang", "chat"], None, None, "embedded", folder)
     adapters = {
         name: json.loads((folder / "adapters" / name / "serving.json").read_text()) for name in ("slang", "chat")
     }
@@ -897,7 +996,7 @@ def test_finished_runs_become_a_repository(work: Path, tiny_base: Path, capsys: 
     assert adapters["chat"]["sampling"]["max_tokens"] == 150
     assert (folder / "base").resolve() == tiny_base.resolve()
     assert capsys.readouterr().out.count("Converting") == 2
-    prepare(["chat"], None, "gemma-3-270m", "embedded", folder)  # slang is not served any more, chat as it was exported
+    prepare(["chat"], None, None, "embedded", folder)  # slang is not served any more, chat as it was exported
     assert [path.name for path in (folder / "adapters").iterdir()] == ["chat"]
     assert "Converting" not in capsys.readouterr().out
 
@@ -917,7 +1016,7 @@ def test_the_same_folder_for_nvidias_container(stack: Stack, tmp_path: Path) -> 
 @needs_task("squid_game")
 def test_a_named_task_must_have_been_trained(work: Path, tiny_base: Path) -> None:
     with pytest.raises(UserError, match=r"no finished run in runs/squid_game. Train first: make train TASK=squid_game"):
-        prepare(["slang", "squid_game"], None, "gemma-3-270m", "embedded", work / "serve")
+        prepare(["slang", "squid_game"], None, None, "embedded", work / "serve")
     assert not (work / "serve/repository").exists()
 
 
@@ -928,12 +1027,14 @@ def test_tasks_of_two_bases_are_not_served_together(work: Path, tiny_base: Path,
     config["model"]["path"] = str(work / "other-base")
     (work / "runs/chat/tiny-1/config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"share one base, but these are slang on .*, chat on other-base"):
-        prepare(["slang", "chat"], None, "gemma-3-270m", "embedded", work / "serve")
+        prepare(["slang", "chat"], None, None, "embedded", work / "serve")
+    with pytest.raises(UserError, match=r"newest run of slang is on tiny, not on MODEL=gemma-2-2b\. Leave MODEL out"):
+        prepare(["slang"], None, "gemma-2-2b", "embedded", work / "serve")
     with pytest.raises(UserError, match=r"the running server has the base tiny-base0, and these tasks other-base"):
-        prepare(["chat"], None, "gemma-3-270m", "embedded", stack.folder)
+        prepare(["chat"], None, None, "embedded", stack.folder)
 
 
 @pytest.mark.usefixtures("work")
 def test_the_repository_of_a_running_server_is_not_overwritten(stack: Stack) -> None:
     with pytest.raises(UserError, match=r"a server is running from .*; stop it first"):
-        prepare(["slang"], None, "gemma-3-270m", "vllm", stack.folder)
+        prepare(["slang"], None, None, "vllm", stack.folder)

@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT, until
-from tiny_serving import SERVING_PYTHON, free_ports
-from website import Site, expect, needs_serving, violations
+from tiny_serving import SERVING_PYTHON, free_ports, needs_serving
+from website import Site, expect, violations
 
-from serving.web.answers import _Shown
 from serving.web.guard import SignIn
 from serving.web.page import find_pages
 from serving.web.settings import session_key
+from serving.web.shown import Shown
 
 pytest_plugins = ("website",)
 pytestmark = needs_serving
@@ -162,7 +162,7 @@ def test_reports_are_shown_without_scripts(site: Site, open_page: Callable[..., 
     assert page.get_by_role("cell", name="16.66").count() == 2
     with page.context.expect_page() as opened:
         page.get_by_role("link", name="Report of bad").click()
-    assert opened.value.title() == "report"
+    expect(opened.value).to_have_title("report")
     assert "sandbox" in site.ask("GET", "/runs/slang/good/report.html").headers["content-security-policy"]
 
 
@@ -192,7 +192,7 @@ def test_passwords_cannot_be_guessed_fast(guarded: Site) -> None:
 
 
 def test_explicit_words_of_a_model_are_masked_before_they_are_shown() -> None:
-    shown = _Shown(clean=True)
+    shown = Shown(clean=True)
     parts = ["Well, ", "what a ", "mother", "fucker", " that ", "is, and ", "all of ", "it goes ", "on and ", "on."]
     seen = [shown.add(part) for part in parts] + [shown.rest()]
     assert "".join(seen) == "Well, what a •••••••••••• that is, and all of it goes on and on."

@@ -25,6 +25,7 @@ from core.prompt import Prompt
 from serving.repository import put_adapter, write_repository
 
 SERVING_PYTHON = ROOT / ".venv-serve/bin/python"
+needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 TURNS = "<start_of_turn>user\n{instruction}<end_of_turn>\n<start_of_turn>model\n{response}<eos>"
 PROMPTS = {
     "slang": Prompt(
@@ -41,6 +42,7 @@ GREEDY = {"temperature": 0, "max_tokens": 12}
 LONG = {"temperature": 0, "max_tokens": 440, "ignore_eos": True}  # 0.2 s of the tiny base
 WINDOW = 16_384  # tokens: the tiny base's own is used up before a busy machine's client has left
 ENDLESS = {**LONG, "max_tokens": 15_000}  # ten seconds and more
+FILLING = {**LONG, "max_tokens": WINDOW - 8}  # four of them fill the cache, and whoever comes then has to wait
 QUEUE = 8  # requests that may wait, so that the tests meet a busy server
 
 
@@ -134,10 +136,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def is_open(port: int) -> bool:
+def is_open(port: int, address: str = "127.0.0.1") -> bool:
     """Whether somebody listens at `port`."""
     with socket.socket() as connection:
-        return not connection.connect_ex(("127.0.0.1", port))
+        return not connection.connect_ex((address, port))
 
 
 @contextmanager

@@ -25,7 +25,6 @@ PAYLOADS = (
     "<img src=x onerror=\"document.title='owned'\">",
     "</textarea><svg onload=document.title='owned'>",
 )
-needs_serving = pytest.mark.skipif(not SERVING_PYTHON.exists(), reason="needs the serving environment: make serve-env")
 expect = sync_api.expect
 expect.set_options(timeout=1000 * PATIENCE)
 
@@ -75,7 +74,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what `make data` leaves for the pages, and runs: a good one, and one with an attacker's report."""
     folder = tmp_path_factory.mktemp("web")
     if "squid_game" in names("task"):
-        prepare(load_config(["task=squid_game", "trainer=cpu", f"data_dir={folder}/data/squid_game"]), None)
+        # A third of the reviews: to read what they say takes a model.
+        lines = (ROOT / "tasks/reviews/squid_game_reviews.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "reviews.csv").write_text("".join(lines[:61]), encoding="utf-8")
+        words = ["task=squid_game", "trainer=cpu", f"task.data.source={folder}/reviews.csv"]
+        prepare(load_config([*words, f"data_dir={folder}/data/squid_game"]), None)
     for name, report in (("good", "<h1>A report</h1>"), ("bad", f"<title>report</title>{PAYLOADS[0]}")):
         run = folder / "runs/slang" / name
         run.mkdir(parents=True)
@@ -145,6 +148,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
 def violations(page: Any) -> list[str]:
     """What axe finds that is serious: which rule, where."""
+    expect(page.locator("#toast")).to_be_hidden()  # half faded away, its letters are pale
     found = Axe().run(page).response["violations"]
     return [
         f"{page.url} {one['id']}: {node['target']}"

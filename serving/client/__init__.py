@@ -2,7 +2,7 @@
 
     from gemma_client import Client  # inside this project's repository: from serving.client import Client
 
-    with Client("127.0.0.1:8001") as client:  # gRPC; also grpcs://…, http://127.0.0.1:8000 and https://…
+    with Client("127.0.0.1:8001") as client:  # gRPC; also grpcs://…, http://127.0.0.1:9000 and https://…
         print(client.ask("slang", context="You missed the last bus home.").text)
         for part in client.chat([{"role": "user", "content": "Hi!"}], stream=True):
             print(part, end="", flush=True)

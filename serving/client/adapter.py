@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from .errors import InvalidRequest
-from .prompt import Prompt, ToolCall
+from .prompt import Prompt, ToolCall, disarm
 
 Message = Mapping[str, Any]  # {"role", "content"}, or in OpenAI's form a call of a tool or its answer
 
@@ -83,6 +83,9 @@ class Adapter:
     ) -> str:
         """The whole prompt for a dialogue whose last message is the user's, or the answer of one of `tools`.
 
+        After it may stand the beginning of the answer, which the model goes on with: the assistant's, with
+        `"prefix": True`.
+
         A user's message fills the prompt's `field`. Without turns only the last message is used, after the system
         message if there is one; it may fill several fields, as a JSON object: `{"context": "…", "condition": "…"}`.
 
@@ -92,10 +95,16 @@ class Adapter:
         seen = list(messages)
         if not all(isinstance(message, Mapping) for message in seen):
             raise InvalidRequest('messages: each must be an object, {"role": "user", "content": "…"}')
+        beginning: Any = ""
+        if seen and seen[-1].get("role") == "assistant" and seen[-1].get("prefix") is True:
+            beginning = seen.pop().get("content")
+            if not isinstance(beginning, str):
+                raise InvalidRequest("messages: the beginning of the answer must be a string")
         if not self.has_turns:
             seen = [message for message in seen[:-1][:1] if message.get("role") == "system"] + seen[-1:]
         try:
-            return self.prompt.wrap_dialogue([self._fill_message(message) for message in seen], thinking, tools)
+            asked = self.prompt.wrap_dialogue([self._fill_message(message) for message in seen], thinking, tools)
+            return asked + disarm(beginning)
         except ValueError as error:
             names_itself = str(error).startswith(("tools:", "thinking:"))
             raise InvalidRequest(str(error) if names_itself else f"messages: {error}") from None

@@ -9,7 +9,17 @@ import json
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -18,7 +28,7 @@ from typing import Any, Self, TypeVar
 from .adapter import BASE, Adapter, Answer, Message, PreparedRequest
 from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 from .prompt import AnswerPart, AnswerReader
-from .transport import connect
+from .transport import AnswerChunk, connect
 
 DEFAULT_URL = "127.0.0.1:8001"
 CATALOGUE_SECONDS = 5.0  # for which an entry of the catalogue is cached
@@ -36,8 +46,9 @@ class AsyncClient:
         headers: sent with every request, e.g. `{"authorization": "Bearer …"}`.
         ca_file: PEM file of the authority that signed the server's certificate; None: the system's authorities.
         first_token_deadline: seconds until the first token, time in the server's queue included.
-        token_deadline: seconds between two tokens.
-        deadline: seconds for a complete answer, retries included.
+        token_deadline: seconds between two tokens. Both are only for a server that does not move: a token to anybody
+            who uses this client, or a step of the engine (`is_moving`), and the wait begins anew.
+        deadline: seconds for a complete answer, retries included; None: as long as it takes.
         retry_for: seconds during which a request is sent again while the server is busy or unavailable. A request that
             has received part of an answer is never repeated.
 
@@ -53,13 +64,14 @@ class AsyncClient:
         ca_file: str | Path | None = None,
         first_token_deadline: float = 60,
         token_deadline: float = 10,
-        deadline: float = 120,
+        deadline: float | None = None,
         retry_for: float = 15,
     ) -> None:
         self.url = url
         self._transport = connect(url, headers or {}, Path(ca_file) if ca_file else None)
         self._first_token_deadline, self._token_deadline = first_token_deadline, token_deadline
         self._deadline, self._retry_for = deadline, retry_for
+        self._heard = -math.inf  # when a token came, to any request (monotonic clock)
         self._known: dict[str, tuple[float, Adapter]] = {}
 
     async def adapters(self) -> list[Adapter]:
@@ -72,6 +84,21 @@ class AsyncClient:
             async with asyncio.timeout(self._token_deadline):
                 return await self._transport.ready()
         except (ServingError, TimeoutError):
+            return False
+
+    async def is_moving(self, seconds: float) -> bool:
+        """Whether the server computed in the last `seconds`: it sent this client a token, or its engine made a step.
+
+        A server that has nothing to do does not move, nor one that does not answer.
+        """
+        if time.monotonic() - self._heard < seconds:
+            return True
+        try:
+            async with asyncio.timeout(self._token_deadline):
+                engine = json.loads(await self._transport.catalogue("", "engine"))
+            is_busy = engine.get("running", 0) + engine.get("waiting", 0) > 0
+            return is_busy and float(engine["still"]) < seconds
+        except (ServingError, TimeoutError, ValueError, KeyError):
             return False
 
     def stream(self, text: str, adapter: str | None = None, **sampling: Any) -> "AsyncStream":
@@ -122,7 +149,9 @@ class AsyncClient:
         """Answer the last of `messages`.
 
         Args:
-            messages: `{"role": "user" or "assistant", "content": "…"}` in turn, after at most one of role "system".
+            messages: `{"role": "user" or "assistant", "content": "…"}` in turn, after at most one of role "system". One
+                more of role "assistant" with `"prefix": True` is the beginning of the answer, which the model goes on
+                with.
             adapter: None asks the base model with Gemma's own turns.
             base: ask the base model with the adapter's prompt.
             forget: leave out the oldest exchanges of a dialogue that exceeds the context window, and count them in
@@ -244,16 +273,7 @@ class AsyncClient:
         async with aclosing(self._transport.stream(request.text, sampling)) as chunks:
             reason = None
             while True:
-                wait = self._token_deadline if answer.output_tokens else self._first_token_deadline
-                try:
-                    async with asyncio.timeout(wait):
-                        chunk = await anext(chunks, None)
-                except TimeoutError:
-                    which = "next" if answer.output_tokens else "first"
-                    raise DeadlineExceeded(
-                        f"{self.url}: the {which} token did not arrive within {wait:g} s; the "
-                        f"server hangs or is overloaded"
-                    ) from None
+                chunk = await self._next(chunks, is_first=not answer.output_tokens)
                 if chunk is None:
                     break
                 answer.input_tokens, reason = chunk.input_tokens, chunk.finish_reason
@@ -265,6 +285,29 @@ class AsyncClient:
         if reason is None:
             raise Unavailable(f"{self.url}: the answer ended early")
         answer.finish_reason = reason
+
+    async def _next(self, chunks: AsyncGenerator[AnswerChunk, None], is_first: bool) -> AnswerChunk | None:
+        """The next chunk; None at the end.
+
+        Raises:
+            DeadlineExceeded: it has not come, and the server does not move.
+        """
+        seconds = self._first_token_deadline if is_first else self._token_deadline
+        coming = asyncio.ensure_future(anext(chunks, None))
+        try:
+            while not (await asyncio.wait([coming], timeout=seconds))[0]:
+                if not await self.is_moving(self._token_deadline) and not coming.done():
+                    raise DeadlineExceeded(
+                        f"{self.url}: the {'first' if is_first else 'next'} token did not arrive within {seconds:g} s, "
+                        f"and the server does not move: it hangs"
+                    )
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait([coming])
+        chunk = coming.result()
+        self._heard = time.monotonic()
+        return chunk
 
     async def _retried(self, send: Callable[[], Coroutine[Any, Any, T]], may_retry: Callable[[], bool]) -> T:
         """`send()`, repeated with growing pauses while the server is busy or unavailable and has answered nothing."""
@@ -286,6 +329,8 @@ class AsyncStream:
     The request is sent at once. Leaving `async with`, or dropping the last reference, cancels it in the engine too.
     """
 
+    _is_left = False  # by `cancel`; a deadline cancels the task too, for a moment, but ends in an error
+
     def __init__(self, client: AsyncClient, prepare: Callable[[], Awaitable[PreparedRequest]]) -> None:
         self._answer = Answer()
         self._parts: asyncio.Queue[AnswerPart | None] = asyncio.Queue()
@@ -300,7 +345,9 @@ class AsyncStream:
 
     def cancel(self) -> None:
         """Stop generating; the iteration ends without an error, and `answer` keeps what has arrived."""
-        self._task.cancel()
+        if not self._task.done():
+            self._is_left = True
+            self._task.cancel()
 
     def __await__(self) -> Generator[Any, Any, Answer]:
         return self._whole().__await__()
@@ -309,7 +356,7 @@ class AsyncStream:
         try:
             await asyncio.wait([self._task])
         finally:
-            self._task.cancel()
+            self.cancel()
         if not self._task.cancelled():
             self._task.result()
         return self._answer
@@ -326,10 +373,10 @@ class AsyncStream:
     async def part(self) -> AnswerPart | None:
         """The next piece, of the answer or of the thought before it; None at the end."""
         part = await self._parts.get()
-        if part is not None and not self._task.cancelling():
+        if part is not None and not self._is_left:
             return part
         self._parts.put_nowait(None)  # for another call after the end
-        if not self._task.cancelling():
+        if not self._is_left:
             self._task.result()
         return None
 
@@ -337,7 +384,7 @@ class AsyncStream:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
+        self.cancel()
         await asyncio.wait([self._task])
 
     def __del__(self) -> None:
@@ -360,6 +407,9 @@ def _sampling_json(request: PreparedRequest) -> str:
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the prompt is not Unicode: half a character at {error.start}") from None
     try:
-        return json.dumps(request.sampling, allow_nan=False)
+        wanted = request.sampling.get("structured_outputs")
+        # NVIDIA's vLLM backend reads it from a text.
+        nested = {"structured_outputs": json.dumps(wanted, allow_nan=False)} if isinstance(wanted, dict) else {}
+        return json.dumps({**request.sampling, **nested}, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"sampling parameters: {error}") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             headers={"authorization": f"Bearer {token}"} if token else None,
             ca_file=options.ca_file,
             deadline=options.deadline,
-            retry_for=min(RETRY_SECONDS, options.deadline / 2),
+            retry_for=min(RETRY_SECONDS, (options.deadline or math.inf) / 2),
         ) as client:
             sys.exit(options.run(client, options))
     except ServingError as error:
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     every.add_argument("--url", default=DEFAULT_URL, help=f"HOST:PORT or grpc(s)://, http(s)://; default {DEFAULT_URL}")
     every.add_argument("--ca-file", type=Path, metavar="PEM", help="the authority that signed the server's certificate")
     every.add_argument(
-        "--deadline", type=_seconds, default=120.0, metavar="SECONDS", help="for the whole command; default 120"
+        "--deadline", type=_seconds, metavar="SECONDS", help="for the whole answer; default: as long as it takes"
     )
     every.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     asks = argparse.ArgumentParser(add_help=False, parents=[every])

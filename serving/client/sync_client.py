@@ -35,7 +35,7 @@ class Client:
         ca_file: str | Path | None = None,
         first_token_deadline: float = 60,
         token_deadline: float = 10,
-        deadline: float = 120,
+        deadline: float | None = None,
         retry_for: float = 15,
     ) -> None:
         self.url = url

@@ -58,8 +58,12 @@ class Transport(Protocol):
             ServingError: the subclass tells the kind of failure; never an exception of grpc or httpx.
         """
 
-    async def catalogue(self, name: str) -> str:
-        """The served adapters as a JSON list; only one of them where `name` is not ""."""
+    async def catalogue(self, name: str, output: str = "catalogue") -> str:
+        """The served adapters as a JSON list; only one of them where `name` is not "".
+
+        Args:
+            output: "engine": what the engine said of itself last, as a JSON object; {} from one that says nothing.
+        """
 
     async def ready(self) -> bool:
         """Whether the server reports the model ready."""
@@ -82,7 +86,7 @@ def connect(url: str, headers: Mapping[str, str], ca_file: Path | None) -> Trans
     if not known:
         raise InvalidRequest(
             f"'{url}' is not a server's address: give HOST:PORT, as in 127.0.0.1:8001, or grpcs://… "
-            f"for gRPC, http://127.0.0.1:8000 or https://… for HTTP"
+            f"for gRPC, http://127.0.0.1:9000 or https://… for HTTP"
         )
     if ca_file is not None and not ca_file.is_file():
         raise InvalidRequest(f"the CA file {ca_file} does not exist")
@@ -141,16 +145,34 @@ class Grpc:
             # gRPC raises this for a channel that was closed.
             raise ServingError(f"this client of {self._where} was closed before the answer was complete") from None
         except Exception as error:
-            raise self._translated(error) from None
+            raise await self._reason_of_the_end(error) from None
         finally:
             responses.cancel()
 
-    async def catalogue(self, name: str) -> str:
+    async def _reason_of_the_end(self, error: Exception) -> Exception:
+        """The exception to raise for `error`, which ended a stream.
+
+        A server that refuses a call by its headers may end it before the question is sent. gRPC's asyncio client
+        (1.85.1; grpc/grpc issue 36066) then loses the server's reason and reports its own failure to send. A call
+        that sends and receives in one batch, as one without a stream does, keeps the reason.
+        """
+        import grpc
+
+        if not (isinstance(error, grpc.RpcError) and error.details() == "Internal error from Core"):
+            return self._translated(error)
+        try:
+            await self.ready()
+        except Exception as reason:
+            return reason
+        return Unavailable(f"{self._where} ended the call before the question was sent")
+
+    async def catalogue(self, name: str, output: str = "catalogue") -> str:
         try:
             result = await self._client.infer(CATALOGUE, [_bytes("name", name)], headers=self._headers)
         except Exception as error:
             raise self._translated(error) from None
-        return bytes(result.as_numpy("catalogue")[0]).decode()
+        value = result.as_numpy(output)
+        return "{}" if value is None else bytes(value[0]).decode()
 
     async def ready(self) -> bool:
         try:
@@ -228,15 +250,14 @@ class Http:
         except Exception as error:
             raise self._translated(error) from None
 
-    async def catalogue(self, name: str) -> str:
-        body = {"inputs": [{"name": "name", "shape": [1], "datatype": "BYTES", "data": [name]}]}
+    async def catalogue(self, name: str, output: str = "catalogue") -> str:
         try:
-            response = await self._client.post(f"/v2/models/{CATALOGUE}/infer", json=body)
+            response = await self._client.post(f"/v2/models/{CATALOGUE}/generate", json={"name": name})
         except Exception as error:
             raise self._translated(error) from None
         if response.status_code != 200:
             raise self._refused(response.status_code, response.content)
-        return str(response.json()["outputs"][0]["data"][0])
+        return str(response.json().get(output, "{}"))
 
     async def ready(self) -> bool:
         try:

@@ -13,6 +13,8 @@ A request's way through the files:
         gemma.py         the forward pass in plain torch, with stacked_lora.py for the adapters
         architecture.py  sizes and weights of a Gemma
     adapters.py      PEFT folders, watched while the engine runs
+    grammar.py       which tokens may come next in a structured answer
+        grammar_check.py a process that tries grammars first, and may be lost
     sampling.py      from logits to the next token
     detokenizer.py   from tokens to text, stop strings
 """

@@ -3,11 +3,12 @@
     python -m serving.engine --base models/gemma-3-270m --adapters exports/serve/adapters --socket engine.sock
 
 Prints {"ready": true, …} on stdout when it accepts requests, and logs JSON lines on stderr. On SIGTERM or Ctrl-C it
-drains: it finishes the requests that it has and exits with 0; on a second signal it exits at once. Only its owner may
-use the socket.
+drains: it finishes the requests that it has and exits with 0. On a second signal it ends them with an error, and on a
+third it exits at once. Only its owner may use the socket.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -89,13 +90,13 @@ def serve(options: argparse.Namespace) -> None:
     from serving.protocol import HEARTBEAT_SECONDS
 
     started = time.monotonic()
-    stopping = threading.Event()
+    stopping, hurrying = threading.Event(), threading.Event()
     inbox: Inbox = queue.SimpleQueue()
 
     def on_signal(number: int, _: Any) -> None:
-        if stopping.is_set():
+        if hurrying.is_set():
             os._exit(128 + number)
-        stopping.set()
+        (hurrying if stopping.is_set() else stopping).set()
         inbox.put(lambda: None)  # wakes the loop
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -119,23 +120,22 @@ def serve(options: argparse.Namespace) -> None:
         return EngineStats(**scheduler.stats(), broken=dict(folder.broken), uptime=uptime, **about).to_dict()
 
     connections = Connections(options.socket, scheduler, inbox, describe)
-    print(
-        json.dumps(
-            {
-                "ready": True,
-                "seconds": round(time.monotonic() - started, 2),
-                **about,
-                "adapters": sorted(folder.adapters),
-            }
-        ),
-        flush=True,
-    )
+    ready = {
+        "ready": True,
+        "seconds": round(time.monotonic() - started, 2),
+        **about,
+        "adapters": sorted(folder.adapters),
+    }
+    with contextlib.suppress(OSError):  # its log may lie on a full disk
+        print(json.dumps(ready), flush=True)
     heartbeat_due = 0.0
     while not (stopping.is_set() and not scheduler.busy):
         if stopping.is_set() and not scheduler.closing:
             log.info("draining", extra={"running": len(scheduler.running), "waiting": len(scheduler.waiting)})
             scheduler.closing = True
         _run_calls(inbox, 0.0 if scheduler.busy else max(0.0, heartbeat_due - time.monotonic()))
+        if hurrying.is_set():
+            scheduler.end()
         if time.monotonic() >= heartbeat_due:
             connections.send_heartbeat(scheduler.stats())
             heartbeat_due = time.monotonic() + HEARTBEAT_SECONDS

@@ -11,12 +11,14 @@ import stat
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from serving.engine.grammar import Constraint, GrammarCompiler
 from serving.engine.scheduler import ScheduledRequest, Scheduler
-from serving.protocol import INTERNAL, MAX_LINE, Failed, RequestError, decode, encode, read_generate
+from serving.protocol import INTERNAL, MAX_LINE, Failed, Generate, RequestError, decode, encode, read_generate
 
 MAX_UNREAD = 64 << 20  # bytes that a client may leave unread before its connection is closed
 Inbox = queue.SimpleQueue[Callable[[], object]]
@@ -66,6 +68,8 @@ class Connections:
         """
         self.path, self.scheduler, self.inbox, self.describe = path, scheduler, inbox, describe
         self.tokenizer = scheduler.tokenizer
+        self.grammars = GrammarCompiler(self.tokenizer, scheduler.eos_token_ids)
+        self.compiling = ThreadPoolExecutor(1, "grammars")
         self.max_token_characters = max(map(len, self.tokenizer.get_vocab(with_added_tokens=True)))
         self.connections: set[Connection] = set()
         self.loop = asyncio.new_event_loop()
@@ -175,13 +179,24 @@ class Connections:
                 encoded = await asyncio.to_thread(self.tokenizer.encode, generate.prompt)
             else:
                 encoded = self.tokenizer.encode(generate.prompt)
+            constraint = None
+            if generate.sampling.structured_outputs:
+                constraint = await self.loop.run_in_executor(self.compiling, self._compile, connection, generate)
         except BaseException:
             connection.open_ids.discard(generate.id)
+            connection.cancelled_ids.discard(generate.id)
             raise
         request = ScheduledRequest(
-            generate, encoded.ids, lambda one: connection.send(one.as_json()), arrived, connection=connection
+            generate, encoded.ids, lambda one: connection.send(one.as_json()), arrived, connection, constraint
         )
         self.inbox.put(lambda: self._submit(connection, request))
+
+    def _compile(self, connection: Connection, generate: Generate) -> Constraint | None:
+        """What the answer must match; None for a client that has left, so that others need not wait for its turn."""
+        wanted = generate.sampling.structured_outputs
+        if wanted is None or connection.closed or generate.id in connection.cancelled_ids:
+            return None
+        return self.grammars.compile(wanted)
 
     def _submit(self, connection: Connection, request: ScheduledRequest) -> None:
         if connection.closed:

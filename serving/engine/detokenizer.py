@@ -13,10 +13,19 @@ class Detokenizer:
         stops: stop strings.
         min_tokens: stop strings that begin within so many tokens are ignored.
         skip_special: leave control tokens out of the text.
+        include_stop: what ends the answer, a string or a token, belongs to it.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...], min_tokens: int, skip_special: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stops: tuple[str, ...],
+        min_tokens: int,
+        skip_special: bool = True,
+        include_stop: bool = False,
+    ) -> None:
         self.tokenizer, self.stops, self.min_tokens, self.skip_special = tokenizer, stops, min_tokens, skip_special
+        self.include_stop = include_stop
         self.tokens: list[int] = []
         self.text = ""
         self.sent = 0  # characters returned by `new_text`
@@ -30,12 +39,12 @@ class Detokenizer:
 
         Args:
             last: the answer ends with it, so that nothing is held back any longer.
-            ends: it is the token that says so, which is never part of a text with control tokens.
+            ends: it is the token that says so.
 
         Returns:
-            Whether a stop string is complete; the text then ends before it.
+            Whether a stop string is complete; the text then ends before it, or with it.
         """
-        if self.skip_special or not ends:
+        if self.include_stop or not ends:
             self.tokens.append(token)
         old = self._decode(self.prefix_offset, self.read_offset)
         new = self._decode(self.prefix_offset, len(self.tokens))
@@ -45,9 +54,10 @@ class Detokenizer:
         if len(self.tokens) <= self.min_tokens:
             self.searched = len(self.text)
             return False
-        found = [at for stop in self.stops if (at := self.text.find(stop, self.searched)) >= 0]
+        found = [(at, len(stop)) for stop in self.stops if (at := self.text.find(stop, self.searched)) >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            start, length = min(found)
+            self.text = self.text[: start + length if self.include_stop else start]
             return True
         self.searched = max(self.searched, len(self.text) - max(map(len, self.stops), default=1) + 1)
         return False

@@ -1,4 +1,5 @@
-"""From logits to the next token, as vLLM defines it: penalties, temperature, min_p, top_k, top_p, in this order.
+"""From logits to the next token, as vLLM defines it: tokens that are allowed, bad words, biases, penalties,
+structured_outputs, temperature, min_p, top_k, top_p, in this order.
 
 Each request has its own random generator and draws one number per token, so its answer does not depend on the rest of
 the batch. The number is looked up in the cumulative distribution; a random number for each of Gemma's 262,144 tokens
@@ -7,25 +8,51 @@ the batch. The number is looked up in the cumulative distribution; a random numb
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serving.protocol import Sampling
+from serving.engine.grammar import CannotGoOn, Constraint
+from serving.sampling_parameters import Sampling
 
 Floats = npt.NDArray[np.float32]
+# The most likely tokens that are looked up one by one in a mask before all are; a model that knows what is asked of it
+# mostly wants the first.
+NEAREST = 16
+
+
+def bad_word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """The tokens of each word, at the beginning of a text and after a space."""
+    texts = [text for word in words for text in (word.lstrip(), f" {word.lstrip()}") if text.strip()]
+    return [tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in dict.fromkeys(texts)]
 
 
 class Sampler:
     """Chooses the tokens of one request."""
 
-    def __init__(self, sampling: Sampling, prompt: list[int], eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: list[int],
+        eos_token_ids: tuple[int, ...],
+        constraint: Constraint | None = None,
+        bad_words: Sequence[tuple[int, ...]] = (),
+    ) -> None:
         """
         Args:
             prompt: its tokens, which the repetition penalty counts.
-            eos_token_ids: tokens that may not be chosen before `min_tokens`.
+            eos_token_ids: tokens that, as `stop_token_ids`, may not be chosen before `min_tokens`.
+            constraint: what the answer must match.
+            bad_words: tokens that may not follow one another.
         """
-        self.sampling, self.eos_token_ids = sampling, np.array(eos_token_ids, np.int64)
+        self.sampling = sampling
+        self.eos_token_ids = np.array(eos_token_ids, np.int64)
+        self.ends = np.array([*eos_token_ids, *sampling.stop_token_ids], np.int64)
+        self.bad_words, self.said = bad_words, list[int]()
+        self.bias = sampling.logit_bias or {}
+        self.constraint = constraint
         self.random = random.Random(sampling.seed)
         self.counts: Counter[int] = Counter()
         self.repeated = sampling.repetition_penalty != 1
@@ -36,20 +63,61 @@ class Sampler:
     @property
     def needs_logits(self) -> bool:
         """Whether the next token may be another than the most likely one of the model's own logits."""
-        return self.sampling.temperature > 0 or self.penalized or self.chosen < self.sampling.min_tokens
+        return self._changes_logits or self.constraint is not None
 
-    def choose(self, logits: Floats) -> int:
+    @property
+    def _changes_logits(self) -> bool:
+        sampling = self.sampling
+        return bool(
+            sampling.temperature > 0
+            or self.penalized
+            or self.chosen < sampling.min_tokens
+            or self.bias
+            or sampling.allowed_token_ids
+            or self.bad_words
+        )
+
+    def choose(self, best: int, logits: Floats) -> int:
         """The next token.
 
         Args:
-            logits: [vocabulary], float32; changed in place.
+            best: the most likely one of the model's own logits.
+            logits: [vocabulary], float32; changed in place, and undefined unless `needs_logits`.
+
+        Raises:
+            CannotGoOn: the parameters forbid all tokens, or what the answer must match is too complex.
         """
+        if not self.needs_logits:
+            return best
+        if self.constraint is None:
+            self._penalize(logits)
+            return self._pick(logits)
+        mask = self.constraint.mask()
+        for _ in range(0 if self._changes_logits else NEAREST):
+            if _has(mask, best):
+                if self.sampling.ignore_eos and best in self.eos_token_ids:
+                    break
+                return best
+            logits[best] = -np.inf
+            best = int(logits.argmax())
         self._penalize(logits)
-        return int(logits.argmax()) if not self.sampling.temperature else self._draw(logits)
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: len(logits)])
+        if self.chosen < self.sampling.min_tokens or self.sampling.ignore_eos:
+            going_on = allowed[~np.isin(allowed, self.eos_token_ids)]
+            allowed = going_on if len(going_on) else allowed  # what must end ends, whatever min_tokens says
+        return int(allowed[self._pick(logits[allowed])])
 
     def accept(self, token: int) -> None:
-        """Record the token that was chosen, for penalties and `min_tokens`."""
+        """Record the token that was chosen, for penalties, `min_tokens` and the constraint.
+
+        Raises:
+            CannotGoOn: what the answer must match is too complex.
+        """
         self.chosen += 1
+        if self.bad_words:
+            self.said.append(token)
+        if self.constraint:
+            self.constraint.accept(token)
         if self.penalized:
             self.counts[token] += 1
             if self.repeated:
@@ -57,8 +125,18 @@ class Sampler:
 
     def _penalize(self, logits: Floats) -> None:
         sampling = self.sampling
-        if self.chosen < sampling.min_tokens:
-            logits[self.eos_token_ids] = -np.inf
+        if sampling.allowed_token_ids:
+            allowed = np.array(sampling.allowed_token_ids, np.int64)
+            kept = logits[allowed]
+            logits.fill(-np.inf)
+            logits[allowed] = kept
+        for *before, last in self.bad_words:
+            if self.said[len(self.said) - len(before) :] == before:
+                logits[last] = -np.inf
+        if self.chosen < sampling.min_tokens and not self.constraint:
+            logits[self.ends] = -np.inf
+        for token, bias in self.bias.items():
+            logits[token] += np.float32(bias)
         if self.seen:
             seen = np.fromiter(self.seen, np.int64)
             values = logits[seen]
@@ -68,6 +146,11 @@ class Sampler:
             tokens = np.fromiter(self.counts, np.int64)
             times = np.fromiter(self.counts.values(), np.float32)
             logits[tokens] -= np.float32(sampling.frequency_penalty) * times + np.float32(sampling.presence_penalty)
+
+    def _pick(self, logits: Floats) -> int:
+        if logits.max() == -np.inf:
+            raise CannotGoOn("allowed_token_ids, bad_words, logit_bias and min_tokens together forbid every token")
+        return int(logits.argmax()) if not self.sampling.temperature else self._draw(logits)
 
     def _draw(self, logits: Floats) -> int:
         sampling, point = self.sampling, self.random.random()
@@ -85,6 +168,10 @@ class Sampler:
             kept = max(1, int(np.count_nonzero(before < sampling.top_p * total)))
             tokens, likelihood = tokens[:kept], likelihood[:kept]
         return int(tokens[_at(likelihood, point)])
+
+
+def _has(mask: npt.NDArray[np.uint8], token: int) -> bool:
+    return token < 8 * len(mask) and bool(mask[token >> 3] >> (token & 7) & 1)
 
 
 def _candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:

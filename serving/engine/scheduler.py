@@ -1,8 +1,10 @@
 """Continuous batching with chunked prefill: which tokens of which requests make the next step.
 
-Every step computes one token of each decoding request and as much of the prompts as fits the time a step may take, so
-that a long prompt does not stall the streams. A request is admitted when blocks for its longest possible answer are
-available, so that a running one never lacks memory; others wait, and beyond `max_waiting` are refused as "busy".
+Every step computes one token of each decoding request and as much of the prompts as fits the time a step may take
+(prompt_budget.py), so that a long prompt does not stall the streams. The prompt with the fewest tokens left is read
+first; one that arrived earlier gives way to no more tokens than it has left. A request is admitted when blocks for its
+longest possible answer are available, so that a running one never lacks memory; others wait, and beyond `max_waiting`
+are refused as "busy".
 """
 
 import logging
@@ -10,17 +12,21 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from serving.engine.adapters import LoraAdapter
 from serving.engine.detokenizer import Detokenizer
+from serving.engine.grammar import CannotGoOn, Constraint
 from serving.engine.kv_cache import BLOCK, BlockPool, block_hash
-from serving.engine.sampling import Sampler
+from serving.engine.prompt_budget import PromptBudget
+from serving.engine.sampling import Sampler, bad_word_tokens
 from serving.engine.step import BEST, LOGITS, NOTHING, Chunk, Model
 from serving.protocol import (
     BUSY,
     CANCELLED,
     INTERNAL,
+    INVALID,
     LENGTH,
     STOP,
     UNAVAILABLE,
@@ -33,8 +39,6 @@ from serving.protocol import (
 
 log = logging.getLogger(__name__)
 MAX_RUNNING = 64  # requests in a step
-STEP_SECONDS = 0.12  # target time of a step with prompts in it
-MIN_PROMPT_TOKENS, MAX_PROMPT_TOKENS = 16, 512  # prompt tokens of a step, however long they take
 Send = Callable[[Delta | Done | Failed], None]
 
 
@@ -48,9 +52,11 @@ class ScheduledRequest:
         send: called with each message about it.
         arrived, started, first_token: `time.monotonic()` of arrival, admission and first token.
         connection: of the client.
+        constraint: what its answer must match.
         computed: how many of its tokens are in the cache.
         blocks: of the cache, in the order of positions.
         cached: tokens that the prefix cache had.
+        given_way: tokens of later requests' prompts that were read before its own.
     """
 
     generate: Generate
@@ -58,6 +64,7 @@ class ScheduledRequest:
     send: Send
     arrived: float
     connection: object = None
+    constraint: Constraint | None = None
     prompt_tokens: int = 0
     adapter: LoraAdapter | None = None
     computed: int = 0
@@ -68,6 +75,12 @@ class ScheduledRequest:
     sampler: Sampler = None  # type: ignore[assignment]  # set at admission
     text: Detokenizer = None  # type: ignore[assignment]
     cached: int = 0
+    given_way: int = 0
+
+    @property
+    def missing(self) -> int:
+        """Tokens that are not in the cache: 1 in a stream."""
+        return len(self.tokens) - self.computed
 
     @property
     def max_blocks(self) -> int:
@@ -108,7 +121,7 @@ class Scheduler:
         self.pool = BlockPool(blocks)
         self.waiting: deque[ScheduledRequest] = deque()
         self.running: list[ScheduledRequest] = []
-        self.prompt_budget = 64
+        self.prompt_budget = PromptBudget()
         self.closing = False
         self.tokens: Counter[str] = Counter()  # generated, by adapter
         self.counts: Counter[str] = Counter()  # requests by finish reason or error, prompt and cached tokens, steps
@@ -131,6 +144,7 @@ class Scheduler:
         """Queue a request, or refuse it at once with an error message."""
         request.prompt_tokens = len(request.tokens)
         name, most = request.generate.lora_name, request.generate.sampling.max_tokens
+        parameter, token = request.generate.sampling.highest_token
         if self.closing:
             self._fail(request, UNAVAILABLE, "the engine is shutting down")
         elif name is not None and name not in self.adapters:
@@ -138,9 +152,13 @@ class Scheduler:
         elif request.prompt_tokens + most > self.max_model_len:
             self._fail(
                 request,
-                "invalid",
+                INVALID,
                 f"the prompt has {request.prompt_tokens} tokens and max_tokens is {most}; "
                 f"together they may be at most {self.max_model_len}",
+            )
+        elif token >= (vocabulary := self.model.config.vocabulary):
+            self._fail(
+                request, INVALID, f"{parameter} has the token {token}; this model's tokens are below {vocabulary}"
             )
         elif len(self.waiting) >= self.max_waiting:
             self._fail(request, BUSY, f"{len(self.waiting)} requests are waiting already; try again in a moment")
@@ -154,6 +172,11 @@ class Scheduler:
             self._finish(request, CANCELLED)
         return len(found)
 
+    def end(self) -> None:
+        """End every request with an error: there is no time to finish them."""
+        for request in (*self.running, *self.waiting):
+            self._fail(request, UNAVAILABLE, "the server was stopped before the answer was complete")
+
     def step(self) -> None:
         """Run one step. If it fails, the requests in it fail; the others continue."""
         batch: list[tuple[ScheduledRequest, int]] = []
@@ -163,14 +186,17 @@ class Scheduler:
             if batch:
                 started = time.perf_counter()
                 self._run(batch)
-                self._adapt_prompt_budget(batch, time.perf_counter() - started)
+                streams = sum(count == 1 for _, count in batch)
+                of_prompts = sum(count for _, count in batch) - streams
+                self.prompt_budget.learn(streams, of_prompts, time.perf_counter() - started)
+                self.counts["steps"] += 1
         except Exception as error:
             log.exception("a step failed", extra={"requests": len(batch)})
             self.pool.evict(new_blocks)
             for request, _ in batch:
                 if request in self.running:
                     self._fail(request, INTERNAL, _describe(error))
-            if not batch and self.waiting:  # it failed on the one that was about to be admitted
+            if not batch and self.waiting:  # it failed on those that were about to be admitted
                 self._fail(self.waiting[0], INTERNAL, _describe(error))
 
     def stats(self) -> dict[str, Any]:
@@ -187,44 +213,72 @@ class Scheduler:
 
     def _build_batch(self, batch: list[tuple[ScheduledRequest, int]], new_blocks: list[int]) -> None:
         """Fill `batch` with (request, number of its tokens)."""
-        budget = self.prompt_budget
         for request in self.running:
-            missing = len(request.tokens) - request.computed
-            count = missing if missing == 1 else min(missing, budget)
-            if count:
-                self._schedule(request, count, batch, new_blocks)
-                budget -= count if missing > 1 else 0
-        while self.waiting and budget > 0 and len(self.running) < MAX_RUNNING:
-            request = self.waiting[0]
-            name = request.generate.lora_name
-            request.adapter = self.adapters.get(name) if name is not None else None
-            if name is not None and request.adapter is None:
-                self._fail_unknown(request)  # removed while it waited
-                continue
-            if not self._admit(request):
+            if request.missing == 1:
+                self._schedule(request, 1, batch, new_blocks)
+        budget = self.prompt_budget.tokens(len(batch))
+        unread = [one for one in self.running if one.missing > 1]
+        left = [one.missing for one in unread]
+        if len(self.running) < MAX_RUNNING:
+            for request in islice(self.waiting, MAX_RUNNING):
+                unread.append(request)
+                left.append(request.missing - len(self._cached(request)) * BLOCK)
+        order = sorted(range(len(unread)), key=lambda i: left[i] - unread[i].given_way)
+        admits = True
+        for request in (unread[i] for i in order):
+            if not budget:
                 break
-            missing = len(request.tokens) - request.computed
-            count = min(missing, budget)
+            if request.started is None:
+                # One for which there is no room keeps others from being admitted, so that there will be.
+                admits = admits and len(self.running) < MAX_RUNNING and self._admit(request)
+                if request.started is None:
+                    continue
+            count = min(request.missing, budget)
             self._schedule(request, count, batch, new_blocks)
             budget -= count
+            for other in unread:
+                if other.arrived < request.arrived:
+                    other.given_way += count
+
+    def _cached(self, request: ScheduledRequest) -> list[int]:
+        """The blocks that the prefix cache has of a waiting request. Its adapter may be replaced while it waits."""
+        adapter = self.adapters.get(request.generate.lora_name or "")
+        if adapter is not request.adapter:
+            request.adapter = adapter
+            request.hashes.clear()
+        whole = (request.prompt_tokens - 1) // BLOCK  # at least one token is computed, for its logits
+        return self.pool.lookup(request.block_hash(i) for i in range(whole))
 
     def _admit(self, request: ScheduledRequest) -> bool:
-        """Admit the first of the queue, if its blocks are available; returns whether they are."""
-        whole = (request.prompt_tokens - 1) // BLOCK  # at least one token is computed, for its logits
-        request.hashes.clear()
-        found = self.pool.lookup(request.block_hash(i) for i in range(whole))
+        """Admit a waiting request, or end it if that fails; returns whether there was room for it."""
+        found = self._cached(request)
+        if request.adapter is None and request.generate.lora_name is not None:
+            self._fail_unknown(request)  # removed while it waited
+            return True
         unused = sum(not self.pool.ref_counts[block] for block in found)
         reserved = sum(one.max_blocks - len(one.blocks) for one in self.running)
         if request.max_blocks - len(found) + unused > self.pool.available - reserved:
             return False
-        self.waiting.popleft()
+        sampling = request.generate.sampling
+        try:
+            bad_words = bad_word_tokens(self.tokenizer, sampling.bad_words)
+            request.sampler = Sampler(sampling, request.tokens, self.eos_token_ids, request.constraint, bad_words)
+            request.text = Detokenizer(
+                self.tokenizer,
+                sampling.stop,
+                sampling.min_tokens,
+                sampling.skip_special_tokens,
+                sampling.include_stop_str_in_output,
+            )
+        except Exception as error:
+            log.exception("a request could not be admitted")
+            self._fail(request, INTERNAL, _describe(error))
+            return True
+        self.waiting.remove(request)
         self.running.append(request)
         self.pool.acquire(found)
         request.blocks, request.computed = found, len(found) * BLOCK
         request.cached = request.computed
-        sampling = request.generate.sampling
-        request.sampler = Sampler(sampling, request.tokens, self.eos_token_ids)
-        request.text = Detokenizer(self.tokenizer, sampling.stop, sampling.min_tokens, sampling.skip_special_tokens)
         request.started = time.monotonic()
         self.counts["prompt_tokens"] += request.prompt_tokens
         self.counts["cached_tokens"] += request.cached
@@ -256,11 +310,14 @@ class Scheduler:
             tokens += request.tokens[request.computed : end]
         best, logits = self.model.step(tokens, chunks)
         now = time.monotonic()
-        with_output = [(request, one.output) for (request, _), one in zip(batch, chunks, strict=True) if one.output]
+        with_output = [request for (request, _), one in zip(batch, chunks, strict=True) if one.output]
         for request, count in batch:
             request.computed += count
-        for row, (request, output) in enumerate(with_output):
-            self._append_token(request, request.sampler.choose(logits[row]) if output == LOGITS else best[row], now)
+        for row, request in enumerate(with_output):
+            try:
+                self._append_token(request, request.sampler.choose(best[row], logits[row]), now)
+            except CannotGoOn as error:
+                self._fail(request, INVALID, str(error))
 
     def _append_token(self, request: ScheduledRequest, token: int, now: float) -> None:
         """Append the next token of a request, send its text, and end it where it is complete."""
@@ -271,9 +328,13 @@ class Scheduler:
         request.sampler.accept(token)
         self.tokens[request.generate.lora_name or ""] += 1
         generated = len(request.tokens) - request.prompt_tokens
-        ended = token in self.eos_token_ids and not sampling.ignore_eos and generated >= sampling.min_tokens
+        is_end = (token in self.eos_token_ids and not sampling.ignore_eos) or token in sampling.stop_token_ids
+        ended = is_end and generated >= sampling.min_tokens
+        complete = False
+        if request.constraint:  # where it allows no end, such a token was none of those to choose from
+            ended, complete = ended or token in self.eos_token_ids, request.constraint.is_complete
         full = generated >= sampling.max_tokens
-        if request.text.add(token, last=ended or full, ends=ended) or ended:
+        if request.text.add(token, last=ended or complete or full, ends=ended) or ended or complete:
             self._finish(request, STOP)
         elif full:
             self._finish(request, LENGTH)
@@ -307,14 +368,6 @@ class Scheduler:
             request.blocks = []
         elif request in self.waiting:
             self.waiting.remove(request)
-
-    def _adapt_prompt_budget(self, batch: list[tuple[ScheduledRequest, int]], seconds: float) -> None:
-        """Adapt the number of prompt tokens per step so that a step takes about `STEP_SECONDS`."""
-        self.counts["steps"] += 1
-        prompt_tokens = sum(count for _, count in batch if count > 1)
-        if prompt_tokens >= self.prompt_budget // 2:
-            budget = prompt_tokens * STEP_SECONDS / seconds
-            self.prompt_budget = int(min(max((self.prompt_budget + budget) / 2, MIN_PROMPT_TOKENS), MAX_PROMPT_TOKENS))
 
 
 def _describe(error: Exception) -> str:

@@ -49,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
                 await asyncio.to_thread(found.page.start, settings)
         # An absent model is reported at once rather than after long retries: visitors have a button to try again.
         async with AsyncClient(settings.triton, first_token_deadline=45, token_deadline=10, retry_for=3) as client:
-            app.state.client, app.state.served = client, None
+            app.state.client, app.state.served, app.state.waiting = client, None, {}
             watch = asyncio.create_task(_watch(app))
             yield
             watch.cancel()
@@ -97,13 +97,14 @@ def create_app(settings: Settings) -> FastAPI:
     )
 
     def page(request: Request, name: str, status: int = 200, template: str = "", **values: Any) -> Response:
-        served: list[Adapter] = getattr(app.state, "served", None) or []
+        served: list[Adapter] | None = getattr(app.state, "served", None)
         shared = {
             "page": name,
             "pages": pages,
             "has_password": bool(settings.password),
             "clean": settings.clean,
-            "licences": licences({adapter.licence for adapter in served}),
+            "licences": licences({adapter.licence for adapter in served or []}),
+            "served_names": None if served is None else [adapter.name for adapter in served],
         }
         return templates.TemplateResponse(request, template or f"{name}.html", {**shared, **values}, status)
 
@@ -143,6 +144,7 @@ def create_app(settings: Settings) -> FastAPI:
                 "has_turns": a.has_turns,
                 "thinks": a.prompt.has_gemma4_turns,
                 "run": a.run,
+                "base": a.base,
             }
             for a in served
         ]

@@ -20,11 +20,16 @@ from fastapi import APIRouter
 
 from core.errors import UserError
 from core.tasks import CONFIG_DIR, foreign_config_dirs, having, part_of
+from serving.client import Adapter
 from serving.rate_limit import Rate
 from serving.web.settings import Settings
 
 # Paths that the site itself answers, which a page called so would hide or be hidden by.
 TAKEN = ("api", "health", "privacy", "runs", "sign-in", "static")
+
+
+def _as_it_is(fields: dict[str, str]) -> dict[str, str]:
+    return fields
 
 
 def _nothing(settings: Settings) -> dict[str, Any]:
@@ -40,12 +45,16 @@ class Page:
         title: what the navigation calls it.
         order: its place in the navigation; pages of one place are sorted by name.
         values: variables for page.html, asked for at each visit. Every template also knows `page` (its own name),
-            `task`, `clean` and `has_password`.
+            `task`, `clean`, `has_password` and `served_names` (None while that is not known); "not_served.html" says
+            where the task is not served.
         router: routes of the page's own, such as /api/<name>/... for its script.
         rates: limits for POST requests to these routes, by path.
         start: called once, in a thread, before the first visitor.
-        answered: called when the task's model has answered, with the fields of its prompt and those read from the
-            answer; the result joins the `done` event of serving/web/answers.py.
+        answered: called when the task's model has answered, with its adapter, the fields of its prompt and those read
+            from the answer; the result joins the `done` event of serving/web/answers.py.
+        tidy: the fields of an answer as they are shown and kept, complete or still growing.
+        seeds: how many answers are asked for where the page's script wants choices, see serving/web/choices.py.
+        refuses: called with the same when the first field of an answer is complete: why it is no choice, "" if it is.
     """
 
     task: str
@@ -55,7 +64,10 @@ class Page:
     router: APIRouter | None = None
     rates: Mapping[str, Rate] = field(default_factory=dict)
     start: Callable[[Settings], object] | None = None
-    answered: Callable[[Settings, Mapping[str, str], Mapping[str, str]], dict[str, Any]] | None = None
+    answered: Callable[[Settings, Adapter, Mapping[str, str], Mapping[str, str]], dict[str, Any]] | None = None
+    tidy: Callable[[dict[str, str]], dict[str, str]] = _as_it_is
+    seeds: int = 1
+    refuses: Callable[[Settings, Adapter, Mapping[str, str], Mapping[str, str]], str] | None = None
 
 
 class FoundPage(NamedTuple):

@@ -96,8 +96,9 @@ export class Answering {
 
   get running() { return Boolean(this.controller); }
 
-  // part(side, data), thought(side, data), done(side, data); returns "done", "stopped" or "failed". Another answer on its way is stopped first.
-  async ask(question, { part, thought, done }) {
+  // part(side, data), thought(…), choice(…), dropped(…), done(…), see answers.py; returns "done", "stopped" or "failed".
+  // Another answer on its way is stopped first.
+  async ask(question, { part, thought, choice, dropped, done }) {
     this.stop();
     const controller = (this.controller = new AbortController());
     this.#show(true);
@@ -108,9 +109,11 @@ export class Answering {
     try {
       const response = await request("POST", "/api/answer", question, controller.signal);
       for await (const [event, data] of eventsOf(response)) {
-        if (event === "waiting") $("announce").textContent = "Still waiting for the model…", this.waiting(data.seconds);
+        if (event === "waiting") this.waiting(data.seconds, data.ahead);
         if (event === "part") this.waiting(0), part(data.side, data);
         if (event === "thought") this.waiting(0), thought?.(data.side, data);
+        if (event === "choice") choice(data.side, data);
+        if (event === "dropped") dropped(data.side, data);
         if (event === "done") open.delete(data.side), done(data.side, data);
         if (event === "error") open.delete(data.side), (failed ||= data.message);
       }
@@ -136,8 +139,13 @@ export class Answering {
     if (text) $("announce").textContent = "", checkStatus();
   }
 
-  waiting(seconds) {
+  // ahead: questions that others asked before and that are not answered yet either
+  waiting(seconds, ahead = 0) {
     document.body.classList.toggle("waiting", seconds > 0);
+    if (!seconds) return;
+    const words = ahead ? `${ahead} ${ahead === 1 ? "question is" : "questions are"} before yours… ` : "The model is taking its time… ";
+    document.body.style.setProperty("--waiting", JSON.stringify(words));
+    if ($("announce").textContent !== words) $("announce").textContent = words;
   }
 
   #show(running) {
@@ -193,6 +201,12 @@ async function checkStatus() {
 }
 document.addEventListener("visibilitychange", () => document.hidden || checkStatus());
 if (document.querySelector("main").dataset.page !== "sign_in") checkStatus();
+else document.forms[0].action += location.hash; // what a shared link says goes on to the page that asked for the password
+
+onStatus(({ ready, adapters }) => {
+  const notice = $("not-served");
+  if (notice) notice.hidden = !ready || adapters.some(({ name }) => name === notice.dataset.task);
+});
 
 $("theme").hidden = false;
 $("theme").addEventListener("click", () => {
