@@ -37,6 +37,17 @@ def partial_file(file: Path) -> Path:
     return file.with_suffix(".partial.json")
 
 
+def publish(file: Path) -> str:
+    """Make of what a finished benchmark has in `partial_file(file)` its result, unless the one that the pages show has
+    systems which this run left out; in words."""
+    partial = partial_file(file)
+    known, found = (json.loads(path.read_text())["systems"] if path.exists() else {} for path in (file, partial))
+    if lacking := [name for name in known if name not in found]:
+        return f"{file} has {', '.join(lacking)} too and stays as it is; this run is in {partial}"
+    partial.replace(file)
+    return f"written: {file}, {', '.join(refresh())}"
+
+
 def results(kind: str) -> list[Path]:
     """The result files of a kind, without what an interrupted benchmark has left."""
     return [file for file in sorted((RESULTS / kind).glob("*.json")) if not file.name.endswith(".partial.json")]
@@ -153,6 +164,26 @@ def _conversion_speed() -> str:
     return _measured(result) + _table([*header, "2 × largest tensor + 1 GiB"], rows)
 
 
+def _conversion_megatron() -> str:
+    result = _read("convert_megatron.json")
+    took = result["seconds"]
+    against = {"written": "cp", "proof": "forward of both sides"}
+    rows = [
+        [part, f"{seconds:.2f}", f"{seconds / took[other]:.1f} × {other}" if (other := against.get(part)) else ""]
+        for part, seconds in took.items()
+    ]
+    memory = dict(result["memory"])
+    layers, allowed = memory.pop("layers"), memory.pop("allowed")
+    peaks = [[command, f"{peak:.2f}", f"{allowed:.2f}"] for command, peak in memory.items()]
+    header = [f"gemma-3-27b, {layers} of 62 layers", "peak memory, GiB", "2 × largest tensor + 1 GiB"]
+    return (
+        _measured(result)
+        + _table([f"{result['model']}, {result['gigabytes']} GB", "seconds", ""], rows)
+        + "\n"
+        + _table(header, peaks)
+    )
+
+
 def _memory() -> str:
     result = _read("memory.json")
     rows = [
@@ -174,26 +205,36 @@ def _measured(result: dict[str, Any]) -> str:
     return f"\n`{result['command']}` on {result['machine']}, {result['finished']}:{lacks}\n"
 
 
+RUN_COLUMNS = ["training examples", "columns", "epochs", "rank", "learning rate", "steps", "training seconds"]
+RUN_COLUMNS += ["validation loss", "held-out loss", "loss above the best", "held-out perplexity"]
+RUN_COLUMNS += ["New term", "Well-formed", "Fits its scene"]
+
+
+def _runs(name: str) -> str:
+    """A row for each run of `benchmarks/trained.py`."""
+    result = _read(name)
+    rows, packages = result["systems"], result["packages"]
+    columns = [column for column in RUN_COLUMNS if any(row.get(column) for row in rows.values())]
+    return (
+        f"{_measured(result)}\n{result['source']}, {result['rows_in']} rows, sha256 {result['source_sha256']}. Base "
+        f"model: {result['model']}, {result['peft']} on all linear layers, seed {result['seed']}. Every run is "
+        f"measured on the same {result['held_out_rows']} held-out rows with all columns. torch {packages['torch']}, "
+        f"NeMo {packages['nemo-toolkit']}.\n"
+        + _table(["run", *columns], [[run, *(row.get(column, "") for column in columns)] for run, row in rows.items()])
+    )
+
+
 def _attempts() -> str:
-    result = _read("attempts.json")
-    columns = ["run", "training rows", "columns", "epochs", "rank", "steps", "training time", "tokens/s (median)"]
-    columns += ["validation loss", "held-out loss", "held-out perplexity", "gain"]
-    columns = [column for column in columns if any(column in row for row in result["table"])]
     samples = []
-    for sample in result["samples"]:
+    for sample in _read("attempts.json")["samples"]:
         samples.append(f"**Prompt.** {sample['prompt']}\n")
         for name, text in sample["answers"].items():
             samples.append(f"{name}:\n\n" + "\n".join(f"> {line}".rstrip() for line in text.splitlines()) + "\n")
-    packages = result["packages"]
-    return (
-        f"\n`{result['command']}` ({result['rows_in']} rows in, sha256 {result['source_sha256']}). Base model: "
-        f"{result['model']}, {result['peft']} on all linear layers. Every run is measured on the same "
-        f"{result['held_out_rows']} held-out rows with all columns.\n\n"
-        f"Machine: {result['machine']}; torch {packages['torch']}, NeMo {packages['nemo-toolkit']}.\n"
-        + _table(columns, [[row.get(column, "") for column in columns] for row in result["table"]])
-        + f"\n## Their answers\n\nOne sample each, seed {result['seed']}, none selected.\n\n"
-        + "\n".join(samples)
-    )
+    return f"{_runs('attempts.json')}\n### Their answers\n\nThe first to each, none selected.\n\n" + "\n".join(samples)
+
+
+def _sweep() -> str:
+    return _runs("sweep.json") if (RESULTS / "sweep.json").exists() else "\nNot measured yet.\n"
 
 
 def _training_speed() -> str:
@@ -206,14 +247,32 @@ def _serving_speed() -> str:
     return "".join("\n" + "\n".join(table.serving_table(result)) + "\n" for result in found)
 
 
+def _fairness() -> str:
+    """Beside each time, what it is of the one that it is held to: three times for a first token, twice for a next."""
+    shown = ""
+    for file in results("fairness"):
+        result = _read(f"fairness/{file.name}")
+        took = result["milliseconds"]
+        rows = []
+        for name, milliseconds in took.items():
+            alone = took.get(name.partition(", ")[0] + ", alone", milliseconds)
+            rows.append([name, f"{milliseconds:,.0f}", f"{milliseconds / alone:.1f}" if alone != milliseconds else ""])
+        prompts = f"{result['model']}, prompts of {result['short']} and {result['long']:,} tokens"
+        shown += _measured(result) + _table([prompts, "ms", "× alone"], rows)
+    return shown or "\nNot measured yet.\n"
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "default-runs": _default_runs,
     "attempts": _attempts,
+    "sweep": _sweep,
     "conversion-formats": _conversion_formats,
     "conversion-speed": _conversion_speed,
+    "conversion-megatron": _conversion_megatron,
     "memory": _memory,
     "training-speed": _training_speed,
     "serving-speed": _serving_speed,
+    "fairness": _fairness,
     "models": _models,
     "rows-slang": lambda: _rows_of("tasks/slang/slang.csv"),
     "rows-reviews": lambda: _rows_of("tasks/reviews/squid_game_reviews.csv"),

@@ -88,10 +88,9 @@ def main(argv: list[str]) -> None:
         raise
     keep(result)
     assert file
-    figures.partial_file(file).replace(file)
     table.show(result)
+    print(figures.publish(file))
     table.plot([json.loads(other.read_text()) for other in figures.results("training")])
-    print(f"written: {file}, {', '.join(figures.refresh())}")
 
 
 def measure(

@@ -97,7 +97,7 @@ class Worker:
             TooLong: no line came in that time.
         """
         try:
-            line = self.lines.get(timeout=None if seconds is None else max(0.0, seconds))
+            line = self.lines.get(timeout=seconds)
         except queue.Empty:
             raise TooLong(f"did not end within {seconds:,.0f} s") from None
         if not line:
@@ -136,9 +136,9 @@ class Shares:
         self.used, self.seconds, self.out = dict.fromkeys(names, 0.0), seconds, set[str]()
 
     def left(self, name: str) -> float:
-        """Seconds that `name` may still use."""
+        """Seconds that `name` may still use; 0 where it has used more."""
         gone = sum(self.used[one] for one in self.out)
-        return (self.seconds - gone) / max(1, len(self.used) - len(self.out)) - self.used[name]
+        return max(0.0, (self.seconds - gone) / max(1, len(self.used) - len(self.out)) - self.used[name])
 
     @contextmanager
     def used_by(self, name: str) -> Iterator[float]:

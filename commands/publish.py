@@ -11,6 +11,7 @@ A repository that does not exist yet is made private: what is in it is seen by o
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,9 +59,7 @@ Asked the same, before and after:
 
 It answers what it was trained with, word for word (`prompt.json`; `{{instruction}}` is yours):
 
-```
 {template}
-```
 
 ```python
 {code}
@@ -76,7 +75,7 @@ It answers what it was trained with, word for word (`prompt.json`; `{{instructio
 
 ## Training
 
-{epochs} epochs, seed {seed}, on {machine}.
+{epochs}, seed {seed}, on {machine}.
 
 ```yaml
 {settings}
@@ -162,7 +161,7 @@ def publish(config: Config, repo: str, to: str, dataset: str, base: str, dry_run
     base = base or base_on_hub(nemo.base, Path(trained["model"].get("path") or ""), run_folder)
     if dataset:
         pushed.insert(0, (dataset, "dataset", folder / "dataset"))
-        write_rows(Path(config.data_dir), run_folder, folder / "dataset", repo, dataset)
+        write_rows(Run.read(run_folder).data_folder(config), folder / "dataset", repo, dataset)
     base_folder = base_of(Run.read(run_folder), config)
     # There, a Gemma 4 is a whole model with image and sound, on which an adapter for its text model does nothing.
     whole = to == "adapter" and is_gemma4(read_json(base_folder / "config.json"))
@@ -228,12 +227,12 @@ def write_card(
         before=evaluation.before.perplexity,
         after=evaluation.after.perplexity,
         answers=answers(evaluation),
-        template=nemo.prompt.template,
+        template=literal(nemo.prompt.template),
         code=LOAD[to].format(repo=repo, base=base),
         loads_on=LOADS_ON.format(record.loads_on) if record.loads_on else "",
         data=data_line(manifest, dataset),
         splits=split_lines(manifest),
-        epochs=train.get("epochs"),
+        epochs=f"{train.get('epochs')} epoch{'s' * (train.get('epochs') != 1)}",
         seed=trained.get("seed", manifest.seed),
         machine=", ".join(environment.gpus) or environment.cpu,
         settings=yaml.safe_dump(settings, sort_keys=False).strip(),
@@ -245,18 +244,9 @@ def write_card(
     ModelCard(text).save(folder / "README.md")
 
 
-def write_rows(data_folder: Path, run_folder: Path, folder: Path, repo: str, dataset: str) -> None:
-    """The prepared rows with their card; what was dropped from them stays here.
-
-    Raises:
-        UserError: they are not those of the run.
-    """
-    trained, manifest = Manifest.read(run_folder / "data_manifest.json"), Manifest.read(data_folder / "manifest.json")
-    if trained.splits != manifest.splits:
-        raise UserError(
-            f"{data_folder} holds other rows than {run_folder} was trained on. Prepare them again as then: "
-            f"its environment.json has the command"
-        )
+def write_rows(data_folder: Path, folder: Path, repo: str, dataset: str) -> None:
+    """The prepared rows with their card; what was dropped from them stays here."""
+    manifest = Manifest.read(data_folder / "manifest.json")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in (*SPLITS.values(), "manifest.json"):
@@ -330,10 +320,16 @@ def other_licence(of_family: str, card: dict[str, str]) -> str:
 
 
 def answers(evaluation: Evaluation) -> str:
-    """The run's first question with both answers, as quotations."""
+    """The run's first question with both answers, word for word."""
     sides = [("Question", evaluation.questions[0])]
     sides += [("Before", evaluation.before.answers[0]), ("After", evaluation.after.answers[0])]
-    return "\n\n".join(f"**{name}**\n\n" + "\n".join(f"> {line}" for line in text.split("\n")) for name, text in sides)
+    return "\n\n".join(f"**{name}**\n\n{literal(text)}" for name, text in sides)
+
+
+def literal(text: str) -> str:
+    """`text` as Markdown shows it unchanged: what a model writes may be markup, links and HTML."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0)
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def data_line(manifest: Manifest, dataset: str) -> str:

@@ -7,7 +7,7 @@ from core.artifacts import Metrics
 from core.configuration import load_config
 from core.errors import UserError, run
 from core.run_folder import Run, newest_run
-from evaluation.gate import pass_gate
+from evaluation.gate import pass_gate, pass_scores
 from evaluation.report import evaluate, show, write
 
 
@@ -18,9 +18,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{finished.folder} is a run of {finished.task}: make report TASK={finished.task}")
     evaluate(finished, config)
     report = write(finished.folder)
-    show(Metrics.read(finished.folder / "metrics.json"))
+    metrics, settings = Metrics.read(finished.folder / "metrics.json"), config.task.evaluate
+    show(metrics)
     print(report)
-    return pass_gate(finished.evaluation, config.task.evaluate.min_gain)
+    return max(pass_gate(finished.evaluation, settings.min_gain), pass_scores(metrics, settings.min_scores))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from core.machine import describe_environment, loading, quiet_libraries
 from core.progress import Progress
 from core.run_folder import read_metrics
 from core.schema import Config
+from data_prep.data_folder import read_manifest
 from data_prep.prepare import prepare
 from evaluation.gate import pass_gate
 from evaluation.questions import check, held_out_questions, listed_questions
@@ -227,6 +228,8 @@ def record(config: Config, base_folder: Path, data_folder: Path, run_folder: Pat
             )
     write_config(config, run_folder / "config.yaml")
     write_whole(run_folder / "data_manifest.json", (data_folder / "manifest.json").read_bytes())
+    for name in read_manifest(data_folder).carried:
+        write_whole(run_folder / name, (data_folder / name).read_bytes())
     environment.write(file)
 
 

@@ -128,8 +128,12 @@ def _is_json(text: str) -> bool:
 class Source(Record):
     """The table that a data folder was made from."""
 
-    name: str = Field(description="file name, or hf:OWNER/NAME")
-    sha256: str = Field(default="", description="of the file, or of a data set's files one by one")
+    name: str = Field(description="file name, the name of a folder or pattern, or hf:OWNER/NAME")
+    sha256: str = Field(
+        default="",
+        description="of the file, or of a data set's files one by one; of a folder or pattern that of the lines which "
+        "sha256sum writes of its files",
+    )
     bytes: int | None = Field(default=None, description="its size")
     form: str | None = Field(default=None, description="such as csv or json lines, detected from its contents")
     encoding: str | None = Field(default=None, description="of a text file, detected from its contents")
@@ -140,7 +144,10 @@ class Source(Record):
     config: str | None = Field(default=None, description="... its configuration")
     revision: str | None = Field(default=None, description="... its commit")
     split: str | None = Field(default=None, description="... its split")
-    files: list[str] | None = Field(default=None, description="... its files, as paths in the repository")
+    files: list[str] | None = Field(
+        default=None,
+        description="... its files, as paths in the repository; of a folder or pattern as paths in the folder",
+    )
 
 
 class TokenCounts(Record):
@@ -163,6 +170,26 @@ class Split(Record):
     source_rows: int | None = Field(default=None, description="rows of the table, where they are not the examples")
 
 
+class Alike(Record):
+    """What became of rows that are alike."""
+
+    repeats: int = Field(default=0, description="rows merged into an earlier one of their key that says all they say")
+    meanings: int = Field(default=0, description="rows kept beside an earlier one of their key, with another meaning")
+    variants: int = Field(
+        default=0, description="rows kept beside an earlier one of their key and meaning, with other cells or wording"
+    )
+    joined: int = Field(
+        default=0, description="rows made one with an earlier one of their key, which has both meanings"
+    )
+    groups: int = Field(default=0, description="groups of near-duplicates and of rows of one key, each in one split")
+    grouped_rows: int = Field(default=0, description="rows in these groups")
+    largest_group: int = Field(default=0, description="rows of the largest")
+    moved: int = Field(default=0, description="rows in another split than the hash of their key says, as groups decide")
+    formula_rows: int | None = Field(
+        default=None, description="rows compared without the words that most of their group share, as it was too large"
+    )
+
+
 class Manifest(Artifact):
     """What went into a data folder and what came out."""
 
@@ -175,9 +202,11 @@ class Manifest(Artifact):
     rows_out: int = Field(description="rows that were kept")
     dropped: dict[str, int] = Field(default={}, description="reason → number of rows; dropped.jsonl lists them")
     merged: int = Field(default=0, description="rows merged into an earlier one with the same key")
+    alike: Alike | None = Field(default=None, description="repeats and near-duplicates; missing in old manifests")
     repaired: int = Field(default=0, description="cells whose encoding, quotes or control characters were repaired")
     notes: dict[str, int] = Field(default={}, description="what a task's own reader counted, in words")
     splits: dict[str, Split] = Field(description="training, validation and test")
+    carried: list[str] = Field(default=[], description="files of the task's own that each run keeps a copy of")
     seed: int | None = Field(default=None, description="of the hash that assigns rows to splits")
     tokenizer_sha256: str | None = Field(default=None, description="of the tokenizer.json that counted the tokens")
 
@@ -339,6 +368,30 @@ class MetricResult(Change):
     reference: float | None = Field(default=None, description="score of the examples' own answers")
 
 
+class LabelCounts(Record):
+    """A label of a task whose answers are labels."""
+
+    label: str = Field(description="as the rows spell it")
+    training: int = Field(description="training rows with it")
+    asked: int = Field(description="asked rows with it")
+    before: Estimate | None = Field(default=None, description="share of these that the base model labels so (recall)")
+    after: Estimate | None = Field(default=None, description="the same of the fine-tuned model")
+
+
+class Labels(Record):
+    """How both models label held-out rows, where a task's answers are a few labels."""
+
+    questions: int = Field(description="held-out rows that were asked")
+    labels: list[LabelCounts] = Field(description="in the order of the matrices")
+    usual: Estimate = Field(description="share of the rows that the most frequent training label is right for")
+    accuracy: Change = Field(description="share of the rows that are labelled right")
+    f1: Change = Field(description="macro F1: the mean over labels that are true of some row")
+    confusion_before: list[list[int]] = Field(
+        description="of the base model: a row for each true label, a column for each named one; the last names none"
+    )
+    confusion_after: list[list[int]] = Field(description="the same of the fine-tuned model")
+
+
 class Metrics(Artifact):
     """What `make report` measured on the answers of both models."""
 
@@ -350,6 +403,7 @@ class Metrics(Artifact):
     metrics: list[MetricResult] = Field(default=[], description="one for each metric that applies")
     scores: dict[str, dict[str, float]] = Field(default={}, description="id of an answer → name of a metric → score")
     judge: OrEmpty[Preference] = Field(default=None, description="{} where nothing was judged")
+    labels: Labels | None = Field(default=None, description="missing or null where the answers are no labels")
 
 
 # --- base models and conversions ------------------------------------------------------------------------------
@@ -465,6 +519,8 @@ class ServerStatus(Artifact):
     gateway_port: int | None = Field(default=None, description="of the gateway, the OpenAI-compatible server")
     base: str = Field(default="", description="name of the base model's folder")
     restarts: dict[str, int] = Field(default={}, description="process → how often it was restarted")
+    options: dict[str, Any] = Field(default={}, description="arguments of `commands.serve` that it runs with")
+    unwritten: str = Field(default="", description="since when this file could not be written, and why, the last time")
 
 
 ARTIFACTS: tuple[type[Artifact], ...] = (

@@ -3,7 +3,7 @@
 Gemma 1 to 3 say `<start_of_turn>`, Gemma 4 `<|turn>`; to the other one each is ordinary text, in pieces, with which a
 model trains without complaint and answers badly. So `load_config` gives every task the turns of its base, which are
 known from the model's config.json, or by its name before that has been fetched. A template without turns stays as it
-is.
+is, and a task that continues texts has none (`Prompt.continues_text`).
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.gemma4_turns import END, MODEL_TURN, NO_THOUGHT, TURN
+from core.prompt import CONTINUED
 from core.schema import Config, ModelConfig
 
 Turns = Literal["gemma", "gemma4-small", "gemma4-large"]
@@ -24,10 +25,12 @@ def with_turns_of_its_base(config: Config) -> Config:
     """`config`, whose prompt has the turns of its base model; a sentence on standard error says where they were
     others."""
     prompt, turns = config.task.prompt, turns_of_model(config.model)
-    template = in_turns(prompt.template, turns)
+    # Where instruction and response are one text that is continued, an instruction-tuned model's turns have no place.
+    template = CONTINUED if prompt.instruction == prompt.response else in_turns(prompt.template, turns)
     if template == prompt.template:
         return config
-    if any(token in prompt.template for token in (TO_GEMMA if turns == "gemma" else TO_GEMMA4)):
+    foreign = TO_GEMMA if turns == "gemma" else TO_GEMMA4
+    if template != CONTINUED and any(token in prompt.template for token in foreign):
         name = Path(config.model.path).name if config.model.path else config.model.name
         print(
             f"task.prompt.template has turns that {name} does not know; it gets its own: {template!r}", file=sys.stderr

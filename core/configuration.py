@@ -31,6 +31,7 @@ from core.tasks import CONFIG_DIR, foreign_config_dirs
 from core.validation import did_you_mean
 
 GROUPS = ("task", "model", "peft", "trainer", "experiment", "prompt")
+FILTERS = "task.data.filters."
 PATHS = ("task.data.source", "model.path", "data_dir", "runs_dir", "run")
 Options = TypeVar("Options", bound=Arguments)
 
@@ -188,6 +189,8 @@ def _composed(words: list[str], given: list[Override]) -> Config:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         hint = "; between double quotes, \\${ is written \\\\${" if "escape character '$'" in str(error.problem) else ""
+        if r"'\t'" in str(error.problem):
+            hint = "; YAML is indented by spaces: write spaces in place of the tab"
         where = f"{_relative(Path(mark.name))}:{mark.line + 1}" if mark else "configuration"
         raise UserError(f"{where}: this is not YAML: {error.problem}{hint}") from None
     except UnicodeDecodeError as error:
@@ -235,9 +238,10 @@ def _as_known(word: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A path may hold signs that mean something in an override."""
+    """A path, and the rule of a filter, may hold signs that mean something in an override."""
     name, is_assignment, value = word.partition("=")
-    if not is_assignment or name.lstrip("+") not in PATHS or value[:1] in ("'", '"'):
+    is_text = name.lstrip("+") in PATHS or name.lstrip("+").startswith(FILTERS)
+    if not is_assignment or not is_text or value[:1] in ("'", '"'):
         return word
     return f"{name}={_in_quotes(value)}"
 

@@ -29,18 +29,32 @@ def processor_name() -> str:
     """The model name of this machine's processor, e.g. `Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz`."""
     import platform
 
+    found = re.search(r"^model name\s*: (.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def processor_vendor() -> str:
+    """As Linux names it, e.g. `GenuineIntel` or `AuthenticAMD`; "" where it does not."""
+    found = re.search(r"^vendor_id\s*: (.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _cpuinfo() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
 
 
 def short_machine_name() -> str:
     """The processor without trademark signs, its cores, and what it is confined to, for tables."""
     name = re.sub(r"\((R|TM)\)", "", processor_name())
     return ", ".join([name, f"{os.cpu_count()} cores", *filter(None, [confinement()])])
+
+
+def cores() -> int:
+    """The logical processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def confine_to_avx2() -> None:
@@ -102,9 +116,11 @@ def describe_environment() -> Environment:
 def let_waiting_threads_sleep() -> None:
     """For a command of many short products between reading and Python's own work, before it imports torch: threads that
     wait for the next product sleep. They would spin for most of the time: two thirds of the processor seconds of a
-    conversion. Whoever has set OMP_WAIT_POLICY is asked first."""
+    conversion. And torch asks for large pages of memory: one for each 4 KB of a new tensor would take longer than what
+    is then done with it. Whoever has set OMP_WAIT_POLICY or THP_MEM_ALLOC_ENABLE is asked first."""
     if "torch" not in sys.modules:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @contextmanager

@@ -10,16 +10,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .gemma4_answers import AnswerPart, AnswerReader, ToolCall, read_answer
 from .gemma4_turns import MODEL_TURN, TURN, check_tools, check_turns, strip_thoughts, write_dialogue
 
-__all__ = ["EOS", "PROMPT_FILE", "AnswerPart", "AnswerReader", "Prompt", "ToolCall", "disarm", "exchanges"]
+__all__ = ["CONTINUED", "EOS", "PROMPT_FILE", "AnswerPart", "AnswerReader", "Prompt", "ToolCall", "disarm", "exchanges"]
 
 PROMPT_FILE = "prompt.json"  # beside the weights in an exported folder
 EOS = "<eos>"  # of every Gemma, as text
+CONTINUED = "{instruction}{response}"  # the template of plain text, which has no instruction
 _FIELD = re.compile(r"\{(\w+)\}")
 # The control tokens of all Gemma generations, as text. In a user's message they must not act as control tokens.
 _CONTROL = re.compile(
@@ -82,9 +84,11 @@ class Prompt:
         return self._write(self.response, values)
 
     def _write(self, template: str, values: dict[str, str]) -> str:
-        lines = template.split("\n")
-        kept = [line for line in lines if not _FIELD.findall(line) or any(values.get(f) for f in _FIELD.findall(line))]
-        return self._fill("\n".join(kept), values)
+        lines = _lines(template)
+        if not all(values.get(name) for _, fields in lines for name in fields):
+            kept = [line for line, fields in lines if not fields or any(values.get(name) for name in fields)]
+            template = "\n".join(kept)
+        return self._fill(template, values)
 
     @property
     def end(self) -> str:
@@ -95,6 +99,12 @@ class Prompt:
     def has_gemma4_turns(self) -> bool:
         """Whether there is a turn for the system, thinking and tools, and answers may hold thoughts and calls."""
         return TURN in self.template
+
+    @property
+    def continues_text(self) -> bool:
+        """Whether the model goes on with a text, rather than answer: instruction and response are one field, with
+        nothing around them."""
+        return self.template == CONTINUED and self.instruction == self.response
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -110,16 +120,19 @@ class Prompt:
 
         The loss is on targets; the end token follows each of them. A dialogue is one sample where every answer comes
         after the very text that it is asked for with, the answers before it included. Gemma 4's large sizes are asked
-        with an empty thought that earlier turns do not have, so that each answer is a sample of its own.
+        with an empty thought that earlier turns do not have, so that each answer is a sample of its own. A plain text
+        is a target from its first token on.
 
         Args:
-            example: `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an answer. One
-                of `"weight": 0` is context: it stands in the text of the next one, as at inference, and is no target.
-                Where there is no other, there is no sample.
+            example: `{"text"}`, `{"input", "output"}`, or `{"messages": [{"role", "content"}, …]}`, which ends with an
+                answer. One of `"weight": 0` is context: it stands in the text of the next one, as at inference, and is
+                no target. Where there is no other, there is no sample.
 
         Raises:
             ValueError: see `exchanges`.
         """
+        if "messages" not in example and "input" not in example:
+            return [[(disarm(example["text"]), True)]]
         if "messages" not in example:
             return [[(self.wrap(example["input"]), False), (self._answer(example["output"]), True)]]
         messages, pieces, given = example["messages"], list[tuple[str, bool]](), ""
@@ -221,6 +234,10 @@ class Prompt:
                 found[current] = f"{found.get(current, '')}\n{line}".strip()
         return found
 
+    def has_all_parts(self, fields: Mapping[str, str]) -> bool:
+        """Whether a response was read that has every part with a label, with text behind each."""
+        return all(fields.get(name) for name, label in self.labels().items() if label)
+
     def instruction_fields(self) -> list[str]:
         """The names of the fields that an instruction is made of, in order."""
         return _FIELD.findall(self.instruction)
@@ -242,6 +259,12 @@ class Prompt:
     @staticmethod
     def _fill(text: str, values: dict[str, str]) -> str:
         return _FIELD.sub(lambda match: values.get(match[1]) or "", text)
+
+
+@cache  # of a template there are millions of rows
+def _lines(template: str) -> list[tuple[str, list[str]]]:
+    """The lines of a template, each with the fields in it."""
+    return [(line, _FIELD.findall(line)) for line in template.split("\n")]
 
 
 def is_learned(message: Mapping[str, Any]) -> bool:

@@ -1,9 +1,10 @@
 """Finished runs: finding them, and reading what they left (core/artifacts.py)."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -83,21 +84,53 @@ class Run:
         """Of the table that the run was trained on; "" where it is not on record."""
         return self.manifest.source.name if self.manifest else ""
 
-    def data_folder(self, *folders: str) -> Path:
-        """The first of its own `data_dir` and `folders` that holds the examples it was trained and measured on.
+    def data_folder(self, now: Config | None = None) -> Path:
+        """Its own `data_dir`, or that of the configuration `now`, whichever has the examples it was trained on.
 
         Raises:
-            UserError: none does.
+            UserError: neither does; it says what differs.
         """
-        for folder in (self.config["data_dir"], *folders):
+        for folder in (self.config["data_dir"], *([now.data_dir] if now else ())):
             manifest = Manifest.read_if_there(Path(folder) / "manifest.json")
             if manifest and _hashes(manifest) == _hashes(self.manifest):
                 return Path(folder)
+        there = Manifest.read_if_there(Path(self.config["data_dir"]) / "manifest.json")
+        changed = _changed(self.config["task"]["data"], now.task.data.model_dump(exclude_unset=True) if now else {})
+        if self.manifest and there and self.manifest.source.sha256 == there.source.sha256:
+            changed = [one for one in changed if one[0] != "task.data.source"]  # prepared from the same file
+        args = " ".join(f"{name}={then}" for name, then, _ in changed if name != "task.data.source")
+        differs = [f"the run had {name}={then}, which is {today} now" for name, then, today in changed]
         raise UserError(
-            f"{self.config['data_dir']} does not hold the examples that {self.folder} was trained on. Prepare them "
-            f"again from {self.source_name or 'the same table'}: make data TASK={self.task} SOURCE=…, or name the "
-            "folder that holds them: ARGS=data_dir=FOLDER"
+            f"{self.config['data_dir']} does not hold the examples that {self.folder} was trained on: "
+            f"{'; '.join([*differs, _difference(self.manifest, there)])}. Prepare them as then: make data "
+            f"TASK={self.task} SOURCE={self.config['task']['data'].get('source', '…')}"
+            f"{f' ARGS={quote(args)}' if args else ''}; or name the folder that holds them: ARGS=data_dir=FOLDER"
         )
+
+
+def _changed(then: Mapping[str, Any], now: Mapping[str, Any], above: str = "task.data") -> list[tuple[str, str, str]]:
+    """`(key, value then, value now)` of the options that differ, where both are known."""
+    found = list[tuple[str, str, str]]()
+    for name, value in then.items():
+        if name in now and isinstance(value, dict) and isinstance(now[name], dict):
+            found += _changed(value, now[name], f"{above}.{name}")
+        elif name in now and value != now[name]:
+            was, today = ("null" if it is None else str(it) for it in (value, now[name]))
+            found.append((f"{above}.{name}", was, today))
+    return found
+
+
+def _difference(then: Manifest | None, there: Manifest | None) -> str:
+    """How the rows that are there differ from those of a run, in words."""
+    if not then or not there:
+        return "no manifest is there" if then else "the run has no manifest"
+    if then.source.sha256 != there.source.sha256:
+        of = [f"{one.source.name} (SHA-256 {one.source.sha256[:12]})" for one in (then, there)]
+        return f"the run's rows are of {of[0]}, those there of {of[1]}"
+    rows = [" / ".join(str(split.rows) for split in manifest.splits.values()) for manifest in (then, there)]
+    if rows[0] != rows[1]:
+        return f"the run had {rows[0]} rows in its splits, and {rows[1]} are there"
+    return "the rows are as many, but not the same; another version of this project may have made them"
 
 
 def _hashes(manifest: Manifest | None) -> dict[str, str]:

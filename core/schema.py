@@ -77,7 +77,9 @@ class DataConfig(Section):
 
     model_config = ConfigDict(extra="allow")  # core/configuration.py lets in no other key than the module's
 
-    source: NonEmpty = Field(description="a CSV, TSV, JSONL or Parquet file, or hf:OWNER/NAME of the Hugging Face hub")
+    source: NonEmpty = Field(
+        description="a CSV, TSV, JSONL, Parquet or Arrow file, a folder or pattern of them, or hf:OWNER/NAME of the hub"
+    )
     module: Text | None = Field(None, description="a folder of tasks/ for what columns alone cannot say")
     columns: dict[str, list[Text]] = Field(
         description="field: the headers that its column may have, in any case and order; the first one found is used"
@@ -86,6 +88,11 @@ class DataConfig(Section):
     key: Annotated[list[Text], BeforeValidator(lambda key: [key] if isinstance(key, str) else key)] = Field(
         min_length=1,
         description="rows in which this field, or these together, are the same count as one; the split is its hash",
+    )
+    same_key: Literal["rows", "joined"] = Field(
+        "rows",
+        description="rows of one key that say different things, such as homonyms: each stays a row, or joined makes "
+        "one of them, with all meanings",
     )
     cells: dict[str, Literal["line", "json", "lettered", "numbered"]] = Field(
         {},
@@ -177,6 +184,9 @@ class EvaluateConfig(Section):
     metrics: Text | None = Field(description="a folder of tasks/ with metrics beside the usual ones")
     min_gain: Number | None = Field(
         lt=1, description="share by which perplexity must fall, e.g. 0.05; else train and report end with code 3"
+    )
+    min_scores: dict[str, Number] = Field(
+        {}, description="metric: the least that the fine-tuned model's answers must score, else report ends with code 3"
     )
 
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,11 @@ def tokenize(
     `target_ranges` is the loss mask as half-open ranges of `input_ids`, `[[first, past the last], …]`: the response, or
     the model's turns of a dialogue. Each is tokenized apart from what comes before it, as it is at inference, and ends
     with EOS or the template's own end token, so that the model learns to stop. A row is one sample, or several (see
-    `Prompt.samples`).
+    `Prompt.samples`). A plain text that is too long is several samples of about the same length, of which the last has
+    the end; every token but BOS is a target.
 
     Args:
-        file: JSONL of contract 1, `{"input", "output"}` or `{"messages"}`.
+        file: JSONL of contract 1, `{"input", "output"}`, `{"messages"}` or `{"text"}`.
         cache: folder for tokens of splits too large for memory; emptied with the data folder that it lies in.
 
     Returns:
@@ -117,7 +118,10 @@ def tokenize(
                         if is_target:
                             ids.append(end)
                             ranges.append([first, len(ids)])
-                    yield {"input_ids": ids, "length": len(ids), "target_ranges": ranges}
+                    is_text = len(pieces) == 1  # else something is given before the target
+                    for part in _windows(ids, max_length) if is_text else [ids]:
+                        parts = [[1, len(part)]] if is_text else ranges
+                        yield {"input_ids": part, "length": len(part), "target_ranges": parts}
 
     small = file.stat().st_size < 10e6  # done in a second or two, and no trouble for the memory
     if small:
@@ -127,7 +131,7 @@ def tokenize(
     else:
         # Given here, because `datasets` would otherwise pickle the tokenizer to hash it, which takes seconds. Tokenizer
         # and prompt are those of the data folder that `cache` lies in: another one makes another folder.
-        of = f"{file.name} {file.stat().st_mtime_ns} {prompt}"
+        of = f"{file.name} {file.stat().st_mtime_ns} {prompt} {max_length}"
         fingerprint = hashlib.sha256(of.encode()).hexdigest()[:16]
         samples = Dataset.from_generator(encoded, FEATURES, str(cache), fingerprint=fingerprint)
     fitting = samples.filter(lambda sample: sample["length"] <= max_length, keep_in_memory=small)
@@ -137,6 +141,14 @@ def tokenize(
             f"Raise task.train.max_length"
         )
     return fitting, len(samples) - len(fitting)
+
+
+def _windows(ids: list[int], max_length: int) -> list[list[int]]:
+    """A text's tokens after BOS in as few parts as fit, none much shorter than the others, each after a BOS."""
+    bos, *tokens = ids
+    count = -(-len(tokens) // max(max_length - 1, 1))
+    cuts = [len(tokens) * place // count for place in range(count + 1)]
+    return [[bos, *tokens[first:end]] for first, end in pairwise(cuts)]
 
 
 class Batches:

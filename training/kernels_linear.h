@@ -28,19 +28,24 @@ enum {
     TOKEN_GROUP = 24,         /* at a time, a multiple of each ROWS: their logits stay in the second cache */
 };
 
+/* A word of less probability adds nothing to the gradient (Wijmans et al., 2024, "Cut your losses", section 4.3): most of Gemma's
+vocabulary. tests/test_cross_entropy.py bounds what that changes. */
+#define NEGLIGIBLE 1e-8f
+
 static inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
 static inline int least(int a, int b) { return a < b ? a : b; }
 
-/* to [ROWS][COLUMNS] = or += a · b: a [depth][ROWS], b [depth] rows that are `b_stride` apart. */
+/* to [ROWS][COLUMNS] = or += a · b: a [depth][ROWS], b rows that are `b_stride` apart: the first ones, or the chosen. */
 static inline __attribute__((always_inline)) void product_tile(float *to, size_t stride, const float *a, const float *b,
-                                                       size_t b_stride, int depth, int add) {
+                                                       size_t b_stride, const int *chosen, int depth, int add) {
     f32 sum[ROWS][2];
     UNROLLED for (int row = 0; row < ROWS; row++) {
         sum[row][0] = add ? load_f32(to + row * stride) : splat(0);
         sum[row][1] = add ? load_f32(to + row * stride + LANES) : splat(0);
     }
-    for (int k = 0; k < depth; k++, a += ROWS, b += b_stride) {
-        f32 left = load_f32(b), right = load_f32(b + LANES);
+    for (int k = 0; k < depth; k++, a += ROWS) {
+        const float *at = b + (size_t)(chosen ? chosen[k] : k) * b_stride;
+        f32 left = load_f32(at), right = load_f32(at + LANES);
         UNROLLED for (int row = 0; row < ROWS; row++) sum[row][0] += a[row] * left, sum[row][1] += a[row] * right;
     }
     UNROLLED for (int row = 0; row < ROWS; row++) {
@@ -50,15 +55,16 @@ static inline __attribute__((always_inline)) void product_tile(float *to, size_t
 }
 
 /* The same for the first `rows` rows of `to`. */
-static void edge_tile(float *to, size_t stride, const float *a, const float *b, size_t b_stride, int depth, int add, int rows) {
+static inline __attribute__((always_inline)) void edge_tile(float *to, size_t stride, const float *a, const float *b,
+                                                    size_t b_stride, const int *chosen, int depth, int add, int rows) {
     if (rows >= ROWS) {
-        product_tile(to, stride, a, b, b_stride, depth, add);
+        product_tile(to, stride, a, b, b_stride, chosen, depth, add);
         return;
     }
     float all[ROWS * COLUMNS];
     for (int row = 0; row < rows && add; row++) memcpy(all + row * COLUMNS, to + row * stride, COLUMNS * sizeof(float));
     for (int row = add ? rows : ROWS; row < ROWS; row++) memset(all + row * COLUMNS, 0, COLUMNS * sizeof(float));
-    product_tile(all, COLUMNS, a, b, b_stride, depth, add);
+    product_tile(all, COLUMNS, a, b, b_stride, chosen, depth, add);
     for (int row = 0; row < rows; row++) memcpy(to + row * stride, all + row * COLUMNS, COLUMNS * sizeof(float));
 }
 
@@ -113,7 +119,7 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
                 float *to = x_panels + task * panel;
                 pack_rows(to, x + (size_t)first * depth, depth, count, depth);
                 for (int r = 0; rank && r < width; r += COLUMNS)
-                    edge_tile(low + (size_t)first * width + r, width, to, inner + r, width, depth, 0, count);
+                    edge_tile(low + (size_t)first * width + r, width, to, inner + r, width, NULL, depth, 0, count);
                 if (rank) pack_rows(to + (size_t)depth * ROWS, low + (size_t)first * width, width, count, rank);
             } else {
                 int first = begin + (task - packs) * COLUMNS;
@@ -133,7 +139,7 @@ static void lora_product(float *y, float *low, const float *x, const bf16 *w, co
                     for (int row = first_row; row < last_row; row += ROWS)
                         edge_tile(y + (size_t)row * columns + column, columns, x_panels + row / ROWS * panel + (size_t)k * ROWS,
                                   w_panels + (size_t)(column - begin) * whole + (size_t)k * COLUMNS, COLUMNS,
-                                  least(SLICE, whole - k), k > 0, last_row - row);
+                                  NULL, least(SLICE, whole - k), k > 0, last_row - row);
         }
     }
 }
@@ -157,7 +163,7 @@ static void lora_gradient(float *to, const float *low, const float *x, int rows,
                     for (int i = 0; i < ROWS; i++)
                         some_low[k * ROWS + i] = r + i < rank ? low[(size_t)(row + k) * width + r + i] : 0;
                 for (int i = 0; i < wide; i += COLUMNS)
-                    edge_tile(to + (size_t)r * columns + begin + i, columns, some_low, panels + i * depth, COLUMNS, depth, row > 0,
+                    edge_tile(to + (size_t)r * columns + begin + i, columns, some_low, panels + i * depth, COLUMNS, NULL, depth, row > 0,
                               rank - r);
             }
         }
@@ -180,17 +186,37 @@ void lora_backward(float *grad_x, float *grad_a, float *grad_b, float *grad_low,
     lora_gradient(grad_b, low, grad, rows, out, rank, width);
 }
 
+/* exp(logit - maximum) of [rows][count] → a panel [kept][ROWS], without words whose probability is negligible for all of the
+rows; `words` are those that are kept. */
+static int pack_likely(float *panel, int *words, const float *logits, const float *total, int rows, int count) {
+    int kept = 0;
+    float least_of[ROWS];
+    for (int row = 0; row < rows; row++) least_of[row] = total[row] * NEGLIGIBLE;
+    for (int k = 0; k < count; k++) {
+        int likely = 0;
+        for (int row = 0; row < ROWS; row++) {
+            float value = row < rows ? logits[(size_t)row * count + k] : 0;
+            panel[kept * ROWS + row] = value;
+            likely |= row < rows && value > least_of[row];
+        }
+        words[kept] = k;
+        kept += likely;
+    }
+    return kept;
+}
+
 /* TOKEN_GROUP tokens, of which `some` are there, and `count` words; see vocabulary_forward. `columns` and `rows` are the panels
 of the words' wᵀ and w. */
 static void add_words(float *mean, float *maximum, float *total, const float *x_panels, const float *columns, const float *rows,
                       float cap, int some, int depth, int count) {
     float *logits = scratch(SCORES, (size_t)TOKEN_GROUP * WORD_BLOCK * sizeof(float));
-    float *weights = scratch(PROBABILITIES, (size_t)TOKEN_GROUP * WORD_BLOCK * sizeof(float));
+    float *weights = scratch(PROBABILITIES, (size_t)ROWS * WORD_BLOCK * sizeof(float));
+    int words[WORD_BLOCK];
     for (int k = 0; k < depth; k += SLICE)
         for (int column = 0; column < count; column += COLUMNS)
             for (int row = 0; row < TOKEN_GROUP; row += ROWS)
                 product_tile(logits + (size_t)row * count + column, count, x_panels + (size_t)row * depth + (size_t)k * ROWS,
-                             columns + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, least(SLICE, depth - k), k > 0);
+                             columns + (size_t)column * depth + (size_t)k * COLUMNS, COLUMNS, NULL, least(SLICE, depth - k), k > 0);
     for (int row = 0; row < some; row++) {
         float rescale = soften(logits + (size_t)row * count, &maximum[row], &total[row], cap, count);
         for (int i = 0; mean && i < depth; i += LANES) {
@@ -199,13 +225,13 @@ static void add_words(float *mean, float *maximum, float *total, const float *x_
         }
     }
     if (!mean) return;
-    for (int row = 0; row < TOKEN_GROUP; row += ROWS)
-        pack_rows(weights + (size_t)row * count, logits + (size_t)row * count, count, some - row, count);
-    for (int k = 0; k < count; k += SLICE)
-        for (int column = 0; column < depth; column += COLUMNS)
-            for (int row = 0; row < some; row += ROWS)
-                edge_tile(mean + (size_t)row * depth + column, depth, weights + (size_t)row * count + (size_t)k * ROWS,
-                          rows + (size_t)column * count + (size_t)k * COLUMNS, COLUMNS, least(SLICE, count - k), 1, some - row);
+    for (int row = 0; row < some; row += ROWS) {
+        int kept = pack_likely(weights, words, logits + (size_t)row * count, total + row, least(ROWS, some - row), count);
+        for (int k = 0; k < kept; k += SLICE)
+            for (int column = 0; column < depth; column += COLUMNS)
+                edge_tile(mean + (size_t)row * depth + column, depth, weights + (size_t)k * ROWS, rows + (size_t)column * count,
+                          COLUMNS, words + k, least(SLICE, kept - k), 1, some - row);
+    }
 }
 
 /* The output layer, its softmax and the gradient of its input in one pass over the vocabulary: of each token t, maximum[t]

@@ -28,6 +28,7 @@ from core.schema import Config
 from training.batches import Batches
 from training.cross_entropy import BLOCK
 from training.distribute import COLUMN_PARALLEL, ROW_PARALLEL
+from training.stored_weights import can_store, stored_elements
 
 GIB = 2**30
 PROCESS = 1.22 * GIB  # Python, NeMo, the tokenizer and oneDNN's cached kernels; none of it is on a GPU
@@ -109,7 +110,7 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
     """Peak memory of each process of a run.
 
     Args:
-        base_folder: only its config.json is read.
+        base_folder: its config.json is read, and the dtypes of its weights.
         dtype: of the base model's weights.
         tokens: of one micro-batch, padding included.
         targets: target tokens of one micro-batch.
@@ -121,6 +122,12 @@ def estimate(config: Config, base_folder: Path, dtype: torch.dtype, tokens: int,
     processes = config.trainer.devices * config.trainer.num_nodes
     base = _meta_model(architecture, dtype)
     weights = _weights(config, base, dtype)
+    divided = processes > 1 and config.trainer.strategy in ("fsdp2", "tp")
+    device = torch.device("cpu" if config.trainer.accelerator == "cpu" else "cuda")
+    if not config.peft.quantization and not divided and can_store(base_folder, dtype, device):
+        weights -= stored_elements(_meta_model(architecture, torch.bfloat16)) * (
+            dtype.itemsize - torch.bfloat16.itemsize
+        )
     with torch.device("meta"):
         model = add_lora(base, lora_settings(plain(config.peft)))
     adapter = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -43,6 +43,12 @@ def can_store(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
     return bool(files)
 
 
+def stored_elements(base: PreTrainedModel) -> int:
+    """How many weights of `base`, in bfloat16 and on any device, `load_stored` keeps in it."""
+    weights = {id(part.weight): part.weight for part in base.modules() if _is_stored(part)}
+    return sum(weight.numel() for weight in weights.values())
+
+
 def load_stored(folder: Path) -> PreTrainedModel:
     """The base in `folder` as `load_base` gives it in float32, but its embeddings and linear layers are in bfloat16.
 
