@@ -10,9 +10,9 @@ RUNTIME ?= auto
 PYTHON ?= python3
 
 # What may stand on make's command line; a misspelt name would otherwise be a default that nobody asked for.
-variables := TASK MODEL PEFT ENGINE TO RUNTIME PYTHON ARGS SOURCE NAME TITLE CONTEXT CONDITION QUESTION RUNS REPO DATASET \
+variables := TASK MODEL PEFT ENGINE TO RUNTIME PYTHON ARGS SOURCE NAME TITLE ASKED ANSWER PREVIEW CONTEXT CONDITION QUESTION RUNS REPO DATASET \
 	TASKS GPUS BASE KIND VARIANT BASE_IMAGE PROFILES IMAGE TRAIN_IMAGE DRY_RUN NODES GPUS_PER_NODE CPUS_PER_NODE PARTITION \
-	ACCOUNT QOS TIME CONTAINER SWEEP NAMESPACE OVERLAY JOB GATEWAY_PORT HTTP_PORT GRPC_PORT METRICS_PORT WEB_PORT PROMETHEUS_PORT \
+	ACCOUNT QOS TIME CONTAINER SWEEP NAMESPACE OVERLAY EXPOSE JOB GATEWAY_PORT GRPC_PORT WEB_PORT PROMETHEUS_PORT \
 	GRAFANA_PORT PROMETHEUS_IMAGE GRAFANA_IMAGE WEB_NAME OWNER WORKERS CC KERNEL_CFLAGS HF_TOKEN PIP_FIND_LINKS MASTER_ADDR MASTER_PORT NODE_RANK
 given := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 $(foreach name,$(filter-out $(variables),$(given)),$(error $(name) is no variable of this Makefile. Known: $(variables)))
@@ -73,14 +73,14 @@ train: $(if $(filter local,$(RUNTIME)),.venv/train.stamp $(if $(filter automodel
 data: .venv/train.stamp  ## prepare the data of TASK and show it  SOURCE=my.csv ARGS="examples=5"
 	@$(RUN) commands.data $(CONFIG)
 
-new-task: .venv/train.stamp  ## write a task for a table of your own, as a start  NAME=films SOURCE=reviews.csv TITLE="..."
-	@$(RUN) commands.new_task "name=$$NAME" "source=$$SOURCE" "title=$$TITLE"
+new-task: .venv/train.stamp  ## write a task for a table of your own, as a start  NAME=films SOURCE=reviews.csv TITLE="..." PREVIEW=1 ASKED=column ANSWER=column
+	@$(RUN) commands.new_task "name=$$NAME" "source=$$SOURCE" "title=$$TITLE" "asked=$$ASKED" "answer=$$ANSWER" $(if $(PREVIEW),preview=true)
 
 base: .venv/train.stamp  ## only fetch or build MODEL  HF_TOKEN=hf_... for gated ones
 	@$(RUN) commands.base model=$(MODEL) $(args)
 
-generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..."
-	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(args)
+generate: .venv/train.stamp  ## ask base and fine-tuned model side by side  CONTEXT="..." CONDITION="..." QUESTION="..." TEXT="..."
+	@$(RUN) commands.generate task=$(TASK) $(if $(CONTEXT),"context=$$CONTEXT") $(if $(CONDITION),"condition=$$CONDITION") $(if $(QUESTION),"question=$$QUESTION") $(if $(TEXT),"text=$$TEXT") $(args)
 
 chat: .venv/train.stamp  ## talk with the newest run of TASK in the terminal  ARGS=run=FOLDER
 	@$(RUN) commands.chat task=$(TASK) $(args)
@@ -100,7 +100,7 @@ publish: .venv/train.stamp  ## newest run to the Hugging Face hub  REPO=name/mod
 	@$(RUN) commands.publish task=$(TASK) "repo=$$REPO" to=$(call quoted,$(TO)) $(if $(DATASET),"dataset=$$DATASET") $(if $(DRY_RUN),dry_run=true) $(args)
 
 attempts: .venv/train.stamp  ## the slang generator's three attempts, to docs/attempts.md  SOURCE=all_slangs.csv
-	@$(RUN) commands.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(args)
+	@$(RUN) benchmarks.attempts model=$(MODEL) $(if $(SOURCE),"task.data.source=$$SOURCE") $(args)
 
 # --- serving ------------------------------------------------------------------------------------------------------
 # TASKS=a,b or a TASK that was named must have a finished run; the default one is served if it has.
@@ -110,7 +110,7 @@ served := $(or $(subst $(comma), ,$(TASKS)),$(if $(filter file default,$(origin 
 $(foreach task,$(served),$(call check,task,$(task),TASKS))
 .PHONY: serve
 serve: .venv/train.stamp .venv-serve/serve.stamp  ## serve the newest run of each of TASKS with Triton  TASKS=slang,squid_game ENGINE=vllm ARGS="--help"
-	@$(RUN) commands.prepare_serving $(if $(served),tasks=$(subst $(space),$(comma),$(strip $(served))),default=$(TASK)) model=$(MODEL) engine=$(ENGINE)
+	@$(RUN) commands.prepare_serving $(if $(served),tasks=$(subst $(space),$(comma),$(strip $(served))),default=$(TASK)) $(if $(filter file default,$(origin MODEL)),,model=$(MODEL)) engine=$(ENGINE)
 	@$(if $(filter embedded,$(ENGINE)),.venv-serve/bin/python -m commands.serve $(args))
 
 .PHONY: client
@@ -142,7 +142,7 @@ down:  ## end what `make up` began
 
 # --- Kubernetes ---------------------------------------------------------------------------------------------------
 .PHONY: cluster
-cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang DRY_RUN=1
+cluster:  ## a namespace with claims and serving on Kubernetes  RUNTIME=k8s OVERLAY=cpu, gpu TASKS=slang EXPOSE=grpc DRY_RUN=1
 	@$(if $(filter k8s,$(RUNTIME)),,$(error make cluster is for RUNTIME=k8s; Slurm clusters need nothing before make train))
 	@$(PYTHON) docker/kubernetes.py cluster
 
@@ -157,6 +157,8 @@ web-pictures: .venv/dev.stamp  ## docs/web.png and docs/web-phone.png of a runni
 # --- the developer's house ----------------------------------------------------------------------------------------
 .PHONY: test test-quick sanitize lint docs docs-check lock clean help
 test: .venv/dev.stamp  ## the whole test suite, real 270M model included
+	@for name in serve megatron; do \
+		$(MAKE) --no-print-directory .venv-$$name/$$name.stamp || echo "$$name.lock could not be installed: its tests are skipped"; done
 	@$(PYTEST) $(args)
 
 test-quick: .venv/dev.stamp  ## without the slow tests, under 3 minutes
@@ -182,10 +184,11 @@ docs-check: docs  ## fail if `make docs` changes anything that is committed
 
 lock: .venv/train.stamp  ## renew the lock files from pyproject.toml
 	for group in train serve automodel; do .venv/bin/uv pip compile -q --upgrade --group $$group -o $$group.lock || exit 1; done
+	.venv/bin/uv pip compile -q --upgrade --no-deps --group megatron -o megatron.lock
 	for group in dev bench; do .venv/bin/uv pip compile -q --upgrade --group $$group -c train.lock -o $$group.lock || exit 1; done
 
 clean:  ## remove environments and caches; data, models and runs stay
-	rm -rf .venv .venv-serve .venv-bench .venv-automodel build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-serve .venv-bench .venv-automodel .venv-megatron build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/; s/(\S)  +(\S)/\1\t\2/' | expand -t 22,84
@@ -235,6 +238,18 @@ automodel-env: .venv-automodel/automodel.stamp  ## only install the environment 
 
 .venv-automodel/automodel.stamp: automodel.lock
 	$(install_environment)
+
+# Beside .venv, whose torch it takes: with megatron-core inside, NeMo would take other ways. Megatron-Bridge is for
+# Python 3.12, and here only read.
+.PHONY: megatron-env
+megatron-env: .venv-megatron/megatron.stamp  ## only install NVIDIA's megatron-core, which slow tests hold to=megatron to (20 MB)
+
+.venv-megatron/megatron.stamp: megatron.lock .venv/train.stamp
+	@rm -rf .venv-megatron
+	@.venv/bin/uv pip install -q --python .venv/bin/python --target .venv-megatron --no-deps --require-hashes -r $<
+	@sed -n '/^megatron-bridge==/,/[^\\]$$/p' $< > .venv-megatron/bridge.lock && .venv/bin/uv pip install -q --python .venv/bin/python \
+		--python-version 3.12 --target .venv-megatron/bridge --no-deps --require-hashes -r .venv-megatron/bridge.lock
+	@touch $@
 
 .PHONY: serve-env
 serve-env: .venv-serve/serve.stamp  ## only install the serving environment (Triton)

@@ -75,6 +75,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
+internal_errors: list[str] = []
+
+
+def pytest_internalerror(excrepr: object) -> None:
+    internal_errors.append(str(excrepr))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """After an error of pytest's own: what failed before, which it leaves out, and the first one, which xdist hides."""
+    if not internal_errors or hasattr(config, "workerinput"):
+        return
+    for report in config.pluginmanager.getplugin("terminalreporter").stats.get("failed", []):
+        print(f"\nFAILED {report.nodeid}\n" + "\n".join(report.longreprtext.splitlines()[-15:]))
+    print("\npytest's own first error:\n" + "\n".join(internal_errors[0].splitlines()[-15:]))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol() -> Generator[None, object, object]:
     """What a training in this process does with signals ends with its test."""

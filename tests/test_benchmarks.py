@@ -214,6 +214,17 @@ def test_rounds_that_serving_lacks_are_said() -> None:
     ]
 
 
+def test_a_result_with_more_systems_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "result.json"
+    file.write_text('{"systems": {"ours": {}, "hf-fp32": {}}}')
+    figures.partial_file(file).write_text('{"systems": {"ours": {}}}')
+    assert "has hf-fp32 too and stays as it is" in figures.publish(file)
+    assert set(json.loads(file.read_text())["systems"]) == {"ours", "hf-fp32"}
+    figures.partial_file(file).write_text('{"systems": {"ours": {}, "hf-fp32": {}, "litgpt": {}}}')
+    assert figures.publish(file).startswith("written: ") and "litgpt" in file.read_text()
+
+
 @pytest.mark.slow
 def test_a_system_that_has_used_its_share_of_the_time_is_stopped(tmp_path: Path) -> None:
     """A millisecond for two systems: neither has started by then."""

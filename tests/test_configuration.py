@@ -103,7 +103,7 @@ def refused(words: list[str]) -> list[str]:
         ("peft.quantization.bnb_4bit_quant_type=nf5", "nf5 is unknown. Known: nf4, fp4"),
         ("seed=-1", "seed must be 0 or more, not -1"),
         ("judge.timeout=0", "judge.timeout must be above 0, not 0"),
-        ("task=slagn", "unknown task 'slagn'. Known: chat, slang, squid_game; did you mean slang?"),
+        ("task=slagn", "unknown task 'slagn'. Known: chat, slang, squid_game, text; did you mean slang?"),
         ("model=gema-3-270m", "did you mean gemma-3-270m?"),
         ("experiment=attempt9", "unknown experiment 'attempt9'. Known: attempt1"),
         ("task.train.epochs=1,2", "takes one value"),
@@ -171,6 +171,7 @@ finally:
         ("generate: 7\n", ["films.yaml:10: task.generate must be a section of keys such as {key: value}, not 7"]),
         ("evalaute: {}\n", ["films.yaml:10: unknown key task.evalaute; did you mean task.evaluate?"]),
         ("train: {epochs: [\n", ["films.yaml:11: this is not YAML"]),
+        ("train:\n\tepochs: 3\n", ["films.yaml:11: this is not YAML", "write spaces in place of the tab"]),
         ('evaluate:\n  questions: ["\\${price}"]\n', ["films.yaml:11: this is not YAML", r"is written \\${"]),
         (
             "evaluate:\n  questions: ['Is ${price} much?']\n",

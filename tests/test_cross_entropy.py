@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from training.cross_entropy import BLOCK, linear_cross_entropy
+from training.kernels import library
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
@@ -46,3 +47,22 @@ def test_bfloat16_stays_close_to_float32() -> None:
     rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets).sum()
     assert rounded.dtype == torch.float32
     assert rounded.item() == pytest.approx(exact.item(), rel=2e-3)
+
+
+@pytest.mark.skipif(not library(torch.float32), reason="no C compiler is installed")
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_words_of_no_probability_are_left_out_of_the_gradient_alone(softcap: float | None) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(50, 128, requires_grad=True)
+    weight = (torch.randn(20_000, 128) * 0.5).bfloat16()  # logits from -20 to 20, as a Gemma's are
+    targets = torch.randint(20_000, (50,))
+    logits = hidden.double() @ weight.double().T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    assert (logits.softmax(-1) < 1e-8).double().mean() > 0.5  # most words
+    exact = F.cross_entropy(logits, targets, reduction="none")
+    (exact_grad,) = torch.autograd.grad(exact.sum(), hidden)
+    loss = linear_cross_entropy(hidden, weight, targets, softcap)
+    (grad,) = torch.autograd.grad(loss.sum(), hidden)
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-5)
+    assert 1e-7 < (grad - exact_grad).norm() / exact_grad.norm() < 2e-4

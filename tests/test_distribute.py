@@ -245,7 +245,7 @@ def assert_same_result(run: Path, alone: Path) -> None:
         assert other[step, kind] == pytest.approx(one[step, kind], abs=tolerance), (step, kind)
     measured, expected = (json.loads((folder / "evaluation.json").read_text()) for folder in (run, alone))
     assert measured["before"] == expected["before"]
-    assert measured["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=1e-3)
+    assert measured["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=3e-3)
     adapter, whole = (read_nemo(folder / "slang.nemo").adapter for folder in (run, alone))
     assert {name: tensor.shape for name, tensor in adapter.items()} == {n: t.shape for n, t in whole.items()}
 
@@ -279,23 +279,23 @@ def test_two_machines_give_the_result_of_one(two_machines: Path, alone: Path) ->
 
 
 @pytest.mark.slow
-def test_a_run_stops_when_a_process_is_killed_and_can_be_resumed(
-    start: Start, tmp_path: Path, alone: Path, two_machines: Path
-) -> None:
+def test_a_run_stops_when_a_process_is_killed_and_can_be_resumed(start: Start, tmp_path: Path, alone: Path) -> None:
     sharded = ("trainer.devices=2", "trainer.strategy=fsdp2")
-    training = start(tmp_path, *sharded)
-    wait_for_steps(training, tmp_path, len(losses(alone)) // 2)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    training = start(killed, *sharded)
+    wait_for_steps(training, killed, len(losses(alone)) // 2)
     pids = workers(training)
     os.kill(pids[1], signal.SIGKILL)
     assert training.end() == EXIT_LOST, training.said
     assert "training process 1 of 2 was killed by SIGKILL" in training.said and "Traceback" not in training.said
     assert_gone(list(pids.values()))
 
-    training = start(tmp_path, *sharded)
+    training = start(killed, *sharded)
     assert training.end() == 0 and "Resuming from step" in training.said, training.said
-    assert_same_result(only_run(tmp_path), alone)
-    # A sharded base computes with the same weights: the adapter is that of the run that was never stopped.
-    one, other = (read_nemo(run / "slang.nemo").adapter for run in (only_run(tmp_path), two_machines))
+    assert_same_result(only_run(killed), alone)
+    training = start(whole, *sharded)
+    assert training.end() == 0, training.said
+    one, other = (read_nemo(only_run(folder) / "slang.nemo").adapter for folder in (killed, whole))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

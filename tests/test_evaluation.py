@@ -30,7 +30,7 @@ from transformers import (
 from commands import compare as compare_command
 from commands import report as report_command
 from commands.train import main as train
-from core.artifacts import Evaluation, Generation, Measurement
+from core.artifacts import Evaluation, Generation, Measurement, MetricResult, Metrics
 from core.configuration import load_config, plain
 from core.errors import UserError
 from core.files import read_lines
@@ -39,10 +39,11 @@ from core.prompt import Prompt
 from core.run_folder import Run
 from core.tasks import having
 from evaluation import compare_runs, few_rows, generations, judge, report
-from evaluation.gate import NOT_BETTER, pass_gate
+from evaluation.gate import NOT_BETTER, pass_gate, pass_scores
 from evaluation.generations import generate
 from evaluation.questions import check, held_out_questions, listed_questions
 from evaluation.sampling import SampledToken, sample
+from tasks.slang.novelty import FILE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT = Prompt(**plain(load_config(["task=slang"]).task.prompt))
@@ -60,6 +61,7 @@ def words_for(source: Path, tiny_base: Path, folder: Path, *more: str) -> list[s
         "task.train.batch_size=16",
         "task.train.learning_rate=1e-2",
         "task.generate.max_new_tokens=8",
+        "task.evaluate.questions=[{},{context: Rain},{context: Snow},{context: Fog},{context: Hail},{context: Wind}]",
         "task.evaluate.seeds=2",
         "task.evaluate.held_out=3",
         *more,
@@ -248,6 +250,8 @@ def test_held_out_rows_are_spread_and_asked_up_to_the_last_answer(tmp_path: Path
         ("task.evaluate.held_out=-1", "held_out must be 0 or more"),
         ("task.evaluate.metrics=films", f"films is unknown. Known: {', '.join(having('metrics'))}, null"),
         ("task.evaluate.min_gain=5", "min_gain must be below 1, not 5"),
+        ("task.evaluate.min_scores.new=0.5", "min_scores: there is no metric new. Known: .*, new_term, "),
+        ("task.evaluate.min_scores.new_term=many", "min_scores.new_term"),
     ],
 )
 def test_a_wrong_setting_is_named(word: str, says: str) -> None:
@@ -274,9 +278,9 @@ def test_texts_are_asked_together_as_far_as_they_fit(tiny_base: Path, monkeypatc
     assert sizes([100_000, 5, 5]) == [2, 1], "a long text alone, the others first"
 
 
-def test_both_models_are_asked_the_same_with_every_seed(finished: Run) -> None:
+def test_both_models_are_asked_the_same_with_every_seed(finished: Run, words: list[str]) -> None:
     lines = read_lines(finished.folder / "generations.jsonl")
-    questions = len(load_config().task.evaluate.questions)
+    questions = len(load_config(words).task.evaluate.questions)
     sides = {side: [line for line in lines if line["side"] == side] for side in ("before", "after")}
     keys = [[(line["question"], line["text_in"], line["seed"]) for line in sides[side]] for side in sides]
     assert keys[0] == keys[1] and len(set(keys[0])) == 2 * questions + 3
@@ -331,8 +335,17 @@ def test_other_rows_than_the_run_s_are_refused(finished: Run, words: list[str], 
     changed = json.loads(kept)
     changed["splits"]["test"]["sha256"] = "0" * 64
     manifest.write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"does not hold the examples that .* make data TASK=slang"):
+    with pytest.raises(UserError, match=r"does not hold the examples that .* as many, but not the same; .* make data"):
         report_command.main(words)
+    changed["splits"]["training"]["rows"] += 5
+    manifest.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"the run had [\d /]+ rows in its splits, and [\d /]+ are there"):
+        report_command.main(words)
+    with pytest.raises(UserError) as error:
+        report_command.main([*words, "task.data.train_rows=7", "task.data.split.seed=3"])
+    assert "the run had task.data.train_rows=null, which is 7 now" in str(error.value)
+    assert "the run had task.data.split.seed=0, which is 3 now" in str(error.value)
+    assert "ARGS='task.data.split.seed=0 task.data.train_rows=null'" in str(error.value)
     manifest.write_text(kept)
 
 
@@ -367,6 +380,18 @@ def test_a_fine_tune_that_is_not_better_enough_does_not_pass(
     assert ("not good enough" in capsys.readouterr().err) == bool(code)
 
 
+def test_answers_that_score_too_little_do_not_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    change = {"before": (0.1, None, None), "after": (0.6, 0.45, 0.73)}
+    new = MetricResult(name="new_term", title="New term", better="higher", unit="yes/no", questions=46, **change)
+    assert pass_scores(Metrics(metrics=[new]), {}) == pass_scores(Metrics(metrics=[new]), {"new_term": 0.6}) == 0
+    assert capsys.readouterr().err == ""
+    assert pass_scores(Metrics(metrics=[new]), {"new_term": 0.61}) == NOT_BETTER
+    said = "new_term is 0.6 (95% interval 0.45 to 0.73) over 46 questions, and task.evaluate.min_scores requires 0.61"
+    assert said in capsys.readouterr().err
+    assert pass_scores(Metrics(metrics=[new]), {"chrf": 0.0, "new_term": 0.5}) == NOT_BETTER
+    assert "chrf, which task.evaluate.min_scores names, applies to no question" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_train_and_report_end_with_the_gate_s_code(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert (
@@ -375,7 +400,13 @@ def test_train_and_report_end_with_the_gate_s_code(words: list[str], capsys: pyt
     assert "is finished" in capsys.readouterr().out
     assert report_command.main([*words, "task.evaluate.min_gain=0.999"]) == 3
     assert "requires 99.9%. The run is kept" in capsys.readouterr().err
-    assert report_command.main([*words, "task.evaluate.min_gain=0.001"]) == 0
+    assert report_command.main([*words, "task.evaluate.min_gain=0.001", "task.evaluate.min_scores.ended=1.1"]) == 3
+    assert "ended is 0" in capsys.readouterr().err
+    assert report_command.main([*words, "task.evaluate.min_gain=0.001", "task.evaluate.min_scores.ended=0"]) == 0
+
+
+def test_a_run_carries_the_list_of_known_slang(finished: Run) -> None:
+    assert (finished.folder / FILE).read_bytes() == (finished.data_folder() / FILE).read_bytes() != b""
 
 
 # --- the judge ------------------------------------------------------------------------------------------------
@@ -439,7 +470,7 @@ def test_a_preference_counts_where_both_orders_agree(endpoint: Any, tmp_path: Pa
     replies.append(prefers("good"))
     result = judge.judge(tmp_path, config_of(url), pairs())
     assert (result.pairs, result.after, result.before, result.tie) == (4, 4, 0, 0)
-    assert result.preference == (1, 1, 1) and result.model == "a-judge"
+    assert result.preference == (1, None, None) and result.model == "a-judge"
     assert len(seen) == 8 and all(one["path"] == "/v1/chat/completions" and one["model"] == "a-judge" for one in seen)
     assert seen[0]["key"] == "Bearer a-secret" and "a-secret" not in (tmp_path / judge.FILE).read_text()
     # Once judged, nothing is asked again: with the address or without.
@@ -461,7 +492,7 @@ def test_everything_else_is_a_tie_and_said(reply: Reply, reason: str, endpoint: 
     url, _, replies = endpoint
     replies.append(reply)
     result = judge.judge(tmp_path, config_of(url), pairs())
-    assert result.tie == getattr(result, reason) == 4 and result.preference == (0, 0, 0)
+    assert result.tie == getattr(result, reason) == 4 and result.preference == (0, None, None)
 
 
 def test_a_verdict_stands_on_the_last_line(endpoint: Any, tmp_path: Path) -> None:

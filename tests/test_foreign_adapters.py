@@ -178,7 +178,7 @@ def test_every_set_of_layers_ranks_and_alphas_survives_every_format_and_its_fold
 ) -> None:
     expected = trained(text_model(base), tmp_path / "theirs", **LAYER_SETS[kind])
     # Of the largest logit: merged weights round elsewhere than an adapter beside them.
-    tolerance = 1e-5 * max(1.0, expected.abs().max().item())
+    tolerance = 2e-5 * max(1.0, expected.abs().max().item())
     torch.testing.assert_close(said_after(to, tmp_path / "theirs", base, tmp_path), expected, atol=tolerance, rtol=0)
 
 

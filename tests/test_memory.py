@@ -215,7 +215,7 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(base_folder: Path, 
     with (tmp_path / "rows.csv").open("w", newline="") as out:
         rows = csv.writer(out)
         rows.writerow(("slang", "description"))
-        for n in range(40):  # a term each that is like no other's, and from 1 to 100 words
+        for n in range(20):  # a term each that is like no other's, and from 1 to 100 words
             words = (hashlib.sha256(f"{n} {word}".encode()).hexdigest()[:4] for word in range(1 + n * 37 % 100))
             rows.writerow((f"term {hashlib.sha256(str(n).encode()).hexdigest()[:8]}", " ".join(words)))
     words = (f"task.data.source={tmp_path}/rows.csv", "task.train.batch_size=6")

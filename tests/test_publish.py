@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny_gemma4 import tiny_folder4
 from transformers import AutoModelForCausalLM
 
-from commands.publish import main
+from commands.publish import literal, main
 from converters import nemo
 from converters.adapter import peft_name
 from converters.checkpoint import Adapter
@@ -61,7 +61,12 @@ def finish_run(tmp_path: Path, tiny_base: Path) -> None:
     for file in (data / "manifest.json", run / "data_manifest.json"):
         file.write_text(json.dumps(manifest))
     train = {"epochs": 3, "learning_rate": 5e-4, "epochs_on": {"cpu": 3}}
-    config = {"task": {"name": "slang", "train": train}, "model": {"name": "tiny", "path": str(tiny_base)}, "seed": 7}
+    config = {
+        "task": {"name": "slang", "data": {"source": "mine.csv"}, "train": train},
+        "model": {"name": "tiny", "path": str(tiny_base)},
+        "data_dir": "data/slang",
+        "seed": 7,
+    }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     (run / "environment.json").write_text(json.dumps({"gpus": [], "cpu": "A processor"}))
     sides = {
@@ -159,9 +164,10 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
         "`mine.csv`",
         "r: 4",
         "epochs: 3",
+        "\n3 epochs, seed",
         "Gemma Terms of Use found at https://ai.google.dev/gemma/terms",
         "Q:\n{instruction}\nA:\n{response}",
-        "> Slang: after\n> Two lines",
+        "```text\nSlang: after\nTwo lines\n```",
         "A processor",
     ):
         assert words in card.text, words
@@ -174,6 +180,11 @@ def test_a_dry_run_writes_what_would_be_uploaded_and_needs_no_token(
         "test.jsonl",
     ]
     assert not (work / "exports/slang/hub/dataset/dropped.jsonl").exists()
+
+
+def test_a_card_shows_an_answer_as_text_whatever_is_in_it() -> None:
+    assert literal("# <b>hi</b>") == "```text\n# <b>hi</b>\n```"
+    assert literal("a\n````\nb") == "`````text\na\n````\nb\n`````"
 
 
 @pytest.mark.parametrize("is_whole", [False, True])
@@ -258,7 +269,7 @@ def test_a_mistake_gives_one_sentence(
 def test_data_that_the_run_was_not_trained_on_is_not_published(work: Path) -> None:
     manifest = work / "data/slang/manifest.json"
     manifest.write_text(manifest.read_text().replace('"sha256": "0"', '"sha256": "1"'))
-    with pytest.raises(UserError, match="holds other rows than"):
+    with pytest.raises(UserError, match=r"does not hold the examples that .* was trained on: .* make data TASK=slang"):
         main(["task=slang", "repo=me/x", "base=org/tiny", "dataset=me/rows", "dry_run=1"])
 
 

@@ -200,6 +200,44 @@ def test_the_same_run_gives_the_same_bytes(finished: tuple[Path, str]) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_labels_are_shown_with_their_balance_and_matrix(run_folder: Path) -> None:
+    side = {"before": [0.5, 0.3, 0.7], "after": [0.75, 0.51, 0.9], "difference": [0.25, 0.1, 0.4]}
+    write_json(
+        run_folder / "metrics.json",
+        {
+            "labels": {
+                "questions": 16,
+                "labels": [
+                    {
+                        "label": "ham & eggs",
+                        "training": 30,
+                        "asked": 10,
+                        "before": side["before"],
+                        "after": side["after"],
+                    },
+                    {"label": "spam", "training": 10, "asked": 6, "before": side["after"], "after": None},
+                ],
+                "usual": [0.625, 0.39, 0.82],
+                "accuracy": side,
+                "f1": side,
+                "confusion_before": [[5, 3, 2], [1, 4, 1]],
+                "confusion_after": [[9, 1, 0], [3, 3, 0]],
+            }
+        },
+    )
+    page = page_of(run_folder)
+    words = words_of(page)
+    assert (
+        "Always answering “ham & eggs”, the most frequent label of the training rows, would be right for 62% of"
+        in words
+    )
+    assert "Accuracy 50% 30% to 70% 75% 51% to 90% +25 points better +10 to +40" in words
+    assert "ham & eggs 30 75% 10 50% 30% to 70% 75% 51% to 90%" in words
+    assert "ham & eggs 9 1 0 spam 3 3 0" in words and "ham & eggs 5 3 2 spam 1 4 1" in words
+    assert "ham &amp; eggs" in page
+
+
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("perplexity", "verdict"),
     [(60.0, "It got worse"), (43.95, "It changed little"), (math.nan, "Training diverged"), (1e300, "It got worse")],

@@ -12,8 +12,8 @@ import pytest
 from conftest import PATIENCE, ROOT, until
 from scripted_triton import ScriptedTriton, scripted_triton
 from tiny_gemma4 import tiny_gemma4
-from tiny_serving import PROMPTS, SERVING_PYTHON, free_ports, is_open
-from website import Site, expect, needs_serving
+from tiny_serving import PROMPTS, SERVING_PYTHON, free_ports, is_open, needs_serving
+from website import Site, expect
 
 from core.prompt import Prompt
 from serving.client import BASE, Client, InvalidRequest, ToolCall
@@ -117,6 +117,13 @@ def test_the_gateway_speaks_of_thoughts_and_tools_as_openais_clients_expect(
     deltas = [chunk.choices[0].delta for chunk in ask(model="gemma", messages=HI, stream=True)]
     assert "".join(delta.content or "" for delta in deltas) == "Hello!"
     assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "A guest."
+
+    begun = [*HI, {"role": "assistant", "content": "Well, "}]
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    assert ask(model="chat", messages=begun, extra_body=goes_on).choices[0].message.content == "Hello!"
+    assert triton.asked[-1][0] == PROMPT.wrap_dialogue(HI) + "Well, "
+    with pytest.raises(openai.BadRequestError, match="continue_final_message: the last message must be a text of the"):
+        ask(model="chat", messages=HI, extra_body=goes_on)
 
     triton.pieces = CALL
     called = ask(model="chat", messages=HI, tools=[TOOL]).choices[0]
