@@ -244,12 +244,14 @@ def test_web_pages_of_named_origins_may_call(alone: Gateway, stack: Stack) -> No
 @pytest.mark.slow
 def test_a_stream_through_the_gateway_that_is_cut_off_by_a_stop_is_told(stack: Stack, tmp_path: Path) -> None:
     triton = ("--triton-http", stack.http)
-    with gateway(stack.grpc, tmp_path / "log", *triton) as stopped:
-        with httpx.stream("POST", f"{stopped.url}{STREAM}", json=ENDLESS_STREAM, timeout=PATIENCE) as response:
-            parts = response.iter_text()
-            next(parts)
-            stopped.process.send_signal(signal.SIGTERM)
-            text = "".join(parts)
+    with (
+        gateway(stack.grpc, tmp_path / "log", *triton) as stopped,
+        httpx.stream("POST", f"{stopped.url}{STREAM}", json=ENDLESS_STREAM, timeout=PATIENCE) as response,
+    ):
+        parts = response.iter_text()
+        next(parts)
+        stopped.process.send_signal(signal.SIGTERM)
+        text = "".join(parts)
     assert text.endswith(
         'data: {"error": "unavailable: the server was stopped before the answer was complete; ask again"}\n\n'
     )
