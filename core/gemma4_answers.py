@@ -8,10 +8,15 @@ from .gemma4_turns import CALL, CALL_END, QUOTE, THOUGHT, THOUGHT_END
 
 
 class AnswerPart(NamedTuple):
-    """New text of an answer, and of the thought before it."""
+    """New text of an answer, and of the thought before it.
+
+    Attributes:
+        tokens: how many have come with it, where its text is streamed from a server; a part may be of none.
+    """
 
     text: str
     thought: str
+    tokens: int = 0
 
 
 class ToolCall(NamedTuple):
@@ -91,7 +96,7 @@ def read_answer(asked: str, text: str) -> tuple[AnswerPart, list[ToolCall]]:
     """A whole answer, with its control tokens, to what was `asked`."""
     reader = AnswerReader(asked)
     parts = [*reader.read(text), *reader.end()]
-    return AnswerPart(*map("".join, zip(*parts, strict=True))) if parts else AnswerPart("", ""), reader.calls
+    return AnswerPart("".join(one.text for one in parts), "".join(one.thought for one in parts)), reader.calls
 
 
 def read_call(text: str) -> ToolCall | None:

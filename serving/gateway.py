@@ -151,10 +151,10 @@ class Gateway:
     async def _events(
         self, reply: Reply, stream: AsyncStream, first: AnswerPart | None, record: Record
     ) -> AsyncIterator[str]:
-        yield reply.chunk(first or AnswerPart("", ""))
+        yield reply.chunk(first or AnswerPart("", ""), stream.answer)
         try:
             while (part := await stream.part()) is not None:
-                yield reply.chunk(part)
+                yield reply.chunk(part, stream.answer)
             self._check(stream)
         except ServingError as error:
             record.error = str(error)

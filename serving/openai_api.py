@@ -13,11 +13,13 @@ A Gemma 4 thinks where it is told to as vLLM is, {"chat_template_kwargs": {"enab
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from serving import openai_logprobs
 from serving.choices import Answers, ChoicePart, Choices
 from serving.client import (
     BASE,
@@ -31,6 +33,7 @@ from serving.client import (
 from serving.openai_errors import ApiError, named_parameter
 from serving.openai_parameters import IGNORED, REFUSED, SAMPLING, as_sent, is_harmless, structured_outputs, unknown
 from serving.protocol import STOP
+from serving.sampling_parameters import MAX_LOGPROBS
 
 MAX_CHOICES = 16  # answers to one request
 SEEDS = 1 << 63
@@ -75,6 +78,7 @@ class Completion(BaseModel):
     allowed_token_ids: Any = None
     bad_words: Any = None
     structured_outputs: Any = None
+    truncate_prompt_tokens: Any = None
     response_format: Any = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
@@ -173,6 +177,10 @@ class Completion(BaseModel):
         """The entry `index` of `choices`: a whole answer, or the first or a later part of one."""
         raise NotImplementedError
 
+    def logprobs_of(self, index: int, answer: Answer, first: int, last: int) -> dict[str, Any] | None:
+        """`logprobs` of that entry, of the answer's tokens from `first` to before `last`; None: not asked for."""
+        raise NotImplementedError
+
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -207,6 +215,8 @@ class ChatCompletion(Completion):
     kind, prefix = "chat.completion", "chatcmpl-"
 
     messages: list[ChatMessage]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: int | None = None
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: Any = None
@@ -225,6 +235,17 @@ class ChatCompletion(Completion):
     def _newest_name(self) -> Self:
         self.max_tokens = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return self
+
+    @model_validator(mode="after")
+    def _logprobs_are_wanted(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError('top_logprobs: it needs "logprobs": true')
+        return self
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        given = {name: value for name, value in super().sampling.items() if name != "logprobs"}
+        return given | ({"logprobs": self.top_logprobs or 0} if self.logprobs else {})
 
     @property
     def wanted_tools(self) -> list[dict[str, Any]]:
@@ -278,20 +299,38 @@ class ChatCompletion(Completion):
         where = "message" if place == "whole" else "delta"
         return {"index": index, where: said, "logprobs": None, "finish_reason": reason}
 
+    def logprobs_of(self, index: int, answer: Answer, first: int, last: int) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        return openai_logprobs.of_chat(answer.logprobs[first:last], self.top_logprobs or 0)
+
 
 class TextCompletion(Completion):
     kind, prefix = "text_completion", "cmpl-"
 
-    prompt: list[str]
+    prompt: list[str | list[int]]
     echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _texts(cls, value: Any) -> Any:
-        found = [value] if isinstance(value, str) else value
-        if not isinstance(found, list) or not found or not all(isinstance(one, str) for one in found):
-            raise ValueError("a text or a list of texts, and no numbers of tokens")
+    def _prompts(cls, value: Any) -> Any:
+        found = [value] if isinstance(value, str) or _are_tokens(value) else value
+        if (
+            not isinstance(found, list)
+            or not found
+            or not all(isinstance(one, str) or _are_tokens(one) for one in found)
+        ):
+            raise ValueError("a text or a list of tokens, or a list of these")
         return found
+
+    @model_validator(mode="after")
+    def _echo_of_text(self) -> Self:
+        if self.echo and not all(isinstance(one, str) for one in self.prompt):
+            raise ValueError("echo: only a prompt that is a text can be repeated, not its tokens")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo: not together with logprobs, since those of the prompt are not computed")
+        return self
 
     @model_validator(mode="after")
     def _few(self) -> Self:
@@ -313,8 +352,14 @@ class TextCompletion(Completion):
         place: Literal["whole", "first", "part"],
         calls: Sequence[ToolCall] = (),
     ) -> dict[str, Any]:
-        before = self.prompt[index // (self.n or 1)] if self.echo and place != "part" else ""
+        before = str(self.prompt[index // (self.n or 1)]) if self.echo and place != "part" else ""
         return {"index": index, "text": before + part.text, "logprobs": None, "finish_reason": reason}
+
+    def logprobs_of(self, index: int, answer: Answer, first: int, last: int) -> dict[str, Any] | None:
+        if self.logprobs is None:
+            return None
+        offset = sum(len(chosen.token) for chosen, *_ in answer.logprobs[:first])
+        return openai_logprobs.of_text(answer.logprobs[first:last], self.logprobs, offset)
 
 
 class Reply:
@@ -325,19 +370,23 @@ class Reply:
         self.id = f"{form.prefix}{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._begun: set[int] = set()  # answers of which a part was sent
+        self._told: Counter[int] = Counter()  # tokens of each answer whose log-probabilities were sent
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         choices = []
         for index, one in enumerate(_each(answer)):
             part = AnswerPart(one.text.strip() if one.tool_calls else one.text, one.thought)
-            choices.append(self.form.choice(index, part, _reason(one), "whole", one.tool_calls))
+            choice = self.form.choice(index, part, _reason(one), "whole", one.tool_calls)
+            choices.append(choice | {"logprobs": self._logprobs(index, one, one.output_tokens)})
         return self._object(choices) | {"usage": _usage(answer)}
 
-    def chunk(self, part: AnswerPart) -> str:
+    def chunk(self, part: AnswerPart, answer: Answer) -> str:
+        """A part of the stream whose answer so far is `answer`."""
         index = part.number if isinstance(part, ChoicePart) else 0
         place: Literal["first", "part"] = "part" if index in self._begun else "first"
         self._begun.add(index)
-        return self._event([self.form.choice(index, part, None, place)])
+        logprobs = self._logprobs(index, _each(answer)[index], part.tokens)
+        return self._event([self.form.choice(index, part, None, place) | {"logprobs": logprobs}])
 
     def last(self, answer: Answer) -> str:
         """The end of a complete stream: calls of tools, the finish reasons, the usage if it was requested, and
@@ -348,12 +397,19 @@ class Reply:
                 end += self._event([self.form.choice(index, nothing, None, "first")])
             if one.tool_calls:
                 end += self._event([self.form.choice(index, nothing, None, "part", one.tool_calls)])
-            end += self._event([self.form.choice(index, nothing, _reason(one), "part")])
+            logprobs = self._logprobs(index, one, one.output_tokens)  # of tokens without a text, as of the answer's end
+            end += self._event([self.form.choice(index, nothing, _reason(one), "part") | {"logprobs": logprobs}])
         usage = _data(self._object([], ".chunk") | {"usage": _usage(answer)}) if self.form.wants_usage else ""
         return f"{end}{usage}data: [DONE]\n\n"
 
     def failure(self, error: ApiError) -> str:
         return _data(error.body())
+
+    def _logprobs(self, index: int, answer: Answer, tokens: int) -> dict[str, Any] | None:
+        """Of the next `tokens` of the answer `index`."""
+        first = self._told[index]
+        last = self._told[index] = min(first + tokens, len(answer.logprobs))
+        return self.form.logprobs_of(index, answer, first, last) if last > first else None
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
         return _data(self._object(choices, ".chunk") | ({"usage": None} if self.form.wants_usage else {}))
@@ -379,6 +435,10 @@ def models(adapters: list[Adapter], created: int) -> list[dict[str, Any]]:
         }
         for adapter in adapters
     ]
+
+
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int and 0 <= one < 1 << 31 for one in value)
 
 
 def _each(answer: Answer) -> list[Answer]:

@@ -7,7 +7,15 @@ from typing import Any
 from serving.client import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 from serving.openai_parameters import SAMPLING
 
-OTHERS = ("messages", "prompt", "tools", "response_format", "max_completion_tokens")  # that errors are about
+OTHERS = (
+    "messages",
+    "prompt",
+    "tools",
+    "response_format",
+    "max_completion_tokens",
+    "top_logprobs",
+    "echo",
+)  # that errors are about
 
 
 class ApiError(Exception):

@@ -25,12 +25,13 @@ SAMPLING = (
     "allowed_token_ids",
     "bad_words",
     "structured_outputs",
+    "logprobs",
+    "truncate_prompt_tokens",
 )
 # Unsupported parameters that would change the answer, each with the values that are harmless.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
+    "top_logprobs": (0,),  # a field of chat completions
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -47,8 +48,7 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1,),
     "prompt_logprobs": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
+    "truncation_side": ("left",),
     "continue_final_message": (False,),  # a field of chat completions
     "add_generation_prompt": (True,),  # false only with the former
     "add_special_tokens": (True,),
@@ -97,8 +97,7 @@ IGNORED = frozenset(
 
 
 def is_harmless(name: str, value: Any) -> bool:
-    """Whether the unsupported parameter `name` changes nothing with this value. 0 is not False here: {"logprobs": 0}
-    asks for those of the tokens that were chosen."""
+    """Whether the unsupported parameter `name` changes nothing with this value; 0 is not False here, nor 1 True."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in REFUSED.get(name, ()))
 
 

@@ -15,6 +15,10 @@ From the engine; an id belongs to its connection, and closing a connection cance
     {"heartbeat": {"running": 3, "waiting": 0, "kv_tokens": 412, "adapters": ["slang"], "tokens": {"slang": 96}, …}}
     {"stats": {…}}                                                               what a heartbeat holds, and more
 
+A prompt may also be a list of tokens. With the sampling parameter `logprobs`, the messages with text have a field of
+that name: for each token since the last one, {"the token": {"logprob": -0.1, "rank": 1, "decoded_token": " the"}, …},
+first the one that was chosen.
+
 The generating loop sends a heartbeat to every connection four times a second, between steps: an engine that hangs sends
 none.
 """
@@ -42,13 +46,16 @@ STOP = "stop"  # an end token, or a stop string
 LENGTH = "length"  # max_tokens, or the model's window
 CANCELLED = "cancelled"
 
+Prompt = str | tuple[int, ...]  # its text, or its tokens
+Logprobs = list[dict[int, dict[str, Any]]]  # for each token: token → its logprob, rank and decoded_token
+
 
 @dataclass(frozen=True, slots=True)
 class Generate:
     """One request."""
 
     id: int
-    prompt: str
+    prompt: Prompt
     sampling: Sampling
     lora_name: str | None = None
     stream: bool = False
@@ -64,9 +71,10 @@ class Delta:
     id: int
     text: str
     tokens: int
+    logprobs: Logprobs | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return _without_none({"id": self.id, "text": self.text, "tokens": self.tokens, "logprobs": self.logprobs})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +94,10 @@ class Done:
     output_tokens: int
     ttft: float
     queued: float
+    logprobs: Logprobs | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {"done": True, **asdict(self)}
+        return {"done": True, **_without_none(asdict(self))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +135,14 @@ def decode(line: bytes) -> dict[str, Any]:
     return message
 
 
+def _without_none(message: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in message.items() if value is not None}
+
+
 def read_answer(message: Mapping[str, Any]) -> Delta | Done | Failed:
     """The engine's message about one request, as its class; not for heartbeats and statistics, which have no `id`."""
     kind = Failed if "error" in message else Done if message.get("done") else Delta
-    return kind(**{field.name: message[field.name] for field in fields(kind)})
+    return kind(**{field.name: message[field.name] for field in fields(kind) if field.name in message})
 
 
 def read_generate(message: Mapping[str, Any]) -> Generate:
@@ -141,8 +154,12 @@ def read_generate(message: Mapping[str, Any]) -> Generate:
     number, prompt, stream = message.get("id"), message.get("prompt"), message.get("stream", False)
     if not isinstance(number, int) or isinstance(number, bool):
         raise RequestError("id is not a whole number")
-    if not isinstance(prompt, str):
-        raise RequestError("prompt is not a text")
+    if isinstance(prompt, list):
+        prompt = tuple(prompt)
+        if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in prompt):
+            raise RequestError("prompt is a list, but not of tokens: whole numbers from 0")
+    elif not isinstance(prompt, str):
+        raise RequestError("prompt is neither a text nor a list of tokens")
     if not isinstance(stream, bool):
         raise RequestError("stream is neither true nor false")
     given = message.get("sampling") or {}
@@ -152,7 +169,7 @@ def read_generate(message: Mapping[str, Any]) -> Generate:
     return Generate(number, check_prompt(prompt), sampling, lora_name, stream)
 
 
-def check_prompt(prompt: str) -> str:
+def check_prompt(prompt: Prompt) -> Prompt:
     """`prompt` itself.
 
     Raises:
@@ -161,7 +178,8 @@ def check_prompt(prompt: str) -> str:
     if not prompt:
         raise RequestError("the prompt is empty")
     try:
-        prompt.encode()
+        if isinstance(prompt, str):
+            prompt.encode()
     except UnicodeEncodeError as error:
         raise RequestError(f"the prompt is not Unicode: half a character at {error.start}") from None
     return prompt

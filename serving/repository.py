@@ -30,7 +30,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts as max_lora_ran
 UNIFIED = FAMILIES["gemma4_unified_text"]
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt.json")
 
-# The inputs and outputs of NVIDIA's vLLM backend, except images and log-probabilities.
+# The inputs and outputs of NVIDIA's vLLM backend, except images, and `prompt_token_ids` beside.
 GEMMA = """\
 # {title}
 name: "gemma"
@@ -39,11 +39,14 @@ max_batch_size: 0
 model_transaction_policy {{ decoupled: true }}
 input [
   {{ name: "text_input" data_type: TYPE_STRING dims: [ 1 ] }},
+  {{ name: "prompt_token_ids" data_type: TYPE_INT32 dims: [ -1 ] optional: true }},
 {inputs}
 ]
 output [
   {{ name: "text_output" data_type: TYPE_STRING dims: [ -1 ] }},
   {{ name: "finish_reason" data_type: TYPE_STRING dims: [ -1 ] }},
+  {{ name: "cumulative_logprob" data_type: TYPE_FP32 dims: [ -1 ] }},
+  {{ name: "logprobs" data_type: TYPE_STRING dims: [ -1 ] }},
   {{ name: "num_input_tokens" data_type: TYPE_UINT32 dims: [ 1 ] }},
   {{ name: "num_output_tokens" data_type: TYPE_UINT32 dims: [ -1 ] }}
 ]

@@ -13,6 +13,7 @@ MAX_STOPS, MAX_STOP_CHARACTERS = 64, 1000
 MAX_GRAMMAR_BYTES = 1 << 16  # of a schema, an expression, a grammar, or all choices
 MAX_DEPTH = 100  # of a schema
 MAX_TOKEN_IDS, MAX_BIASES = 10_000, 1024
+MAX_LOGPROBS = 20  # vLLM's own limit
 
 
 class RequestError(Exception):
@@ -62,6 +63,11 @@ class Sampling:
     allowed_token_ids: tuple[int, ...] | None = None  # no others are chosen
     bad_words: tuple[str, ...] = ()  # never said
     structured_outputs: StructuredOutputs | None = None
+    # What the model itself thought of each token, before any of the above: of the chosen one and of so many likeliest.
+    logprobs: int | None = None
+    truncate_prompt_tokens: int | None = (
+        None  # keep so many tokens at the prompt's end; -1: as many as there is room for
+    )
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +118,8 @@ def read_sampling(given: str | bytes | Mapping[str, Any] | None) -> tuple[Sampli
     if read.get("seed") == -1:
         read["seed"] = None
     sampling = Sampling(**read)
+    if sampling.truncate_prompt_tokens == 0:
+        raise RequestError("truncate_prompt_tokens is 0; a prompt has at least one token")
     if sampling.min_tokens > sampling.max_tokens:
         raise RequestError(f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}")
     for name in ("allowed_token_ids", "bad_words"):
@@ -255,6 +263,8 @@ READERS = {
     "allowed_token_ids": lambda name, value: _token_ids(name, value) or None,
     "bad_words": _stops,
     "structured_outputs": _structure,
+    "logprobs": _between(_whole, 0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
+    "truncate_prompt_tokens": _between(_whole, -1, 2**31, "a whole number: -1 (as many as there is room for) or more"),
 }
 
 

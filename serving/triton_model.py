@@ -12,13 +12,14 @@ server's state folder.
 As in NVIDIA's backend, each response of a stream carries only new text; `stream` = false makes one response, which
 begins with the prompt unless `exclude_input_in_output`; and parameters come as `sampling_parameters` or as
 parameters of the request. Unlike there, an unknown or out-of-range parameter is an error. An error's text begins with
-its code (`protocol.CODES`).
+its code (`protocol.CODES`). And `prompt_token_ids`, where it is given, takes the place of an empty `text_input`.
 """
 
 import contextlib
 import itertools
 import json
 import locale
+import math
 import os
 import select
 import socket
@@ -45,8 +46,13 @@ WRITE_SECONDS = 20.0  # for a busy engine to read a line; one that hangs is kill
 TICK = 0.05  # seconds between two checks for clients that have left
 READ_BYTES = 1 << 14  # read from the engine at once: some hundred deltas, between two checks
 RETRY_SECONDS = 0.25  # between two attempts to reach the engine
-TO_RETURN = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
-REFUSED = ("return_cumulative_logprob", "return_logprobs")
+TO_RETURN = (
+    "return_finish_reason",
+    "return_cumulative_logprob",
+    "return_logprobs",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+)
 
 
 @dataclass
@@ -62,6 +68,7 @@ class Waiting:
     prompt: str
     begun: float = field(default_factory=time.monotonic)
     tokens: int = 0  # sent to the client so far
+    logprob: float = 0.0  # of these tokens
     sent: bool = False
     cancelled: bool = False  # the engine has been told
     text: list[str] = field(default_factory=list)
@@ -108,22 +115,25 @@ class TritonPythonModel:
         Raises:
             RequestError: something is wrong with the request.
         """
-        prompt = protocol.check_prompt(_text(request, "text_input") or "")
+        text, tokens = _text(request, "text_input") or "", _numbers(request, "prompt_token_ids")
+        if text and tokens:
+            raise protocol.RequestError("text_input and prompt_token_ids are two prompts; leave one empty")
+        prompt = protocol.check_prompt(tokens or text)
         parameters: Any = _text(request, "sampling_parameters")
         if parameters is None:
             # Of /generate Triton passes on every field that is no input, even its own `id` of the request.
             fields = json.loads(request.parameters() or "{}")
             parameters = {name: value for name, value in fields.items() if name != "id"}
         sampling, lora_name = protocol.read_sampling(parameters)
-        given.adapter, given.prompt = lora_name or "", prompt
+        given.adapter, given.prompt = lora_name or "", text
         given.stream = _flag(request, "stream") or False
         excludes = _flag(request, "exclude_input_in_output")
         if given.stream and excludes is False:
             raise protocol.RequestError("exclude_input_in_output must not be false with stream")
         if not given.stream and not excludes:
-            given.before = prompt
-        if refused := [name for name in REFUSED if _flag(request, name)]:
-            raise protocol.RequestError(f"{refused[0]} is not supported by this engine")
+            if tokens:
+                raise protocol.RequestError("an answer begins with its prompt only where that is a text")
+            given.before = text
         given.returns = tuple(name for name in TO_RETURN if _flag(request, name))
         return protocol.Generate(next(self.ids), prompt, sampling, lora_name, given.stream), given
 
@@ -245,7 +255,7 @@ class TritonPythonModel:
         if isinstance(answer, protocol.Delta):
             given = self.waiting.get(answer.id or 0)
             if given and not given.cancelled:
-                self._respond(given, answer.text, answer.tokens, None)
+                self._respond(given, answer.text, answer.tokens, answer.logprobs, None)
             return None
         with self.lock:
             given = self.waiting.pop(answer.id or 0, None)
@@ -256,16 +266,30 @@ class TritonPythonModel:
         if answer.finish_reason == protocol.CANCELLED:
             self._refuse(given, "the client has left", protocol.CANCELLED)
         else:
-            self._respond(given, given.before + answer.text, answer.output_tokens, answer)
+            self._respond(given, given.before + answer.text, answer.output_tokens, answer.logprobs, answer)
             self.metrics.count(given.adapter, answer.finish_reason, answer)
             self._note(given, answer.finish_reason, answer)
 
     # --- responses ----------------------------------------------------------------------------------------------------
 
-    def _respond(self, given: Waiting, text: str, tokens: int, done: "protocol.Done | None") -> None:
+    def _respond(
+        self,
+        given: Waiting,
+        text: str,
+        tokens: int,
+        logprobs: "protocol.Logprobs | None",
+        done: "protocol.Done | None",
+    ) -> None:
         values: dict[str, np.ndarray] = {"text_output": np.array([text.encode()], dtype=np.object_)}
         if "return_finish_reason" in given.returns:
             values["finish_reason"] = np.array([str(done and done.finish_reason).encode()], dtype=np.object_)
+        for chosen in (next(iter(token.values())) for token in logprobs or ()):
+            given.logprob += chosen["logprob"]
+        if "return_cumulative_logprob" in given.returns:
+            sum_of_all = math.nan if logprobs is None else given.logprob
+            values["cumulative_logprob"] = np.array([sum_of_all], dtype=np.float32)
+        if "return_logprobs" in given.returns:
+            values["logprobs"] = np.array([json.dumps(logprobs).encode()], dtype=np.object_)
         if "return_num_input_tokens" in given.returns and done:
             values["num_input_tokens"] = np.array([done.input_tokens], dtype=np.uint32)
         if "return_num_output_tokens" in given.returns:
@@ -376,6 +400,11 @@ def _text(request: Any, name: str) -> str | None:
         return value if isinstance(value, str) else value.decode()
     except UnicodeDecodeError as error:
         raise protocol.RequestError(f"{name} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _numbers(request: Any, name: str) -> tuple[int, ...]:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return () if tensor is None else tuple(tensor.as_numpy().reshape(-1).tolist())
 
 
 def _flag(request: Any, name: str) -> bool | None:

@@ -209,7 +209,9 @@ def test_openais_parameters_and_vllms_become_sampling_parameters() -> None:
     ("others", "param", "words"),
     [
         ({"n": 17}, "n", "n: .* less than or equal to 16"),
-        ({"logprobs": True}, "logprobs", "logprobs is not supported"),
+        ({"logprobs": 2}, "logprobs", "logprobs: .* boolean"),
+        ({"top_logprobs": 2}, "top_logprobs", 'top_logprobs: it needs "logprobs": true'),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "less than or equal to 20"),
         ({"tools": "weather"}, "tools", "tools: .* array"),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice is not supported"),
         ({"temperature": "warm"}, "temperature", "temperature: .* number"),
@@ -242,9 +244,9 @@ def test_harmless_values_of_unsupported_parameters_are_accepted() -> None:
     assert ChatCompletion.read(json.dumps(chat(**harmless)).encode()).sampling == GREEDY
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], [[1], [2]], [], 3, None])
-def test_a_completion_takes_texts(prompt: Any) -> None:
-    with pytest.raises(ApiError, match="prompt: a text or a list of texts, and no numbers of tokens"):
+@pytest.mark.parametrize("prompt", [[1, "a"], [[1], []], [[1, [2]]], [-1], [True], [], 3, None])
+def test_a_completion_takes_texts_and_tokens(prompt: Any) -> None:
+    with pytest.raises(ApiError, match="prompt: a text or a list of tokens, or a list of these"):
         TextCompletion.read(json.dumps({"model": "gemma", "prompt": prompt}).encode())
 
 

@@ -87,7 +87,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "mm_processor_kwargs": ({}, "yes, chat"),
     "media_io_kwargs": ({}, "yes, chat"),
     "thinking_token_budget": (9, "yes"),
-    "truncation_side": ("left", "yes"),
+    "truncation_side": ("right", "yes"),
     "watermarking": (True, "yes"),
     "logprob_token_ids": ([5], "yes"),
     "repetition_detection": ({}, "yes"),
@@ -131,12 +131,17 @@ REQUIRED: dict[type[Completion], dict[str, Any]] = {
 
 def effect(kind: type[Completion], name: str) -> str:
     """What the gateway makes of a parameter."""
+    value, required = PARAMETERS[name][0], REQUIRED[kind]
+    if kind is ChatCompletion and name == "logprobs":
+        value = True  # with a number of its own
+    if kind is ChatCompletion and name == "top_logprobs":
+        required = required | {"logprobs": True}
     try:
-        form = kind.read(json.dumps({**REQUIRED[kind], name: PARAMETERS[name][0]}).encode())
+        form = kind.read(json.dumps({**required, name: value}).encode())
     except ApiError as error:
         assert error.status == 400 and error.param == name and name in error.message
         return "refused"
-    plain = kind.read(json.dumps(REQUIRED[kind]).encode())
+    plain = kind.read(json.dumps(required).encode())
     return "none" if form.model_dump(exclude={*(form.model_extra or {})}) == plain.model_dump() else "yes"
 
 
@@ -200,7 +205,7 @@ def test_n_answers_without_a_seed_are_not_given_one() -> None:
     assert all(read_sampling(sampling)[0].seed is None for sampling in form.samplings())
 
 
-@pytest.mark.parametrize(("name", "value"), [("logprobs", 0), ("best_of", True)])
+@pytest.mark.parametrize(("name", "value"), [("tools", 0), ("best_of", True)])
 def test_a_value_that_only_equals_a_harmless_one_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ApiError, match=f"{name} is not supported"):
         TextCompletion.read(json.dumps({"model": "gemma", "prompt": "Hi", name: value}).encode())

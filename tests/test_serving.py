@@ -305,7 +305,7 @@ def test_the_log_records_requests_without_their_texts(server: Server, stack: Sta
         ({"sampling_parameters": '{"best_of": 3}'}, "invalid: unknown sampling parameter 'best_of'"),
         ({"sampling_parameters": '{"n": 2}'}, "invalid: n is 2"),
         ({"sampling_parameters": '{"lora_name": "nobody"}'}, "unknown_adapter: .*nobody"),
-        ({"return_cumulative_logprob": True}, "invalid: return_cumulative_logprob is not supported"),
+        ({"prompt_token_ids": np.array([2])}, "data-type"),
         ({"text_input": np.array([["a", "b"]], dtype=np.object_)}, "unexpected shape"),
         ({"text_input": np.array([3])}, "data-type"),
         ({"stream": "yes"}, "data-type"),

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import tritonclient.grpc as grpc_client
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 FLAGS = (
     "stream",
@@ -21,7 +21,14 @@ FLAGS = (
     "return_num_input_tokens",
     "return_num_output_tokens",
 )
-OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+OUTPUTS = (
+    "text_output",
+    "finish_reason",
+    "cumulative_logprob",
+    "logprobs",
+    "num_input_tokens",
+    "num_output_tokens",
+)
 PATIENCE = 300.0  # seconds; nothing may take that long
 
 
@@ -123,8 +130,7 @@ def tensors(values: dict[str, Any]) -> list[grpc_client.InferInput]:
             value = np.array([value], dtype=np.object_)
         elif isinstance(value, bool):
             value = np.array([value])
-        kind = {"b": "BOOL", "O": "BYTES", "i": "INT64", "f": "FP64"}[value.dtype.kind]
-        tensor = grpc_client.InferInput(name, list(value.shape), kind)
+        tensor = grpc_client.InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
         tensor.set_data_from_numpy(value)
         found.append(tensor)
     return found
@@ -132,7 +138,7 @@ def tensors(values: dict[str, Any]) -> list[grpc_client.InferInput]:
 
 def plain(array: np.ndarray) -> Any:
     value = array.reshape(-1)[0]
-    return value.decode() if isinstance(value, bytes) else int(value)
+    return value.decode() if isinstance(value, bytes) else value.item()
 
 
 __all__ = ["InferenceServerException", "Refused", "Server", "tensors"]

@@ -25,7 +25,7 @@ The package needs neither PyTorch nor anything else of this project; `pip instal
 it alone.
 """
 
-from .adapter import BASE, Adapter, Answer, Message
+from .adapter import BASE, Adapter, Answer, Message, TokenLogprob
 from .async_client import DEFAULT_URL, AsyncClient, AsyncStream
 from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, TooLong, Unavailable, UnknownAdapter
 from .prompt import AnswerPart, ToolCall
@@ -46,6 +46,7 @@ __all__ = [
     "Message",
     "ServingError",
     "Stream",
+    "TokenLogprob",
     "TooLong",
     "ToolCall",
     "Unavailable",

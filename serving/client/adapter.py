@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import InvalidRequest
 from .prompt import Prompt, ToolCall, disarm
@@ -168,6 +168,23 @@ BASE = Adapter(
 )
 
 
+class TokenLogprob(NamedTuple):
+    """What the model thought of a token in its place.
+
+    Attributes:
+        token: its text.
+        logprob: natural logarithm of its probability, before the sampling parameters changed it.
+        rank: 1 for the most likely one.
+        bytes: of `token`; of one that is a byte of a longer character, that byte; None: the server did not say it.
+    """
+
+    id: int
+    token: str
+    logprob: float
+    rank: int
+    bytes: bytes | None
+
+
 @dataclass
 class Answer:
     """A model's answer.
@@ -178,6 +195,8 @@ class Answer:
         forgotten: how many of the dialogue's oldest exchanges were left out because they did not fit in the window.
         thought: what the model thought before it answered, which is no part of `text`.
         tool_calls: the functions that the model asks to be called.
+        logprobs: for each of the `output_tokens`, where the sampling parameter `logprobs` asked for it: the token, then
+            the most likely ones in its place.
     """
 
     text: str = ""
@@ -188,6 +207,7 @@ class Answer:
     forgotten: int = 0
     thought: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -195,13 +215,13 @@ class PreparedRequest:
     """A request that is ready to be sent.
 
     Attributes:
-        text: the whole prompt.
+        text: the whole prompt, or its tokens.
         sampling: vLLM's sampling parameters, with the adapter's name as `lora_name`.
         prompt: parses the answer into its fields.
         shorter: makes the same request without the dialogue's oldest exchange, for one that is too long.
     """
 
-    text: str
+    text: str | Sequence[int]
     sampling: dict[str, Any]
     prompt: Prompt | None = None
     shorter: "Callable[[], PreparedRequest] | None" = None

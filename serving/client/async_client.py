@@ -101,15 +101,16 @@ class AsyncClient:
         except (ServingError, TimeoutError, ValueError, KeyError):
             return False
 
-    def stream(self, text: str, adapter: str | None = None, **sampling: Any) -> "AsyncStream":
+    def stream(self, text: str | Sequence[int], adapter: str | None = None, **sampling: Any) -> "AsyncStream":
         """Continue `text` as it is, with an adapter or the base model alone.
 
         Args:
+            text: or its tokens, <bos> among them, for a server with the embedded engine.
             sampling: vLLM's sampling parameters: temperature, top_p, top_k, max_tokens, stop, seed, ….
         """
         return AsyncStream(self, partial(self.prepare_text, text, adapter, sampling))
 
-    async def generate(self, text: str, adapter: str | None = None, **sampling: Any) -> Answer:
+    async def generate(self, text: str | Sequence[int], adapter: str | None = None, **sampling: Any) -> Answer:
         """As `stream`, as a whole."""
         return await self.stream(text, adapter, **sampling)
 
@@ -173,7 +174,9 @@ class AsyncClient:
         await self.close()
 
     # What `Client` shares. Each runs when its request is sent, as it may have to fetch the adapter's prompt first.
-    async def prepare_text(self, text: str, adapter: str | None, sampling: Mapping[str, Any]) -> PreparedRequest:
+    async def prepare_text(
+        self, text: str | Sequence[int], adapter: str | None, sampling: Mapping[str, Any]
+    ) -> PreparedRequest:
         return PreparedRequest(text, dict(sampling) if adapter is None else {**sampling, "lora_name": adapter})
 
     async def prepare_question(
@@ -261,16 +264,20 @@ class AsyncClient:
         self, request: PreparedRequest, sampling: str, answer: Answer, show: Callable[[AnswerPart], None]
     ) -> None:
         has_parts = request.prompt and request.prompt.has_gemma4_turns
-        reader = AnswerReader(request.text) if has_parts else None
+        reader = AnswerReader(str(request.text)) if has_parts else None
+        tokens = 0  # that no part has carried yet
 
         def add(parts: Iterable[AnswerPart]) -> None:
+            nonlocal tokens
             for part in parts:
                 answer.text += part.text
                 answer.thought += part.thought
                 if part.text or part.thought:
-                    show(part)
+                    show(AnswerPart(part.text, part.thought, tokens))
+                    tokens = 0
 
-        async with aclosing(self._transport.stream(request.text, sampling)) as chunks:
+        wants_logprobs = request.sampling.get("logprobs") is not None
+        async with aclosing(self._transport.stream(request.text, sampling, wants_logprobs)) as chunks:
             reason = None
             while True:
                 chunk = await self._next(chunks, is_first=not answer.output_tokens)
@@ -278,6 +285,8 @@ class AsyncClient:
                     break
                 answer.input_tokens, reason = chunk.input_tokens, chunk.finish_reason
                 answer.output_tokens += chunk.output_tokens
+                answer.logprobs += chunk.logprobs
+                tokens += chunk.output_tokens
                 add(reader.read(chunk.text) if reader else [AnswerPart(chunk.text, "")])
         if reader:
             add(reader.end())
@@ -402,8 +411,11 @@ def _sampling_json(request: PreparedRequest) -> str:
     """
     if not request.text:
         raise InvalidRequest("the prompt is empty")
+    if not isinstance(request.text, str) and not all(type(one) is int and 0 <= one < 1 << 31 for one in request.text):
+        raise InvalidRequest("the prompt is neither a text nor a list of tokens, which are numbers from 0")
     try:
-        request.text.encode()
+        if isinstance(request.text, str):
+            request.text.encode()
     except UnicodeEncodeError as error:
         raise InvalidRequest(f"the prompt is not Unicode: half a character at {error.start}") from None
     try:

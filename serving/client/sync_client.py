@@ -61,11 +61,11 @@ class Client:
         """Whether the server reports itself ready; False where nothing answers."""
         return self._wait(self._client.is_ready())
 
-    def generate(self, text: str, adapter: str | None = None, **sampling: Any) -> Answer:
+    def generate(self, text: str | Sequence[int], adapter: str | None = None, **sampling: Any) -> Answer:
         """Continue `text` as it is; see `AsyncClient.stream`."""
         return self._answer(partial(self._client.prepare_text, text, adapter, sampling))
 
-    def stream(self, text: str, adapter: str | None = None, **sampling: Any) -> "Stream":
+    def stream(self, text: str | Sequence[int], adapter: str | None = None, **sampling: Any) -> "Stream":
         """As `generate`, piece by piece."""
         return self._stream(partial(self._client.prepare_text, text, adapter, sampling))
 

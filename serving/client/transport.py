@@ -8,12 +8,13 @@ exactly one response to a request. Both use the inputs and outputs of NVIDIA's v
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from .adapter import TokenLogprob
 from .errors import Busy, DeadlineExceeded, InvalidRequest, ServingError, Unavailable, error_of
 
 MODEL, CATALOGUE = "gemma", "adapters"
@@ -36,23 +37,28 @@ class AnswerChunk(NamedTuple):
         finish_reason: why the model ended, in the last chunk; None before.
         input_tokens: of the whole prompt, in the last chunk; 0 before.
         output_tokens: of this chunk.
+        logprobs: of this chunk's tokens, where they were asked for.
     """
 
     text: str
     finish_reason: str | None
     input_tokens: int
     output_tokens: int
+    logprobs: list[list[TokenLogprob]]
 
 
 class Transport(Protocol):
     """One connection to a server, for any number of concurrent requests in one event loop."""
 
-    def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
+    def stream(
+        self, text: str | Sequence[int], sampling: str, logprobs: bool = False
+    ) -> AsyncGenerator[AnswerChunk, None]:
         """The answer to one request. Closing the iterator early cancels the request in the engine.
 
         Args:
-            text: the whole prompt.
+            text: the whole prompt, or its tokens, which NVIDIA's vLLM backend does not take.
             sampling: vLLM's sampling parameters as JSON.
+            logprobs: return those that they ask for.
 
         Raises:
             ServingError: the subclass tells the kind of failure; never an exception of grpc or httpx.
@@ -120,9 +126,12 @@ class Grpc:
             self._where, ssl=self._secure, root_certificates=self._ca_file and str(self._ca_file), channel_args=options
         )
 
-    async def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
-        inputs = [_bytes("text_input", text), _bytes("sampling_parameters", sampling)]
-        inputs += [_bool(name, value) for name, value in FLAGS.items()]
+    async def stream(
+        self, text: str | Sequence[int], sampling: str, logprobs: bool = False
+    ) -> AsyncGenerator[AnswerChunk, None]:
+        prompt = [_bytes("text_input", text)] if isinstance(text, str) else _token_inputs(text)
+        inputs = [*prompt, _bytes("sampling_parameters", sampling)]
+        inputs += [_bool(name, value) for name, value in {**FLAGS, "return_logprobs": logprobs}.items()]
 
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield {"model_name": MODEL, "inputs": inputs}
@@ -137,6 +146,7 @@ class Grpc:
                     _reason(result.as_numpy("finish_reason")),
                     int(_number(result.as_numpy("num_input_tokens"))),
                     int(_number(result.as_numpy("num_output_tokens"))),
+                    _logprobs(result.as_numpy("logprobs")),
                 )
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -232,8 +242,11 @@ class Http:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         )
 
-    async def stream(self, text: str, sampling: str) -> AsyncGenerator[AnswerChunk, None]:
-        body = {"text_input": text, "sampling_parameters": sampling, **FLAGS}
+    async def stream(
+        self, text: str | Sequence[int], sampling: str, logprobs: bool = False
+    ) -> AsyncGenerator[AnswerChunk, None]:
+        prompt = {"text_input": text} if isinstance(text, str) else {"text_input": "", "prompt_token_ids": [*text]}
+        body = {**prompt, "sampling_parameters": sampling, **FLAGS, "return_logprobs": logprobs}
         try:
             async with self._client.stream("POST", f"/v2/models/{MODEL}/generate_stream", json=body) as response:
                 if response.status_code != 200:
@@ -246,6 +259,7 @@ class Http:
                         _reason([event.get("finish_reason")]),
                         int(event.get("num_input_tokens", 0)),
                         int(event.get("num_output_tokens", 0)),
+                        _logprobs([event.get("logprobs")]),
                     )
         except Exception as error:
             raise self._translated(error) from None
@@ -319,6 +333,15 @@ def _bytes(name: str, text: str) -> Any:
     return given
 
 
+def _token_inputs(tokens: Sequence[int]) -> list[Any]:
+    import numpy as np
+    from tritonclient.grpc import InferInput
+
+    given = InferInput("prompt_token_ids", [len(tokens)], "INT32")
+    given.set_data_from_numpy(np.array(tokens, dtype=np.int32))
+    return [_bytes("text_input", ""), given]
+
+
 def _bool(name: str, value: bool) -> Any:
     import numpy as np
     from tritonclient.grpc import InferInput
@@ -333,6 +356,22 @@ def _reason(values: Any) -> str | None:
     value = values[0] if values is not None and len(values) else None
     text = value.decode() if isinstance(value, bytes) else value
     return None if text in (None, "", "None") else str(text)
+
+
+def _logprobs(values: Any) -> list[list[TokenLogprob]]:
+    """Of each token of a chunk: JSON, in which vLLM's backend has an object of tokens for each."""
+    if values is None or not len(values) or values[0] is None:
+        return []
+    return [[_logprob(int(token), about) for token, about in tokens.items()] for tokens in json.loads(values[0]) or []]
+
+
+def _logprob(token: int, about: Mapping[str, Any]) -> TokenLogprob:
+    text = about.get("decoded_token") or ""
+    # A token that is a part of a character is decoded to the replacement character.
+    of_text = None if "\N{REPLACEMENT CHARACTER}" in text else text.encode()
+    return TokenLogprob(
+        token, text, about["logprob"], about["rank"], bytes(about["bytes"]) if "bytes" in about else of_text
+    )
 
 
 def _number(values: Any) -> int:

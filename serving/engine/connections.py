@@ -169,16 +169,7 @@ class Connections:
             raise RequestError(f"id {generate.id} is in use by another request of this connection")
         connection.open_ids.add(generate.id)
         try:
-            max_tokens = self.scheduler.max_model_len
-            if len(generate.prompt) > max_tokens * self.max_token_characters:
-                raise RequestError(
-                    f"the prompt has {len(generate.prompt):,} characters, more than {max_tokens} tokens can hold"
-                )
-            # Tokenizing a long text takes a while, during which other lines must be handled.
-            if len(generate.prompt) > 4096:
-                encoded = await asyncio.to_thread(self.tokenizer.encode, generate.prompt)
-            else:
-                encoded = self.tokenizer.encode(generate.prompt)
+            tokens = await self._tokenize(generate)
             constraint = None
             if generate.sampling.structured_outputs:
                 constraint = await self.loop.run_in_executor(self.compiling, self._compile, connection, generate)
@@ -187,9 +178,35 @@ class Connections:
             connection.cancelled_ids.discard(generate.id)
             raise
         request = ScheduledRequest(
-            generate, encoded.ids, lambda one: connection.send(one.as_json()), arrived, connection, constraint
+            generate, tokens, lambda one: connection.send(one.as_json()), arrived, connection, constraint
         )
         self.inbox.put(lambda: self._submit(connection, request))
+
+    async def _tokenize(self, generate: Generate) -> list[int]:
+        """The tokens of a prompt: all, or those that `truncate_prompt_tokens` keeps.
+
+        Raises:
+            RequestError: it has more characters than the context can hold.
+        """
+        room, begins = self.scheduler.max_model_len, 0
+        if isinstance(generate.prompt, str):
+            if len(generate.prompt) > room * self.max_token_characters:
+                raise RequestError(
+                    f"the prompt has {len(generate.prompt):,} characters, more than {room} tokens can hold"
+                )
+            # Tokenizing a long text takes a while, during which other lines must be handled.
+            if len(generate.prompt) > 4096:
+                encoded = await asyncio.to_thread(self.tokenizer.encode, generate.prompt)
+            else:
+                encoded = self.tokenizer.encode(generate.prompt)
+            tokens, begins = encoded.ids, encoded.special_tokens_mask[0]  # <bos>, without which Gemma is lost
+        else:
+            tokens = list(generate.prompt)
+        kept = generate.sampling.truncate_prompt_tokens
+        if kept is None:
+            return tokens
+        kept = max(1, kept if kept >= 0 else room - generate.sampling.max_tokens)
+        return tokens if len(tokens) <= kept else [*tokens[:begins], *tokens[len(tokens) - kept + begins :]]
 
     def _compile(self, connection: Connection, generate: Generate) -> Constraint | None:
         """What the answer must match; None for a client that has left, so that others need not wait for its turn."""

@@ -158,7 +158,7 @@ class Sampler:
         highest = logits.max()
         if not (sampling.top_p < 1 or sampling.min_p > 0 or 0 < sampling.top_k < len(logits)):
             return _at(np.exp(logits - highest), point)
-        tokens, total = _candidates(logits, highest, sampling)
+        tokens, total = candidates(logits, highest, sampling)
         order = np.argsort(-logits[tokens], kind="stable")
         tokens = tokens[order]
         likelihood = np.exp((logits[tokens] - highest).astype(np.float64))
@@ -174,7 +174,7 @@ def _has(mask: npt.NDArray[np.uint8], token: int) -> bool:
     return token < 8 * len(mask) and bool(mask[token >> 3] >> (token & 7) & 1)
 
 
-def _candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:
+def candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:
     """The tokens that min_p and top_k keep and, where only top_p applies, at least those that it keeps.
 
     Returns:

@@ -19,6 +19,7 @@ from serving.engine.adapters import LoraAdapter
 from serving.engine.detokenizer import Detokenizer
 from serving.engine.grammar import CannotGoOn, Constraint
 from serving.engine.kv_cache import BLOCK, BlockPool, block_hash
+from serving.engine.logprobs import token_logprobs
 from serving.engine.prompt_budget import PromptBudget
 from serving.engine.sampling import Sampler, bad_word_tokens
 from serving.engine.step import BEST, LOGITS, NOTHING, Chunk, Model
@@ -35,6 +36,7 @@ from serving.protocol import (
     Done,
     Failed,
     Generate,
+    Logprobs,
 )
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class ScheduledRequest:
         blocks: of the cache, in the order of positions.
         cached: tokens that the prefix cache had.
         given_way: tokens of later requests' prompts that were read before its own.
+        logprobs: of tokens whose text has not been sent.
     """
 
     generate: Generate
@@ -76,6 +79,7 @@ class ScheduledRequest:
     text: Detokenizer = None  # type: ignore[assignment]
     cached: int = 0
     given_way: int = 0
+    logprobs: Logprobs = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -86,6 +90,11 @@ class ScheduledRequest:
     def max_blocks(self) -> int:
         # The last token of an answer is never computed.
         return -(-(self.prompt_tokens + self.generate.sampling.max_tokens - 1) // BLOCK)
+
+    def take_logprobs(self) -> Logprobs | None:
+        """Those that go with the next text; None: they were not asked for."""
+        taken, self.logprobs = self.logprobs, []
+        return None if self.generate.sampling.logprobs is None else taken
 
     def block_hash(self, index: int) -> bytes:
         """The hash of its block `index`, all of whose tokens are known."""
@@ -160,6 +169,8 @@ class Scheduler:
             self._fail(
                 request, INVALID, f"{parameter} has the token {token}; this model's tokens are below {vocabulary}"
             )
+        elif (token := max(request.tokens)) >= vocabulary:
+            self._fail(request, INVALID, f"the prompt has the token {token}; this model's are below {vocabulary}")
         elif len(self.waiting) >= self.max_waiting:
             self._fail(request, BUSY, f"{len(self.waiting)} requests are waiting already; try again in a moment")
         else:
@@ -305,7 +316,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         for request, count in batch:
             end = request.computed + count
-            output = NOTHING if end < len(request.tokens) else LOGITS if request.sampler.needs_logits else BEST
+            needs_logits = request.sampler.needs_logits or request.generate.sampling.logprobs is not None
+            output = NOTHING if end < len(request.tokens) else LOGITS if needs_logits else BEST
             chunks.append(Chunk(len(tokens), count, request.computed, request.blocks, output, request.adapter))
             tokens += request.tokens[request.computed : end]
         best, logits = self.model.step(tokens, chunks)
@@ -314,8 +326,13 @@ class Scheduler:
         for request, count in batch:
             request.computed += count
         for row, request in enumerate(with_output):
+            wanted = request.generate.sampling.logprobs
+            own = None if wanted is None else logits[row].copy()  # sampling changes them
             try:
-                self._append_token(request, request.sampler.choose(best[row], logits[row]), now)
+                token = request.sampler.choose(best[row], logits[row])
+                if own is not None and wanted is not None:
+                    request.logprobs.append(token_logprobs(self.tokenizer, own, token, wanted))
+                self._append_token(request, token, now)
             except CannotGoOn as error:
                 self._fail(request, INVALID, str(error))
 
@@ -339,7 +356,7 @@ class Scheduler:
         elif full:
             self._finish(request, LENGTH)
         elif request.generate.stream and (text := request.text.new_text()):
-            request.send(Delta(request.generate.id, text, generated))
+            request.send(Delta(request.generate.id, text, generated, request.take_logprobs()))
 
     def _finish(self, request: ScheduledRequest, reason: str) -> None:
         now = time.monotonic()
@@ -349,7 +366,16 @@ class Scheduler:
         self._remove(request)
         self.counts[reason] += 1
         request.send(
-            Done(request.generate.id, text, reason, request.prompt_tokens, generated, round(ttft, 6), round(queued, 6))
+            Done(
+                request.generate.id,
+                text,
+                reason,
+                request.prompt_tokens,
+                generated,
+                round(ttft, 6),
+                round(queued, 6),
+                request.take_logprobs(),
+            )
         )
 
     def _fail_unknown(self, request: ScheduledRequest) -> None:
