@@ -349,8 +349,7 @@ def main() -> None:
     try:
         # Check the addresses before listening.
         connect(options.triton, {}, options.ca_file)
-        for origin in options.allow_origin:
-            checked_origin(origin)
+        options.allow_origin = [checked_origin(origin) for origin in options.allow_origin]
         listening = socket.create_server((options.host, options.port), backlog=512)
     except InvalidRequest as error:
         parser.error(f"--triton: {error}")

@@ -18,16 +18,18 @@ EVERYWHERE = ("0.0.0.0", "::")
 
 
 def checked_origin(text: str) -> str:
-    """`text`, the origin of a web page as browsers send it.
+    """The origin `text` of a web page as browsers send it: in lower case, without the scheme's own port.
 
     Raises:
         ValueError: it is none; "*" would let any page that somebody opens use the model.
     """
-    if not re.fullmatch(r"https?://([\w.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", text):
+    origin = re.fullmatch(r"(https?://(?:[\w.-]+|\[[0-9a-f:.]+\]))(:\d{1,5})?", text.lower())
+    if not origin:
         raise ValueError(
             f"'{text}' is no origin of a web page; write each as https://app.example.org, with its port if any"
         )
-    return text
+    site, port = origin.groups(default="")
+    return site if port == (":443" if site.startswith("https") else ":80") else site + port
 
 
 @dataclass(frozen=True)

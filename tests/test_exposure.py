@@ -216,7 +216,9 @@ PAGE, OTHER = "https://app.example.org", "https://elsewhere.example.org"
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A gateway that knows no HTTP of Triton, and one web page."""
-    with gateway("127.0.0.1:9", tmp_path_factory.mktemp("alone") / "log", "--allow-origin", PAGE) as running:
+    with gateway(
+        "127.0.0.1:9", tmp_path_factory.mktemp("alone") / "log", "--allow-origin", f"{PAGE.upper()}:443"
+    ) as running:
         yield running
 
 

@@ -1,11 +1,15 @@
 """Structured answers: what a random model says under a mask matches, by judges that know nothing of the masks."""
 
+import fcntl
 import json
 import os
 import re
 import signal
+import termios
 import threading
+from array import array
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +36,7 @@ from serving.engine.gemma import Gemma
 from serving.engine.grammar import Constraint, GrammarCompiler, token_bytes
 from serving.engine.sampling import Sampler
 from serving.openai_api import ApiError, ChatCompletion
-from serving.protocol import LENGTH, STOP, Failed
+from serving.protocol import LENGTH, STOP, UNAVAILABLE, Failed
 from serving.sampling_parameters import RequestError, StructuredOutputs, read_sampling
 
 TEXT = {"type": "string", "maxLength": 6}
@@ -316,10 +320,20 @@ def test_the_checking_process_is_of_the_engines_session_and_outlives_ctrl_c(toke
     compiler, wanted = GrammarCompiler(tokenizer, (1,)), StructuredOutputs(choice=("a",))
     others = {*psutil.Process().children()}
     compiler.compile(wanted)
+    assert compiler._checker._process
     (checker,) = {*psutil.Process().children()} - others
     assert os.getsid(checker.pid) == os.getsid(0)  # the supervisor kills and reaps what is of the engine's session
     checker.send_signal(signal.SIGINT)
     assert compiler.compile(wanted) and checker.is_running() and checker.status() != psutil.STATUS_ZOMBIE
+    checker.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(compiler.compile, wanted)
+        unread, asked = array("i", [0]), compiler._checker._process.stdin
+        until(lambda: fcntl.ioctl(asked, termios.FIONREAD, unread) == 0 and unread[0])
+        checker.kill()  # by somebody who needs the memory
+        with pytest.raises(RequestError, match="was ended; ask again") as ended:
+            compiling.result()
+    assert ended.value.code == UNAVAILABLE and compiler.compile(wanted)
 
 
 def test_a_grammar_that_costs_too_much_fails_alone(

@@ -5,6 +5,12 @@ from typing import Any
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes an incomplete character to
 
 
+def single_byte(name: str | None) -> bytes | None:
+    """The byte that the token `name` stands for, one of a character without a token of its own; None: it is no such
+    token."""
+    return bytes.fromhex(name[3:5]) if name and len(name) == 6 and name.startswith("<0x") else None
+
+
 class Detokenizer:
     """The text of one answer. `text` only grows, until a stop string cuts it.
 
@@ -48,7 +54,8 @@ class Detokenizer:
             self.tokens.append(token)
         old = self._decode(self.prefix_offset, self.read_offset)
         new = self._decode(self.prefix_offset, len(self.tokens))
-        if len(new) > len(old) and (last or not (new.endswith(INCOMPLETE) or self._is_byte(token))):
+        is_byte = single_byte(self.tokenizer.id_to_token(token)) is not None  # it is decoded with the next ones
+        if len(new) > len(old) and (last or not (new.endswith(INCOMPLETE) or is_byte)):
             self.text += new[len(old) :]
             self.prefix_offset, self.read_offset = self.read_offset, len(self.tokens)
         if len(self.tokens) <= self.min_tokens:
@@ -68,12 +75,6 @@ class Detokenizer:
         text = self.text[self.sent : end]
         self.sent = max(self.sent, end)
         return text
-
-    def _is_byte(self, token: int) -> bool:
-        """Whether it is one byte of a character that has no token of its own; it is decoded together with the next
-        ones."""
-        name = self.tokenizer.id_to_token(token)
-        return bool(name) and len(name) == 6 and name.startswith("<0x")
 
     def _decode(self, start: int, end: int) -> str:
         return (

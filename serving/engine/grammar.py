@@ -9,7 +9,9 @@ A grammar is compiled before its request is queued, in a thread of its own, once
 (grammar_check.py). What it may cost there and in a step has limits; one that exceeds them fails its own request alone.
 """
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,7 +23,11 @@ import numpy.typing as npt
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from serving.engine import grammar_check
+from serving.engine.detokenizer import single_byte
+from serving.protocol import UNAVAILABLE
 from serving.sampling_parameters import RequestError, StructuredOutputs
+
+FROM_OUTSIDE = (-signal.SIGTERM, -signal.SIGKILL, -signal.SIGHUP)  # its own limits end it otherwise
 
 
 class CannotGoOn(Exception):
@@ -105,18 +111,20 @@ class _Checker:
         """What is to be compiled.
 
         Raises:
-            RequestError: it is wrong, or costs too much.
+            RequestError: it is wrong, or costs too much; or the process was ended by somebody else.
         """
         if self._process is None or self._process.poll() is not None:
             command = [sys.executable, "-P", grammar_check.__file__]
             # of this session, so that who ends an engine ends and reaps it too
             self._process = subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, encoding="utf-8")
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps([kind, given]) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has just ended
+            self._process.stdin.write(json.dumps([kind, given]) + "\n")
+            self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
-            self._process.wait()
+            if self._process.wait() in FROM_OUTSIDE:
+                raise RequestError("the process that checks structured_outputs was ended; ask again", UNAVAILABLE)
             raise RequestError(f"structured_outputs.{kind} takes too long to compile, or too much memory; simplify it")
         lark, error = json.loads(answer)
         if error:
@@ -145,6 +153,4 @@ class _Tokens:
 
 def token_bytes(name: str) -> bytes:
     """The bytes that Gemma's tokenizer decodes a token to, by its name in the vocabulary."""
-    if len(name) == 6 and name.startswith("<0x"):
-        return bytes.fromhex(name[3:5])
-    return name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+    return single_byte(name) or name.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()

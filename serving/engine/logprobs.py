@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from serving.engine.detokenizer import single_byte
 from serving.engine.sampling import Floats, candidates
 from serving.sampling_parameters import Sampling
 
@@ -29,11 +30,7 @@ def token_logprobs(tokenizer: Any, logits: Floats, token: int, count: int) -> di
             "logprob": float(logits[one]) - total,
             "rank": ranks.get(one) or int(np.count_nonzero(logits > logits[one])) + 1,
             "decoded_token": tokenizer.decode([one], skip_special_tokens=False),
-            **_bytes(tokenizer.id_to_token(one) or ""),
+            **({"bytes": list(byte)} if (byte := single_byte(tokenizer.id_to_token(one))) else {}),
         }
         for one in dict.fromkeys([token, *likely])
     }
-
-
-def _bytes(name: str) -> dict[str, list[int]]:
-    return {"bytes": [int(name[3:5], 16)]} if len(name) == 6 and name.startswith("<0x") else {}
