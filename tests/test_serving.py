@@ -764,9 +764,9 @@ def test_a_port_that_is_taken_is_named(tiny_base: Path, tmp_path: Path) -> None:
     write_repository(tmp_path, tiny_base)
     (tmp_path / "adapters").mkdir()
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+        port, (free,) = taken.getsockname()[1], free_ports(1)
         started = subprocess.run(
-            [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", f"grpc_port={port}"],
+            [SERVING_PYTHON, "-m", "commands.serve", f"folder={tmp_path}", f"grpc_port={port}", f"http_port={free}"],
             cwd=ROOT,
             capture_output=True,
             text=True,
