@@ -32,6 +32,7 @@ from data_prep.read_table import Names, Row, Table, open_table
 _HUB = re.compile(
     r"hf:(?P<repository>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[^:@\s]+))?(?::(?P<split>[\w.-]+))?"
 )
+_WITHOUT_SCHEME = re.compile(r"(?i)(?:www\.[\w-]+\.|huggingface\.co/|hf\.co/|docs\.google\.com/|kaggle\.com/)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -233,6 +234,8 @@ def find_source(text: str) -> Source:
     Raises:
         UserError: the text begins with `hf:` but does not follow the form above.
     """
+    if _WITHOUT_SCHEME.match(text) and not Path(text).exists():  # as browsers show an address
+        text = f"https://{text}"
     if address := re.match(r"(?i)([a-z][a-z0-9+.-]+)://", text):
         raise _is_address(text, address[1].lower())
     if not text.startswith("hf:"):

@@ -509,6 +509,7 @@ def test_a_title_that_no_task_asks_for_is_refused(tmp_path: Path, monkeypatch: p
         ("films", "/proc/self/fdinfo", "/proc/self/fdinfo is a folder without a file of rows"),
         ("films", "hf:films", "Write hf:OWNER/NAME"),
         ("films", "https://example.org/a.csv", "Download it, then name the file: curl -LO 'https://example.org/a.csv'"),
+        ("films", "www.example.org/a.csv", "Download it, then name the file: curl -LO 'https://www.example.org/a.csv'"),
         ("films", "https://huggingface.co/datasets/me/films/tree/main", "is named SOURCE=hf:me/films"),
         ("films", "https://docs.google.com/spreadsheets/d/1", "is a page, not a table. Download it there as CSV"),
         ("films", "s3://bucket/a.parquet", "aws s3 cp 's3://bucket/a.parquet' ."),
