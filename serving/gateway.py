@@ -4,11 +4,11 @@
 
     OpenAI(base_url="http://127.0.0.1:9000/v1", api_key="-").chat.completions.create(model="slang", messages=[…])
 
-It serves /v1/models, /v1/chat/completions and /v1/completions (openai_api.py), Triton's own generate endpoints below
-/v2 (gateway_triton.py), /metrics and /triton/metrics for Prometheus, and /health: 200 where a token can be generated,
-or the engine is at work for others. If SERVING_API_KEY is set (several keys are separated by commas), /v1 and /v2
-require one of them. It logs one line of JSON for each request to standard error; with SERVING_LOG_TEXT=1 prompts and
-answers too. When a caller disconnects, its answer is cancelled in the engine.
+It serves /v1/models, /v1/chat/completions and /v1/completions (openai_api.py), /v1/responses (openai_responses.py),
+Triton's own generate endpoints below /v2 (gateway_triton.py), /metrics and /triton/metrics for Prometheus, and /health:
+200 where a token can be generated, or the engine is at work for others. If SERVING_API_KEY is set (several keys are
+separated by commas), /v1 and /v2 require one of them. It logs one line of JSON for each request to standard error; with
+SERVING_LOG_TEXT=1 prompts and answers too. When a caller disconnects, its answer is cancelled in the engine.
 
 With --check-adapters, /health fails until each adapter was seen to change what the base says (adapter_check.py).
 """
@@ -52,6 +52,7 @@ from serving.gateway_responses import GONE, STOPPED, Events, refusal, until_gone
 from serving.gateway_triton import TritonHttp
 from serving.http_connections import LimitedConnection
 from serving.openai_api import ApiError, ChatCompletion, Completion, Reply, TextCompletion, models
+from serving.openai_responses import ModelResponse
 from serving.protocol import CANCELLED
 from serving.server_options import checked_origin
 
@@ -108,7 +109,7 @@ class Gateway:
             raise
 
     async def _answer(self, request: Request, form: Completion, record: Record) -> Response:
-        reply, stream, count = Reply(form), form.send(self.client), form.answers
+        reply, stream, count = form.reply(), form.send(self.client), form.answers
         record.id, record.stream = reply.id, bool(form.stream)
         leaving = asyncio.create_task(_cancel_when_gone(request, stream))
         self.callers.enter(record.caller, count)
@@ -246,6 +247,14 @@ def create_app(options: argparse.Namespace, callers: Callers, log_text: bool) ->
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await app.state.gateway.complete(request, TextCompletion)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await app.state.gateway.complete(request, ModelResponse)
+
+    @app.api_route("/v1/responses/{name}", methods=["GET", "DELETE"])
+    async def kept_response(name: str) -> Response:
+        raise ApiError(404, "responses are not kept: each is there only in the answer to its request", "not_found")
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:

@@ -166,6 +166,10 @@ class Completion(BaseModel):
         """Ask for one answer."""
         raise NotImplementedError
 
+    def reply(self) -> "Reply":
+        """What the response to it is written by."""
+        return Reply(self)
+
     def choice(
         self,
         index: int,

@@ -144,6 +144,26 @@ def test_the_gateway_speaks_of_thoughts_and_tools_as_openais_clients_expect(
     assert ask(model="old", messages=HI, extra_body=thinking).choices[0].message.content.startswith("<|tool_call>")
 
 
+@pytest.mark.slow
+def test_a_thought_is_an_item_of_its_own_in_a_response(triton: ScriptedTriton, api: openai.OpenAI) -> None:
+    ask: Callable[..., Any] = api.responses.create
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    whole = ask(model="chat", input=HI, extra_body=thinking)
+    assert [item.type for item in whole.output] == ["reasoning", "message"]
+    assert (whole.output[0].content[0].text, whole.output_text) == ("A guest.", "Hello!")
+    told = list(ask(model="chat", input=HI, extra_body=thinking, stream=True))
+    assert [event.delta for event in told if event.type == "response.reasoning_text.delta"] == ["A gu", "est."]
+    assert told[-1].response.output_text == "Hello!"
+    asked = PROMPT.wrap_dialogue(HI, thinking=True)
+    assert [text for text, _ in triton.asked] == [asked, asked]
+    back = [*HI, *whole.output, user("And you?")]
+    ask(model="chat", input=back)
+    assert triton.asked[-1][0] == PROMPT.wrap_dialogue([*HI, model("Hello!"), user("And you?")])
+    with pytest.raises(openai.BadRequestError, match="cannot be combined with thinking") as refused:
+        ask(model="chat", input=HI, extra_body=thinking, text={"format": {"type": "json_object"}})
+    assert refused.value.param == "text.format"
+
+
 @needs_serving
 @pytest.mark.slow
 def test_the_site_folds_a_thought_away(triton: ScriptedTriton, tmp_path: Path, open_page: Callable[..., Any]) -> None:
@@ -171,3 +191,7 @@ def test_the_site_folds_a_thought_away(triton: ScriptedTriton, tmp_path: Path, o
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def model(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
