@@ -210,11 +210,11 @@ class ResponseReply(Reply):
     def whole(self, answer: Answer) -> dict[str, Any]:
         """What a stream of two pieces would end with."""
         for part in (AnswerPart("", answer.thought), AnswerPart(answer.text, "")):
-            self.chunk(part)
+            self.chunk(part, answer)
         self.last(answer)
         return self._response(_status(answer), answer)
 
-    def chunk(self, part: AnswerPart, answer: Answer | None = None) -> str:
+    def chunk(self, part: AnswerPart, answer: Answer) -> str:
         said = ""
         if not self._sent:
             said = "".join(self._sse(f"response.{one}", response=self._response()) for one in ("created", IN_PROGRESS))

@@ -224,7 +224,7 @@ PARTS = [AnswerPart("", "A gu"), AnswerPart("", "est."), AnswerPart("Hel", ""), 
 
 
 def streamed(reply: ResponseReply, answer: Answer) -> list[dict[str, Any]]:
-    return events("".join(map(reply.chunk, PARTS)) + reply.last(answer))
+    return events("".join(reply.chunk(part, answer) for part in PARTS) + reply.last(answer))
 
 
 @pytest.mark.parametrize(("reason", "status"), [(STOP, "completed"), (LENGTH, "incomplete")])
@@ -273,7 +273,8 @@ def test_a_stream_tells_how_its_last_response_came_into_being(reason: str, statu
 
 def test_an_answer_without_a_text_is_an_empty_message() -> None:
     reply = read().reply()
-    told = events(reply.chunk(AnswerPart("", "")) + reply.last(Answer("", STOP, 5, 1)))
+    answer = Answer("", STOP, 5, 1)
+    told = events(reply.chunk(AnswerPart("", ""), answer) + reply.last(answer))
     (message,) = told[-1]["response"]["output"]
     assert message["content"][0]["text"] == "" and told[-1]["type"] == "response.completed"
     assert [one["type"] for one in told].count("response.output_item.added") == 1
@@ -282,7 +283,7 @@ def test_an_answer_without_a_text_is_an_empty_message() -> None:
 def test_a_stream_that_fails_ends_with_the_failed_response_and_an_error() -> None:
     reply = read().reply()
     *_, failed, error = events(
-        "".join(map(reply.chunk, PARTS[:3])) + reply.failure(ApiError.of(Unavailable("10.0.0.7")))
+        "".join(reply.chunk(part, Answer()) for part in PARTS[:3]) + reply.failure(ApiError.of(Unavailable("10.0.0.7")))
     )
     assert failed["type"] == "response.failed" and failed["response"]["error"]["code"] == "server_error"
     assert [item["status"] for item in failed["response"]["output"]] == ["completed", "incomplete"]
