@@ -2,8 +2,8 @@
 
     python -m commands.web_pictures [site=http://127.0.0.1:8080]
 
-docs/web.png is the slang page on a desktop, base model beside the fine-tuned one; docs/web-phone.png the page of
-reviews on a phone. Both show what the model said, to the seeds below.
+docs/web.png is the slang page on a desktop, base model beside the terms of the fine-tuned one; docs/web-phone.png the
+page of reviews on a phone. Both show what the model said, to the seed below.
 """
 
 import os
@@ -16,7 +16,7 @@ from pydantic import Field
 from core.arguments import Arguments, parse
 from core.errors import UserError, run
 
-SEED = 3
+FIXED_SEED = "crypto.getRandomValues = (numbers) => numbers.fill(6)"  # half of it is the seed
 PATIENCE = 120_000  # milliseconds for an answer
 
 
@@ -43,11 +43,15 @@ def browser_options() -> list[str]:
 
 
 def slang(browser: Browser, site: str, file: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 800}, device_scale_factor=1.5)
-    page.goto(
-        f"{site}/#seed={SEED}&creativity=0.7&compare=1&context=Your phone dies at two percent, right when the "
-        "best part of the concert begins."
+    page = browser.new_page(viewport={"width": 1280, "height": 1240}, device_scale_factor=1.5)
+    page.add_init_script(FIXED_SEED)
+    page.goto(site)
+    page.get_by_label("Where are you?").fill(
+        "Your phone dies at two percent, right when the best part of the concert begins."
     )
+    page.get_by_label("Put the base model beside it").check()
+    page.get_by_role("button", name="Coin a word").click()  # a shared link would show one term, without a choice
+    page.mouse.move(0, 0)
     expect(page.locator("#tools")).to_be_visible()
     expect(page.locator("#status[data-state=ready]")).to_be_visible()
     page.screenshot(path=file, animations="disabled")
@@ -62,7 +66,7 @@ def reviews(browser: Browser, site: str, file: Path) -> None:
         has_touch=True,
         color_scheme="dark",
     )
-    page.add_init_script(f"crypto.getRandomValues = (numbers) => numbers.fill({2 * SEED})")  # half of it is the seed
+    page.add_init_script(FIXED_SEED)
     page.goto(f"{site}/reviews")
     page.get_by_label("Your question").fill("What do viewers say about the games?")
     page.get_by_label("Your question").press("Enter")

@@ -14,8 +14,8 @@ from tasks.slang.dictionary import DictionaryEntry, dictionary_of, router
 from tasks.slang.novelty import Novelty, load_lists
 
 TASK = "slang"
-# Even after one epoch, where one answer in twelve is new, so many bring a new term to four scenes of five, in less than
-# twice the time of one answer: python -m tasks.slang.measure_choices
+# After the default three epochs, so many bring a new term to 93 scenes of 100, in twice the time of one answer. After
+# one, where one answer in twelve is new, it is four scenes of five: python -m tasks.slang.measure_choices
 SEEDS = 24
 _QUOTED = re.compile('["“„][^"“”„]*["”“]?')
 
