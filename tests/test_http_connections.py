@@ -84,7 +84,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[Site]:
-    with serving(0.2) as site:
+    with serving(1) as site:  # which a busy machine's client does not need for a header
         yield site
 
 
@@ -152,8 +152,7 @@ def test_a_connection_that_keeps_the_server_waiting_is_closed(hasty: Site, sent:
 
 def test_a_client_that_reads_nothing_is_cut_off(hasty: Site) -> None:
     with hasty.connect(ASK.replace(b"/", b"/much", 1)) as silent:
-        until(lambda: connections(hasty.port) == 1)
-        until(lambda: connections(hasty.port) == 0)
+        until(lambda: connections(hasty.port) == 0)  # it was there when `connect` returned
         assert wait_until_closed(silent) < MUCH, "the rest was not sent"
 
 
