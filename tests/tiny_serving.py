@@ -143,13 +143,15 @@ def is_open(port: int, address: str = "127.0.0.1") -> bool:
 
 
 @contextmanager
-def serve_tiny(base: Path, scratch: Path, *options: str, window: int = WINDOW) -> Iterator[Stack]:
+def serve_tiny(
+    base: Path, scratch: Path, *options: str, window: int = WINDOW, cache: int = 4 * WINDOW
+) -> Iterator[Stack]:
     """The tiny folder under `python -m commands.serve`, with room for four `ENDLESS` answers at once."""
     patient = shutil.copytree(base, scratch / base.name)
     config = json.loads((patient / "config.json").read_text())
     (patient / "config.json").write_text(json.dumps({**config, "max_position_embeddings": window}))
     write_tiny_folder(scratch / "serve", patient, scratch)
-    with serve(scratch / "serve", "threads=1", f"max_tokens_in_cache={4 * WINDOW}", *options) as stack:
+    with serve(scratch / "serve", "threads=1", f"max_tokens_in_cache={cache}", *options) as stack:
         yield stack
 
 
