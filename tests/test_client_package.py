@@ -37,7 +37,7 @@ with Client("127.0.0.1:8001", deadline=30) as client:
 """
 MISTYPED = {
     'client.ask("slang", stream=True).text': '"Stream" has no attribute "text"',
-    "client.generate(3)": 'incompatible type "int"; expected "str"',
+    "client.generate(3)": 'incompatible type "int"; expected "str | Sequence[int]"',
     'Client("127.0.0.1:8001", deadlines=3)': 'Unexpected keyword argument "deadlines"',
 }
 

@@ -14,7 +14,7 @@ from tiny_gemma4 import CONTROL, KINDS, WHOLE, tiny_gemma4, tiny_tokenizer4
 
 from core.base_turns import in_turns, turns_of
 from core.configuration import load_config
-from core.gemma4_answers import AnswerReader, ToolCall, read_answer
+from core.gemma4_answers import AnswerPart, AnswerReader, ToolCall, read_answer
 from core.prompt import Prompt, disarm
 from training.batches import tokenize
 
@@ -252,7 +252,7 @@ def test_an_answer_is_told_apart_from_thoughts_and_calls_however_it_arrives(step
     ],
 )
 def test_what_is_cut_off_or_malformed_is_kept(asked: str, generated: str, text: str, thought: str) -> None:
-    assert read_answer(asked, generated) == ((text, thought), [])
+    assert read_answer(asked, generated) == (AnswerPart(text, thought), [])
 
 
 def test_a_call_that_is_written_reads_back() -> None:

@@ -417,7 +417,8 @@ def test_structured_answers_through_triton_and_the_gateway(stack: Stack) -> None
     schema = {"name": "any", "strict": True, "schema": SCHEMAS["anyOf"]}
     said = api.chat.completions.create(**asked, response_format={"type": "json_schema", "json_schema": schema})
     Draft202012Validator(SCHEMAS["anyOf"]).validate(json.loads(said.choices[0].message.content or ""))
-    cut = api.chat.completions.create(**{**asked, "max_tokens": 3}, response_format={"type": "json_object"})
+    # "{" alone: nothing in this vocabulary begins and ends an object
+    cut = api.chat.completions.create(**{**asked, "max_tokens": 1}, response_format={"type": "json_object"})
     assert cut.choices[0].finish_reason == "length"
     wanted = {"structured_outputs": {"choice": ["yes", "no 😀"]}}
     assert api.completions.create(model="gemma", prompt="Hi", extra_body=wanted).choices[0].text in ("yes", "no 😀")
