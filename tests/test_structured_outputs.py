@@ -30,7 +30,7 @@ from vllm_contract import Server
 from serving.client import BASE, Client, InvalidRequest
 from serving.client.adapter import PreparedRequest
 from serving.client.async_client import _sampling_json
-from serving.engine import grammar_check
+from serving.engine import grammar_check, sampling
 from serving.engine.connections import Connections, Inbox
 from serving.engine.gemma import Gemma
 from serving.engine.grammar import Constraint, GrammarCompiler, token_bytes
@@ -167,6 +167,18 @@ def test_answers_are_of_the_grammar(notation: str, engine_of: Callable[[], Engin
         opened = text.count("(")
         assert re.fullmatch(rf"[(]{{{opened}}}[xé][)]{{{opened}}}", text), text
     assert len(set(texts)) > 1
+
+
+def test_the_two_ways_to_apply_a_mask_choose_alike(
+    engine_of: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for few in (0, 1 << 20):  # never, and always, by picking out the tokens that it has
+        monkeypatch.setattr(sampling, "FEW", few)
+        texts.append(answers(engine_of(), 6, json=SCHEMAS["object"]))
+        greedy = {"temperature": 0, "max_tokens": 40, "structured_outputs": {"json": SCHEMAS["object"]}}
+        texts[-1] += [engine_of().ask("Hi", **one).text for one in (greedy, greedy | {"ignore_eos": True})]
+    assert texts[0] == texts[1]
 
 
 # --- masks -----------------------------------------------------------------------------------------------------------

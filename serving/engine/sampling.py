@@ -18,9 +18,7 @@ from serving.engine.grammar import CannotGoOn, Constraint
 from serving.sampling_parameters import Sampling
 
 Floats = npt.NDArray[np.float32]
-# The most likely tokens that are looked up one by one in a mask before all are; a model that knows what is asked of it
-# mostly wants the first.
-NEAREST = 16
+FEW = 1024  # bytes of a mask; of so few, the tokens are picked out, which takes a third of the time of a pass over all
 
 
 def bad_word_tokens(tokenizer: Any, words: Sequence[str]) -> list[tuple[int, ...]]:
@@ -93,16 +91,17 @@ class Sampler:
             self._penalize(logits)
             return self._pick(logits)
         mask = self.constraint.mask()
-        for _ in range(0 if self._changes_logits else NEAREST):
-            if _has(mask, best):
-                if self.sampling.ignore_eos and best in self.eos_token_ids:
-                    break
-                return best
-            logits[best] = -np.inf
-            best = int(logits.argmax())
+        may_end = self.chosen >= self.sampling.min_tokens and not self.sampling.ignore_eos
+        if not self._changes_logits and _has(mask, best) and (may_end or best not in self.eos_token_ids):
+            return best  # mostly, of a model that knows what is asked of it
         self._penalize(logits)
-        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: len(logits)])
-        if self.chosen < self.sampling.min_tokens or self.sampling.ignore_eos:
+        if np.count_nonzero(mask) >= FEW:
+            np.copyto(logits, -np.inf, where=np.unpackbits(mask, count=len(logits), bitorder="little") == 0)
+            if not may_end:
+                logits[self.eos_token_ids] = -np.inf
+            return self._pick(logits)
+        allowed = _tokens(mask)
+        if not may_end:
             going_on = allowed[~np.isin(allowed, self.eos_token_ids)]
             allowed = going_on if len(going_on) else allowed  # what must end ends, whatever min_tokens says
         return int(allowed[self._pick(logits[allowed])])
@@ -172,6 +171,13 @@ class Sampler:
 
 def _has(mask: npt.NDArray[np.uint8], token: int) -> bool:
     return token < 8 * len(mask) and bool(mask[token >> 3] >> (token & 7) & 1)
+
+
+def _tokens(mask: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """The tokens in a mask of few."""
+    places = np.flatnonzero(mask)
+    bits = np.unpackbits(mask[places], bitorder="little")
+    return np.add.outer(8 * places, np.arange(8)).reshape(-1)[bits.view(bool)]
 
 
 def candidates(logits: Floats, highest: np.float32, sampling: Sampling) -> tuple[npt.NDArray[np.int64], float | None]:
