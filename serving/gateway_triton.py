@@ -13,6 +13,7 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 from fastapi import Request
@@ -20,7 +21,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from serving import protocol
-from serving.client.transport import CATALOGUE, CONNECT_SECONDS, MODEL
+from serving.client.transport import CATALOGUE, CONNECT_SECONDS, FLAGS, MODEL
 from serving.gateway_callers import Callers
 from serving.gateway_records import GatewayMetrics, Record
 from serving.gateway_responses import GONE, STOPPED, Events
@@ -30,6 +31,13 @@ HEALTH = re.compile("/v2/health/(live|ready)")
 DESCRIPTION = re.compile(f"/v2(/models/({MODEL}|{CATALOGUE})(/versions/1)?(/(ready|config|stats))?)?")
 GENERATION = re.compile(f"/v2/models/({MODEL}|{CATALOGUE})(/versions/1)?/generate(_stream)?")
 METRICS_SECONDS = 5.0
+MAX_TOKEN = (1 << 31) - 1  # of Triton's INT32
+# Inputs of the model, each with the type of its values and what a refusal calls it.
+INPUTS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("text_input", "sampling_parameters"), (str, "a text")),
+    **dict.fromkeys((*FLAGS, "return_logprobs", "return_cumulative_logprob"), (bool, "true or false")),
+    "prompt_token_ids": (int, f"a list of tokens, from 0 to {MAX_TOKEN}"),
+}
 CODES = {400: protocol.INVALID, 429: protocol.BUSY, 503: protocol.UNAVAILABLE}  # as the model's own errors begin
 NO_SUCH_WAY = (
     "{method} {path} is not passed on to Triton; the gateway passes on /v2/models/gemma/generate, generate_stream and "
@@ -207,12 +215,20 @@ def rewritten(body: bytes) -> bytes:
     """A JSON object as this program writes it.
 
     Raises:
-        ApiError: it is none.
+        ApiError: it is none, or has an input that Triton would call its own failure (500), or would wrap: of tokens it
+            takes the last 32 bits.
     """
     try:
         value = json.loads(body)
-        if isinstance(value, dict):
-            return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        pass
-    raise ApiError(400, 'the body is not a JSON object in UTF-8, such as {"text_input": "Hello!"}')
+        value, text = None, b""
+    if not isinstance(value, dict):
+        raise ApiError(400, 'the body is not a JSON object in UTF-8, such as {"text_input": "Hello!"}')
+    for name, (kind, wanted) in INPUTS.items():
+        one_or_more = value.get(name, [])
+        given: list[Any] = one_or_more if isinstance(one_or_more, list) else [one_or_more]
+        is_of_kind = all(type(one) is kind for one in given)  # true is no number here
+        if not is_of_kind or (kind is int and not all(0 <= one <= MAX_TOKEN for one in given)):
+            raise ApiError(400, f"{name} is not {wanted}", param=name)
+    return text

@@ -31,7 +31,16 @@ from serving.client import (
     ToolCall,
 )
 from serving.openai_errors import ApiError, named_parameter
-from serving.openai_parameters import IGNORED, REFUSED, SAMPLING, as_sent, is_harmless, structured_outputs, unknown
+from serving.openai_parameters import (
+    IGNORED,
+    NOTHING,
+    REFUSED,
+    SAMPLING,
+    as_sent,
+    is_harmless,
+    structured_outputs,
+    unknown,
+)
 from serving.protocol import STOP
 from serving.sampling_parameters import MAX_LOGPROBS
 
@@ -49,11 +58,13 @@ class Completion(BaseModel):
     Attributes:
         kind: the `object` of its responses.
         prefix: of its responses' ids.
+        said_in: the parameter that becomes the prompt.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     kind: ClassVar[str]
     prefix: ClassVar[str]
+    said_in: ClassVar[str]
 
     model: str
     stream: bool | None = None
@@ -118,13 +129,13 @@ class Completion(BaseModel):
     @property
     def sampling(self) -> dict[str, Any]:
         given = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
-        # An empty structure is not none, and is refused.
-        return {name: value for name, value in given.items() if value not in ([], {}) or name == "structured_outputs"}
+        return {name: value for name, value in given.items() if value != NOTHING.get(name)}
 
     def named_as_sent(self, error: ApiError) -> ApiError:
         """`error`, with this request's names of what became the parameters that the server speaks of."""
         error.message = as_sent(error.message, self.model_dump(include={"response_format", "max_completion_tokens"}))
         error.param = named_parameter(error.message) if error.param in SAMPLING else error.param
+        error.param = self.said_in if error.param == "prompt" else error.param
         return error
 
     @property
@@ -216,7 +227,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatCompletion(Completion):
-    kind, prefix = "chat.completion", "chatcmpl-"
+    kind, prefix, said_in = "chat.completion", "chatcmpl-", "messages"
 
     messages: list[ChatMessage]
     logprobs: bool | None = None
@@ -310,7 +321,7 @@ class ChatCompletion(Completion):
 
 
 class TextCompletion(Completion):
-    kind, prefix = "text_completion", "cmpl-"
+    kind, prefix, said_in = "text_completion", "cmpl-", "prompt"
 
     prompt: list[str | list[int]]
     echo: bool | None = None

@@ -40,7 +40,7 @@ class ApiError(Exception):
             case UnknownAdapter():
                 return cls(404, str(error), "model_not_found", "model")
             case TooLong():
-                return cls(400, str(error), "context_length_exceeded")
+                return cls(400, str(error), "context_length_exceeded", named_parameter(str(error)))
             case InvalidRequest():
                 return cls(400, str(error), param=named_parameter(str(error)))
             case Busy():
@@ -70,5 +70,5 @@ class ApiError(Exception):
 
 def named_parameter(message: str) -> str | None:
     """The parameter that an error message begins with; None where it begins with none."""
-    found = re.match(r"(\w+)", message)
+    found = re.match(r"(?:the )?(\w+)", message)
     return found[1] if found and found[1] in (*SAMPLING, *OTHERS) else None

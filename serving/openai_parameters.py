@@ -28,6 +28,14 @@ SAMPLING = (
     "logprobs",
     "truncate_prompt_tokens",
 )
+# Values that are none, which an engine may refuse: vLLM does an empty list of allowed tokens.
+NOTHING: Mapping[str, Any] = {
+    "stop": [],
+    "stop_token_ids": [],
+    "logit_bias": {},
+    "allowed_token_ids": [],
+    "bad_words": [],
+}
 # Unsupported parameters that would change the answer, each with the values that are harmless.
 REFUSED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),

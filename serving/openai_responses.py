@@ -118,7 +118,7 @@ class TextOptions(BaseModel):
 class ModelResponse(ChatCompletion):
     """A request to `/v1/responses`. What it has in common with a chat completion is in the fields of one."""
 
-    kind, prefix = "response", "resp_"
+    kind, prefix, said_in = "response", "resp_", "input"
 
     input: list[InputItem]
     instructions: str | None = None
@@ -182,6 +182,7 @@ class ModelResponse(ChatCompletion):
             raise self.named_as_sent(error) from None
 
     def named_as_sent(self, error: ApiError) -> ApiError:
+        error.param = self.said_in if error.param == "prompt" else error.param
         message = re.sub(r"^messages\b", "input", error.message).replace("response_format", "text.format")
         message = re.sub(r"\bmax_tokens\b", "max_output_tokens", message)
         if self.format.structure and "text.format" not in message:

@@ -19,14 +19,13 @@ import contextlib
 import itertools
 import json
 import locale
-import math
 import os
 import select
 import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +115,8 @@ class TritonPythonModel:
             RequestError: something is wrong with the request.
         """
         text, tokens = _text(request, "text_input") or "", _numbers(request, "prompt_token_ids")
+        if min(tokens, default=0) < 0:
+            raise protocol.RequestError(f"prompt_token_ids has {min(tokens)}; tokens are whole numbers from 0")
         if text and tokens:
             raise protocol.RequestError("text_input and prompt_token_ids are two prompts; leave one empty")
         prompt = protocol.check_prompt(tokens or text)
@@ -135,6 +136,8 @@ class TritonPythonModel:
                 raise protocol.RequestError("an answer begins with its prompt only where that is a text")
             given.before = text
         given.returns = tuple(name for name in TO_RETURN if _flag(request, name))
+        if "return_cumulative_logprob" in given.returns and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # NVIDIA's backend says NaN, which is not JSON
         return protocol.Generate(next(self.ids), prompt, sampling, lora_name, given.stream), given
 
     def _send_to_engine(self, generate: protocol.Generate, given: Waiting) -> None:
@@ -286,8 +289,7 @@ class TritonPythonModel:
         for chosen in (next(iter(token.values())) for token in logprobs or ()):
             given.logprob += chosen["logprob"]
         if "return_cumulative_logprob" in given.returns:
-            sum_of_all = math.nan if logprobs is None else given.logprob
-            values["cumulative_logprob"] = np.array([sum_of_all], dtype=np.float32)
+            values["cumulative_logprob"] = np.array([given.logprob], dtype=np.float32)
         if "return_logprobs" in given.returns:
             values["logprobs"] = np.array([json.dumps(logprobs).encode()], dtype=np.object_)
         if "return_num_input_tokens" in given.returns and done:

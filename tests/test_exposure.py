@@ -158,6 +158,31 @@ def test_a_body_that_is_no_plain_json_object_stays_at_the_gateway(
     assert refused.json()["error"].startswith("invalid: the body is not" if status == 400 else "the request is larger")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt_token_ids", [2, 1.5]),
+        ("prompt_token_ids", [(1 << 32) + 2]),
+        ("prompt_token_ids", [[2]]),
+        ("prompt_token_ids", [True]),
+        ("prompt_token_ids", None),
+        ("return_logprobs", 1),
+        ("stream", "yes"),
+        ("text_input", 5),
+        ("sampling_parameters", {"max_tokens": 3}),
+    ],
+)
+def test_an_input_of_a_wrong_type_is_refused_by_name(outside: httpx.Client, name: str, value: Any) -> None:
+    refused = outside.post(GENERATE, json={"text_input": "", name: value})
+    assert refused.status_code == 400 and refused.json()["error"].startswith(f"invalid: {name} is not ")
+
+
+def test_an_input_may_be_a_list_of_one(outside: httpx.Client) -> None:
+    lists = {"text_input": ["Hi"], "stream": [False], "sampling_parameters": [json.dumps(GREEDY)]}
+    one, other = (outside.post(GENERATE, json=body) for body in (lists, {"text_input": "Hi", **GREEDY}))
+    assert one.status_code == 200 and one.json()["text_output"] == other.json()["text_output"]
+
+
 def test_a_key_is_asked_for_but_not_by_health(stack: Stack, outside: httpx.Client) -> None:
     url = f"http://{OUTSIDE}:{stack.ports['gateway']}"
     for path in (GENERATE, STREAM):

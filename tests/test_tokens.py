@@ -19,12 +19,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from vllm_contract import Refused, Server
 
-from serving.client import Client, InvalidRequest
+from serving.client import Client, InvalidRequest, TooLong
 from serving.engine.gemma import Gemma
 from serving.engine.logprobs import token_logprobs
 from serving.engine.sampling import Sampler
-from serving.openai_api import ApiError, TextCompletion
-from serving.protocol import Delta, Done, Failed, RequestError, read_generate
+from serving.openai_api import ApiError, ChatCompletion, Completion, TextCompletion
+from serving.openai_responses import ModelResponse
+from serving.protocol import Delta, Done, Failed, RequestError, read_generate, read_sampling
 
 PROMPT = "No cap, that fit is bussin"
 DRAWN: dict[str, Any] = {"temperature": 1, "seed": 3, "max_tokens": 12}
@@ -145,6 +146,36 @@ def test_what_is_no_prompt_and_what_does_not_go_together_is_refused_by_name(fiel
         TextCompletion.read(json.dumps({"model": "gemma", **fields}).encode())
 
 
+@pytest.mark.parametrize("wrong", [[], {}])
+@pytest.mark.parametrize(
+    "name",
+    ["truncate_prompt_tokens", "include_stop_str_in_output", "skip_special_tokens", "stop_token_ids", "logit_bias"],
+)
+def test_an_empty_list_or_object_is_none_only_of_what_may_be_one(name: str, wrong: Any) -> None:
+    sampling = TextCompletion.read(json.dumps({"model": "gemma", "prompt": "Hi", name: wrong}).encode()).sampling
+    if (name, wrong) in [("stop_token_ids", []), ("logit_bias", {})]:
+        assert sampling == {}
+    else:
+        with pytest.raises(RequestError, match=f"^{name} is n"):
+            read_sampling(sampling)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "param"),
+    [
+        (TextCompletion, {"prompt": [9]}, "prompt"),
+        (ChatCompletion, {"messages": []}, "messages"),
+        (ModelResponse, {"input": "Hi"}, "input"),
+    ],
+)
+def test_what_is_said_of_the_prompt_names_the_parameter_it_came_from(
+    kind: type[Completion], fields: dict[str, Any], param: str
+) -> None:
+    form = kind.read(json.dumps({"model": "gemma", **fields}).encode())
+    for error in (InvalidRequest("the prompt has the token 9"), TooLong("the prompt has 9 tokens and max_tokens is 9")):
+        assert form.named_as_sent(ApiError.of(error)).param == param
+
+
 def test_lists_are_one_prompt_or_several() -> None:
     def prompts(value: Any) -> list[Any]:
         return TextCompletion.read(json.dumps({"model": "gemma", "prompt": value}).encode()).prompts()
@@ -187,6 +218,8 @@ def test_nvidias_outputs_hold_them(stack: Stack, protocol: str) -> None:
     assert parts[-1]["cumulative_logprob"] == pytest.approx(total, rel=1e-5)
     (without,) = server.ask(protocol, "Hi", GREEDY, return_logprobs=True)
     assert json.loads(without["logprobs"]) is None
+    (summed,) = server.ask(protocol, "Hi", {**GREEDY, "lora_name": "slang"}, return_cumulative_logprob=True)
+    assert summed["cumulative_logprob"] == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.slow
