@@ -373,7 +373,7 @@ class TextCompletion(Completion):
     def logprobs_of(self, index: int, answer: Answer, first: int, last: int) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        offset = sum(len(chosen.token) for chosen, *_ in answer.logprobs[:first])
+        offset = sum(openai_logprobs.characters(chosen) for chosen, *_ in answer.logprobs[:first])
         return openai_logprobs.of_text(answer.logprobs[first:last], self.logprobs, offset)
 
 

@@ -19,7 +19,7 @@ def of_text(tokens: Sequence[list[TokenLogprob]], count: int, offset: int) -> di
     offsets = []
     for chosen, *_ in tokens:
         offsets.append(offset)
-        offset += len(chosen.token)
+        offset += characters(chosen)
     return {
         "tokens": [chosen.token for chosen, *_ in tokens],
         "token_logprobs": [chosen.logprob for chosen, *_ in tokens],
@@ -30,6 +30,11 @@ def of_text(tokens: Sequence[list[TokenLogprob]], count: int, offset: int) -> di
         ],
         "text_offset": offsets,
     }
+
+
+def characters(one: TokenLogprob) -> int:
+    """How many it adds to the text; one in several bytes, each a token, comes with the first."""
+    return len(one.token) if one.bytes is None else sum(byte & 0xC0 != 0x80 for byte in one.bytes)
 
 
 def _likeliest(tokens: list[TokenLogprob], count: int) -> list[TokenLogprob]:

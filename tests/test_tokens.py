@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 from vllm_contract import Refused, Server
 
-from serving.client import Client, InvalidRequest, TooLong
+from serving.client import Answer, Client, InvalidRequest, TokenLogprob, TooLong
 from serving.engine.gemma import Gemma
 from serving.engine.logprobs import token_logprobs
 from serving.engine.sampling import Sampler
@@ -174,6 +174,19 @@ def test_what_is_said_of_the_prompt_names_the_parameter_it_came_from(
     form = kind.read(json.dumps({"model": "gemma", **fields}).encode())
     for error in (InvalidRequest("the prompt has the token 9"), TooLong("the prompt has 9 tokens and max_tokens is 9")):
         assert form.named_as_sent(ApiError.of(error)).param == param
+
+
+def test_offsets_count_a_character_in_bytes_once() -> None:
+    text = "né \N{MELTING FACE}\N{ROBOT FACE}!"
+    one_by_one = [bytes([byte]) for byte in text[3:5].encode()]
+    pieces = [("né", text[:2].encode()), (" ", b" "), *(("\ufffd", byte) for byte in one_by_one), ("!", b"!")]
+    tokens = [[TokenLogprob(number, said, -1.0, 1, byte)] for number, (said, byte) in enumerate(pieces)]
+    form = TextCompletion.read(b'{"model": "gemma", "prompt": "Hi", "logprobs": 0}')
+    answer = Answer(text, "stop", 2, len(tokens), logprobs=tokens)
+    whole = form.logprobs_of(0, answer, 0, len(tokens))
+    last = form.logprobs_of(0, answer, len(tokens) - 1, len(tokens))
+    assert whole and last and whole["text_offset"] == [0, 2, 3, 4, 4, 4, 4, 5, 5, 5, 5]
+    assert last["text_offset"] == [text.index("!")]
 
 
 def test_lists_are_one_prompt_or_several() -> None:
