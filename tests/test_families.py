@@ -324,7 +324,7 @@ def test_gradients_of_adapters_on_experts_are_those_of_transformers_and_peft(
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             fuse_layers(model)
             use_packed_attention(base)
-            round_experts(base)
+            round_experts(base, base.device)
             sum(loss_sum(base, batch) for batch in step.micro_batches).backward()
         else:
             for row in rows:

@@ -102,7 +102,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(
     model = lora4(kind, SIZES[arithmetic])
     expected = row_by_row(model)
     fuse_layers(model)
-    round_experts(model.get_base_model())
+    round_experts(model.get_base_model(), model.device)
     use_packed_attention(model.get_base_model())
     found = packed_step(model)
     assert_same(found, expected)
@@ -116,7 +116,7 @@ def test_adapters_on_experts_have_the_gradients_of_peft() -> None:
     expected = row_by_row(model)
     assert sum("experts" in name for name in expected[1]) == 4 * len(base.model.layers)
     fuse_layers(model)
-    round_experts(base)
+    round_experts(base, base.device)
     use_packed_attention(base)
     assert_same(packed_step(model), expected)
 

@@ -105,7 +105,7 @@ def test_saved_activations_of_gemma_4_are_counted(kind: str, words: list[str]) -
     gemma.config.use_cache = False
     fuse_layers(model)
     use_packed_attention(gemma)
-    round_experts(gemma)
+    round_experts(gemma, gemma.device)
     packed = pack(sorted([2, *range(3 + n, 253 + n)] for n in range(9)))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}

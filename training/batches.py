@@ -266,7 +266,7 @@ def sample_losses(
     """
     losses: dict[int, tuple[float, int]] = {}
     usual_attention = use_packed_attention(gemma)
-    round_experts(gemma)
+    round_experts(gemma, gemma.device)
     of_a_layer, of_the_head = _work(gemma)
     tokens = 0
     hooks = [layer.register_forward_hook(lambda *_: seen(tokens * of_a_layer)) for layer in gemma.model.layers]

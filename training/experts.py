@@ -14,9 +14,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 ROUND = 32  # rows of one expert
 
 
-def round_experts(gemma: PreTrainedModel) -> None:
-    """Have `gemma` compute its experts, if it has some and is on a CPU, by `rounded_experts`; adapters stay at work."""
-    if gemma.device.type == "cpu" and getattr(gemma.config, "enable_moe_block", False):
+def round_experts(gemma: PreTrainedModel, device: torch.device) -> None:
+    """Have `gemma` compute its experts, if it has some, by `rounded_experts` where `device` is a CPU; adapters stay at
+    work.
+
+    Args:
+        device: on which it will compute; it may lie elsewhere now.
+    """
+    if device.type == "cpu" and getattr(gemma.config, "enable_moe_block", False):
         gemma.set_experts_implementation("rounded")
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig
 
 from core.configuration import plain
 from core.errors import UserError
@@ -151,31 +152,7 @@ def fit(
             **wandb_settings(config, run_folder),
         },
     )
-    peft = plain(config.peft)
-    model = GemmaLoRA(
-        nemo_config(
-            {
-                **model_settings(base_folder, peft, plain(config.task.prompt), config.seed),
-                "quantization": peft["quantization"],
-                "gradient_checkpointing": settings.gradient_checkpointing,
-                **({"table_in_main_memory": True} if config.trainer.table_in_main_memory else {}),
-                "clip": settings.clip,
-                "optim": {
-                    "name": available_optimizer(settings.optimizer, config.trainer.accelerator),
-                    "lr": settings.learning_rate,
-                    "weight_decay": settings.weight_decay,
-                    "betas": [0.9, 0.999],
-                    "sched": {
-                        "name": settings.schedule,
-                        "max_steps": steps,
-                        "warmup_steps": math.ceil(settings.warmup_ratio * steps),
-                        "min_lr": 0.0,
-                    },
-                },
-            }
-        ),
-        trainer,
-    )
+    model = GemmaLoRA(training_config(config, base_folder, steps), trainer)
     signals.in_training = True
     try:
         trainer.fit(model, schedule, validation, ckpt_path=resume_from)
@@ -187,6 +164,32 @@ def fit(
     if trainer.is_global_zero:
         with writing(archive) as partial:
             model.save_to(str(partial))
+
+
+def training_config(config: Config, base_folder: Path, steps: int) -> DictConfig:
+    """What a `GemmaLoRA` that is to be trained for `steps` steps is made of."""
+    settings, peft = config.task.train, plain(config.peft)
+    return nemo_config(
+        {
+            **model_settings(base_folder, peft, plain(config.task.prompt), config.seed),
+            "quantization": peft["quantization"],
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            **({"table_in_main_memory": True} if config.trainer.table_in_main_memory else {}),
+            "clip": settings.clip,
+            "optim": {
+                "name": available_optimizer(settings.optimizer, config.trainer.accelerator),
+                "lr": settings.learning_rate,
+                "weight_decay": settings.weight_decay,
+                "betas": [0.9, 0.999],
+                "sched": {
+                    "name": settings.schedule,
+                    "max_steps": steps,
+                    "warmup_steps": math.ceil(settings.warmup_ratio * steps),
+                    "min_lr": 0.0,
+                },
+            },
+        }
+    )
 
 
 def steps_per_validation(settings: TrainConfig, samples: Dataset, steps_per_epoch: int) -> int:

@@ -125,7 +125,7 @@ class GemmaLoRA(ModelPT):
         fuse_layers(self.model)
         if trainer:
             use_packed_attention(base)
-            round_experts(base)
+            round_experts(base, device)
         fuse_qlora_layers(self.model)
 
     def _loss(self, batch: MicroBatch) -> Tensor:
