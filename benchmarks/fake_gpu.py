@@ -49,14 +49,16 @@ def main(argv: list[str]) -> None:
     from core.machine import loading, quiet_libraries
 
     _, options = load_config(argv, Options)
+    others = [word for word in argv if not word.startswith("models=")]
+    if unknown := [name for name in options.models if name not in ARCHITECTURES]:
+        raise UserError(f"models={unknown[0]} is unknown. Known: {', '.join(ARCHITECTURES)}")
+    if any(word.startswith("model=") for word in others):
+        raise UserError("model=: the architectures are named by models=")
     print("Loading NeMo (some seconds)", flush=True)
     with loading():
         quiet_libraries()
-    others = [word for word in argv if not word.startswith("models=")]
     wrong = 0
     for name in options.models:
-        if name not in ARCHITECTURES:
-            raise UserError(f"models={name} is unknown. Known: {', '.join(ARCHITECTURES)}")
         for words in [others] if others else [[], ["task.train.gradient_checkpointing=true"]]:
             begin = time.monotonic()
             found = fault(name, words)
@@ -218,7 +220,8 @@ def run_steps(config: Any, base_folder: Path) -> None:
     moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def apply(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
-        """nn.Module's, which exchanges the contents of fake parameters, and cannot where they are referred to."""
+        """nn.Module's, which exchanges the contents of fake parameters, and cannot: their mode refers to them weakly
+        (github.com/pytorch/pytorch/issues/148977)."""
         for child in self.children() if recurse else ():
             child._apply(function)
         for name, old in self._parameters.items():
